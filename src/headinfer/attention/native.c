@@ -1,0 +1,283 @@
+/* Partial attention of a few query rows over many keys, read where they lie in host memory.
+ *
+ * For one row of the batch and every KV head h (equations of online softmax, Milakov and
+ * Gimelshein 2018, arXiv 1805.02867):
+ *     s_j = scale * q . k_j      out = sum_j exp(s_j) v_j / sum_j exp(s_j)      lse = log sum_j exp(s_j)
+ * The keys come as pieces (pointer, tokens); the work is cut into (head, block of keys) units of a
+ * fixed size, each with its own partial result, merged in a fixed order: the same bits for any
+ * number of threads. All arithmetic is float32; bfloat16 and float16 are widened on load.
+ * Plain GCC/Clang vector extensions, so that it builds for any CPU (-march=native picks the width).
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define LANES 16      /* floats in a vector */
+#define BLOCK 1024    /* keys in a unit of work */
+#define NEAR 64       /* keys whose V stays in the L1 cache */
+#define AHEAD 8192    /* bytes */
+#define MAX_ROWS 4    /* query rows that share one pass over K and V */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(32), aligned(2), may_alias));
+
+typedef struct {
+    const void *k, *v;                         /* [heads, tokens, dim], tokens x dim contiguous */
+    int64_t k_head_stride, v_head_stride;      /* elements from one head to the next */
+    int64_t tokens;
+} piece_t;
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+INLINE vf load(int dtype, const char *base, int64_t element) {
+    if (dtype == FLOAT32) return *(const vf *)(base + 4 * element);
+    const vh half = *(const vh *)(base + 2 * element);
+#if defined(__AVX512F__)
+    if (dtype == BFLOAT16) return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#else
+    if (dtype == BFLOAT16) return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)half);
+#else
+    vf wide;
+    _Float16 lane[LANES];
+    memcpy(lane, &half, sizeof lane);
+    for (int i = 0; i < LANES; i++) wide[i] = (float)lane[i];
+    return wide;
+#endif
+}
+
+/* e^x for x <= 0, about 1 ulp (Cephes polynomial); below -87 the result is 0. */
+INLINE vf exp_nonpositive(vf x) {
+    const vi keep = x > -87.0f;
+    x = (vf)((vi)x & keep);
+    vf n = x * 1.44269504088896341f - 0.5f;
+    vi whole = __builtin_convertvector(n, vi);   /* truncation towards 0 = rounding, as n <= 0 */
+    n = __builtin_convertvector(whole, vf);
+    x = x - n * 0.693359375f - n * -2.12194440e-4f;
+    vf y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * x * x + x + 1.0f;
+    return (vf)((vi)(y * (vf)((whole + 127) << 23)) & keep);
+}
+
+#define FOLD(A, B, ...) (__builtin_shuffle(A, B, (vi){__VA_ARGS__}))
+/* Lane j of the result is the sum of the lanes of a[j]: a transposing tree of 15 additions. */
+INLINE vf sum_each(vf *a) {
+    for (int i = 0; i < 8; i++)
+        a[i] = FOLD(a[i], a[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               FOLD(a[i], a[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        a[i] = FOLD(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               FOLD(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        a[i] = FOLD(a[i], a[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               FOLD(a[i], a[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return FOLD(a[0], a[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           FOLD(a[0], a[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+INLINE float max_lane(vf a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)a);
+#else
+    float best = a[0];
+    for (int i = 1; i < LANES; i++) best = a[i] > best ? a[i] : best;
+    return best;
+#endif
+}
+
+INLINE float sum_lanes(vf a) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += a[i];
+    return total;
+}
+
+/* Ask for what the same loop reads AHEAD bytes later, into the L2 cache (only the first pass over a block
+ * does): the hardware's own prefetch reaches half of the memory bandwidth here, this two thirds. */
+#define SOON(address) if (first) __builtin_prefetch((address) + AHEAD, 0, 2)
+
+/* Lane j: q . k_j for the first `n` <= 16 keys of k [n, dk]; lanes past `n` are -inf. */
+INLINE vf scores(const int dtype, const int64_t dk, const float *q, const char *k, const int64_t n,
+                 const int first) {
+    const int64_t width = dtype == FLOAT32 ? 4 : 2;
+    vf dot[LANES];
+    for (int j = 0; j < LANES; j++) dot[j] = (vf){0};
+#if defined(__AVX512BF16__)
+    if (dtype == BFLOAT16 && n == LANES && dk % 32 == 0) {   /* exact: q came as bfloat16, products are float32 */
+        for (int64_t d = 0; d < dk; d += 32) {
+            const __m512 low = _mm512_loadu_ps(q + d), high = _mm512_loadu_ps(q + d + 16);
+            const __m512bh part = _mm512_cvtne2ps_pbh(high, low);
+            for (int j = 0; j < LANES; j++) {
+                SOON(k + 2 * (j * dk + d));
+                const __m512i key = _mm512_loadu_si512(k + 2 * (j * dk + d));
+                dot[j] = (vf)_mm512_dpbf16_ps((__m512)dot[j], part, (__m512bh)key);
+            }
+        }
+        return sum_each(dot);
+    }
+#endif
+    if (n == LANES) {
+        for (int64_t d = 0; d < dk; d += LANES) {
+            const vf part = *(const vf *)(q + d);
+            for (int j = 0; j < LANES; j++) {
+                SOON(k + width * (j * dk + d));
+                dot[j] += part * load(dtype, k, j * dk + d);
+            }
+        }
+    } else {
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t d = 0; d < dk; d += LANES) dot[j] += *(const vf *)(q + d) * load(dtype, k, j * dk + d);
+    }
+    vf s = sum_each(dot);
+    for (int64_t j = n; j < LANES; j++) s[j] = -INFINITY;
+    return s;
+}
+
+/* out[r] += sum_j weight[r][j] v_j for `rows` rows, `keys` keys and the `count` vectors of v from `d` on. */
+INLINE void weigh(const int dtype, const int rows, const int count, const int64_t dv, const int64_t d,
+                  const float *weight, const char *v, const int64_t keys, float *out,
+                  const int first) {
+    const int64_t width = dtype == FLOAT32 ? 4 : 2;
+    vf sum[2][8];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < count; c++) sum[r][c] = *(vf *)(out + r * dv + d + c * LANES);
+    for (int64_t j = 0; j < keys; j++)
+        for (int c = 0; c < count; c++) {
+            SOON(v + width * (j * dv + d + c * LANES));
+            const vf value = load(dtype, v, j * dv + d + c * LANES);
+            for (int r = 0; r < rows; r++) sum[r][c] += weight[r * BLOCK + j] * value;
+        }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < count; c++) *(vf *)(out + r * dv + d + c * LANES) = sum[r][c];
+}
+
+/* One unit: `rows` query rows of one head against `tokens` <= BLOCK keys: all of K once, the softmax, all
+ * of V once. Two long sequential streams suit the hardware's prefetch better than short alternating ones.
+ * q [rows, dk], out [rows, dv] unnormalised, peak [rows] = max s, mass [rows] = sum exp(s - peak). */
+INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_t dv, const float scale,
+                 const float *q, const char *k, const char *v, const int64_t tokens, float *out, float *peak,
+                 float *mass) {
+    const int64_t width = dtype == FLOAT32 ? 4 : 2;
+    float score[MAX_ROWS * BLOCK] __attribute__((aligned(64)));
+    for (int64_t j = 0; j < tokens; j += LANES) {
+        const int64_t n = tokens - j < LANES ? tokens - j : LANES;
+        for (int r = 0; r < rows; r++)
+            *(vf *)(score + r * BLOCK + j) = scale * scores(dtype, dk, q + r * dk, k + width * j * dk, n, r == 0);
+    }
+    for (int r = 0; r < rows; r++) {
+        float *s = score + r * BLOCK, top = -INFINITY;
+        vf total = {0};
+        for (int64_t j = 0; j < tokens; j += LANES) top = fmaxf(top, max_lane(*(vf *)(s + j)));
+        for (int64_t j = 0; j < tokens; j += LANES) {
+            const vf p = exp_nonpositive(*(vf *)(s + j) - top);
+            *(vf *)(s + j) = p;
+            total += p;
+        }
+        peak[r] = top;
+        mass[r] = sum_lanes(total);
+    }
+    memset(out, 0, sizeof(float) * rows * dv);
+    for (int64_t j = 0; j < tokens; j += NEAR) {   /* the second pair of rows finds these keys in the L1 cache */
+        const int64_t keys = tokens - j < NEAR ? tokens - j : NEAR;
+        for (int r = 0; r < rows; r += 2) {
+            const int pair = rows - r < 2 ? 1 : 2;
+            int64_t d = 0;
+            for (; d + 8 * LANES <= dv; d += 8 * LANES)
+                weigh(dtype, pair, 8, dv, d, score + r * BLOCK + j, v + width * j * dv, keys, out + r * dv, r == 0);
+            for (; d + 4 * LANES <= dv; d += 4 * LANES)
+                weigh(dtype, pair, 4, dv, d, score + r * BLOCK + j, v + width * j * dv, keys, out + r * dv, r == 0);
+            for (; d < dv; d += LANES)
+                weigh(dtype, pair, 1, dv, d, score + r * BLOCK + j, v + width * j * dv, keys, out + r * dv, r == 0);
+        }
+    }
+}
+
+/* Constant arguments unroll the loops over the head dim: one specialised copy per common shape. */
+#define SPECIAL(DTYPE, ROWS, DIM)                                                       \
+    if (dtype == DTYPE && rows == ROWS && dk == DIM && dv == DIM) {                     \
+        unit(DTYPE, ROWS, DIM, DIM, scale, q, k, v, tokens, out, peak, mass);                  \
+        return;                                                                         \
+    }
+#define SPECIAL_ROWS(DTYPE, DIM) SPECIAL(DTYPE, 1, DIM) SPECIAL(DTYPE, 2, DIM) SPECIAL(DTYPE, 4, DIM)
+#define SPECIAL_DIMS(DTYPE) SPECIAL_ROWS(DTYPE, 64) SPECIAL_ROWS(DTYPE, 128)
+
+static void run_unit(int dtype, int rows, int64_t dk, int64_t dv, float scale, const float *q, const char *k,
+                     const char *v, int64_t tokens, float *out, float *peak, float *mass) {
+    SPECIAL_DIMS(BFLOAT16)
+    SPECIAL_DIMS(FLOAT16)
+    SPECIAL_DIMS(FLOAT32)
+    unit(dtype, rows, dk, dv, scale, q, k, v, tokens, out, peak, mass);
+}
+
+/* q [heads, rows, dk] float32, out [heads, rows, dv] and lse [heads, rows] float32.
+ * For bfloat16 keys q must hold bfloat16 values. dk and dv: multiples of 16.
+ * Returns 0, or 1 where the scratch memory could not be had. */
+int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, int64_t heads, int64_t rows,
+                     int64_t dk, int64_t dv, float scale, int dtype, float *out, float *lse) {
+    int64_t *first = malloc(sizeof(int64_t) * (n_pieces + 1));
+    if (!first) return 1;
+    first[0] = 0;
+    for (int64_t p = 0; p < n_pieces; p++)
+        first[p + 1] = first[p] + (pieces[p].tokens + BLOCK - 1) / BLOCK;
+    const int64_t units = first[n_pieces], cell = rows * (dv + 2), width = dtype == FLOAT32 ? 4 : 2;
+    float *scratch = malloc(sizeof(float) * (heads * units * cell + 1));
+    if (!scratch) {
+        free(first);
+        return 1;
+    }
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t index = 0; index < heads * units; index++) {
+        const int64_t head = index / units, u = index % units;
+        int64_t low = 0, high = n_pieces - 1;
+        while (low < high) {
+            const int64_t middle = (low + high + 1) / 2;
+            if (first[middle] <= u) low = middle; else high = middle - 1;
+        }
+        const piece_t *piece = pieces + low;
+        const int64_t start = (u - first[low]) * BLOCK;
+        const int64_t left = piece->tokens - start, tokens = left < BLOCK ? left : BLOCK;
+        const char *k = (const char *)piece->k + width * (head * piece->k_head_stride + start * dk);
+        const char *v = (const char *)piece->v + width * (head * piece->v_head_stride + start * dv);
+        float *o = scratch + index * cell, *peak = o + rows * dv, *mass = peak + rows;
+        for (int64_t r = 0; r < rows;) {
+            const int step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+            run_unit(dtype, step, dk, dv, scale, q + (head * rows + r) * dk, k, v, tokens, o + r * dv, peak + r,
+                     mass + r);
+            r += step;
+        }
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t hr = 0; hr < heads * rows; hr++) {
+        const int64_t head = hr / rows, r = hr % rows;
+        const float *base = scratch + head * units * cell;
+        float top = -INFINITY, total = 0.0f, *o = out + hr * dv;
+        memset(o, 0, sizeof(float) * dv);
+        for (int64_t u = 0; u < units; u++) {
+            const float peak = base[u * cell + rows * dv + r];
+            top = peak > top ? peak : top;
+        }
+        for (int64_t u = 0; u < units && top > -INFINITY; u++) {
+            const float *from = base + u * cell;
+            const float weight = expf(from[rows * dv + r] - top);
+            total += weight * from[rows * dv + rows + r];
+            for (int64_t d = 0; d < dv; d++) o[d] += weight * from[r * dv + d];
+        }
+        for (int64_t d = 0; d < dv && total > 0.0f; d++) o[d] /= total;
+        lse[hr] = total > 0.0f ? top + logf(total) : -INFINITY;
+    }
+    free(scratch);
+    free(first);
+    return 0;
+}

@@ -1,0 +1,150 @@
+"""What the layers of one cache share: host tier, ring, write-back, and the plan of the current forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headinfer.attention.backends import backend_names
+from headinfer.errors import CapacityError, UnsupportedError, UsageError
+from headinfer.kv.head_store import HeadStore, Runs
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.tiers import HostTier
+from headinfer.kv.transfer import Ring, Staging, StagingWriter, Writer, make_ring, write_in_place
+from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, choose_tiles, ring_slot_bytes
+from headinfer.streaming import attend_streaming
+
+__all__ = ["Engine", "Options"]
+
+_WRITE_BACK_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can fix; None leaves the choice to the engine.
+
+    device_kv_budget: bytes of KV on the device, ring + tails + write-back buffers, at any context length.
+    heads_per_group, tile_tokens: the tile. backend: the attention kernel to try first.
+    staging: "auto" reads segments in place on the CPU and streams through a ring on CUDA; "early" and "late"
+    force the ring's CPU twins (see kv/transfer.py). expected_tokens: the final length, where it is known.
+    """
+
+    device_kv_budget: int | None = None
+    heads_per_group: int | None = None
+    tile_tokens: int | None = None
+    backend: str | None = None
+    staging: str = "auto"
+    expected_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("device_kv_budget", "heads_per_group", "tile_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: it must be a positive number")
+        if self.expected_tokens < 0:
+            raise UsageError(f"expected_tokens is {self.expected_tokens}: it must not be negative")
+        if self.backend is not None and self.backend not in backend_names():
+            raise UsageError(f"no attention backend {self.backend!r}: choose one of {', '.join(backend_names())}")
+        if self.staging not in ("auto", "none", "early", "late"):
+            raise UsageError(f"staging is {self.staging!r}: it must be auto, none, early or late")
+
+
+class Engine:
+    """Creates the stores of a cache's layers and runs their attention."""
+
+    def __init__(self, options: Options, layers: int) -> None:
+        """layers: how many stores there will be; their tails are part of the budget from the start."""
+        self.options, self.layers = options, layers
+        self.ledger = Ledger()
+        self.plan: TilePlan | None = None
+        self.backends_used: set[str] = set()
+        self._tier: HostTier | None = None
+        self._ring: Ring | None = None
+        self._write: Writer = write_in_place
+        self._device: torch.device | None = None
+        self._staging: Staging = "none"
+        self._stream: torch.cuda.Stream | None = None
+        self._multiprocessors = 1
+
+    def new_store(self, k: torch.Tensor, v: torch.Tensor) -> HeadStore:
+        """An empty store with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
+        if self._device is None:
+            self._open(k.device)
+        if k.device != self._device:
+            raise UnsupportedError(
+                f"the model's layers lie on {self._device} and {k.device}: this version serves models on one device, "
+                "so load it with device_map set to that device"
+            )
+        assert self._tier is not None
+        return HeadStore(
+            k, v, tier=self._tier, ledger=self.ledger, write=self._write,
+            expected_tokens=self.options.expected_tokens,
+        )  # fmt: skip
+
+    def begin(self, store: HeadStore, query_heads: int, query_tokens: int) -> None:
+        """Before a forward pass: fit the ring to the budget and choose the tile for this pass."""
+        head_token_bytes = (store.key_dim + store.value_dim) * store.dtype.itemsize
+        slot_bytes = None
+        if self._staging != "none":
+            budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
+            fixed = self.layers * store.tail_bytes + self.ledger.device_bytes["staging"]
+            slot_bytes = ring_slot_bytes(budget, fixed)
+            if self._ring is None or self._ring.slot_bytes != slot_bytes:  # the batch has changed
+                if self._ring is not None:
+                    self._ring.close()
+                assert self._device is not None
+                self._ring = make_ring(
+                    self._staging, RING_SLOTS, slot_bytes, self._device, self.ledger, self._stream
+                )
+        self.plan = choose_tiles(
+            kv_heads=store.heads, group_queries=query_heads // store.heads, head_token_bytes=head_token_bytes,
+            rows=store.rows, query_tokens=query_tokens, past_tokens=store.tokens, slot_bytes=slot_bytes,
+            multiprocessors=self._multiprocessors, heads_per_group=self.options.heads_per_group,
+            tile_tokens=self.options.tile_tokens,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        store: HeadStore,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        runs: Sequence[Runs] | None,
+    ) -> torch.Tensor:
+        """Attention of a chunk on a store and on itself; see `attend_streaming`."""
+        assert self.plan is not None
+        held, budget = sum(self.ledger.device_bytes.values()), self.options.device_kv_budget
+        if self._ring is not None and held > (budget or DEFAULT_BUDGET_BYTES):
+            raise CapacityError(f"the KV cache holds {held} device bytes, over its budget of {budget}: raise the budget")
+        return attend_streaming(
+            q, k, v, store, plan=self.plan, ring=self._ring, scale=scale, softcap=softcap, sinks=sinks, runs=runs,
+            backend=self.options.backend, used=self.backends_used,
+        )  # fmt: skip
+
+    def abandon(self) -> None:
+        """After an error in the middle of a forward pass: no tile is under way any more."""
+        if self._ring is not None:
+            self._ring.abandon()
+
+    def _open(self, device: torch.device) -> None:
+        self._device = device
+        wanted = self.options.staging
+        if device.type == "cuda":
+            self._staging = "cuda"
+            self._stream = torch.cuda.Stream(device)
+            self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        elif device.type != "cpu":
+            raise UnsupportedError(f"the model is on {device}: this version serves cpu and cuda devices")
+        elif wanted == "early" or wanted == "late":
+            self._staging = wanted
+        self._tier = HostTier(self.ledger, pin=device.type == "cuda")
+        if self._staging != "none":
+            budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
+            buffer_bytes = min(_WRITE_BACK_BYTES, budget // 16 // 256 * 256)
+            self._write = StagingWriter(buffer_bytes, device, self.ledger, self._stream)

@@ -1,0 +1,162 @@
+"""enable(model): offload the KV cache of everything that the model does, until it is switched off again.
+
+Model classes are not patched. On this one model object it sets the attention implementation, the cache that
+generate() prepares, and a forward that puts the cache right again after an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from headinfer.engine import Options
+from headinfer.errors import StateError, UnsupportedError, UsageError
+from headinfer.hf.attention import NAME, register
+from headinfer.hf.cache import HeadCache
+from headinfer.hf.compat import PreTrainedModel, check_version, takes_attention_interface, unfit_cache
+
+__all__ = ["DEFAULT_CHUNK_TOKENS", "SUPPORTED_FAMILIES", "Enabled", "check_model", "enable"]
+
+DEFAULT_CHUNK_TOKENS = 4096
+SUPPORTED_FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+_OUR_CACHES = (None, "dynamic", "hybrid")  # "hybrid": older Gemma checkpoints name it; a HeadCache is one
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError, before anything is changed, for a model that is not served exactly."""
+    check_version()
+    family = getattr(model.config, "model_type", "") if hasattr(model, "config") else type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not takes_attention_interface(model):
+        raise UnsupportedError(
+            f"{family} does not use transformers' attention interface, so its KV cache cannot be offloaded: "
+            f"headinfer serves {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    if family not in SUPPORTED_FAMILIES:
+        raise UnsupportedError(
+            f"the model family {family} is not verified yet: headinfer serves {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    HeadCache(model.config)  # raises where the layers are not served
+
+
+class Enabled:
+    """A model with headinfer switched on; `disable()`, or leaving the `with` block, undoes it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chunk_tokens: int,
+        options: Options,
+        on_forward: Callable[[HeadCache], None] | None,
+    ) -> None:
+        self.model, self.chunk_tokens, self.options, self.on_forward = model, chunk_tokens, options, on_forward
+        self.last_cache: HeadCache | None = None
+        self._attention_before = model.config._attn_implementation
+        self._forward_before = model.__dict__.get("forward")
+        register()
+        model.set_attn_implementation(NAME)
+        model.forward = self._forward(model.forward)
+        model._prepare_cache_for_generation = self._prepare_cache
+        model._headinfer = self
+
+    def new_cache(self, expected_tokens: int = 0) -> HeadCache:
+        """An empty cache with this model's options, to pass as past_key_values."""
+        fields = {name: getattr(self.options, name) for name in Options.__dataclass_fields__}
+        return HeadCache(self.model.config, **{**fields, "expected_tokens": expected_tokens})
+
+    def disable(self) -> None:
+        """Leave the model as it was; harmless to repeat."""
+        model = self.model
+        if model.__dict__.get("_headinfer") is not self:
+            return
+        if self._forward_before is None:
+            del model.forward
+        else:
+            model.forward = self._forward_before
+        del model._prepare_cache_for_generation, model._headinfer
+        model.set_attn_implementation(self._attention_before)
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    def _forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward, after which a HeadCache has all of the chunk in all layers, or none in any."""
+
+        @functools.wraps(forward)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if unfit_cache(cache):
+                raise _unfit(type(cache).__name__)
+            if not isinstance(cache, HeadCache):
+                return forward(*args, **kwargs)
+            before = cache.checkpoint()
+            try:
+                result = forward(*args, **kwargs)
+                if any(layer.pending for layer in cache.head_layers):
+                    raise UnsupportedError(
+                        f"{type(self.model).__name__} did not run its attention through headinfer: "
+                        "use the model without headinfer"
+                    )
+            except BaseException:
+                cache.rollback(before)
+                raise
+            self.last_cache = cache
+            if self.on_forward is not None:
+                self.on_forward(cache)
+            return result
+
+        return guarded
+
+    def _prepare_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        """What generate() calls to get its cache; generation_config is the call's own copy."""
+        cache = model_kwargs.get("past_key_values")
+        if unfit_cache(cache):
+            raise _unfit(type(cache).__name__)
+        if generation_config.cache_implementation not in _OUR_CACHES:
+            raise _unfit(f"cache_implementation={generation_config.cache_implementation!r}")
+        generation_config.cache_implementation = None
+        if cache is not None or generation_config.use_cache is False:
+            type(self.model)._prepare_cache_for_generation(
+                self.model, generation_config, model_kwargs, mode, batch_size, max_cache_length
+            )
+        else:
+            model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
+        if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False:
+            generation_config.prefill_chunk_size = self.chunk_tokens
+
+
+def _unfit(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{what} can not work with headinfer, which keeps its own KV cache: leave it out, or pass a HeadCache"
+    )
+
+
+def enable(
+    model: PreTrainedModel,
+    *,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    on_forward: Callable[[HeadCache], None] | None = None,
+    **options: Any,
+) -> Enabled:
+    """Switch headinfer on for a model; use the result as a context manager or call its disable().
+
+    chunk_tokens: prompts are read in chunks of this many tokens. options: the fields of `headinfer.Options`, e.g.
+    device_kv_budget in bytes. on_forward: called with the cache after each forward pass, for progress displays.
+    Raises UnsupportedError for a model that is not served exactly and UsageError for options out of range, both
+    before anything is changed.
+    """
+    if chunk_tokens < 1:
+        raise UsageError(f"chunk_tokens is {chunk_tokens}: it must be a positive number")
+    chosen = Options(**options)
+    check_model(model)
+    if "_headinfer" in model.__dict__:
+        raise StateError("headinfer is already enabled on this model: disable it first, or leave its with block")
+    return Enabled(model, chunk_tokens, chosen, on_forward)

@@ -1,0 +1,315 @@
+"""The KV of one layer: host segments per row, every KV head contiguous, and a tail of the newest tokens on the device.
+
+    row 0:  [segment A: 16,384 tokens][segment B: 9,216 of 16,384] | tail: 200 tokens
+    row 1:  [segment A               ][segment C: 9,216 of 16,384] | tail: 200 tokens
+
+A table of spans per row says which tokens of which segment the row sees. Growing never moves old data. Reordering
+beams, forking and sharing a prefix copy table entries, not segments: a segment that two rows see is sealed, and
+each row goes on in a segment of its own, so nothing shared is ever written. Rows always have equal lengths.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headinfer.errors import StateError
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.tiers import HostTier
+
+__all__ = ["HeadStore", "Lane", "Segment", "Span"]
+
+TAIL_UNIT_TOKENS = 128
+_SMALL_SEGMENT_TOKENS = 256
+_LARGE_SEGMENT_TOKENS = 16_384
+_SLACK = 16  # a new segment is at most 1/16 of the row: the last one is all that can be partly empty
+
+Writer = Callable[[torch.Tensor, torch.Tensor], None]
+Runs = Sequence[tuple[int, int]]
+
+
+class Segment:
+    """Host memory for K and V of some tokens of one row: k [Hkv, tokens, Dk], v [Hkv, tokens, Dv].
+
+    One allocation [Hkv, tokens * (Dk + Dv)]: each head's K and V are contiguous and next to each other.
+    """
+
+    def __init__(self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype):
+        memory = tier.allocate((heads, tokens * (key_dim + value_dim)), dtype)
+        self.k = memory[:, : tokens * key_dim].unflatten(1, (tokens, key_dim))
+        self.v = memory[:, tokens * key_dim :].unflatten(1, (tokens, value_dim))
+        self.tokens = tokens
+        self.sealed = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens [start, stop) of a segment."""
+
+    segment: Segment
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the span."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Rows of the batch that see the same spans: one pass over these K and V serves all of them."""
+
+    rows: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+
+class HeadStore:
+    """K and V of all rows of one layer.
+
+    Tensors come and go as k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] on the compute device. `write(destination,
+    source)` brings new tokens to the host: both [Hkv, T, D].
+    """
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        tier: HostTier,
+        ledger: Ledger,
+        write: Writer,
+        expected_tokens: int = 0,
+    ) -> None:
+        """An empty store with the batch, heads, dims, dtype and device of k and v (which may have no tokens)."""
+        self.tier, self.ledger, self.write = tier, ledger, write
+        self.expected_tokens = expected_tokens
+        self.heads, self.key_dim, self.value_dim = k.shape[1], k.shape[3], v.shape[3]
+        self.dtype, self.device = k.dtype, k.device
+        self.host_tokens = 0
+        self.tail_tokens = 0
+        self._tables: list[list[Span]] = [[] for _ in range(k.shape[0])]
+        self._whole_lanes: list[Lane] | None = None
+        self._new_tail(k.shape[0])
+
+    # -- what is in it ---------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self._tables)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of every row."""
+        return self.host_tokens + self.tail_tokens
+
+    def lanes(self, runs: Sequence[Runs] | None = None) -> list[Lane]:
+        """The host part, cut into lanes of rows that share their spans, in the order of the tokens.
+
+        runs: for each row the half-open ranges of tokens that are seen, or None where all are.
+        """
+        if runs is None:
+            if self._whole_lanes is None:
+                self._whole_lanes = _group(self._tables)
+            return self._whole_lanes
+        return _group([_clip(table, row_runs) for table, row_runs in zip(self._tables, runs, strict=True)])
+
+    def tail(self, row: int, runs: Runs | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The tail of a row as views k [Hkv, T, Dk] and v [Hkv, T, Dv], one pair per visible range."""
+        if self.tail_tokens == 0:
+            return []
+        found = []
+        for start, stop in runs if runs is not None else ((0, self.tokens),):
+            visible = slice(max(start - self.host_tokens, 0), min(stop - self.host_tokens, self.tail_tokens))
+            if visible.start < visible.stop:
+                found.append((self._tail_k[row, :, visible], self._tail_v[row, :, visible]))
+        return found
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything, copied: k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] in host memory. For tests."""
+        rows_k, rows_v = [], []
+        for row, table in enumerate(self._tables):
+            spans = [(span.segment.k[:, : span.stop], span.segment.v[:, : span.stop]) for span in table]
+            pairs = spans + [(k.cpu(), v.cpu()) for k, v in self.tail(row)]
+            rows_k.append(torch.cat([k for k, _ in pairs] or [self._tail_k[row, :, :0].cpu()], dim=1))
+            rows_v.append(torch.cat([v for _, v in pairs] or [self._tail_v[row, :, :0].cpu()], dim=1))
+        return torch.stack(rows_k), torch.stack(rows_v)
+
+    # -- growing and shrinking -------------------------------------------------------------------------------
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Add new tokens to every row. The newest one to two units stay in the tail, the older ones go to the host.
+
+        An error on the way leaves the store as it was.
+        """
+        total = self.tail_tokens + k.shape[2]
+        if total <= self._tail_k.shape[2]:
+            self._tail_k[:, :, self.tail_tokens : total] = k
+            self._tail_v[:, :, self.tail_tokens : total] = v
+            self.tail_tokens = total
+            return
+        leaving = (total - TAIL_UNIT_TOKENS) // TAIL_UNIT_TOKENS * TAIL_UNIT_TOKENS
+        from_tail = min(leaving, self.tail_tokens)
+        from_new = leaving - from_tail
+        kept = self.tail_tokens - from_tail
+        # Grown tables are built beside the old ones, so that a failed allocation changes nothing. Writing past the
+        # end of a row's own segment is harmless: only the table says what is seen.
+        tables = [self._with_room(table, leaving) for table in self._tables]
+        for row, table in enumerate(tables):
+            self._fill(table, self._tail_k[row, :, :from_tail], self._tail_v[row, :, :from_tail], 0)
+            self._fill(table, k[row, :, :from_new], v[row, :, :from_new], from_tail)
+        self._tables = tables
+        for tail, new in ((self._tail_k, k), (self._tail_v, v)):
+            if kept:
+                tail[:, :, :kept] = tail[:, :, from_tail : self.tail_tokens].clone()
+            tail[:, :, kept : total - leaving] = new[:, :, from_new:]
+        self.host_tokens += leaving
+        self.tail_tokens = total - leaving
+        self._whole_lanes = None
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens of every row. Rejected tokens of the tail never touch the host."""
+        if not 0 <= tokens <= self.tokens:
+            raise StateError(f"cannot crop a layer of {self.tokens} tokens to {tokens}")
+        if tokens >= self.host_tokens:
+            self.tail_tokens = tokens - self.host_tokens
+            return
+        self._tables = [_clip(table, [(0, tokens)]) for table in self._tables]
+        self.host_tokens, self.tail_tokens = tokens, 0
+        self._whole_lanes = None
+
+    # -- rows ------------------------------------------------------------------------------------------------
+
+    def select_rows(self, indices: Sequence[int]) -> None:
+        """Row i becomes what row indices[i] was; any number of rows. Table entries move, segments do not.
+
+        Tails are copied (and counted) unless nothing changes.
+        """
+        if list(indices) == list(range(self.rows)):
+            return
+        seen: set[int] = set()
+        for index in indices:
+            if index in seen:
+                _seal(self._tables[index])
+            seen.add(index)
+        self._tables = [list(self._tables[index]) for index in indices]
+        old_k, old_v = self._tail_k, self._tail_v
+        self._new_tail(len(indices))
+        chosen = torch.as_tensor(list(indices), device=self.device)
+        for new, old in ((self._tail_k, old_k), (self._tail_v, old_v)):
+            new[:, :, : self.tail_tokens] = old[chosen, :, : self.tail_tokens]
+            self.ledger.tail_moved_bytes += new[:, :, : self.tail_tokens].numel() * new.element_size()
+        self._whole_lanes = None
+
+    def fork(self) -> HeadStore:
+        """A second store with the same content: segments are shared, the tail is copied."""
+        twin = HeadStore(
+            self._tail_k[:, :, :0], self._tail_v[:, :, :0], tier=self.tier, ledger=self.ledger, write=self.write
+        )
+        for table in self._tables:
+            _seal(table)
+        twin._tables = [list(table) for table in self._tables]
+        twin.host_tokens, twin.tail_tokens = self.host_tokens, self.tail_tokens
+        twin._tail_k.copy_(self._tail_k)
+        twin._tail_v.copy_(self._tail_v)
+        self.ledger.tail_moved_bytes += self.tail_bytes
+        return twin
+
+    def close(self) -> None:
+        """Let go of all memory; the store is not to be used again."""
+        self.ledger.hold_device("tail", -self.tail_bytes)
+        self._tables, self._whole_lanes = [], None
+        self._tail_k = self._tail_v = torch.empty(0, 0, 0, 0)
+        self.host_tokens = self.tail_tokens = 0
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    @property
+    def tail_bytes(self) -> int:
+        """Device bytes of the tail, fixed while the batch is."""
+        return sum(tail.numel() * tail.element_size() for tail in (self._tail_k, self._tail_v))
+
+    def _new_tail(self, rows: int) -> None:
+        if hasattr(self, "_tail_k"):
+            self.ledger.hold_device("tail", -self.tail_bytes)
+        shape = (rows, self.heads, 2 * TAIL_UNIT_TOKENS)
+        self._tail_k = torch.zeros(*shape, self.key_dim, dtype=self.dtype, device=self.device)
+        self._tail_v = torch.zeros(*shape, self.value_dim, dtype=self.dtype, device=self.device)
+        self.ledger.hold_device("tail", self.tail_bytes)
+
+    def _with_room(self, table: list[Span], tokens: int) -> list[Span]:
+        """The table with spans for `tokens` more tokens, not yet written."""
+        table = list(table)
+        while tokens:
+            last = table[-1] if table else None
+            if last is not None and not last.segment.sealed and last.stop < last.segment.tokens:
+                taken = min(tokens, last.segment.tokens - last.stop)
+                table[-1] = Span(last.segment, last.start, last.stop + taken)
+            else:
+                segment = Segment(
+                    self.tier, self.heads, self._next_segment_tokens(table, tokens), self.key_dim, self.value_dim,
+                    self.dtype,
+                )  # fmt: skip
+                taken = min(tokens, segment.tokens)
+                table.append(Span(segment, 0, taken))
+            tokens -= taken
+        return table
+
+    def _next_segment_tokens(self, table: list[Span], tokens: int) -> int:
+        """Small at first and after a fork, up to 16K later; to the end where the final length is known."""
+        held = sum(span.tokens for span in table)
+        left = self.expected_tokens - held
+        if left > 0 and not (table and table[-1].segment.sealed):
+            return min(max(-(-left // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS, tokens), _LARGE_SEGMENT_TOKENS)
+        own = sum(span.tokens for span in itertools.takewhile(lambda s: not s.segment.sealed, reversed(table)))
+        size = max(own // _SLACK // _SMALL_SEGMENT_TOKENS * _SMALL_SEGMENT_TOKENS, _SMALL_SEGMENT_TOKENS, tokens)
+        return min(size, _LARGE_SEGMENT_TOKENS)
+
+    def _fill(self, table: list[Span], k: torch.Tensor, v: torch.Tensor, offset: int) -> None:
+        """Write k and v [Hkv, T, D] at the host position host_tokens + offset of a row's (grown) table."""
+        at, done = 0, 0
+        begin = self.host_tokens + offset
+        for span in table:
+            lo, hi = max(begin + done, at), min(begin + k.shape[1], at + span.tokens)
+            if lo < hi:
+                here = slice(span.start + lo - at, span.start + hi - at)
+                self.write(span.segment.k[:, here], k[:, done : done + hi - lo])
+                self.write(span.segment.v[:, here], v[:, done : done + hi - lo])
+                done += hi - lo
+            at += span.tokens
+
+
+def _seal(table: list[Span]) -> None:
+    """Mark a row's segments as shared. Those before the newest sealed one already are."""
+    for span in reversed(table):
+        if span.segment.sealed:
+            return
+        span.segment.sealed = True
+
+
+def _clip(table: list[Span], runs: Runs) -> list[Span]:
+    """The parts of a row's spans that lie in the half-open token ranges."""
+    clipped, at = [], 0
+    for span in table:
+        for start, stop in runs:
+            lo, hi = max(start, at), min(stop, at + span.tokens)
+            if lo < hi:
+                clipped.append(Span(span.segment, span.start + lo - at, span.start + hi - at))
+        at += span.tokens
+    return clipped
+
+
+def _group(tables: Sequence[list[Span]]) -> list[Lane]:
+    """Spans that several rows see become one lane; neighbours with the same rows are joined."""
+    sharers: dict[tuple[int, int, int], tuple[Span, list[int]]] = {}
+    for row, table in enumerate(tables):
+        for span in table:
+            sharers.setdefault((id(span.segment), span.start, span.stop), (span, []))[1].append(row)
+    return [
+        Lane(rows, tuple(span for span, _ in members))
+        for rows, members in itertools.groupby(sharers.values(), key=lambda entry: tuple(entry[1]))
+    ]

@@ -1,0 +1,205 @@
+"""The loop: attention over the past, tile by tile, while the next tile is on its way.
+
+For each head group of a layer:
+
+    state = attention of the chunk on itself (causal) and on the tail           nothing to transfer
+    for each tile (head group x token block) of the host segments:
+        fetch tile i + 1                                                        copy stream
+        state = merge(state, attention on tile i)                               compute stream
+    write the state into the output
+
+Where the host is the compute device (CPU), there is no ring: the segments are read in place, all in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from headinfer.attention.backends import Backend, Problem, choose
+from headinfer.attention.state import AttentionState
+from headinfer.kv.head_store import HeadStore, Runs
+from headinfer.kv.transfer import Piece, Ring
+from headinfer.plan.tiles import TilePlan
+
+__all__ = ["Tile", "attend_streaming", "tiles_of"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some tokens of one head group, for the rows that share them."""
+
+    rows: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass
+class Layer:
+    """The operands of one layer's attention and where its partial results go."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    store: HeadStore
+    scale: float
+    softcap: float | None
+    backend: str | None
+    used: set[str] = field(default_factory=set)
+
+    def problem(self, query_rows: int) -> Problem:
+        """What a kernel must do for this many query rows per KV head (0: the chunk on itself)."""
+        dims = self.k.shape[3], self.v.shape[3]
+        return Problem(self.q.device.type, self.q.dtype, query_rows, *dims, self.softcap is not None)
+
+    def kernel(self, query_rows: int) -> Backend:
+        """The backend for a problem; its name is noted."""
+        backend = choose(self.problem(query_rows), self.backend)
+        self.used.add(backend.name)
+        return backend
+
+
+def attend_streaming(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    store: HeadStore,
+    *,
+    plan: TilePlan,
+    ring: Ring | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    runs: Sequence[Runs] | None = None,
+    backend: str | None = None,
+    used: set[str] | None = None,
+) -> torch.Tensor:
+    """Causal attention of a chunk on the store's tokens and on itself; the chunk is not yet in the store.
+
+    q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv]. sinks [Hq]: scores of a key with value 0. runs: for each
+    row the half-open token ranges that are seen, over the store's tokens and the chunk's; None: all of them.
+    ring None: the segments lie on the compute device and are read in place. Returns [B, T, Hq, Dv] in q's dtype;
+    query rows that see no key give 0. `used` collects the names of the kernels that ran.
+    """
+    layer = Layer(q, k, v, store, scale, softcap, backend, used if used is not None else set())
+    group = q.shape[1] // k.shape[1]
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
+    work = [(heads, tile) for heads in groups for tile in tiles_of(store, heads, plan.tile_tokens, runs, ring is None)]
+    coming = iter(work[1:])
+    ticket = ring.fetch(work[0][1].pieces) if ring is not None and work else 0
+    for heads in groups:
+        state, resident = _own_state(layer, heads, runs)
+        if ring is not None:
+            resident = _attend_resident(layer, heads, state, resident)
+        for tile in (tile for its_heads, tile in work if its_heads is heads):
+            if ring is None:
+                alone = len(tile.rows) == 1
+                near = resident.pop(tile.rows[0], ()) if alone else ()
+                _attend_tile(layer, heads, state, tile.rows, (*tile.pieces, *near))
+                continue
+            following = next(coming, None)
+            next_ticket = ring.fetch(following[1].pieces) if following is not None else 0
+            _attend_tile(layer, heads, state, tile.rows, (ring.wait(ticket),))
+            ring.release(ticket)
+            ticket = next_ticket
+        _attend_resident(layer, heads, state, resident)
+        queries = slice(heads.start * group, heads.stop * group)
+        merged = state.out if sinks is None else state.with_sinks(sinks[queries, None])
+        out[:, :, queries] = merged.transpose(1, 2)
+    return out
+
+
+def tiles_of(
+    store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None, in_place: bool
+) -> Iterator[Tile]:
+    """The host part of a head group as tiles of at most tile_tokens tokens; in place, one tile per lane."""
+    for lane in store.lanes(runs):
+        pieces: list[Piece] = []
+        room = tile_tokens
+        for span in lane.spans:
+            start = span.start
+            while start < span.stop:
+                stop = span.stop if in_place else min(span.stop, start + room)
+                pieces.append((span.segment.k[heads, start:stop], span.segment.v[heads, start:stop]))
+                room, start = room - (stop - start), stop
+                if room == 0 and not in_place:
+                    yield Tile(lane.rows, tuple(pieces))
+                    pieces, room = [], tile_tokens
+        if pieces:
+            yield Tile(lane.rows, tuple(pieces))
+
+
+def _attend_tile(
+    layer: Layer, heads: slice, state: AttentionState, rows: Sequence[int], pieces: Sequence[Piece]
+) -> None:
+    """Merge attention on pieces that some rows share into the state [B, h * G, T, Dv] of a head group."""
+    kv_heads = heads.stop - heads.start
+    group = layer.q.shape[1] // layer.k.shape[1]
+    packed = [
+        layer.q[row, heads.start * group : heads.stop * group].reshape(kv_heads, -1, layer.q.shape[3]) for row in rows
+    ]
+    q = packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
+    part = layer.kernel(q.shape[1]).past(q, pieces, layer.scale, layer.softcap)
+    share = q.shape[1] // len(rows)
+    for index, row in enumerate(rows):
+        mine = part[:, index * share : (index + 1) * share]
+        AttentionState(
+            state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share)
+        ).merge_(mine)  # fmt: skip
+
+
+def _attend_resident(
+    layer: Layer, heads: slice, state: AttentionState, resident: dict[int, tuple[Piece, ...]]
+) -> dict[int, tuple[Piece, ...]]:
+    """Merge what lies on the device already; returns what is left of it, nothing."""
+    for row, pieces in resident.items():
+        _attend_tile(layer, heads, state, (row,), pieces)
+    return {}
+
+
+def _own_state(
+    layer: Layer, heads: slice, runs: Sequence[Runs] | None
+) -> tuple[AttentionState, dict[int, tuple[Piece, ...]]]:
+    """The chunk on itself, and per row what else lies on the device: the tail, and a chunk of one token.
+
+    Returns the state [B, h * G, T, Dv] of the head group and the pieces still to be merged into it.
+    """
+    rows, _, tokens, _ = layer.q.shape
+    group = layer.q.shape[1] // layer.k.shape[1]
+    q = layer.q[:, heads.start * group : heads.stop * group]
+    k, v = layer.k[:, heads], layer.v[:, heads]
+    past = layer.store.tokens
+    resident: dict[int, tuple[Piece, ...]] = {}
+    for row in range(rows):
+        seen = runs[row] if runs is not None else None
+        pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in layer.store.tail(row, seen)]
+        if tokens == 1 and (seen is None or any(start <= past < stop for start, stop in seen)):
+            pieces.append((k[row], v[row]))
+        if pieces:
+            resident[row] = tuple(pieces)
+    if tokens > 1 and (runs is None or all(any(a <= past and past + tokens <= b for a, b in row) for row in runs)):
+        return layer.kernel(0).square(q, k, v, layer.scale, layer.softcap), resident
+    state = AttentionState.empty((rows, q.shape[1], tokens), v.shape[3], q.device)
+    if tokens > 1 and runs is not None:
+        for row in range(rows):
+            for start, stop in runs[row]:
+                _run_in_chunk(layer, state, q, k, v, row, max(start - past, 0), min(stop - past, tokens))
+    return state, resident
+
+
+def _run_in_chunk(
+    layer: Layer, state: AttentionState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: int, lo: int, hi: int
+) -> None:
+    """Merge the keys [lo, hi) of a chunk: causal for the queries among them, all of them for the later ones."""
+    if lo >= hi:
+        return
+    one, kv_heads, dim = slice(row, row + 1), k.shape[1], q.shape[3]
+    among = layer.kernel(0).square(q[one, :, lo:hi], k[one, :, lo:hi], v[one, :, lo:hi], layer.scale, layer.softcap)
+    state[one, :, lo:hi].merge_(among)
+    if hi < q.shape[2]:
+        later = q[row, :, hi:].reshape(kv_heads, -1, dim)
+        part = layer.kernel(later.shape[1]).past(later, [(k[row, :, lo:hi], v[row, :, lo:hi])], layer.scale, layer.softcap)
+        shape = (q.shape[1], q.shape[2] - hi)
+        state[row, :, hi:].merge_(AttentionState(part.out.view(*shape, -1), part.lse.reshape(shape)))
