@@ -1,7 +1,7 @@
 """Exact LLM inference over very long contexts on one small GPU: the KV cache lives in host RAM, per attention head.
 
-    with headinfer.enable(model):
-        model.generate(**inputs)
+with headinfer.enable(model):
+    model.generate(**inputs)
 """
 
 from headinfer.engine import Options

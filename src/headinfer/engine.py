@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -35,7 +36,7 @@ class Options:
     heads_per_group: int | None = None
     tile_tokens: int | None = None
     backend: str | None = None
-    staging: str = "auto"
+    staging: Literal["auto", "none", "early", "late"] = "auto"
     expected_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -79,9 +80,13 @@ class Engine:
             )
         assert self._tier is not None
         return HeadStore(
-            k, v, tier=self._tier, ledger=self.ledger, write=self._write,
+            k,
+            v,
+            tier=self._tier,
+            ledger=self.ledger,
+            write=self._write,
             expected_tokens=self.options.expected_tokens,
-        )  # fmt: skip
+        )
 
     def begin(self, store: HeadStore, query_heads: int, query_tokens: int) -> None:
         """Before a forward pass: fit the ring to the budget and choose the tile for this pass."""
@@ -95,15 +100,19 @@ class Engine:
                 if self._ring is not None:
                     self._ring.close()
                 assert self._device is not None
-                self._ring = make_ring(
-                    self._staging, RING_SLOTS, slot_bytes, self._device, self.ledger, self._stream
-                )
+                self._ring = make_ring(self._staging, RING_SLOTS, slot_bytes, self._device, self.ledger, self._stream)
         self.plan = choose_tiles(
-            kv_heads=store.heads, group_queries=query_heads // store.heads, head_token_bytes=head_token_bytes,
-            rows=store.rows, query_tokens=query_tokens, past_tokens=store.tokens, slot_bytes=slot_bytes,
-            multiprocessors=self._multiprocessors, heads_per_group=self.options.heads_per_group,
+            kv_heads=store.heads,
+            group_queries=query_heads // store.heads,
+            head_token_bytes=head_token_bytes,
+            rows=store.rows,
+            query_tokens=query_tokens,
+            past_tokens=store.tokens,
+            slot_bytes=slot_bytes,
+            multiprocessors=self._multiprocessors,
+            heads_per_group=self.options.heads_per_group,
             tile_tokens=self.options.tile_tokens,
-        )  # fmt: skip
+        )
 
     def attend(
         self,
@@ -121,11 +130,23 @@ class Engine:
         assert self.plan is not None
         held, budget = sum(self.ledger.device_bytes.values()), self.options.device_kv_budget
         if self._ring is not None and held > (budget or DEFAULT_BUDGET_BYTES):
-            raise CapacityError(f"the KV cache holds {held} device bytes, over its budget of {budget}: raise the budget")
+            raise CapacityError(
+                f"the KV cache holds {held} device bytes, over its budget of {budget}: raise the budget"
+            )
         return attend_streaming(
-            q, k, v, store, plan=self.plan, ring=self._ring, scale=scale, softcap=softcap, sinks=sinks, runs=runs,
-            backend=self.options.backend, used=self.backends_used,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            store,
+            plan=self.plan,
+            ring=self._ring,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            runs=runs,
+            backend=self.options.backend,
+            used=self.backends_used,
+        )
 
     def abandon(self) -> None:
         """After an error in the middle of a forward pass: no tile is under way any more."""
@@ -134,15 +155,14 @@ class Engine:
 
     def _open(self, device: torch.device) -> None:
         self._device = device
-        wanted = self.options.staging
         if device.type == "cuda":
             self._staging = "cuda"
             self._stream = torch.cuda.Stream(device)
             self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         elif device.type != "cpu":
             raise UnsupportedError(f"the model is on {device}: this version serves cpu and cuda devices")
-        elif wanted == "early" or wanted == "late":
-            self._staging = wanted
+        elif self.options.staging != "auto":
+            self._staging = self.options.staging
         self._tier = HostTier(self.ledger, pin=device.type == "cuda")
         if self._staging != "none":
             budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES

@@ -145,9 +145,7 @@ def _attend_tile(
     share = q.shape[1] // len(rows)
     for index, row in enumerate(rows):
         mine = part[:, index * share : (index + 1) * share]
-        AttentionState(
-            state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share)
-        ).merge_(mine)  # fmt: skip
+        AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share)).merge_(mine)
 
 
 def _attend_resident(
@@ -200,6 +198,8 @@ def _run_in_chunk(
     state[one, :, lo:hi].merge_(among)
     if hi < q.shape[2]:
         later = q[row, :, hi:].reshape(kv_heads, -1, dim)
-        part = layer.kernel(later.shape[1]).past(later, [(k[row, :, lo:hi], v[row, :, lo:hi])], layer.scale, layer.softcap)
+        part = layer.kernel(later.shape[1]).past(
+            later, [(k[row, :, lo:hi], v[row, :, lo:hi])], layer.scale, layer.softcap
+        )
         shape = (q.shape[1], q.shape[2] - hi)
         state[row, :, hi:].merge_(AttentionState(part.out.view(*shape, -1), part.lse.reshape(shape)))

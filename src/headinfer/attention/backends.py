@@ -78,9 +78,7 @@ def _expand_heads(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 # -- cpu-flash: torch's CPU flash kernel, computed in float32 ------------------------------------------------
 
 
-def _flash_cpu(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False
-) -> AttentionState:
+def _flash_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False) -> AttentionState:
     """q [B, H, Tq, Dk], k [B, H, Tk, Dk], v [B, H, Tk, Dv].
 
     Half types are widened tile by tile: on CPUs without half-precision matrix units torch's kernel is 4 times
@@ -180,25 +178,50 @@ def _no_softcap(problem: Problem) -> str | None:
 
 
 _CPU_FLASH = Backend(
-    "cpu-flash", "cpu", "torch's CPU flash kernel, in float32", _no_softcap, _over_pieces(_flash_cpu_piece),
+    "cpu-flash",
+    "cpu",
+    "torch's CPU flash kernel, in float32",
+    _no_softcap,
+    _over_pieces(_flash_cpu_piece),
     _flash_cpu_square,
-)  # fmt: skip
+)
 
 BACKENDS: tuple[Backend, ...] = (
     Backend(
-        "cpu-native", "cpu", "own C kernel for decode, reads the segments in place", _native_refuses, _native_past,
+        "cpu-native",
+        "cpu",
+        "own C kernel for decode, reads the segments in place",
+        _native_refuses,
+        _native_past,
         _flash_cpu_square,
     ),
     _CPU_FLASH,
-    Backend("cuda-varlen", "cuda", "torch.nn.attention.varlen (torch >= 2.12)", cuda.varlen_refuses,
-            _over_pieces(cuda.varlen_piece), cuda.varlen_square),
-    Backend("cuda-flash", "cuda", "aten flash attention", cuda.flash_refuses, _over_pieces(cuda.flash_piece),
-            cuda.flash_square),
-    Backend("cuda-efficient", "cuda", "aten memory-efficient attention: float32 and wide heads",
-            cuda.efficient_refuses, _over_pieces(cuda.efficient_piece), cuda.efficient_square),
-    Backend("eager", "any", "float32 matrix products: soft cap, any width", lambda _: None, _eager_past,
-            _eager_square),
-)  # fmt: skip
+    Backend(
+        "cuda-varlen",
+        "cuda",
+        "torch.nn.attention.varlen (torch >= 2.12)",
+        cuda.varlen_refuses,
+        _over_pieces(cuda.varlen_piece),
+        cuda.varlen_square,
+    ),
+    Backend(
+        "cuda-flash",
+        "cuda",
+        "aten flash attention",
+        cuda.flash_refuses,
+        _over_pieces(cuda.flash_piece),
+        cuda.flash_square,
+    ),
+    Backend(
+        "cuda-efficient",
+        "cuda",
+        "aten memory-efficient attention: float32 and wide heads",
+        cuda.efficient_refuses,
+        _over_pieces(cuda.efficient_piece),
+        cuda.efficient_square,
+    ),
+    Backend("eager", "any", "float32 matrix products: soft cap, any width", lambda _: None, _eager_past, _eager_square),
+)
 
 
 def backend_names() -> list[str]:

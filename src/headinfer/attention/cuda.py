@@ -77,9 +77,18 @@ def _varlen_call(
     starts_q = torch.arange(rows + 1, device=q.device, dtype=torch.int32) * queries
     starts_k = torch.arange(rows + 1, device=q.device, dtype=torch.int32) * keys
     out, lse = module.varlen_attn(
-        q, k, v, starts_q, starts_k, queries, keys, scale=scale, window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=True, return_aux=module.AuxRequest(lse=True),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        starts_q,
+        starts_k,
+        queries,
+        keys,
+        scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=True,
+        return_aux=module.AuxRequest(lse=True),
+    )
     return out, lse
 
 
@@ -144,10 +153,10 @@ def efficient_refuses(problem: Problem) -> str | None:
 def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> AttentionState:
     dim, queries = v.shape[-1], q.shape[2]
     q, k, v = _same_width(q, k, v)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, causal, scale=scale
-    )
-    return AttentionState(out[..., :dim].float().contiguous(), lse[..., :queries].float().contiguous())  # lse comes padded
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return AttentionState(
+        out[..., :dim].float().contiguous(), lse[..., :queries].float().contiguous()
+    )  # lse comes padded
 
 
 def efficient_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:

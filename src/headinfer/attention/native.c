@@ -18,8 +18,8 @@
 
 #define LANES 16      /* floats in a vector */
 #define BLOCK 1024    /* keys in a unit of work */
-#define NEAR 64       /* keys whose V stays in the L1 cache */
-#define AHEAD 8192    /* bytes */
+#define NEAR 32       /* keys whose V stays in the L1 cache */
+#define AHEAD 16384   /* bytes */
 #define MAX_ROWS 4    /* query rows that share one pass over K and V */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -106,7 +106,7 @@ INLINE float sum_lanes(vf a) {
 
 /* Ask for what the same loop reads AHEAD bytes later, into the L2 cache (only the first pass over a block
  * does): the hardware's own prefetch reaches half of the memory bandwidth here, this two thirds. */
-#define SOON(address) if (first) __builtin_prefetch((address) + AHEAD, 0, 2)
+#define SOON(first, address) if (first) __builtin_prefetch((address) + AHEAD, 0, 2)
 
 /* Lane j: q . k_j for the first `n` <= 16 keys of k [n, dk]; lanes past `n` are -inf. */
 INLINE vf scores(const int dtype, const int64_t dk, const float *q, const char *k, const int64_t n,
@@ -120,7 +120,7 @@ INLINE vf scores(const int dtype, const int64_t dk, const float *q, const char *
             const __m512 low = _mm512_loadu_ps(q + d), high = _mm512_loadu_ps(q + d + 16);
             const __m512bh part = _mm512_cvtne2ps_pbh(high, low);
             for (int j = 0; j < LANES; j++) {
-                SOON(k + 2 * (j * dk + d));
+                SOON(first, k + 2 * (j * dk + d));
                 const __m512i key = _mm512_loadu_si512(k + 2 * (j * dk + d));
                 dot[j] = (vf)_mm512_dpbf16_ps((__m512)dot[j], part, (__m512bh)key);
             }
@@ -132,7 +132,7 @@ INLINE vf scores(const int dtype, const int64_t dk, const float *q, const char *
         for (int64_t d = 0; d < dk; d += LANES) {
             const vf part = *(const vf *)(q + d);
             for (int j = 0; j < LANES; j++) {
-                SOON(k + width * (j * dk + d));
+                SOON(first, k + width * (j * dk + d));
                 dot[j] += part * load(dtype, k, j * dk + d);
             }
         }
@@ -147,15 +147,14 @@ INLINE vf scores(const int dtype, const int64_t dk, const float *q, const char *
 
 /* out[r] += sum_j weight[r][j] v_j for `rows` rows, `keys` keys and the `count` vectors of v from `d` on. */
 INLINE void weigh(const int dtype, const int rows, const int count, const int64_t dv, const int64_t d,
-                  const float *weight, const char *v, const int64_t keys, float *out,
-                  const int first) {
+                  const float *weight, const char *v, const int64_t keys, float *out) {
     const int64_t width = dtype == FLOAT32 ? 4 : 2;
-    vf sum[2][8];
+    vf sum[MAX_ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < count; c++) sum[r][c] = *(vf *)(out + r * dv + d + c * LANES);
     for (int64_t j = 0; j < keys; j++)
         for (int c = 0; c < count; c++) {
-            SOON(v + width * (j * dv + d + c * LANES));
+            SOON(1, v + width * (j * dv + d + c * LANES));
             const vf value = load(dtype, v, j * dv + d + c * LANES);
             for (int r = 0; r < rows; r++) sum[r][c] += weight[r * BLOCK + j] * value;
         }
@@ -189,18 +188,13 @@ INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_
         mass[r] = sum_lanes(total);
     }
     memset(out, 0, sizeof(float) * rows * dv);
-    for (int64_t j = 0; j < tokens; j += NEAR) {   /* the second pair of rows finds these keys in the L1 cache */
+    for (int64_t j = 0; j < tokens; j += NEAR) {   /* the later parts of these rows of V come from the L1 cache */
         const int64_t keys = tokens - j < NEAR ? tokens - j : NEAR;
-        for (int r = 0; r < rows; r += 2) {
-            const int pair = rows - r < 2 ? 1 : 2;
-            int64_t d = 0;
-            for (; d + 8 * LANES <= dv; d += 8 * LANES)
-                weigh(dtype, pair, 8, dv, d, score + r * BLOCK + j, v + width * j * dv, keys, out + r * dv, r == 0);
-            for (; d + 4 * LANES <= dv; d += 4 * LANES)
-                weigh(dtype, pair, 4, dv, d, score + r * BLOCK + j, v + width * j * dv, keys, out + r * dv, r == 0);
-            for (; d < dv; d += LANES)
-                weigh(dtype, pair, 1, dv, d, score + r * BLOCK + j, v + width * j * dv, keys, out + r * dv, r == 0);
-        }
+        int64_t d = 0;
+        for (; d + 4 * LANES <= dv; d += 4 * LANES)
+            weigh(dtype, rows, 4, dv, d, score + j, v + width * j * dv, keys, out);
+        for (; d < dv; d += LANES)
+            weigh(dtype, rows, 1, dv, d, score + j, v + width * j * dv, keys, out);
     }
 }
 

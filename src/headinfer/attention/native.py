@@ -98,9 +98,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except (_BuildError, OSError) as error:
         return None, str(error)
     library.headinfer_attend.argtypes = [
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
-        ctypes.c_int64, ctypes.c_float, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_float,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
     return library, ""
 
 
@@ -132,9 +141,18 @@ def attend_native(
     out = torch.empty(heads, rows, value_dim)
     lse = torch.empty(heads, rows)
     failed = library.headinfer_attend(
-        table, len(pieces), query.data_ptr(), heads, rows, key_dim, value_dim, scale, _DTYPES[q.dtype],
-        out.data_ptr(), lse.data_ptr(),
-    )  # fmt: skip
+        table,
+        len(pieces),
+        query.data_ptr(),
+        heads,
+        rows,
+        key_dim,
+        value_dim,
+        scale,
+        _DTYPES[q.dtype],
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
     if failed:
         raise MemoryError("the native attention kernel found no memory for its partial results")
     return AttentionState(out, lse)

@@ -62,9 +62,15 @@ def headinfer_mask(
     The 4D mask serves windows and overlays, which stay with transformers' layers.
     """
     common = {
-        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
-        "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, **kwargs,
-    }  # fmt: skip
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        **kwargs,
+    }
     if local_size is not None or not allow_is_causal_skip or mask_function is not causal_mask_function:
         if batch_size * q_length * kv_length > _LARGEST_MASK_BYTES:
             raise UnsupportedError(

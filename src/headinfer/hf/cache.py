@@ -144,7 +144,9 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Remove the last -tokens_to_remove tokens (a negative number); a positive number is the length to keep."""
         if self.store is not None:
             length = self.store.tokens
-            self.store.crop(max(length + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, length))
+            self.store.crop(
+                max(length + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+            )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes row beam_idx[i]: table entries move, segments do not."""

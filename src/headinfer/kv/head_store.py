@@ -37,7 +37,9 @@ class Segment:
     One allocation [Hkv, tokens * (Dk + Dv)]: each head's K and V are contiguous and next to each other.
     """
 
-    def __init__(self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype):
+    def __init__(
+        self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
+    ) -> None:
         memory = tier.allocate((heads, tokens * (key_dim + value_dim)), dtype)
         self.k = memory[:, : tokens * key_dim].unflatten(1, (tokens, key_dim))
         self.v = memory[:, tokens * key_dim :].unflatten(1, (tokens, value_dim))
@@ -251,9 +253,13 @@ class HeadStore:
                 table[-1] = Span(last.segment, last.start, last.stop + taken)
             else:
                 segment = Segment(
-                    self.tier, self.heads, self._next_segment_tokens(table, tokens), self.key_dim, self.value_dim,
+                    self.tier,
+                    self.heads,
+                    self._next_segment_tokens(table, tokens),
+                    self.key_dim,
+                    self.value_dim,
                     self.dtype,
-                )  # fmt: skip
+                )
                 taken = min(tokens, segment.tokens)
                 table.append(Span(segment, 0, taken))
             tokens -= taken

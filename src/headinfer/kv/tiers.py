@@ -54,7 +54,7 @@ class HostTier:
         return tensor
 
     def _register(self, address: int, nbytes: int) -> bool:
-        status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
+        status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
         if status and not self.pin_refusal:
             self.pin_refusal = f"cudaHostRegister refused {nbytes} bytes with status {status}"
             warnings.warn(f"host memory stays pageable, transfers will be slow: {self.pin_refusal}", stacklevel=3)
@@ -63,5 +63,5 @@ class HostTier:
 
 def _release(ledger: Ledger, nbytes: int, registered_address: int) -> None:
     if registered_address:
-        torch.cuda.cudart().cudaHostUnregister(registered_address)  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(registered_address)
     ledger.hold_host(-nbytes)

@@ -22,7 +22,17 @@ import torch
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv.ledger import Ledger
 
-__all__ = ["CudaRing", "EarlyRing", "LateRing", "Ring", "Staging", "StagingWriter", "Writer", "make_ring", "write_in_place"]
+__all__ = [
+    "CudaRing",
+    "EarlyRing",
+    "LateRing",
+    "Ring",
+    "Staging",
+    "StagingWriter",
+    "Writer",
+    "make_ring",
+    "write_in_place",
+]
 
 Piece = tuple[torch.Tensor, torch.Tensor]
 Staging = Literal["none", "early", "late", "cuda"]
@@ -142,7 +152,9 @@ class LateRing(EarlyRing):
 class CudaRing:
     """Slots in device memory, filled on a copy stream; the host never waits."""
 
-    def __init__(self, slots: int, slot_bytes: int, device: torch.device, ledger: Ledger, stream: torch.cuda.Stream):
+    def __init__(
+        self, slots: int, slot_bytes: int, device: torch.device, ledger: Ledger, stream: torch.cuda.Stream
+    ) -> None:
         self.slot_bytes = slot_bytes
         self._slots = _Slots(slots, slot_bytes, device, ledger)
         self._device, self._stream = device, stream
@@ -238,7 +250,12 @@ def write_in_place(destination: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def make_ring(
-    staging: Staging, slots: int, slot_bytes: int, device: torch.device, ledger: Ledger, stream: torch.cuda.Stream | None
+    staging: Staging,
+    slots: int,
+    slot_bytes: int,
+    device: torch.device,
+    ledger: Ledger,
+    stream: torch.cuda.Stream | None,
 ) -> Ring:
     """The ring for a way of staging ("none" has no ring)."""
     if staging == "cuda":
