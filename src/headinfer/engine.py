@@ -10,10 +10,11 @@ import torch
 
 from headinfer.attention.backends import backend_names
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
-from headinfer.kv.head_store import HeadStore, Runs
+from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore, Runs
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import Ring, Staging, StagingWriter, Writer, make_ring, write_in_place
+from headinfer.model_shape import ModelShape
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, choose_tiles, ring_slot_bytes
 from headinfer.streaming import attend_streaming
 
@@ -68,6 +69,28 @@ class Engine:
         self._staging: Staging = "none"
         self._stream: torch.cuda.Stream | None = None
         self._multiprocessors = 1
+
+    def check_budget(self, shape: ModelShape, element_bytes: int, chunk_tokens: int, total_tokens: int) -> None:
+        """Raise, before anything is loaded, where the options cannot serve one row of this shape.
+
+        The same choice of tiles as in a forward pass, for the last chunk of a prefill and for a decode step.
+        """
+        layer = next(shape.layers[index] for index in shape.offloaded_layers)
+        tails = self.layers * 2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes)
+        budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
+        slot_bytes = ring_slot_bytes(budget, tails + 2 * _write_back_bytes(budget))
+        for query_tokens in (chunk_tokens, 1):
+            choose_tiles(
+                kv_heads=layer.kv_heads,
+                group_queries=layer.query_heads // layer.kv_heads,
+                head_token_bytes=(layer.key_dim + layer.value_dim) * element_bytes,
+                rows=1,
+                query_tokens=query_tokens,
+                past_tokens=total_tokens,
+                slot_bytes=slot_bytes,
+                heads_per_group=self.options.heads_per_group,
+                tile_tokens=self.options.tile_tokens,
+            )
 
     def new_store(self, k: torch.Tensor, v: torch.Tensor) -> HeadStore:
         """An empty store with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
@@ -166,5 +189,9 @@ class Engine:
         self._tier = HostTier(self.ledger, pin=device.type == "cuda")
         if self._staging != "none":
             budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
-            buffer_bytes = min(_WRITE_BACK_BYTES, budget // 16 // 256 * 256)
-            self._write = StagingWriter(buffer_bytes, device, self.ledger, self._stream)
+            self._write = StagingWriter(_write_back_bytes(budget), device, self.ledger, self._stream)
+
+
+def _write_back_bytes(budget: int) -> int:
+    """Bytes of one of the two write-back buffers."""
+    return min(_WRITE_BACK_BYTES, budget // 16 // 256 * 256)

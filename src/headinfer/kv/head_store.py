@@ -20,7 +20,7 @@ from headinfer.errors import StateError
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["HeadStore", "Lane", "Segment", "Span"]
+__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Segment", "Span"]
 
 TAIL_UNIT_TOKENS = 128
 _SMALL_SEGMENT_TOKENS = 256

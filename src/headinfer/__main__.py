@@ -1,0 +1,5 @@
+"""python -m headinfer"""
+
+from headinfer.cli import main
+
+main()

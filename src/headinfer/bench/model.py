@@ -1,0 +1,103 @@
+"""What the benchmarks share: a model of Llama-3-8B's attention, noise for its stores, and clocks.
+
+Two cores cannot prefill 128K tokens in reasonable time, so stores are filled with seeded noise and single passes
+are measured at an offset. The MLP and the vocabulary are small, so that attention is what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from headinfer.hf.cache import HeadCache
+from headinfer.hf.models import resolve
+from headinfer.info import gather_info
+from headinfer.plan.memory import format_bytes
+
+__all__ = [
+    "BENCH_MODEL",
+    "dram_read_bytes_per_s",
+    "fill_dynamic",
+    "fill_head_wise",
+    "kv_bytes",
+    "load_model",
+    "machine",
+    "timed",
+]
+
+BENCH_MODEL = "random:llama-3-8b?layers=2&intermediate=256&vocab=256&context=1048576"
+_NOISE_TOKENS = 2048
+_DRAM_BYTES = 1 << 30
+
+
+def load_model() -> Any:
+    """The benchmark model, bfloat16 on the CPU, seeded."""
+    return resolve(BENCH_MODEL).load(dtype=torch.bfloat16, device="cpu", seed=0)
+
+
+def machine() -> str:
+    """One line that names the machine and the versions."""
+    found = gather_info()
+    return (
+        f"{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}, "
+        f"{format_bytes(found['memory']['host_total_bytes'])} RAM, {platform.system()}, "
+        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}"
+    )
+
+
+def kv_bytes(config: Any, tokens: int) -> int:
+    """Bytes of K and V of `tokens` tokens of the benchmark model, bfloat16."""
+    return int(2 * 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
+
+
+def _noise(config: Any, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Seeded K and V [1, Hkv, T, D] chunks that add up to `tokens` tokens; the same chunk again and again."""
+    torch.manual_seed(1)
+    shape = (1, config.num_key_value_heads, min(tokens, _NOISE_TOKENS), config.head_dim)
+    k, v = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(2))
+    chunks = [(k, v)] * (tokens // shape[2])
+    rest = tokens % shape[2]
+    return [*chunks, (k[:, :, :rest], v[:, :, :rest])] if rest else chunks
+
+
+def fill_head_wise(cache: HeadCache, config: Any, tokens: int) -> None:
+    """Put noise into every layer of an empty HeadCache."""
+    for layer in cache.head_layers:
+        for k, v in _noise(config, tokens):
+            if layer.store is None:
+                layer.lazy_initialization(k, v)
+            assert layer.store is not None
+            layer.store.append(k, v)
+
+
+def fill_dynamic(cache: Any, config: Any, tokens: int) -> None:
+    """Put the same noise into every layer of an empty DynamicCache."""
+    chunks = _noise(config, tokens)
+    k, v = (torch.cat(sides, dim=2) for sides in zip(*chunks, strict=True))
+    for layer in cache.layers:
+        layer.update(k, v)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def dram_read_bytes_per_s(repeats: int = 5) -> float:
+    """Read bandwidth of host memory with all cores: the median of summing a buffer far larger than the caches."""
+    buffer = torch.ones(_DRAM_BYTES // 8, dtype=torch.int64)
+    buffer.sum()
+    return _DRAM_BYTES / statistics.median(timed(buffer.sum) for _ in range(repeats))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

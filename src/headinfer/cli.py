@@ -1,0 +1,244 @@
+"""The command line. Text and JSON go to stdout, everything else to stderr; a user's mistake exits with 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from headinfer.errors import HeadinferError, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Exact LLM inference over very long contexts on one small GPU: the KV cache lives in host RAM, per head.",
+)
+_stderr = Console(stderr=True)
+
+MODEL_HELP = "A local folder, a hub name, or random:NAME?layers=2 (a known shape with seeded random weights)."
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 256MiB, 1.5GB or 1000000. Raises UsageError for anything else."""
+    number = text.strip().rstrip("BbKkMmGgIi ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        value = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise UsageError(f"{text!r} is no size: write for example 256MiB, 1.5GB or 1000000") from None
+    if value < 1:
+        raise UsageError(f"a size of {text!r} is not positive")
+    return int(value)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to read before the prompt.")] = None,
+    prompt: Annotated[str, typer.Option(help="The question, after the document.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 256,
+    chunk_tokens: Annotated[int, typer.Option(help="Read the prompt in chunks of this many tokens.")] = 4096,
+    device_kv_budget: Annotated[
+        str | None, typer.Option(help="KV bytes on the device, e.g. 256MiB (the default); any context length.")
+    ] = None,
+    heads_per_group: Annotated[int | None, typer.Option(help="KV heads streamed together [default: adaptive].")] = None,
+    tile_tokens: Annotated[int | None, typer.Option(help="Tokens streamed together [default: adaptive].")] = None,
+    backend: Annotated[str | None, typer.Option(help="The attention kernel to try first; see headinfer info.")] = None,
+    staging: Annotated[
+        str, typer.Option(help="auto; or early / late: force the ring on a CPU, as on a GPU, for tests.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="For sampling and random weights.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.", min=0.0, show_default=True)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k best tokens.", min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the tokens that make up p.", min=0, max=1)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+) -> None:
+    """Read a document, answer a question about it, streaming the text to stdout."""
+    from headinfer import generation, report
+    from headinfer.engine import Options
+
+    if prompt == "" and file is None:
+        raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
+    options = Options(
+        device_kv_budget=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
+        heads_per_group=heads_per_group,
+        tile_tokens=tile_tokens,
+        backend=backend,
+        staging=staging,  # type: ignore[arg-type]
+    )
+    sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature}
+    elif top_k is not None or top_p is not None:
+        raise UsageError("--top-k and --top-p choose among samples: give --temperature above 0 as well")
+    job = generation.Job(
+        model=model,
+        document=generation.read_text(file) if file is not None else "",
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        chunk_tokens=chunk_tokens,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        raw=raw,
+        sampling=sampling,
+        options=options,
+    )
+    prepared = generation.prepare(job)
+    for warning in prepared.warnings:
+        _stderr.print(f"headinfer: warning: {warning}", style="yellow", highlight=False)
+    to_terminal = sys.stdout.isatty() and not as_json
+    progress = report.GenerationProgress(
+        _stderr, prepared.shape, prepared.input_ids.shape[1], max_new_tokens, show_decode=not to_terminal
+    )
+    with progress:
+        summary = generation.run(
+            prepared, on_text=(lambda _: None) if as_json else _write, on_forward=progress.on_forward
+        )
+    if as_json:
+        print(json.dumps(summary.as_dict()))
+    else:
+        print(flush=True)
+        _stderr.print(report.summary_table(summary))
+    if summary.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Versions, devices, memory, attention backends and model families of this installation."""
+    from headinfer.info import gather_info
+    from headinfer.plan.memory import format_bytes
+    from headinfer.report import columns_table
+
+    found = gather_info()
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = Console()
+    gpus = [f"{gpu['name']} ({format_bytes(gpu['total_bytes'])})" for gpu in found["cuda_devices"]] or ["none"]
+    memory = found["memory"]
+    rows = [
+        *((name, version) for name, version in found["versions"].items()),
+        ("CPU", f"{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}"),
+        ("CUDA devices", ", ".join(gpus)),
+        ("host memory available", format_bytes(memory["host_available_bytes"])),
+        ("native decode kernel", found["native_kernel"]),
+        ("model families", ", ".join(found["families"])),
+    ]
+    console.print(columns_table("headinfer", ("", ""), rows, "left"))
+    backends = [tuple(backend.values()) for backend in found["attention_backends"]]
+    console.print(
+        columns_table("attention backends, in the order tried", ("name", "device", "what", "here"), backends, "left")
+    )
+
+
+@app.command()
+def demo(
+    context: Annotated[int, typer.Option(help="Tokens to read: bytes of the Python language reference.")] = 32768,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Read a real text with the head-wise cache and with transformers' own, and show that they agree."""
+    import torch
+
+    from headinfer.demo import run_demo
+    from headinfer.plan.memory import format_bytes
+    from headinfer.report import columns_table
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = run_demo(context, new_tokens, device, on_stage=lambda line: _stderr.print(line, highlight=False))
+    runs = (result.standard, result.head_wise)
+    if as_json:
+        fields = ("name", "token_ids", "prefill_s", "decode_s", "device_kv_bytes", "host_kv_bytes")
+        print(
+            json.dumps(
+                {
+                    "tokens_in": result.tokens_in,
+                    "identical": result.identical,
+                    "logits_difference": result.logits_difference,
+                    "runs": [{name: getattr(run, name) for name in fields} for run in runs],
+                }
+            )
+        )
+    else:
+        console = Console()
+        pairs = zip(result.standard.token_ids, result.head_wise.token_ids, strict=True)
+        console.print("token by token, standard = head-wise:", highlight=False)
+        marks = (f"{one}={two}" if one == two else f"[red]{one}≠{two}[/red]" for one, two in pairs)
+        console.print("  " + "  ".join(marks), highlight=False)
+        written = len(result.standard.token_ids) - 1
+        rows = [
+            ("KV on the device" + (" (ring, tails, write-back)"), *(format_bytes(run.device_kv_bytes) for run in runs)),
+            ("KV on the host", *(format_bytes(run.host_kv_bytes) for run in runs)),
+            (f"reading {result.tokens_in:,} tokens", *(f"{run.prefill_s:.1f} s" for run in runs)),
+            ("tokens/s read", *(f"{result.tokens_in / run.prefill_s:,.0f}" for run in runs)),
+            ("tokens/s written", *(f"{written / run.decode_s:.1f}" for run in runs)),
+        ]
+        console.print(columns_table("", ("", *(run.name for run in runs)), rows))
+        verdict = "all tokens are identical" if result.identical else "THE TOKENS DIFFER"
+        console.print(
+            f"{verdict}; the logits differ by {result.logits_difference:.1e} of their spread", highlight=False
+        )
+    if not result.identical:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="decode, prefill, memory, device-kv; all of them where none is named.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the measures to this file, as JSON.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
+) -> None:
+    """Measure speed and memory on this machine's CPU against transformers' DynamicCache."""
+    from headinfer.bench.run import markdown_table, result_json, run_suites
+    from headinfer.report import columns_table
+
+    measures = run_suites(suites or [], quick=quick, on_stage=lambda line: _stderr.print(line, highlight=False))
+    text = result_json(measures, sys.argv[1:])
+    if output is not None:
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(output)
+    if markdown:
+        print(markdown_table(measures))
+    else:
+        rows = [(measure.what, measure.shown, measure.goal) for measure in measures]
+        Console().print(columns_table("headinfer bench", ("", "measured", "to reach"), rows))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """The entry point: headinfer's own errors become one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except HeadinferError as error:
+        _stderr.print(f"headinfer: error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _stderr.print("headinfer: interrupted", highlight=False)
+        sys.exit(130)

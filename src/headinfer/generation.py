@@ -1,0 +1,220 @@
+"""One generation job, from options to a summary: check everything, then load, read, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from headinfer.engine import Options
+from headinfer.errors import UsageError
+from headinfer.hf.cache import HeadCache, Stats
+from headinfer.hf.enable import DEFAULT_CHUNK_TOKENS, enable
+from headinfer.hf.models import ModelSource, resolve
+from headinfer.model_shape import ModelShape
+from headinfer.plan.memory import check_host_memory
+
+__all__ = ["DTYPES", "Job", "Prepared", "Summary", "prepare", "read_text", "run"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a person asks for. Sampling options are generate()'s own."""
+
+    model: str
+    document: str = ""
+    prompt: str = ""
+    max_new_tokens: int = 64
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    raw: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that has passed all checks; only its tokenizer and config are loaded."""
+
+    job: Job
+    source: ModelSource
+    tokenizer: Any
+    input_ids: torch.Tensor
+    dtype: torch.dtype
+    device: str
+    warnings: list[str]
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's shape."""
+        return ModelShape.from_config(self.source.config)
+
+
+@dataclass
+class Summary:
+    """What a job did. Seconds are wall time; interrupted jobs say what was done so far."""
+
+    model: str
+    text: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    first_token_s: float | None = None
+    total_s: float = 0.0
+    interrupted: bool = False
+    warnings: list[str] = field(default_factory=list)
+    stats: Stats | None = None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second after the first."""
+        if self.first_token_s is None or self.tokens_out < 2:
+            return None
+        return (self.tokens_out - 1) / (self.total_s - self.first_token_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "decode_tokens_per_s": self.decode_tokens_per_s}
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; UsageError where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+        raise UsageError(f"cannot read {path}: {reason}") from error
+
+
+def prepare(job: Job) -> Prepared:
+    """Check a job against the model, this machine and itself, without loading weights.
+
+    Raises UsageError, UnsupportedError or CapacityError with what is wrong and what would work.
+    """
+    for name in ("max_new_tokens", "chunk_tokens"):
+        if getattr(job, name) < 1:
+            raise UsageError(f"{name.replace('_', '-')} is {getattr(job, name)}: it must be a positive number")
+    if not (job.prompt.strip() or job.document.strip()):
+        raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if job.device == "auto" else job.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: this torch sees no CUDA device; use --device cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device {device}: choose cpu, cuda or cuda:N")
+    if job.dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {job.dtype}: choose auto, {', '.join(DTYPES)}")
+    source = resolve(job.model)
+    dtype = DTYPES[job.dtype] if job.dtype != "auto" else _own_dtype(source, device)
+    tokenizer = source.tokenizer()
+    input_ids = _encode(job, tokenizer)
+    shape = ModelShape.from_config(source.config)
+    total = input_ids.shape[1] + job.max_new_tokens
+    HeadCache(source.config, **{**dataclasses.asdict(job.options), "expected_tokens": 0}).engine.check_budget(
+        shape, dtype.itemsize, job.chunk_tokens, total
+    )
+    check_host_memory(
+        total, shape.kv_bytes_per_token(dtype.itemsize), source.weight_bytes(dtype) if device == "cpu" else 0
+    )
+    warnings = []
+    if shape.max_context_tokens and total > shape.max_context_tokens:
+        warnings.append(
+            f"{total:,} tokens exceed the {shape.max_context_tokens:,} that this model was made for: "
+            "expect poor answers"
+        )
+    return Prepared(job, source, tokenizer, input_ids, dtype, device, warnings)
+
+
+def run(
+    prepared: Prepared,
+    *,
+    on_text: Callable[[str], None],
+    on_forward: Callable[[HeadCache], None] | None = None,
+) -> Summary:
+    """Load the model and generate. Text goes to on_text as it comes; on_forward is called after each chunk and token.
+
+    Ctrl-C ends the generation and returns the summary so far, with `interrupted` set.
+    """
+    job = prepared.job
+    summary = Summary(job.model, tokens_in=prepared.input_ids.shape[1], warnings=prepared.warnings)
+    model = prepared.source.load(dtype=prepared.dtype, device=prepared.device, seed=job.seed)
+    torch.manual_seed(job.seed)
+    options = dataclasses.asdict(job.options)
+    options["expected_tokens"] = prepared.input_ids.shape[1] + job.max_new_tokens
+    cache = HeadCache(model.config, **options)
+    start = time.perf_counter()
+    streamer = _Streamer(prepared.tokenizer, on_text, summary, start)
+    input_ids = prepared.input_ids.to(prepared.device)
+    try:
+        with enable(model, chunk_tokens=job.chunk_tokens, on_forward=on_forward):
+            model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=cache,
+                prefill_chunk_size=job.chunk_tokens,
+                max_new_tokens=job.max_new_tokens,
+                streamer=streamer,
+                **({"do_sample": False} | job.sampling),
+            )
+    except KeyboardInterrupt:
+        summary.interrupted = True
+        streamer.end()
+    summary.total_s = time.perf_counter() - start
+    summary.stats = cache.stats()
+    return summary
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Passes text on as it is complete, and notes tokens and times."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], summary: Summary, start: float) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text, self._summary, self._start, self._seen_prompt = on_text, summary, start, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._seen_prompt:
+            summary = self._summary
+            summary.tokens_out += value.numel()
+            summary.token_ids.extend(value.flatten().tolist())
+            if summary.first_token_s is None:
+                summary.first_token_s = time.perf_counter() - self._start
+        self._seen_prompt = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._summary.text += text
+        self._on_text(text)
+
+
+def _own_dtype(source: ModelSource, device: str) -> torch.dtype:
+    """The checkpoint's dtype; random models run in float32 on the CPU and bfloat16 elsewhere."""
+    own = getattr(source.config, "dtype", None)
+    if source.is_random or own not in DTYPES.values():
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    assert isinstance(own, torch.dtype)
+    return own
+
+
+def _encode(job: Job, tokenizer: Any) -> torch.Tensor:
+    """Token ids [1, T]: the document first, the question last, in the model's chat template where it has one."""
+    text = "\n\n".join(part for part in (job.document, job.prompt) if part)
+    if not job.raw and getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    else:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise UsageError("the prompt has no tokens")
+    assert isinstance(ids, torch.Tensor)
+    return ids

@@ -1,0 +1,74 @@
+"""What this installation and machine can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+import headinfer
+from headinfer.attention import native
+from headinfer.attention.backends import BACKENDS, Problem
+from headinfer.hf.enable import SUPPORTED_FAMILIES
+from headinfer.plan.memory import available_host_bytes
+
+__all__ = ["gather_info"]
+
+
+def gather_info() -> dict[str, Any]:
+    """Versions, devices, memory, attention backends and served families, ready for JSON."""
+    return {
+        "versions": {
+            "headinfer": headinfer.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "cpu": {
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cuda_devices": [_cuda_device(index) for index in range(torch.cuda.device_count())],
+        "memory": {
+            "host_total_bytes": int(psutil.virtual_memory().total),
+            "host_available_bytes": available_host_bytes(),
+        },
+        "native_kernel": native.why_not() or "built",
+        "attention_backends": [_backend(backend) for backend in BACKENDS],
+        "families": list(SUPPORTED_FAMILIES),
+    }
+
+
+def _backend(backend: Any) -> dict[str, str]:
+    device_type = "cpu" if backend.device_type == "any" else backend.device_type
+    dtype = torch.bfloat16 if device_type == "cuda" and backend.name != "cuda-efficient" else torch.float32
+    reason = backend.refuses(Problem(device_type, dtype, 1, 128, 128))
+    if device_type == "cuda" and not torch.cuda.is_available():
+        reason = "no CUDA device"
+    return {
+        "name": backend.name,
+        "device": backend.device_type,
+        "what": backend.summary,
+        "available": "yes" if reason is None else f"no: {reason}",
+    }
+
+
+def _cuda_device(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    free_bytes, _ = torch.cuda.mem_get_info(index)
+    return {"name": properties.name, "total_bytes": properties.total_memory, "free_bytes": free_bytes}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""How much host memory there is, and whether a job fits it. Asked before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from headinfer.errors import CapacityError
+
+__all__ = ["available_host_bytes", "check_host_memory", "format_bytes"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def format_bytes(nbytes: float) -> str:
+    """A size for people: 512 B, 3.5 MiB, 128 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} GiB"
+
+
+def available_host_bytes(cgroup: Path = _CGROUP) -> int:
+    """Bytes that can be taken without swapping: what the system has free, within this process's cgroup limit."""
+    available = int(psutil.virtual_memory().available)
+    for limit_name, used_name in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = (cgroup / limit_name).read_text().strip(), (cgroup / used_name).read_text().strip()
+        except OSError:  # no cgroup of this version
+            continue
+        if limit != "max":
+            available = min(available, max(int(limit) - int(used), 0))
+    return available
+
+
+def check_host_memory(
+    tokens: int, token_bytes: int, other_bytes: int, *, available: int | None = None, other_name: str = "weights"
+) -> None:
+    """Raise CapacityError where `tokens` tokens of KV and `other_bytes` do not fit the host's memory.
+
+    token_bytes: KV bytes per token over all offloaded layers and rows. available: in bytes, measured where None.
+    """
+    room = available_host_bytes() if available is None else available
+    if tokens * token_bytes + other_bytes <= room:
+        return
+    fits = max(room - other_bytes, 0) // max(token_bytes, 1)
+    advice = f"at most {fits:,} tokens fit" if fits else "free some memory, or use a machine with more"
+    beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""
+    raise CapacityError(
+        f"{tokens:,} tokens need {format_bytes(tokens * token_bytes)} of host memory for their KV cache{beside}, "
+        f"and {format_bytes(room)} are available: {advice}"
+    )
