@@ -87,7 +87,7 @@ class GenerationProgress:
 def columns_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[object]], justify: JustifyMethod = "right"
 ) -> Table:
-    """A table whose first column names the row; figures stand right, text is better left. Empty headers are not shown."""
+    """A table whose first column names the row; figures stand right, text is better left."""
     table = Table(title=title, title_justify="left", show_header=any(header))
     for index, name in enumerate(header):
         table.add_column(name, justify=justify if index else "left")

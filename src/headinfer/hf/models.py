@@ -92,8 +92,6 @@ class ModelSource:
         if self.is_random:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).to(device)
-            model.generation_config.eos_token_id = None  # no token of a random model means the end
-            model.generation_config.pad_token_id = 258
         else:
             try:
                 model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype).to(device)
@@ -123,7 +121,7 @@ def _random(spec: str) -> ModelSource:
     if name not in RANDOM_CONFIGS:
         raise UsageError(f"there is no built-in config {name!r}: choose one of {', '.join(RANDOM_CONFIGS)}")
     family, fields = RANDOM_CONFIGS[name]
-    changes: dict[str, Any] = {"vocab_size": len(byte_tokenizer()), "bos_token_id": 256, "eos_token_id": 257}
+    changes: dict[str, Any] = {"vocab_size": len(byte_tokenizer())}
     for key, text in parse_qsl(query, keep_blank_values=True):
         try:
             value = int(text)
@@ -132,7 +130,9 @@ def _random(spec: str) -> ModelSource:
         if value < 1:
             raise UsageError(f"{spec}: {key}={text} must be positive")
         changes[_SHORT_NAMES.get(key, key)] = value
-    config = AutoConfig.for_model(family, **{**fields, **changes, "pad_token_id": None})
+    # The tokenizer knows the special tokens; a small vocabulary may not have them.
+    no_specials = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(family, **{**fields, **no_specials, **changes})
     known = {*_SHORT_NAMES.values(), *config.to_dict()}
     if unknown := [key for key in changes if key not in known]:
         raise UsageError(f"{spec}: {family} has no field {unknown[0]}: use {', '.join(_SHORT_NAMES)} or a config field")
