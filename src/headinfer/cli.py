@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,9 @@ from rich.console import Console
 
 from headinfer.errors import HeadinferError, UsageError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "parse_bytes"]
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +38,8 @@ def parse_bytes(text: str) -> int:
         value = float(number) * _UNITS[unit]
     except (ValueError, KeyError):
         raise UsageError(f"{text!r} is no size: write for example 256MiB, 1.5GB or 1000000") from None
-    if value < 1:
-        raise UsageError(f"a size of {text!r} is not positive")
+    if not 1 <= value < 2**63:
+        raise UsageError(f"a size of {text!r} is out of range: write for example 256MiB")
     return int(value)
 
 
@@ -49,8 +53,10 @@ def generate(
     device_kv_budget: Annotated[
         str | None, typer.Option(help="KV bytes on the device, e.g. 256MiB (the default); any context length.")
     ] = None,
-    heads_per_group: Annotated[int | None, typer.Option(help="KV heads streamed together [default: adaptive].")] = None,
-    tile_tokens: Annotated[int | None, typer.Option(help="Tokens streamed together [default: adaptive].")] = None,
+    heads_per_group: Annotated[
+        int | None, typer.Option(help="KV heads streamed together; adaptive where not given.")
+    ] = None,
+    tile_tokens: Annotated[int | None, typer.Option(help="Tokens streamed together; adaptive where not given.")] = None,
     backend: Annotated[str | None, typer.Option(help="The attention kernel to try first; see headinfer info.")] = None,
     staging: Annotated[
         str, typer.Option(help="auto; or early / late: force the ring on a CPU, as on a GPU, for tests.")
@@ -234,6 +240,8 @@ def _write(text: str) -> None:
 
 def main() -> None:
     """The entry point: headinfer's own errors become one sentence on stderr and exit code 2."""
+    for library in ("transformers", "huggingface_hub"):  # we say ourselves what a person must know
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except HeadinferError as error:

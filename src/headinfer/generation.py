@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from headinfer.engine import Options
 from headinfer.errors import UsageError
@@ -22,6 +22,8 @@ from headinfer.plan.memory import check_host_memory
 
 __all__ = ["DTYPES", "Job", "Prepared", "Summary", "prepare", "read_text", "run"]
 
+_WINDOW_TOKENS = 8
+_LONGEST_CHARACTER_BYTES = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,6 +69,7 @@ class Summary:
     model: str
     text: str = ""
     tokens_in: int = 0
+    tokens_read: int = 0
     tokens_out: int = 0
     token_ids: list[int] = field(default_factory=list)
     first_token_s: float | None = None
@@ -170,29 +173,53 @@ def run(
         streamer.end()
     summary.total_s = time.perf_counter() - start
     summary.stats = cache.stats()
+    summary.tokens_read = min(summary.stats.tokens, summary.tokens_in)
     return summary
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Passes text on as it is complete, and notes tokens and times."""
+class _Streamer(BaseStreamer):  # type: ignore[misc]
+    """Passes text on as soon as its characters are whole, and notes tokens and times.
+
+    transformers' TextStreamer decodes everything since the last newline again at each token; this decodes a window
+    of a few tokens, since a tokenizer needs only its neighbours to place a token's spaces and bytes.
+    """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], summary: Summary, start: float) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._summary, self._start, self._seen_prompt = on_text, summary, start, False
+        self._tokenizer, self._on_text, self._summary, self._start = tokenizer, on_text, summary, start
+        self._seen_prompt = False
+        self._shown: list[int] = []
+        self._held: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
-        if self._seen_prompt:
-            summary = self._summary
-            summary.tokens_out += value.numel()
-            summary.token_ids.extend(value.flatten().tolist())
-            if summary.first_token_s is None:
-                summary.first_token_s = time.perf_counter() - self._start
-        self._seen_prompt = True
-        super().put(value)
+        """Take the prompt, then one token at a time."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        summary, new_ids = self._summary, value.flatten().tolist()
+        if summary.first_token_s is None:
+            summary.first_token_s = time.perf_counter() - self._start
+        summary.tokens_out += len(new_ids)
+        summary.token_ids.extend(new_ids)
+        self._held.extend(new_ids)
+        self._show(at_end=False)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._summary.text += text
-        self._on_text(text)
+    def end(self) -> None:
+        """Show what is left."""
+        self._show(at_end=True)
+
+    def _show(self, *, at_end: bool) -> None:
+        before, after = self._decode(self._shown), self._decode(self._shown + self._held)
+        text = after[len(before) :]
+        if text.endswith("\ufffd") and len(self._held) < _LONGEST_CHARACTER_BYTES and not at_end:
+            return  # the first bytes of a character
+        self._shown, self._held = (self._shown + self._held)[-_WINDOW_TOKENS:], []
+        if text:
+            self._summary.text += text
+            self._on_text(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
 
 def _own_dtype(source: ModelSource, device: str) -> torch.dtype:

@@ -100,7 +100,7 @@ def summary_table(summary: Summary) -> Table:
     """What a generation did, for the end of it."""
     rate, stats = summary.decode_tokens_per_s, summary.stats
     rows: list[tuple[str, object]] = [
-        ("tokens read", f"{summary.tokens_in:,}"),
+        ("tokens read", f"{summary.tokens_read:,} of {summary.tokens_in:,}"),
         ("tokens written", f"{summary.tokens_out:,}" + (" (interrupted)" if summary.interrupted else "")),
         ("time to first token", "-" if summary.first_token_s is None else f"{summary.first_token_s:.2f} s"),
         ("tokens/s after the first", "-" if rate is None else f"{rate:.2f}"),

@@ -130,15 +130,19 @@ def _random(spec: str) -> ModelSource:
         if value < 1:
             raise UsageError(f"{spec}: {key}={text} must be positive")
         changes[_SHORT_NAMES.get(key, key)] = value
+    own = AutoConfig.for_model(family).to_dict()
+    whole = {key for key, value in own.items() if value is None or type(value) is int}
+    if unknown := [key for key in changes if key not in whole]:
+        raise UsageError(
+            f"{spec}: {family} has no field {unknown[0]} for a whole number: use {', '.join(_SHORT_NAMES)} or a "
+            "config field"
+        )
     # The tokenizer knows the special tokens; a small vocabulary may not have them.
-    no_specials = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = AutoConfig.for_model(family, **{**fields, **no_specials, **changes})
-    known = {*_SHORT_NAMES.values(), *config.to_dict()}
-    if unknown := [key for key in changes if key not in known]:
-        raise UsageError(f"{spec}: {family} has no field {unknown[0]}: use {', '.join(_SHORT_NAMES)} or a config field")
-    if config.num_attention_heads % config.num_key_value_heads or config.hidden_size % config.num_attention_heads:
-        raise UsageError(f"{spec}: hidden must be a multiple of heads, and heads of kv_heads")
-    return ModelSource(spec, config, is_random=True)
+    chosen = {**fields, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **changes}
+    hidden, heads, kv_heads = (chosen[_SHORT_NAMES[name]] for name in ("hidden", "heads", "kv_heads"))
+    if heads % kv_heads or hidden % heads or (hidden // heads) % 2:
+        raise UsageError(f"{spec}: hidden {hidden} must be an even multiple of heads {heads}, and heads of kv_heads")
+    return ModelSource(spec, AutoConfig.for_model(family, **chosen), is_random=True)
 
 
 def _stored(spec: str) -> ModelSource:

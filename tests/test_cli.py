@@ -1,0 +1,248 @@
+"""The command line as a person meets it: a process of its own, its exit code, stdout and stderr."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from headinfer.cli import parse_bytes
+from headinfer.errors import UsageError
+
+MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
+
+
+def command(*arguments):
+    return [sys.executable, "-W", "error", "-m", "headinfer", *map(str, arguments)]
+
+
+def run(*arguments, **extra):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=300, check=False, env=environment, **extra
+    )
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "book.txt"
+    path.write_text("It was a bright cold day in April.\n" * 60, encoding="utf-8")
+    return path
+
+
+def test_generate_streams_text_and_summarises(book):
+    done = run("generate", MODEL, "--file", book, "--prompt", "When?", "--max-new-tokens", 6, "--chunk-tokens", 512)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert done.stdout.strip()
+    for line in ("tokens read", "time to first token", "KV on the device, peak", "KV on the host", "heads per group"):
+        assert line in done.stderr
+    assert "reading" in done.stderr
+    assert "writing" in done.stderr
+
+
+def test_generate_json_counts_every_byte(book):
+    done = run("generate", MODEL, "--file", book, "--max-new-tokens", 5, "--json", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    tokens = len(book.read_bytes())
+    assert result["tokens_in"] == result["tokens_read"] == tokens
+    assert result["tokens_out"] == len(result["token_ids"]) == 5
+    stats = result["stats"]
+    token_bytes = 2 * 2 * 2 * 16 * 2  # layers, K and V, KV heads, width, bfloat16
+    assert stats["tokens"] == tokens + 4
+    assert stats["host_kv_bytes"] >= (tokens - 256) * token_bytes
+    assert stats["device_kv_peak_bytes"] == stats["device_tail_bytes"] == 256 * token_bytes
+    assert result["first_token_s"] > 0
+    assert not result["interrupted"]
+
+
+def test_the_same_seed_gives_the_same_text_however_it_is_cut(book, capsys, monkeypatch):
+    from headinfer import cli
+
+    def result_of(*arguments):
+        monkeypatch.setattr(sys, "argv", ["headinfer", "generate", MODEL, "--file", str(book), *map(str, arguments)])
+        cli.app(standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    options = ("--max-new-tokens", 12, "--temperature", 1.0, "--json", "--seed", 5)
+    small = ("--staging", "late", "--device-kv-budget", "700KB", "--heads-per-group", 1, "--tile-tokens", 300)
+    plain, again = result_of(*options), result_of(*options)
+    cut = result_of(*options, *small, "--chunk-tokens", 200)
+    assert plain["token_ids"] == again["token_ids"] == cut["token_ids"]
+    assert len(set(plain["token_ids"])) > 3
+    assert cut["stats"]["heads_per_group"] == 1
+    assert cut["stats"]["link_to_device_bytes"] > 0
+    assert cut["stats"]["device_kv_peak_bytes"] <= 700_000
+    assert result_of(*options[:-1], 6)["token_ids"] != plain["token_ids"]
+
+
+def test_a_prompt_beyond_the_models_context_is_warned_about(book):
+    done = run("generate", MODEL + "&context=1000", "--file", book, "--max-new-tokens", 2)
+    assert done.returncode == 0
+    assert "exceed the 1,000" in done.stderr
+
+
+@pytest.mark.parametrize("forwards", [1, 30], ids=["while reading", "while writing"])
+def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch):
+    from headinfer import cli, report
+
+    calls = []
+
+    def on_forward(self, cache):
+        calls.append(cache)
+        if len(calls) == forwards:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(report.GenerationProgress, "on_forward", on_forward)
+    arguments = ["generate", MODEL, "--file", str(book), "--max-new-tokens", "5000", "--chunk-tokens", "200", "--json"]
+    monkeypatch.setattr(sys, "argv", ["headinfer", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    result = json.loads(capsys.readouterr().out)
+    assert result["interrupted"]
+    assert len(calls) == forwards
+    tokens = len(book.read_bytes())
+    assert result["tokens_read"] == (200 if forwards == 1 else tokens)
+    assert result["tokens_out"] == max(forwards - -(-tokens // 200), 0)
+
+
+@pytest.mark.parametrize("text", ["Grüße, 世界 🌍! " * 5, "plain words", "\x80 half"])
+def test_the_streamer_shows_whole_characters_and_loses_none(text):
+    from headinfer.generation import Summary, _Streamer
+    from headinfer.hf.models import byte_tokenizer
+
+    pieces, summary = [], Summary("m")
+    streamer = _Streamer(byte_tokenizer(), pieces.append, summary, time.perf_counter())
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    for token in byte_tokenizer()(text).input_ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == summary.text == text
+    assert "\ufffd" not in summary.text
+    assert summary.tokens_out == len(text.encode())
+
+
+MISTAKES = {
+    "missing file": (["--file", "/no/such/file", "--prompt", "x"], "cannot read /no/such/file"),
+    "binary file": (["--file", sys.executable, "--prompt", "x"], "not UTF-8"),
+    "no prompt": ([], "the prompt is empty"),
+    "empty prompt": (["--prompt", "  "], "the prompt is empty"),
+    "budget below a tile": (["--prompt", "x", "--device-kv-budget", "1KB"], "give at least"),
+    "size that is none": (["--prompt", "x", "--device-kv-budget", "much"], "is no size"),
+    "too little host RAM": (["--prompt", "x", "--max-new-tokens", "9000000000"], "tokens fit"),
+    "negative tokens": (["--prompt", "x", "--max-new-tokens", "-3"], "must be a positive number"),
+    "zero chunk": (["--prompt", "x", "--chunk-tokens", "0"], "must be a positive number"),
+    "negative heads": (["--prompt", "x", "--heads-per-group", "-1"], "must be a positive number"),
+    "too many heads": (["--prompt", "x", "--heads-per-group", "3"], "1 to 2"),
+    "negative tile": (["--prompt", "x", "--tile-tokens", "-5"], "must be a positive number"),
+    "unknown dtype": (["--prompt", "x", "--dtype", "int4"], "choose auto"),
+    "unknown device": (["--prompt", "x", "--device", "abacus"], "choose cpu"),
+    "unknown backend": (["--prompt", "x", "--backend", "abacus"], "choose one of"),
+    "top-k when greedy": (["--prompt", "x", "--top-k", "3"], "--temperature"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_sentence_and_loads_nothing(arguments, says, capsys, monkeypatch):
+    refuses_in_process(["generate", MODEL, *arguments], says, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    {
+        "/no/such/folder": "there is no model",
+        "no-such-model": "there is no model",
+        "random:no-such": "no built-in config",
+        "random:tiny-llama?layers=0": "must be positive",
+        "random:tiny-llama?layers=two": "no whole number",
+        "random:tiny-llama?wibble=2": "no field wibble",
+        "random:tiny-llama?rms_norm_eps=1": "no field rms_norm_eps",
+        "random:tiny-llama?heads=3": "multiple",
+        "random:mistral-7b?sliding_window=512": "sliding-window layers only",
+    }.items(),
+)
+def test_an_unknown_model_gets_one_sentence(model, says, capsys, monkeypatch):
+    refuses_in_process(["generate", model, "--prompt", "x"], says, capsys, monkeypatch)
+
+
+def test_a_folder_without_config_and_an_unserved_family(tmp_path, capsys, monkeypatch):
+    refuses_in_process(["generate", str(tmp_path), "--prompt", "x"], "no config.json", capsys, monkeypatch)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    refuses_in_process(["generate", str(tmp_path), "--prompt", "x"], "not verified", capsys, monkeypatch)
+
+
+def refuses_in_process(arguments, says, capsys, monkeypatch):
+    """main() exits with 2 and one sentence, and no weights were made."""
+    from headinfer import cli
+    from headinfer.hf.models import ModelSource
+
+    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded first"))
+    monkeypatch.setattr(sys, "argv", ["headinfer", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("headinfer: error: ")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_in_a_real_process_prints_no_traceback():
+    done = run("generate", MODEL, "--file", "/no/such/file")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "headinfer: error: cannot read /no/such/file: No such file or directory\n"
+    assert run("nonsense").returncode == 2
+    assert "generate" in run("--help").stdout
+
+
+def test_info_lists_every_backend():
+    found = json.loads(run("info", "--json").stdout)
+    names = [backend["name"] for backend in found["attention_backends"]]
+    assert names == ["cpu-native", "cpu-flash", "cuda-varlen", "cuda-flash", "cuda-efficient", "eager"]
+    assert found["memory"]["host_available_bytes"] > 0
+    shown = run("info").stdout
+    assert all(name in shown for name in names)
+
+
+def test_demo_compares_both_caches_and_fails_when_they_differ(capsys, monkeypatch):
+    done = run("demo", "--context", 3000, "--new-tokens", 8, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["identical"]
+    standard, head_wise = result["runs"]
+    assert standard["token_ids"] == head_wise["token_ids"]
+    assert len(set(standard["token_ids"])) > 3
+    assert result["logits_difference"] < 1e-3
+    assert 0 < head_wise["device_kv_bytes"] <= 4 * 2**20 < standard["device_kv_bytes"]
+    assert head_wise["host_kv_bytes"] > 0
+
+    from headinfer import cli, demo
+
+    monkeypatch.setattr(demo.DemoResult, "identical", False)
+    monkeypatch.setattr(sys, "argv", ["headinfer", "demo", "--context", "300", "--new-tokens", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert "THE TOKENS DIFFER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("256MiB", 2**28), ("1.5GB", 1_500_000_000), ("4096", 4096), ("1 KiB", 1024), ("2gib", 2**31), ("7B", 7)],
+)
+def test_sizes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1MB", "0", "1TBx", "nan", "inf", "1e400GB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UsageError):
+        parse_bytes(text)
