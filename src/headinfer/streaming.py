@@ -82,6 +82,7 @@ def attend_streaming(
     ring None: the segments lie on the compute device and are read in place. Returns [B, T, Hq, Dv] in q's dtype;
     query rows that see no key give 0. `used` collects the names of the kernels that ran.
     """
+    q = q.contiguous()  # packed once, not per tile
     layer = Layer(q, k, v, store, scale, softcap, backend, used if used is not None else set())
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])

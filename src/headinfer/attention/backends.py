@@ -31,7 +31,7 @@ Square = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float | None
 
 _HALVES = (torch.bfloat16, torch.float16)
 _SPLIT_TOKENS = 2048  # keys per batch entry where few query rows must keep all cores busy
-_WIDEN_TOKENS = 4096  # keys widened to float32 at a time: 4 MiB per KV head of width 128
+_WIDEN_TOKENS = 8192  # keys widened to float32 at a time: 8 MiB per KV head of width 128
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ are measured at an offset. The MLP and the vocabulary are small, so that attenti
 
 from __future__ import annotations
 
-import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +20,8 @@ from headinfer.plan.memory import format_bytes
 
 __all__ = [
     "BENCH_MODEL",
-    "dram_read_bytes_per_s",
+    "DRAM_BUFFER_BYTES",
+    "dram_reader",
     "fill_dynamic",
     "fill_head_wise",
     "kv_bytes",
@@ -33,7 +32,7 @@ __all__ = [
 
 BENCH_MODEL = "random:llama-3-8b?layers=2&intermediate=256&vocab=256&context=1048576"
 _NOISE_TOKENS = 2048
-_DRAM_BYTES = 1 << 30
+DRAM_BUFFER_BYTES = 1 << 30
 
 
 def load_model() -> Any:
@@ -91,13 +90,11 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def dram_read_bytes_per_s(repeats: int = 5) -> float:
-    """Read bandwidth of host memory with all cores: the median of summing a buffer far larger than the caches."""
-    buffer = torch.ones(_DRAM_BYTES // 8, dtype=torch.int64)
-    buffer.sum()
-    return _DRAM_BYTES / statistics.median(timed(buffer.sum) for _ in range(repeats))
+def dram_reader() -> Callable[[], None]:
+    """A call that reads DRAM_BUFFER_BYTES of host memory with all cores, far more than the caches hold."""
+    buffer = torch.ones(DRAM_BUFFER_BYTES // 8, dtype=torch.int64)
 
+    def read() -> None:
+        buffer.sum()
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return read

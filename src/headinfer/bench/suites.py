@@ -16,7 +16,8 @@ import torch
 from transformers import DynamicCache
 
 from headinfer.bench.model import (
-    dram_read_bytes_per_s,
+    DRAM_BUFFER_BYTES,
+    dram_reader,
     fill_dynamic,
     fill_head_wise,
     kv_bytes,
@@ -103,23 +104,24 @@ def decode(sizes: Sizes) -> list[Measure]:
             "default": lambda cache=dynamic: _step(model, cache),  # type: ignore[misc]
             "packed": lambda cache=dynamic, mask=mask: _step(model, cache, mask=mask),  # type: ignore[misc]
         }
-        dram = [dram_read_bytes_per_s(2)]
+        if tokens == sizes.long_tokens:
+            calls["dram"] = dram_reader()
         seconds = _in_turns(calls, rounds)
-        dram.append(dram_read_bytes_per_s(2))
-        token_s, context = statistics.median(seconds["ours"]), f"decode at {tokens:,} tokens"
+        context = f"decode at {tokens:,} tokens"
         details = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
         if tokens == sizes.long_tokens:
             kv = kv_bytes(model.config, tokens)
-            rate = statistics.mean(dram)
+            share = 100 * kv / DRAM_BUFFER_BYTES * _ratio(seconds["dram"], seconds["ours"])
+            details["dram_read_bytes_per_s"] = DRAM_BUFFER_BYTES / details.pop("dram_s")
+            details["kv_bytes"], details["weight_bytes"] = kv, weights
             measures += [
                 Measure("decode", f"{context}: DynamicCache's time / ours", _ratio(seconds["default"], seconds["ours"]),
                         "x", ">= 10", details),
                 Measure("decode", f"{context}: DynamicCache's time with a mask / ours",
                         _ratio(seconds["packed"], seconds["ours"]), "x", ">= 4", details),
                 Measure("decode", f"{context}: KV bytes read per second of a token / DRAM read bandwidth",
-                        100 * kv / token_s / rate, "%", ">= 45", {"dram_bytes_per_s": rate, "kv_bytes": kv}),
-                Measure("decode", f"{context}: the same, weights included", 100 * (kv + weights) / token_s / rate, "%",
-                        "", {"weight_bytes": weights}),
+                        share, "%", ">= 45", details),
+                Measure("decode", f"{context}: the same, weights included", share * (kv + weights) / kv, "%"),
             ]  # fmt: skip
         else:
             ratio = _ratio(seconds["ours"], seconds["default"])

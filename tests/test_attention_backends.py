@@ -1,0 +1,611 @@
+"""Every backend that a CPU can run against the float64 oracle, and how one is chosen."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headinfer.attention import cuda, native
+from headinfer.attention.backends import BACKENDS, Problem, backend_names, choose
+from headinfer.attention.reference import attend_reference, causal_mask
+from headinfer.attention.state import AttentionState
+from headinfer.errors import UsageError
+from headinfer.kv.head_store import HeadStore
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.tiers import HostTier
+from headinfer.kv.transfer import write_in_place
+from headinfer.plan.tiles import TilePlan
+from headinfer.streaming import attend_streaming
+
+PROPERTY = settings(
+    deadline=None, derandomize=True, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES)
+
+needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native kernel: {native.why_not()}")
+on_cpu = pytest.mark.parametrize(
+    "name", [pytest.param("cpu-native", marks=needs_native), pytest.param("cpu-flash"), pytest.param("eager")]
+)
+
+# All CPU backends compute in float32, whatever the dtype of K and V: one bound for all.
+BOUND = 2e-6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small operations on several threads only wait for each other where the cores have other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def relative_error(found, wanted):
+    """Frobenius norm of the difference over that of `wanted`."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def with_head_stride(heads, tokens, dim, extra, rng, dtype):
+    """[heads, tokens, dim] of normal numbers; each head contiguous, other data (NaN) between the heads."""
+    memory = torch.full((heads, tokens + extra, dim), torch.nan, dtype=dtype)
+    memory[:, :tokens] = torch.randn(heads, tokens, dim, generator=rng).to(dtype)
+    return memory[:, :tokens]
+
+
+def assert_matches(found, wanted, keys, bound=BOUND):
+    """found and wanted over `keys` keys; a few outputs may cancel to far below their usual size, keys ** -0.5."""
+    assert found.out.dtype == found.lse.dtype == torch.float32
+    assert found.out.shape == wanted.out.shape
+    assert found.lse.shape == wanted.lse.shape
+    size = max(float(wanted.out.norm()), math.sqrt(wanted.out.numel() / keys))
+    assert float((found.out.double() - wanted.out).norm()) <= bound * size
+    # A log-sum-exp may be near 0 by chance: its error is measured against the scores' order of magnitude.
+    assert float((found.lse.double() - wanted.lse).abs().max()) <= bound * max(1.0, float(wanted.lse.abs().max()))
+
+
+# -- past ----------------------------------------------------------------------------------------------------
+
+PIECE_TOKENS = (1, 15, 16, 17, 130, 1023, 1024, 1025, 2047, 5000)
+
+
+@on_cpu
+@PROPERTY
+@given(data=st.data())
+def test_past_is_attention_over_all_pieces(name, data):
+    draw = data.draw
+    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), draw(st.sampled_from(DTYPES))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (3, 1), (1, 5), (2, 4), (3, 7)]))  # MHA, MQA, GQA
+    tokens = draw(st.integers(1, (32 if name == "cpu-native" else 40) // group))
+    sizes = draw(st.lists(st.sampled_from(PIECE_TOKENS), min_size=1, max_size=4))
+    widths = (16, 32, 48, 64) if name == "cpu-native" else (1, 5, 16, 33, 64)
+    key_dim, value_dim = draw(st.sampled_from(widths)), draw(st.sampled_from(widths))
+    softcap = draw(st.sampled_from([None, 3.0])) if name == "eager" else None
+    scale = draw(st.sampled_from([0.1, 1.0, 3.0])) / math.sqrt(key_dim)
+    extra = draw(st.sampled_from([0, 1, 7]))
+    q = torch.randn(kv_heads * group, tokens, key_dim, generator=rng).to(dtype)
+    pieces = [
+        tuple(with_head_stride(kv_heads, size, dim, extra, rng, dtype) for dim in (key_dim, value_dim))
+        for size in sizes
+    ]
+    k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
+    wanted = attend_reference(q[None], k[None], v[None], scale=scale, softcap=softcap)[0]
+    backend = BY_NAME[name]
+    packed = q.reshape(kv_heads, group * tokens, key_dim)
+    assert backend.refuses(Problem("cpu", dtype, group * tokens, key_dim, value_dim, softcap is not None)) is None
+    found = backend.past(packed, pieces, scale, softcap)
+    assert_matches(
+        AttentionState(found.out.view(*q.shape[:2], value_dim), found.lse.view(q.shape[:2])),
+        wanted,
+        sum(sizes),
+        2 * BOUND,  # there may be one output only
+    )
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (48, 80)])
+def test_past_with_the_usual_head_dims_and_every_number_of_rows(name, dtype, dims):
+    rng = seeded(6)
+    k, v = (with_head_stride(2, 1061, dim, 3, rng, dtype) for dim in dims)
+    for rows in (1, 2, 3, 4, 7, 32):
+        q = torch.randn(2, rows, dims[0], generator=rng).to(dtype)
+        wanted = attend_reference(q[None], k[None], v[None], scale=0.2)[0]
+        assert_matches(BY_NAME[name].past(q, [(k, v)], 0.2, None), wanted, 1061)
+
+
+@on_cpu
+def test_past_does_not_depend_on_how_the_keys_are_cut_beyond_rounding(name):
+    rng = seeded(5)
+    q = torch.randn(2, 4, 32, generator=rng)
+    k, v = (torch.randn(2, 6000, 32, generator=rng) for _ in range(2))
+    whole = BY_NAME[name].past(q, [(k, v)], 0.3, None)
+    cuts = [0, 1, 16, 1040, 5999, 6000]
+    pieces = [(k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(cuts)]
+    parts = BY_NAME[name].past(q, pieces, 0.3, None)
+    assert relative_error(parts.out, whole.out) <= BOUND
+    assert relative_error(parts.lse, whole.lse) <= BOUND
+    backwards = BY_NAME[name].past(q, pieces[::-1], 0.3, None)
+    assert relative_error(backwards.out, whole.out) <= BOUND
+
+
+# -- square --------------------------------------------------------------------------------------------------
+
+
+@on_cpu
+@PROPERTY
+@given(data=st.data())
+def test_square_is_causal_attention_of_a_chunk_on_itself(name, data):
+    draw = data.draw
+    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), draw(st.sampled_from(DTYPES))
+    rows = draw(st.integers(1, 3))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (3, 1), (1, 5), (2, 3)]))
+    tokens = draw(st.sampled_from([1, 2, 3, 15, 64, 255, 300]))
+    key_dim, value_dim = (draw(st.sampled_from([1, 7, 16, 33, 64])) for _ in range(2))
+    softcap = draw(st.sampled_from([None, 2.0])) if name == "eager" else None
+    q, k, v = (
+        torch.randn(rows, tokens, heads, dim, generator=rng).to(dtype).transpose(1, 2)  # as models lay them out
+        for heads, dim in ((kv_heads * group, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
+    )
+    found = BY_NAME[name].square(q, k, v, 0.3, softcap)
+    assert_matches(found, attend_reference(q, k, v, scale=0.3, mask=causal_mask(tokens, tokens), softcap=softcap), 3e-6)
+
+
+@on_cpu
+@pytest.mark.parametrize("tokens", [1023, 1024, 1300])
+def test_square_over_more_than_one_block(name, tokens):
+    rng = seeded(tokens)
+    q, k, v = (torch.randn(1, heads, tokens, dim, generator=rng) for heads, dim in ((2, 8), (1, 8), (1, 5)))
+    found = BY_NAME[name].square(q, k, v, 0.3, None)
+    assert_matches(found, attend_reference(q, k, v, scale=0.3, mask=causal_mask(tokens, tokens)), tokens)
+    torch.testing.assert_close(found.out[0, :, 0], v[0, :, 0].expand(2, -1))  # the first query sees the first key
+
+
+# -- half precision: no worse than torch ----------------------------------------------------------------------
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sharpness", [0.05, 6.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("tokens", [777, 4500])
+def test_half_precision_outputs_are_as_good_as_torch_s(name, dtype, sharpness, tokens):
+    """DESIGN section 8: relative Frobenius error against float64 at most 1.5 times that of sdpa."""
+    rng, heads, group, dim = seeded(tokens), 8, 4, 128
+    q = torch.randn(1, heads * group, 4, dim, generator=rng).to(dtype)
+    k, v = (torch.randn(1, heads, tokens, dim, generator=rng).to(dtype) for _ in range(2))
+    scale = sharpness / math.sqrt(dim)
+    wanted = attend_reference(q, k, v, scale=scale).out
+    assert wanted.numel() >= 10_000
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+    pieces = [(k[0, :, :500], v[0, :, :500]), (k[0, :, 500:], v[0, :, 500:])]
+    state = BY_NAME[name].past(q.view(heads, group * 4, dim), pieces, scale, None)
+    ours = state.out.view_as(wanted).to(dtype)
+    assert relative_error(ours, wanted) <= 1.5 * relative_error(theirs, wanted)
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sharpness", [0.05, 6.0], ids=["flat", "peaked"])
+def test_half_precision_squares_are_as_good_as_torch_s(name, dtype, sharpness):
+    rng, tokens, dim = seeded(1), 300, 64
+    q = torch.randn(1, 8, tokens, dim, generator=rng).to(dtype)
+    k, v = (torch.randn(1, 2, tokens, dim, generator=rng).to(dtype) for _ in range(2))
+    scale = sharpness / math.sqrt(dim)
+    wanted = attend_reference(q, k, v, scale=scale, mask=causal_mask(tokens, tokens)).out
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+    ours = BY_NAME[name].square(q, k, v, scale, None).out.to(dtype)
+    assert relative_error(ours, wanted) <= 1.5 * relative_error(theirs, wanted)
+
+
+# -- the numerics of native.c ----------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e2, 1e4, 3e4])
+def test_native_with_huge_scores(dtype, size):
+    rng = seeded(8)
+    q, k = (torch.randn(2, tokens, 32, generator=rng).mul(math.sqrt(size)).to(dtype) for tokens in (3, 2500))
+    v = torch.randn(2, 2500, 48, generator=rng).to(dtype)
+    wanted = attend_reference(q[None], k[None], v[None], scale=1.0)[0]
+    assert float(wanted.lse.abs().max()) > size
+    found = native.attend_native(q, [(k, v)], scale=1.0)
+    assert found.out.isfinite().all()
+    assert relative_error(found.lse, wanted.lse) <= BOUND
+    assert relative_error(found.out, wanted.out) <= 1e-4  # scores of 1e5 are rounded by up to 4e-3 in float32
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [-3000.0, 0.0, 3000.0])
+@pytest.mark.parametrize("spread", [80.0, 200.0, 1000.0])
+def test_native_with_widely_spread_scores(dtype, offset, spread):
+    """Weights from 1 down to e^-spread, the best key anywhere, all scores far from 0: nothing overflows or is lost."""
+    rng, tokens = seeded(9), 2100
+    q = torch.zeros(1, 1, 16, dtype=dtype)
+    q[..., :2] = 1.0
+    k = torch.zeros(1, tokens, 16)
+    k[0, :, 0] = (torch.rand(tokens, generator=rng) * spread).to(dtype).mul(8).round().div(8)  # exact in float32
+    k[0, :, 1] = offset
+    v = torch.randn(1, tokens, 16, generator=rng).to(dtype)
+    wanted = attend_reference(q[None], k.to(dtype)[None], v[None], scale=1.0)[0]
+    found = native.attend_native(q, [(k.to(dtype), v)], scale=1.0)
+    assert_matches(found, wanted, tokens)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 1024, 3001])
+@pytest.mark.parametrize("size", [0.0, 1.0, -100.0])
+def test_native_with_equal_keys_gives_the_mean_of_the_values(dtype, tokens, size):
+    rng = seeded(tokens)
+    q = torch.full((2, 5, 32), size, dtype=dtype)
+    k = torch.ones(2, tokens, 32, dtype=dtype)
+    v = torch.randn(2, tokens, 16, generator=rng).to(dtype)
+    found = native.attend_native(q, [(k, v)], scale=0.5)
+    assert relative_error(found.out, v.double().mean(dim=1, keepdim=True).expand(2, 5, 16)) <= BOUND
+    lse = torch.full((2, 5), 0.5 * 32 * size + math.log(tokens))
+    torch.testing.assert_close(found.lse, lse, rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+def test_native_keeps_the_smallest_half_precision_numbers():
+    """Subnormal float16 and negative zeros are widened exactly."""
+    v = torch.tensor([6e-8, -6e-8, 3e-5, -0.0, 65504.0, 1.0] + [0.0] * 10, dtype=torch.float16)
+    found = native.attend_native(
+        torch.zeros(1, 1, 16, dtype=torch.float16),
+        [(torch.zeros(1, 1, 16, dtype=torch.float16), v.view(1, 1, 16))],
+        scale=1.0,
+    )
+    assert torch.equal(found.out.flatten(), v.float())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (48, 32)])
+def test_native_gives_the_same_bits_for_any_number_of_threads(dtype, dims):
+    rng = seeded(12)
+    q = torch.randn(3, 7, dims[0], generator=rng).to(dtype)
+    pieces = [
+        tuple(with_head_stride(3, tokens, dim, 5, rng, dtype) for dim in dims) for tokens in (17, 2047, 1, 5000, 1024)
+    ]
+    library, threads = native._load()[0], torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            assert library.omp_get_max_threads() == count  # torch and the kernel share one OpenMP
+            found.append(native.attend_native(q, pieces, scale=0.3))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other.out, found[0].out)
+        assert torch.equal(other.lse, found[0].lse)
+
+
+@needs_native
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="builds for other x86-64 CPUs"
+)
+@pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64"])
+def test_native_built_for_smaller_cpus(arch, monkeypatch, tmp_path):
+    """The source has paths for CPUs without AVX-512; they give the same numbers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = {"-march=native": f"-march={arch}", "-O3": "-O1"}
+    monkeypatch.setattr(native, "_FLAGS", tuple(flags.get(flag, flag) for flag in native._FLAGS))
+    library, why_not = native._load.__wrapped__()
+    assert why_not == ""
+    assert [path.suffix for path in (tmp_path / "headinfer").iterdir()] == [".so"]  # nothing half-built is left
+    monkeypatch.setattr(native, "_load", lambda: (library, ""))
+    rng = seeded(13)
+    for dtype in DTYPES:
+        for rows, dims in ((1, (64, 64)), (7, (48, 80)), (4, (128, 128))):
+            q = torch.randn(2, rows, dims[0], generator=rng).to(dtype)
+            k, v = (with_head_stride(2, 1501, dim, 2, rng, dtype) for dim in dims)
+            wanted = attend_reference(q[None], k[None], v[None], scale=0.2)[0]
+            assert_matches(native.attend_native(q, [(k, v)], scale=0.2), wanted, 1501)
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------
+
+DECODE = Problem("cpu", torch.float32, 4, 64, 64)
+
+
+def test_names_are_unique_and_eager_serves_everything():
+    assert len(set(backend_names())) == len(BACKENDS)
+    for device in ("cpu", "cuda", "mps"):
+        for dtype in (*DTYPES, torch.float64):
+            for rows in (0, 1, 1000):
+                assert choose(Problem(device, dtype, rows, 17, 300, True), "eager").name == "eager"
+
+
+def test_the_order_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: (None, ""))  # as if it could be built
+    assert choose(DECODE).name == "cpu-native"
+    for other in (
+        Problem("cpu", torch.float32, 0, 64, 64),
+        Problem("cpu", torch.float32, 33, 64, 64),
+        Problem("cpu", torch.float32, 4, 65, 64),
+        Problem("cpu", torch.float32, 4, 64, 8),
+        Problem("cpu", torch.float64, 4, 64, 64),
+    ):
+        assert choose(other).name == "cpu-flash"
+
+
+def test_the_order_on_a_gpu(monkeypatch):
+    decode = Problem("cuda", torch.bfloat16, 4, 128, 128)
+    wide, single = Problem("cuda", torch.bfloat16, 4, 320, 128), Problem("cuda", torch.float32, 0, 128, 128)
+    capped = Problem("cuda", torch.bfloat16, 0, 128, 128, softcap=True)
+    assert choose(decode).name == ("cuda-varlen" if cuda._varlen() else "cuda-flash")
+    monkeypatch.setattr(cuda, "_varlen", lambda: None)
+    assert [choose(p).name for p in (decode, wide, single, capped)] == [
+        "cuda-flash",
+        "cuda-efficient",
+        "cuda-efficient",
+        "eager",
+    ]
+
+
+@pytest.mark.parametrize("name", ["cpu-flash", "eager"])
+def test_the_preferred_backend_is_tried_first(name):
+    assert choose(DECODE, name).name == name
+
+
+def test_a_preferred_backend_that_cannot_serve_makes_way():
+    assert choose(Problem("cpu", torch.float32, 0, 64, 64, softcap=True), "cpu-flash").name == "eager"
+    assert choose(Problem("cpu", torch.float32, 0, 64, 64), "cuda-flash").name == "cpu-flash"
+    assert choose(Problem("cpu", torch.float32, 33, 64, 64), "cpu-native").name == "cpu-flash"
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(UsageError, match=r"no attention backend 'fastest'.*cpu-flash"):
+        choose(DECODE, "fastest")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows", [0, 1, 100])
+def test_a_soft_cap_goes_to_a_backend_that_has_it(device, rows):
+    problem = Problem(device, torch.bfloat16, rows, 64, 64, softcap=True)
+    backend = choose(problem)
+    assert backend.name == "eager"
+    rng = seeded(2)
+    q, k, v = (torch.randn(1, 2, 9, 64, generator=rng) for _ in range(3))
+    capped = backend.past(q[0], [(k[0], v[0])], 4.0, 5.0)
+    assert_matches(capped, attend_reference(q, k, v, scale=4.0, softcap=5.0)[0], 9)
+    assert relative_error(capped.out, attend_reference(q, k, v, scale=4.0).out[0]) > 0.1  # the cap does something
+
+
+# -- CUDA: what a CPU can prove ----------------------------------------------------------------------------------
+
+PIECES = {"varlen": cuda.varlen_piece, "flash": cuda.flash_piece, "efficient": cuda.efficient_piece}
+SQUARES = {"varlen": cuda.varlen_square, "flash": cuda.flash_square, "efficient": cuda.efficient_square}
+needs_varlen = pytest.mark.skipif(cuda._varlen() is None, reason="this torch's varlen_attn has no grouped heads")
+on_cuda = pytest.mark.parametrize("name", [pytest.param("varlen", marks=needs_varlen), "flash", "efficient"])
+
+
+@pytest.mark.parametrize("refuses", [cuda.flash_refuses, cuda.varlen_refuses])
+def test_what_the_cuda_flash_kernels_refuse(refuses, monkeypatch):
+    monkeypatch.setattr(cuda, "_varlen", lambda: object())
+    for dtype in HALVES:
+        for dim in (17, 64, 256):
+            assert refuses(Problem("cuda", dtype, 1, dim, dim)) is None
+    assert "soft cap" in refuses(Problem("cuda", torch.bfloat16, 1, 64, 64, softcap=True))
+    assert "bfloat16" in refuses(Problem("cuda", torch.float32, 1, 64, 64))
+    assert "256" in refuses(Problem("cuda", torch.bfloat16, 1, 64, 257))
+    assert "256" in refuses(Problem("cuda", torch.bfloat16, 1, 257, 64))
+
+
+def test_what_the_other_cuda_kernels_refuse(monkeypatch):
+    for dtype in DTYPES:
+        assert cuda.efficient_refuses(Problem("cuda", dtype, 1, 512, 64)) is None
+    assert "soft cap" in cuda.efficient_refuses(Problem("cuda", torch.float32, 1, 64, 64, softcap=True))
+    assert "float64" in cuda.efficient_refuses(Problem("cuda", torch.float64, 1, 64, 64))
+    monkeypatch.setattr(cuda, "_varlen", lambda: None)
+    assert "log-sum-exp" in cuda.varlen_refuses(Problem("cuda", torch.bfloat16, 1, 64, 64))
+
+
+@pytest.mark.parametrize("missing", ["return_aux", "enable_gqa", "scale"])
+def test_an_older_varlen_is_not_used(missing, monkeypatch):
+    def older(query, *, return_aux=None, enable_gqa=False, scale=None): ...
+
+    def without(query, **kwargs): ...
+
+    module = SimpleNamespace(varlen_attn=older)
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: module)
+    assert cuda._varlen() is module
+    names = [name for name in ("return_aux", "enable_gqa", "scale") if name != missing]
+    without.__signature__ = cuda.inspect.Signature(
+        [cuda.inspect.Parameter(name, cuda.inspect.Parameter.KEYWORD_ONLY) for name in names]
+    )
+    monkeypatch.setattr(module, "varlen_attn", without)
+    assert cuda._varlen() is None
+
+
+@needs_varlen
+def test_varlen_s_signature_has_the_arguments_used():
+    parameters = cuda.inspect.signature(cuda._varlen().varlen_attn).parameters
+    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size", "enable_gqa", "return_aux"} <= parameters.keys()
+    assert cuda._varlen().AuxRequest(lse=True).lse is True
+
+
+def test_the_aten_ops_have_the_arguments_used():
+    for op, names in (
+        (
+            torch.ops.aten._scaled_dot_product_flash_attention,
+            ["query", "key", "value", "dropout_p", "is_causal", "return_debug_mask", "scale"],
+        ),
+        (
+            torch.ops.aten._scaled_dot_product_efficient_attention,
+            ["query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale"],
+        ),
+    ):
+        schema = op.default._schema
+        assert [argument.name for argument in schema.arguments] == names
+        assert [result.type.kind() for result in schema.returns[:2]] == ["TensorType", "TensorType"]
+
+
+@on_cuda
+@pytest.mark.parametrize("dims", [(64, 64), (33, 48), (128, 72)])
+def test_cuda_kernels_take_these_calls_and_give_these_shapes(name, dims):
+    """torch's own shape functions, on the meta device."""
+
+    def empty(*shape):
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    piece = PIECES[name](empty(2, 10, dims[0]), empty(2, 33, dims[0]), empty(2, 33, dims[1]), 0.1)
+    assert piece.out.shape == (2, 10, dims[1])
+    assert piece.lse.shape == (2, 10)
+    q, k, v = empty(3, 8, 11, dims[0]), empty(3, 2, 11, dims[0]), empty(3, 2, 11, dims[1])
+    square = SQUARES[name](q, k, v, 0.1, None)
+    assert square.out.shape == (3, 8, 11, dims[1])
+    assert square.lse.shape == (3, 8, 11)
+    for state in (piece, square):
+        assert state.out.dtype == state.lse.dtype == torch.float32
+        assert state.out.is_contiguous()
+        assert state.lse.is_contiguous()
+
+
+def fake_aten(wants_equal_heads):
+    """A CPU stand-in for an aten attention kernel: strict about its input, exact, lse padded with nonsense."""
+
+    def attend(q, k, v, *, causal, scale):
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        assert q.shape[-1] % 8 == 0
+        assert not wants_equal_heads or q.shape[1] == k.shape[1] == v.shape[1]
+        mask = causal_mask(q.shape[2], k.shape[2]) if causal else None
+        state = attend_reference(q, k, v, scale=scale, mask=mask)
+        lse = state.lse.float()
+        if wants_equal_heads:
+            lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+        return state.out.to(q.dtype), lse, None, None
+
+    if wants_equal_heads:
+        return lambda q, k, v, bias, with_lse, dropout, causal, scale: attend(q, k, v, causal=causal, scale=scale)
+    return lambda q, k, v, dropout, causal, debug, scale: attend(q, k, v, causal=causal, scale=scale)
+
+
+def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, scale, window_size, enable_gqa, return_aux):
+    """A CPU stand-in for varlen_attn: out [all tokens, Hq, D], lse [Hq, all tokens]."""
+    assert enable_gqa
+    assert return_aux.lse
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
+    ends_q, ends_k = starts_q.tolist()[1:], starts_k.tolist()[1:]
+    assert (ends_q[-1], ends_k[-1]) == (q.shape[0], k.shape[0])
+    for a, b, c, d in zip(starts_q.tolist(), ends_q, starts_k.tolist(), ends_k, strict=False):
+        assert b - a <= longest_q
+        assert d - c <= longest_k
+        mask = {(-1, -1): None, (-1, 0): causal_mask(b - a, d - c)}[window_size]
+        state = attend_reference(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), scale=scale, mask=mask)
+        out[a:b], lse[:, a:b] = state.out[0].transpose(0, 1).to(q.dtype), state.lse[0].float()
+    return out, lse
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash", "efficient"])
+@pytest.mark.parametrize("dims", [(64, 64), (33, 48), (128, 7)])
+def test_cuda_calls_pack_pad_and_unpack_as_the_kernels_want(name, dims, monkeypatch):
+    """The real kernels do not run here: stand-ins with their layouts show that nothing is lost around them."""
+    module = SimpleNamespace(varlen_attn=fake_varlen, AuxRequest=lambda lse: SimpleNamespace(lse=lse))
+    monkeypatch.setattr(cuda, "_varlen", lambda: module)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", fake_aten(False))
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", fake_aten(True))
+    rng = seeded(31)
+    q, k, v = (
+        torch.randn(3, heads, 11, dim, generator=rng).to(torch.bfloat16)
+        for heads, dim in ((6, dims[0]), (2, dims[0]), (2, dims[1]))
+    )
+    square = SQUARES[name](q, k, v, 0.3, None)
+    wanted = attend_reference(q, k, v, scale=0.3, mask=causal_mask(11, 11))
+    assert relative_error(square.out, wanted.out) < 3e-3  # rounded to bfloat16 once
+    assert relative_error(square.lse, wanted.lse) < BOUND
+    backend, packed = BY_NAME[f"cuda-{name}"], q[0].reshape(2, 33, dims[0])
+    pieces = [(k[0, :, :4], v[0, :, :4]), (k[0, :, 4:], v[0, :, 4:])]
+    past = backend.past(packed, pieces, 0.3, None)
+    wanted = attend_reference(packed[None], k[:1], v[:1], scale=0.3)
+    assert relative_error(past.out[None], wanted.out) < 3e-3
+    assert relative_error(past.lse[None], wanted.lse) < BOUND
+
+
+# -- without the native kernel ---------------------------------------------------------------------------------
+
+
+def decode_error(dtype=torch.float32):
+    """A decode step over 700 tokens through the loop: its error against the oracle, and the kernels that ran."""
+    rng, ledger, used = seeded(21), Ledger(), set()
+    k, v = (torch.randn(2, 2, 701, 32, generator=rng).to(dtype) for _ in range(2))
+    q = torch.randn(2, 6, 1, 32, generator=rng).to(dtype)
+    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=write_in_place)
+    store.append(k[:, :, :700], v[:, :, :700])
+    plan = TilePlan(2, 701, "")
+    out = attend_streaming(
+        q, k[:, :, 700:], v[:, :, 700:], store, plan=plan, ring=None, scale=0.3, backend=None, used=used
+    )
+    return relative_error(out, attend_reference(q, k, v, scale=0.3).out.transpose(1, 2)), used
+
+
+@needs_native
+def test_decode_uses_the_native_kernel():
+    error, used = decode_error()
+    assert error <= BOUND
+    assert used == {"cpu-native"}
+
+
+def test_decode_falls_back_when_the_native_kernel_cannot_be_had(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: (None, "no C compiler"))
+    assert choose(DECODE).name == choose(DECODE, "cpu-native").name == "cpu-flash"
+    error, used = decode_error()
+    assert error <= BOUND
+    assert used == {"cpu-flash"}
+
+
+def test_the_native_kernel_can_be_switched_off():
+    script = (
+        "from headinfer.attention import native\n"
+        "from headinfer.attention.backends import Problem, choose\n"
+        "import torch\n"
+        "print(native.why_not())\n"
+        "print(choose(Problem('cpu', torch.float32, 4, 64, 64), 'cpu-native').name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HEADINFER_NATIVE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == ["switched off by HEADINFER_NATIVE=0", "cpu-flash"]
+
+
+def test_why_there_is_no_native_kernel(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")  # a program that always fails
+    library, why_not = native._load.__wrapped__()
+    assert library is None
+    assert "failed" in why_not
+    assert list((tmp_path / "headinfer").iterdir()) == []
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    library, why_not = native._load.__wrapped__()
+    assert library is None
+    assert "no C compiler" in why_not
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    library, why_not = native._load.__wrapped__()
+    assert library is None
+    assert why_not

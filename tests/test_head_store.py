@@ -1,0 +1,610 @@
+"""HeadStore against a plain model of lists of tensors, and its promises about what moves and what does not."""
+
+import gc
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from headinfer.errors import CapacityError, StateError
+from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.tiers import HostTier
+from headinfer.kv.transfer import write_in_place
+
+UNIT = TAIL_UNIT_TOKENS
+HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small operations on several threads only wait for each other where the cores have other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection():
+    """What the imports left behind is not looked at again: gc.collect() then takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class LimitedTier(HostTier):
+    """A tier that refuses after `left` more allocations."""
+
+    left = None
+
+    def allocate(self, shape, dtype):
+        if self.left is not None:
+            if self.left == 0:
+                raise CapacityError("no more memory, on purpose")
+            self.left -= 1
+        return super().allocate(shape, dtype)
+
+
+class CountingWriter:
+    """Writes in place and counts what it wrote."""
+
+    def __init__(self):
+        self.calls = self.nbytes = 0
+
+    def __call__(self, destination, source):
+        assert destination.shape == source.shape
+        self.calls += 1
+        self.nbytes += source.numel() * source.element_size()
+        write_in_place(destination, source)
+
+
+class Bench:
+    """A ledger, a tier and a counting writer, and stores that use them."""
+
+    def __init__(self, dtype=torch.float32, heads=HEADS, dims=(KEY_DIM, VALUE_DIM)):
+        self.dtype, self.heads, self.dims = dtype, heads, dims
+        self.ledger, self.write = Ledger(), CountingWriter()
+        self.tier = LimitedTier(self.ledger)
+        self.rng = torch.Generator().manual_seed(0)
+
+    @property
+    def token_bytes(self):
+        return self.heads * sum(self.dims) * self.dtype.itemsize
+
+    def store(self, rows=1, expected_tokens=0):
+        k, v = self.new(rows, 0)
+        return HeadStore(k, v, tier=self.tier, ledger=self.ledger, write=self.write, expected_tokens=expected_tokens)
+
+    def new(self, rows, tokens):
+        """Fresh K and V, in the layout of a model: tokens before heads in memory."""
+        return tuple(
+            torch.randn(rows, tokens, self.heads, dim, generator=self.rng).to(self.dtype).transpose(1, 2)
+            for dim in self.dims
+        )
+
+    def filled(self, tokens, rows=1, **options):
+        store, (k, v) = self.store(rows, **options), self.new(rows, tokens)
+        store.append(k, v)
+        return store, k, v
+
+
+def segments_of(*stores):
+    found = {id(span.segment): span.segment for store in stores for lane in store.lanes() for span in lane.spans}
+    return list(found.values())
+
+
+def segment_bytes(segment):
+    return (segment.k.numel() + segment.v.numel()) * segment.k.element_size()
+
+
+def assert_holds(store, k, v):
+    """The store's content is exactly k and v."""
+    found_k, found_v = store.dense()
+    assert store.tokens == k.shape[2]
+    assert torch.equal(found_k, k)
+    assert torch.equal(found_v, v)
+
+
+def host_part(store, row, lanes):
+    """K and V of a row's host tokens, put together from lanes."""
+    spans = [span for lane in lanes if row in lane.rows for span in lane.spans]
+    if not spans:
+        empty = store.dense()
+        return empty[0][row, :, :0], empty[1][row, :, :0]
+    return tuple(
+        torch.cat([getattr(span.segment, side)[:, span.start : span.stop] for span in spans], dim=1) for side in "kv"
+    )
+
+
+def assert_lanes_do_not_overlap(lanes):
+    """No token of a segment is in two lanes: what rows share is there once."""
+    seen = {}
+    for lane in lanes:
+        assert lane.rows == tuple(sorted(set(lane.rows)))
+        for span in lane.spans:
+            assert 0 <= span.start < span.stop <= span.segment.tokens
+            for start, stop in seen.setdefault(id(span.segment), []):
+                assert span.stop <= start or stop <= span.start
+            seen[id(span.segment)].append((span.start, span.stop))
+
+
+# -- against the model -----------------------------------------------------------------------------------------
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Random use of stores and their forks; `model` holds what each must contain: k and v of every row."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = []  # [store, k, v]
+        self.choice = 0
+
+    @initialize(
+        rows=st.integers(1, 3),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        expected_tokens=st.sampled_from([0, 0, 900, 5000]),
+    )
+    def open(self, rows, dtype, expected_tokens):
+        self.bench = Bench(dtype)
+        self.pairs = [[self.bench.store(rows, expected_tokens), *self.bench.new(rows, 0)]]
+
+    def pick(self, which):
+        return self.pairs[which % len(self.pairs)]
+
+    @precondition(lambda self: self.pairs)
+    @rule(which=st.integers(0, 3), tokens=st.one_of(st.integers(1, 700), st.sampled_from([1, 127, 128, 129, 256, 257])))
+    def append(self, which, tokens):
+        pair = self.pick(which)
+        store, k, v = pair
+        if store.tokens > 4000:
+            return
+        new_k, new_v = self.bench.new(store.rows, tokens)
+        tail_bytes = store.tail_bytes
+        store.append(new_k, new_v)
+        assert store.tail_bytes == tail_bytes
+        pair[1:] = [torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2)]
+
+    @precondition(lambda self: self.pairs)
+    @rule(which=st.integers(0, 3), tokens=st.integers(200, 1500), allowed=st.integers(0, 1))
+    def append_without_memory(self, which, tokens, allowed):
+        pair = self.pick(which)
+        store = pair[0]
+        new_k, new_v = self.bench.new(store.rows, tokens)
+        self.bench.tier.left = allowed
+        try:
+            store.append(new_k, new_v)
+        except CapacityError:
+            pass  # and nothing has changed: the invariants look
+        else:
+            pair[1:] = [torch.cat([old, new], dim=2) for old, new in zip(pair[1:], (new_k, new_v), strict=True)]
+        finally:
+            self.bench.tier.left = None
+
+    @precondition(lambda self: self.pairs)
+    @rule(which=st.integers(0, 3), share=st.floats(0, 1), few=st.booleans())
+    def crop(self, which, share, few):
+        pair = self.pick(which)
+        store, k, v = pair
+        keep = max(store.tokens - int(share * 20), 0) if few else int(share * store.tokens)
+        writes, tail_bytes = self.bench.write.calls, store.tail_bytes
+        store.crop(keep)
+        assert self.bench.write.calls == writes
+        assert store.tail_bytes == tail_bytes
+        pair[1:] = [k[:, :, :keep], v[:, :, :keep]]
+
+    @precondition(lambda self: self.pairs)
+    @rule(which=st.integers(0, 3), picks=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    def select_rows(self, which, picks):
+        pair = self.pick(which)
+        store, k, v = pair
+        indices = [row % store.rows for row in picks]
+        writes, moved, host = self.bench.write.calls, self.bench.ledger.tail_moved_bytes, self.bench.ledger.host_bytes
+        same = indices == list(range(store.rows))
+        store.select_rows(indices)
+        assert self.bench.write.calls == writes
+        assert self.bench.ledger.host_bytes <= host  # rows that nobody has any more are given back
+        moved = self.bench.ledger.tail_moved_bytes - moved
+        assert moved == (0 if same else len(indices) * store.tail_tokens * self.bench.token_bytes)
+        pair[1:] = [k[indices], v[indices]]
+
+    @precondition(lambda self: 0 < len(self.pairs) < 4)
+    @rule(which=st.integers(0, 3))
+    def fork(self, which):
+        store, k, v = self.pick(which)
+        before = self.bench.write.calls, self.bench.ledger.host_bytes
+        moved = self.bench.ledger.tail_moved_bytes
+        twin = store.fork()
+        assert before == (self.bench.write.calls, self.bench.ledger.host_bytes)
+        assert self.bench.ledger.tail_moved_bytes - moved == twin.tail_bytes == store.tail_bytes
+        self.pairs.append([twin, k, v])
+
+    @precondition(lambda self: len(self.pairs) > 1)
+    @rule(which=st.integers(0, 3))
+    def close(self, which):
+        self.pairs.pop(which % len(self.pairs))[0].close()
+
+    @precondition(lambda self: self.pairs)
+    @rule(which=st.integers(0, 3), cuts=st.lists(st.integers(0, 4500), min_size=8, max_size=8))
+    def look_through_runs(self, which, cuts):
+        store, k, v = self.pick(which)
+        edges = sorted({min(cut, store.tokens) for cut in cuts})
+        runs = [
+            list(zip(edges[row % 2 :: 2], edges[row % 2 + 1 :: 2], strict=False)) if row != 2 else []
+            for row in range(store.rows)
+        ]
+        lanes = store.lanes(runs)
+        for row in range(store.rows):
+            for side, (found, whole) in enumerate(zip(host_part(store, row, lanes), (k, v), strict=True)):
+                seen = [whole[row, :, a : min(b, store.host_tokens)] for a, b in runs[row] if a < store.host_tokens]
+                wanted = torch.cat(seen, dim=1) if seen else whole[row, :, :0]
+                # A row that shares some spans and not others may see them out of order: the tokens are the same.
+                assert sorted_tokens(found) == sorted_tokens(wanted)
+                tails = [pair[side] for pair in store.tail(row, runs[row])]
+                late = [whole[row, :, max(a, store.host_tokens) : b] for a, b in runs[row] if b > store.host_tokens]
+                assert len(tails) == len(late)
+                assert all(map(torch.equal, tails, late))
+
+    @invariant()
+    def contents_are_right(self):
+        for store, k, v in self.pairs:
+            assert_holds(store, k, v)
+            assert store.rows == k.shape[0]
+            assert 0 <= store.tail_tokens <= 2 * UNIT
+
+    @invariant()
+    def lanes_cover_the_host_part(self):
+        for store, k, v in self.pairs:
+            lanes = store.lanes()
+            assert_lanes_do_not_overlap(lanes)
+            for row in range(store.rows):
+                found_k, found_v = host_part(store, row, lanes)
+                assert torch.equal(found_k, k[row, :, : store.host_tokens])
+                assert torch.equal(found_v, v[row, :, : store.host_tokens])
+
+    @invariant()
+    def the_ledger_is_exact(self):
+        gc.collect()
+        stores = [pair[0] for pair in self.pairs]
+        held = sum(segment_bytes(segment) for segment in segments_of(*stores))
+        if not self.pairs:
+            return
+        ledger = self.bench.ledger
+        assert ledger.host_bytes == held
+        assert ledger.host_peak_bytes >= held
+        tails = sum(store.rows * 2 * UNIT * self.bench.token_bytes for store in stores)
+        assert ledger.device_bytes == {"ring": 0, "tail": tails, "staging": 0}
+        assert sum(store.tail_bytes for store in stores) == tails
+
+    def teardown(self):
+        for pair in self.pairs:
+            pair[0].close()
+        if self.pairs:
+            self.pairs = []
+            gc.collect()
+            assert self.bench.ledger.host_bytes == 0
+            assert self.bench.ledger.device_bytes["tail"] == 0
+
+
+def sorted_tokens(x):
+    """The tokens of x [H, T, D], each as a list of its numbers, in an order of their own."""
+    return sorted(x.transpose(0, 1).flatten(1).tolist())
+
+
+def test_stores_and_their_forks_hold_what_they_should():
+    run_state_machine_as_test(
+        StoreMachine,
+        settings=settings(
+            deadline=None,
+            derandomize=True,
+            max_examples=120,
+            stateful_step_count=25,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+# -- growing ---------------------------------------------------------------------------------------------------
+
+
+def test_growing_never_moves_old_data():
+    bench = Bench()
+    store = bench.store(rows=2)
+    known = {}  # id of a segment -> the segment, its addresses, the tokens it held, their contents
+    for tokens in (1, 300, 64, 1, 700, 128, 5, 2000, 1, 1, 400):
+        store.append(*bench.new(2, tokens))
+        for segment, addresses, held, k, v in known.values():
+            assert (segment.k.data_ptr(), segment.v.data_ptr()) == addresses
+            assert torch.equal(segment.k[:, :held], k)
+            assert torch.equal(segment.v[:, :held], v)
+        for lane in store.lanes():
+            for span in lane.spans:
+                segment, held = span.segment, span.stop
+                contents = segment.k[:, :held].clone(), segment.v[:, :held].clone()
+                known[id(segment)] = segment, (segment.k.data_ptr(), segment.v.data_ptr()), held, *contents
+    assert len(known) > 4
+    assert {id(segment) for segment in segments_of(store)} == known.keys()
+
+
+def test_each_token_is_written_to_the_host_at_most_once():
+    bench = Bench()
+    store = bench.store()
+    for tokens in (1,) * 300 + (17, 500, 128, 1):
+        store.append(*bench.new(1, tokens))
+        assert bench.write.nbytes == store.host_tokens * bench.token_bytes
+    assert store.host_tokens > 0
+    assert UNIT <= store.tail_tokens <= 2 * UNIT
+
+
+def test_rejected_tokens_never_touch_the_host():
+    """Speculative decoding: five tokens are tried, some are taken back, at every place of the tail."""
+    bench = Bench()
+    store, k, v = bench.filled(300)
+    for step in range(200):
+        new_k, new_v = bench.new(1, 5)
+        store.append(new_k, new_v)
+        kept, writes = step % 4 + 1, bench.write.calls
+        store.crop(k.shape[2] + kept)
+        assert bench.write.calls == writes
+        k, v = torch.cat([k, new_k[:, :, :kept]], dim=2), torch.cat([v, new_v[:, :, :kept]], dim=2)
+    assert_holds(store, k, v)
+    assert store.host_tokens > 300
+    assert bench.write.nbytes == store.host_tokens * bench.token_bytes  # nothing twice, nothing in vain
+
+
+@pytest.mark.parametrize("keep", [0, 1, 127, 128, 500, 871, 872, 873, 999, 1000])
+def test_crop_anywhere_and_go_on(keep):
+    bench = Bench()
+    store, k, v = bench.filled(1000, rows=2)
+    writes = bench.write.calls
+    store.crop(keep)
+    assert bench.write.calls == writes
+    assert_holds(store, k[:, :, :keep], v[:, :, :keep])
+    new_k, new_v = bench.new(2, 600)
+    store.append(new_k, new_v)
+    assert_holds(store, torch.cat([k[:, :, :keep], new_k], dim=2), torch.cat([v[:, :, :keep], new_v], dim=2))
+
+
+@pytest.mark.parametrize("keep", [-1, 301])
+def test_crop_out_of_range_is_refused(keep):
+    store, k, v = Bench().filled(300)
+    with pytest.raises(StateError, match=f"300 tokens to {keep}"):
+        store.crop(keep)
+    assert_holds(store, k, v)
+
+
+def test_heads_are_contiguous_in_a_segment_with_k_and_v_next_to_each_other():
+    bench = Bench(heads=3)
+    store, _, _ = bench.filled(1500)
+    for segment in segments_of(store):
+        for k, v in zip(segment.k, segment.v, strict=True):
+            assert k.is_contiguous()
+            assert v.is_contiguous()
+            assert v.data_ptr() == k.data_ptr() + k.numel() * k.element_size()
+        assert segment.k.data_ptr() % 4096 == 0  # page-aligned, as cudaHostRegister wants
+
+
+@pytest.mark.parametrize("chunk", [64, 1000, 4096])
+@pytest.mark.parametrize("expected_tokens", [3000, 40_000])
+def test_a_known_length_gives_exact_host_memory(expected_tokens, chunk):
+    bench = Bench(heads=1, dims=(1, 1))
+    store = bench.store(expected_tokens=expected_tokens)
+    while store.tokens < expected_tokens:
+        store.append(*bench.new(1, min(chunk, expected_tokens - store.tokens)))
+    sizes = [segment.tokens for segment in segments_of(store)]
+    rounded = -(-expected_tokens // UNIT) * UNIT
+    assert sizes == ([rounded] if rounded <= 16_384 else [16_384, 16_384, rounded - 32_768])
+    assert bench.ledger.host_bytes == bench.ledger.host_peak_bytes == rounded * bench.token_bytes
+
+
+def test_an_unknown_length_wastes_at_most_one_segment_of_a_sixteenth():
+    bench = Bench(heads=1, dims=(1, 1))
+    store, most = bench.store(), 0
+    for _ in range(600):
+        store.append(*bench.new(1, 100))
+        waste = bench.ledger.host_bytes // bench.token_bytes - store.host_tokens
+        assert 0 <= waste <= max(256, store.host_tokens // 16)
+        most = max(most, waste)
+    assert most > 1000  # segments do get larger: few copies for a long context
+    assert len(segments_of(store)) < 120
+
+
+def test_a_longer_text_than_expected_goes_on():
+    bench = Bench()
+    store, k, v = bench.filled(3000, rows=2, expected_tokens=1000)
+    new_k, new_v = bench.new(2, 777)
+    store.append(new_k, new_v)
+    assert_holds(store, torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
+
+
+# -- sharing ---------------------------------------------------------------------------------------------------
+
+
+def test_reordering_and_forking_copy_no_segment():
+    bench = Bench()
+    store, k, v = bench.filled(1000, rows=3)
+    host, writes = bench.ledger.host_bytes, bench.write.calls
+    before = {id(segment): segment.k.clone() for segment in segments_of(store)}
+    twin = store.fork()
+    store.select_rows([2, 0, 0, 1])
+    assert bench.write.calls == writes
+    assert bench.ledger.host_bytes == host
+    assert {id(segment) for segment in segments_of(store, twin)} == before.keys()
+    assert all(torch.equal(segment.k, before[id(segment)]) for segment in segments_of(store))
+    assert_holds(store, k[[2, 0, 0, 1]], v[[2, 0, 0, 1]])
+    assert_holds(twin, k, v)
+
+
+def test_beam_search_never_copies_segments():
+    """Reordering at each step, as beam search does: host bytes grow by what is new, not by what is old."""
+    bench = Bench()
+    store, k, v = bench.filled(2000, rows=1)
+    store.select_rows([0, 0, 0])
+    k, v = k[[0, 0, 0]], v[[0, 0, 0]]
+    base = bench.ledger.host_bytes
+    for step in range(300):
+        order = [[0, 1, 2], [0, 0, 2], [2, 1, 0], [1, 1, 1]][step % 4]
+        new_k, new_v = bench.new(3, 1)
+        store.append(new_k, new_v)
+        store.select_rows(order)
+        k, v = torch.cat([k, new_k], dim=2)[order], torch.cat([v, new_v], dim=2)[order]
+    assert_holds(store, k, v)
+    gc.collect()
+    assert bench.ledger.host_bytes - base <= 3 * (300 + 3 * 256) * bench.token_bytes
+
+
+def test_rows_that_share_are_one_lane_and_part_when_they_go_on():
+    bench = Bench()
+    store, k, v = bench.filled(1000)
+    shared = store.host_tokens
+    store.select_rows([0, 0, 0])
+    (lane,) = store.lanes()
+    assert lane.rows == (0, 1, 2)
+    assert sum(span.tokens for span in lane.spans) == shared
+    new_k, new_v = bench.new(3, 500)
+    store.append(new_k, new_v)
+    first, *own = store.lanes()
+    assert first == lane
+    assert [each.rows for each in own] == [(0,), (1,), (2,)]
+    assert all(sum(span.tokens for span in each.spans) == store.host_tokens - shared for each in own)
+    assert len({id(span.segment) for each in own for span in each.spans}) >= 3
+    assert_holds(store, torch.cat([k[[0, 0, 0]], new_k], dim=2), torch.cat([v[[0, 0, 0]], new_v], dim=2))
+    store.select_rows([1, 1, 2])
+    assert [each.rows for each in store.lanes()] == [(0, 1, 2), (0, 1), (2,)]
+
+
+def test_what_is_shared_is_never_written():
+    """A fork, a crop into the shared part and new tokens on both sides: neither sees the other's."""
+    bench = Bench()
+    store, k, v = bench.filled(1000)
+    twin = store.fork()
+    for each, keep in ((store, 300), (twin, 301)):
+        each.crop(keep)
+    first, second = bench.new(1, 900), bench.new(1, 900)
+    store.append(*first)
+    twin.append(*second)
+    assert_holds(store, torch.cat([k[:, :, :300], first[0]], dim=2), torch.cat([v[:, :, :300], first[1]], dim=2))
+    assert_holds(twin, torch.cat([k[:, :, :301], second[0]], dim=2), torch.cat([v[:, :, :301], second[1]], dim=2))
+
+
+def test_no_lane_where_nothing_is_on_the_host():
+    store, k, v = Bench().filled(200, rows=2)
+    assert store.lanes() == []
+    assert store.lanes([[(0, 200)], [(5, 6)]]) == []
+    (seen,) = store.tail(1, [(5, 6)])
+    assert torch.equal(seen[0], k[1, :, 5:6])
+    assert torch.equal(seen[1], v[1, :, 5:6])
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_all_memory_comes_back_on_close():
+    bench = Bench()
+    store, _, _ = bench.filled(3000, rows=2)
+    twin = store.fork()
+    assert bench.ledger.host_bytes > 0
+    store.close()
+    gc.collect()
+    assert bench.ledger.host_bytes > 0  # the twin sees it all
+    twin.close()
+    gc.collect()
+    assert bench.ledger.host_bytes == 0
+    assert bench.ledger.device_bytes == {"ring": 0, "tail": 0, "staging": 0}
+    assert bench.ledger.host_peak_bytes >= 2 * 2800 * bench.token_bytes
+
+
+def test_segments_are_given_back_as_soon_as_nobody_sees_them():
+    bench = Bench()
+    store, _, _ = bench.filled(3000)
+    store.append(*bench.new(1, 3000))
+    full = bench.ledger.host_bytes
+    store.crop(100)
+    gc.collect()
+    assert 0 < bench.ledger.host_bytes < full
+    store.crop(0)
+    gc.collect()
+    assert bench.ledger.host_bytes == 0
+
+
+def test_memory_lives_as_long_as_a_view_of_it():
+    """A tile that is still being read keeps its pages, whatever happens to the store."""
+    bench = Bench()
+    store, k, _ = bench.filled(1000)
+    view = store.lanes()[0].spans[0].segment.k[1, 10:20]
+    store.close()
+    gc.collect()
+    assert bench.ledger.host_bytes > 0
+    assert torch.equal(view, k[0, 1, 10:20])
+    del view
+    gc.collect()
+    assert bench.ledger.host_bytes == 0
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
+    bench = Bench()
+    store, k, v = bench.filled(400, rows=2)
+    real, count = bench.tier.allocate, itertools.count()
+
+    def allocate(shape, dtype):
+        if next(count) >= allowed:  # after the first row has its segment, or before
+            raise CapacityError("no more memory, on purpose")
+        return real(shape, dtype)
+
+    host, lanes, writes = bench.ledger.host_bytes, store.lanes(), bench.write.calls
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.tier, "allocate", allocate)
+        with pytest.raises(CapacityError):
+            store.append(*bench.new(2, 900))
+        assert bench.write.calls == writes
+    gc.collect()
+    assert bench.ledger.host_bytes == host
+    assert store.lanes() == lanes
+    assert_holds(store, k, v)
+    new_k, new_v = bench.new(2, 900)
+    store.append(new_k, new_v)
+    assert_holds(store, torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
+
+
+def test_the_tail_is_fixed_while_the_batch_is():
+    bench = Bench()
+    store, per_row = bench.store(rows=2), 2 * UNIT * bench.token_bytes
+    for tokens in (1, 5000, 3):
+        assert store.tail_bytes == bench.ledger.device_bytes["tail"] == 2 * per_row
+        store.append(*bench.new(2, tokens))
+    store.select_rows([0, 1, 1, 0, 0])
+    assert store.tail_bytes == bench.ledger.device_bytes["tail"] == 5 * per_row
+    store.select_rows([3])
+    assert store.tail_bytes == bench.ledger.device_bytes["tail"] == per_row
+
+
+def test_the_system_s_refusal_is_a_capacity_error():
+    tier = HostTier(Ledger())
+    with pytest.raises(CapacityError, match="refused"):
+        tier.allocate((2**60,), torch.float32)
+    assert tier.ledger.host_bytes == 0
+
+
+def test_host_memory_is_exact_and_counted():
+    ledger = Ledger()
+    tier = HostTier(ledger)
+    tensors = [tier.allocate((3, 5), torch.float32), tier.allocate((2, 1025), torch.bfloat16)]
+    assert ledger.host_bytes == 3 * 5 * 4 + 2 * 1025 * 2
+    assert all((tensor == 0).all() for tensor in tensors)
+    assert all(tensor.data_ptr() % 4096 == 0 for tensor in tensors)
+    tensors.clear()
+    gc.collect()
+    assert ledger.host_bytes == 0
+    assert ledger.host_peak_bytes == 3 * 5 * 4 + 2 * 1025 * 2

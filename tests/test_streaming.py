@@ -1,0 +1,379 @@
+"""The loop against the float64 oracle, for any past, chunk, tile and padding; and how many bytes it moves."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.attention.reference import attend_reference, causal_mask
+from headinfer.kv.head_store import HeadStore
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.tiers import HostTier
+from headinfer.kv.transfer import StagingWriter, make_ring, write_in_place
+from headinfer.plan.tiles import TilePlan
+from headinfer.streaming import attend_streaming, tiles_of
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=120)
+CPU = torch.device("cpu")
+STAGINGS = ("none", "early", "late")
+BOUND = 3e-6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small operations on several threads only wait for each other where the cores have other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def runs_of(visible):
+    """For each row of a bool [B, T] the half-open ranges that are True."""
+    return [
+        [
+            (start, next((t for t in range(start, len(row)) if not row[t]), len(row)))
+            for start in range(len(row))
+            if row[start] and (start == 0 or not row[start - 1])
+        ]
+        for row in visible.tolist()
+    ]
+
+
+@dataclass
+class Shape:
+    """What a test's layer looks like."""
+
+    rows: int = 1
+    kv_heads: int = 2
+    group: int = 2
+    key_dim: int = 16
+    value_dim: int = 16
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def token_bytes(self):
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class Bench:
+    """One layer: a store, a ring, and everything it was ever given, for the oracle."""
+
+    def __init__(self, shape, staging="none", heads_per_group=None, tile_tokens=512, seed=0, model_layout=True):
+        self.shape, self.plan = shape, TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "")
+        self.rng, self.ledger, self.model_layout = torch.Generator().manual_seed(seed), Ledger(), model_layout
+        write, self.ring = write_in_place, None
+        if staging != "none":
+            write = StagingWriter(64 * shape.token_bytes, CPU, self.ledger, None)
+            head_token_bytes = shape.token_bytes // shape.kv_heads
+            slot_bytes = -(-self.plan.heads_per_group * tile_tokens * head_token_bytes // 256) * 256
+            self.ring = make_ring(staging, 2, slot_bytes, CPU, self.ledger, None)
+        _, self.k, self.v = self.chunk(0)
+        self.store = HeadStore(self.k, self.v, tier=HostTier(self.ledger), ledger=self.ledger, write=write)
+        self.used = set()
+
+    def chunk(self, tokens):
+        """q, k, v of a chunk, laid out as a model does (tokens before heads) or with the heads first."""
+        shape = self.shape
+        sizes = (
+            (shape.kv_heads * shape.group, shape.key_dim),
+            (shape.kv_heads, shape.key_dim),
+            (shape.kv_heads, shape.value_dim),
+        )
+        made = (
+            torch.randn(shape.rows, tokens, heads, dim, generator=self.rng).to(shape.dtype).transpose(1, 2)
+            for heads, dim in sizes
+        )
+        return tuple(made) if self.model_layout else tuple(x.contiguous() for x in made)
+
+    def fill(self, tokens):
+        """Put tokens into the store without attention."""
+        _, k, v = self.chunk(tokens)
+        self.keep(k, v)
+
+    def keep(self, k, v):
+        self.store.append(k, v)
+        self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+
+    def select_rows(self, indices):
+        self.store.select_rows(indices)
+        self.k, self.v = self.k[indices], self.v[indices]
+        self.shape.rows = len(indices)
+
+    def attend(self, q, k, v, *, visible=None, backend=None, **options):
+        """The loop on a chunk that is not yet kept."""
+        runs = runs_of(visible[:, : self.store.tokens + q.shape[2]]) if visible is not None else None
+        return attend_streaming(
+            q,
+            k,
+            v,
+            self.store,
+            plan=self.plan,
+            ring=self.ring,
+            scale=self.shape.key_dim**-0.5,
+            runs=runs,
+            backend=backend,
+            used=self.used,
+            **options,
+        )
+
+    def oracle(self, q, k, v, *, visible=None, softcap=None, sinks=None):
+        """The same in float64 over everything, and which queries see a key: [B, T, Hq, Dv], [B, T]."""
+        k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        mask = causal_mask(q.shape[2], k.shape[2]).expand(len(q), 1, -1, -1)
+        if visible is not None:
+            mask = mask & visible[:, None, None, : k.shape[2]]
+        state = attend_reference(q, k, v, scale=self.shape.key_dim**-0.5, mask=mask, softcap=softcap)
+        out = state.out if sinks is None else state.with_sinks(sinks[:, None])
+        return out.transpose(1, 2), mask.any(dim=-1)[:, 0]
+
+    def assert_step(self, tokens, *, bound=BOUND, visible=None, backend=None, **options):
+        """One forward pass of the layer: compare, then keep the chunk."""
+        q, k, v = self.chunk(tokens)
+        found = self.attend(q, k, v, visible=visible, backend=backend, **options)
+        wanted, sees = self.oracle(q, k, v, visible=visible, **options)
+        assert found.shape == wanted.shape
+        assert found.dtype == q.dtype
+        assert found.isfinite().all()
+        assert (found[~sees] == 0).all()
+        usual = math.sqrt(wanted[0].numel() / (self.store.tokens + tokens))  # few outputs may cancel below this
+        for row in range(len(q)):  # a row's error does not hide behind another's size
+            assert float((found[row].double() - wanted[row]).norm()) <= bound * max(usual, float(wanted[row].norm()))
+        self.keep(k, v)
+
+
+# -- against the oracle ----------------------------------------------------------------------------------------
+
+chunk_lengths = st.lists(st.sampled_from([1, 1, 2, 5, 17, 130, 256, 300, 513]), min_size=2, max_size=5)
+
+
+@st.composite
+def benches(draw):
+    shape = Shape(
+        rows=draw(st.integers(1, 3)),
+        kv_heads=draw(st.integers(1, 4)),
+        group=draw(st.sampled_from([1, 2, 3])),
+        key_dim=draw(st.sampled_from([16, 32, 5])),
+        value_dim=draw(st.sampled_from([16, 48, 7])),
+    )
+    return Bench(
+        shape,
+        staging=draw(st.sampled_from(STAGINGS)),
+        heads_per_group=draw(st.integers(1, shape.kv_heads)),
+        tile_tokens=draw(st.sampled_from([1000, 128, 100, 37, 16])),
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+@PROPERTY
+@given(bench=benches(), lengths=chunk_lengths)
+def test_any_past_and_chunk_is_the_oracle_s(bench, lengths):
+    for tokens in lengths:
+        bench.assert_step(tokens)
+    assert bench.ledger.device_to_host_bytes in (
+        0,
+        bench.shape.rows * bench.store.host_tokens * bench.shape.token_bytes,
+    )
+
+
+@PROPERTY
+@given(
+    bench=benches(),
+    lengths=chunk_lengths,
+    softcap=st.sampled_from([None, 3.0]),
+    with_sinks=st.booleans(),
+    backend=st.sampled_from([None, "cpu-flash", "eager"]),
+)
+def test_soft_caps_and_sinks(bench, lengths, softcap, with_sinks, backend):
+    heads = bench.shape.kv_heads * bench.shape.group
+    sinks = 2 * torch.randn(heads, generator=bench.rng) if with_sinks else None
+    for tokens in lengths:
+        bench.assert_step(tokens, softcap=softcap, sinks=sinks, backend=backend)
+    assert (bench.used == {"eager"}) == (softcap is not None or backend == "eager")
+
+
+def padding(rows, tokens, draw):
+    """A mask [rows, tokens] with left padding, right padding, holes anywhere, and rows that see nothing at all."""
+    visible = torch.ones(rows, tokens, dtype=torch.bool)
+    for row in range(rows):
+        kind = draw(st.sampled_from(["whole", "left", "right", "holes", "holes", "nothing"]))
+        cuts = sorted(draw(st.lists(st.integers(0, tokens), min_size=4, max_size=4)))
+        if kind == "left":
+            visible[row, : cuts[0]] = False
+        elif kind == "right":
+            visible[row, cuts[3] :] = False
+        elif kind == "holes":
+            visible[row, cuts[0] : cuts[1]] = False
+            visible[row, cuts[2] : cuts[3]] = False
+        elif kind == "nothing":
+            visible[row] = False
+    return visible
+
+
+@PROPERTY
+@given(bench=benches(), lengths=chunk_lengths, data=st.data())
+def test_padding_with_holes_is_not_seen(bench, lengths, data):
+    bench.model_layout = False
+    visible = padding(bench.shape.rows, sum(lengths), data.draw)
+    sinks = torch.randn(bench.shape.kv_heads * bench.shape.group, generator=bench.rng)
+    options = data.draw(st.sampled_from([{}, {"sinks": sinks}, {"softcap": 2.0}]))
+    for tokens in lengths:
+        bench.assert_step(tokens, visible=visible, **options)
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_rows_that_see_no_key_give_zero(staging, tokens):
+    bench = Bench(Shape(rows=3), staging, tile_tokens=100, model_layout=False)
+    bench.fill(600)
+    visible = torch.ones(3, 600 + tokens, dtype=torch.bool)
+    visible[1] = False
+    q, k, v = bench.chunk(tokens)
+    out = bench.attend(q, k, v, visible=visible, sinks=torch.zeros(4))
+    assert (out[1] == 0).all()
+    assert (out[0] != 0).all()
+    assert (out[2] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("staging", STAGINGS)
+def test_half_precision(dtype, staging):
+    """Everything is float32 until the output is rounded once: half an ulp of the type."""
+    ulp = torch.finfo(dtype).eps
+    bench = Bench(Shape(rows=2, kv_heads=3, group=4, dtype=dtype), staging, heads_per_group=2, tile_tokens=190)
+    for tokens in (400, 300, 1, 2):
+        bench.assert_step(tokens, bound=0.5 * ulp)
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("backend", ["cpu-native", "cpu-flash", "eager"])
+def test_a_long_past_in_every_backend(staging, backend):
+    bench = Bench(Shape(kv_heads=2, group=4, key_dim=64, value_dim=64), staging, tile_tokens=3000)
+    bench.fill(9000)
+    for tokens in (1, 4, 50):
+        bench.assert_step(tokens, backend=backend)
+
+
+# -- the same bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads_per_group", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_the_same_plan_gives_the_same_bits(tokens, heads_per_group):
+    found = []
+    for staging in ("none", "none", "early", "early", "late"):
+        bench = Bench(Shape(rows=2, kv_heads=4, group=3), staging, heads_per_group, 130, seed=9)
+        bench.fill(900)
+        q, k, v = bench.chunk(tokens)
+        found.append(bench.attend(q, k, v))
+        assert torch.equal(found[-1], bench.attend(q, k, v))  # again, in the same ring
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert torch.equal(found[2], found[4])  # the twins differ in when they copy, not in what comes out
+
+
+# -- what crosses the link ---------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(bench=benches(), lengths=chunk_lengths)
+def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
+    for tokens in lengths:
+        bench.fill(tokens)
+        before, on_host = bench.ledger.host_to_device_bytes, bench.store.host_tokens * bench.shape.rows
+        bench.attend(*bench.chunk(3))
+        crossed = bench.ledger.host_to_device_bytes - before
+        assert crossed == (on_host * bench.shape.token_bytes if bench.ring else 0)
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_rows_that_share_a_document_fetch_it_once(staging, tokens):
+    bench = Bench(Shape(), staging, heads_per_group=1, tile_tokens=150)
+    bench.fill(1000)
+    shared = bench.store.host_tokens
+    bench.select_rows([0, 0, 0])
+
+    def crossed():
+        before = bench.ledger.host_to_device_bytes
+        bench.assert_step(tokens)
+        return bench.ledger.host_to_device_bytes - before
+
+    tokens_crossed = crossed() / bench.shape.token_bytes
+    assert tokens_crossed == (shared if bench.ring else 0)
+    bench.fill(600)  # the rows go their own ways
+    own = bench.store.host_tokens - shared
+    assert own > 0
+    assert crossed() / bench.shape.token_bytes == (shared + 3 * own if bench.ring else 0)
+    bench.select_rows([2, 0, 0, 1])
+    assert crossed() / bench.shape.token_bytes == (shared + 3 * own if bench.ring else 0)
+
+
+@PROPERTY
+@given(
+    bench=benches(),
+    moves=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), min_size=1, max_size=3),
+    tokens=st.sampled_from([1, 3, 40, 300]),
+)
+def test_rows_that_share_and_part_are_the_oracle_s(bench, moves, tokens):
+    bench.fill(400)
+    for picks in moves:
+        bench.select_rows([row % bench.shape.rows for row in picks])
+        bench.assert_step(tokens)
+        bench.fill(150)
+        bench.assert_step(1)
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+def test_masked_tokens_do_not_cross_the_link(staging):
+    bench = Bench(Shape(rows=2), staging, tile_tokens=64, model_layout=False)
+    bench.fill(900)
+    host, visible = bench.store.host_tokens, torch.ones(2, 901, dtype=torch.bool)
+    visible[0, :500] = False
+    visible[1, 10:20] = False
+    before = bench.ledger.host_to_device_bytes
+    bench.assert_step(1, visible=visible)
+    crossed = (bench.ledger.host_to_device_bytes - before) / bench.shape.token_bytes
+    assert crossed == ((host - 500) + (host - 10) if bench.ring else 0)
+
+
+def test_an_empty_past_moves_nothing():
+    bench = Bench(Shape(rows=2), "late")
+    bench.assert_step(5)
+    bench.assert_step(1)
+    assert bench.store.host_tokens == 0
+    assert bench.ledger.host_to_device_bytes == 0
+
+
+def test_tiles_are_cut_where_the_plan_says():
+    bench = Bench(Shape(rows=2, kv_heads=3))
+    bench.fill(700)
+    bench.fill(400)
+    host = bench.store.host_tokens
+    sizes = {
+        row: [sum(k.shape[1] for k, _ in tile.pieces) for tile in tiles_of(bench.store, slice(1, 3), 250, None, False)
+              if tile.rows == (row,)]
+        for row in (0, 1)
+    }  # fmt: skip
+    assert sizes[0] == sizes[1] == [250] * (host // 250) + [host % 250]
+    whole = list(tiles_of(bench.store, slice(1, 3), 250, None, True))
+    assert [sum(k.shape[1] for k, _ in tile.pieces) for tile in whole] == [host, host]
+    segments = [span.segment for lane in bench.store.lanes() for span in lane.spans]
+    first = whole[0].pieces[0][0]
+    assert first.shape[0] == 2
+    assert first.data_ptr() == segments[0].k[1].data_ptr()  # read in place
+    k, v = (torch.cat(sides, dim=1) for sides in zip(*whole[1].pieces, strict=True))
+    assert torch.equal(k, bench.k[1, 1:3, :host])
+    assert torch.equal(v, bench.v[1, 1:3, :host])
+
+
+def test_the_kernels_that_ran_are_noted():
+    bench = Bench(Shape())
+    bench.fill(300)
+    bench.attend(*bench.chunk(1), backend="eager")
+    assert bench.used == {"eager"}
+    bench.attend(*bench.chunk(1), backend="cpu-flash")
+    assert bench.used == {"eager", "cpu-flash"}

@@ -1,0 +1,341 @@
+"""The ring's protocol and its CPU twins, which make a mistake in the protocol visible; the write-back of new tokens."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.attention.reference import attend_reference, causal_mask
+from headinfer.engine import Engine, Options
+from headinfer.errors import CapacityError, StateError
+from headinfer.kv import transfer
+from headinfer.kv.head_store import HeadStore
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.tiers import HostTier
+from headinfer.kv.transfer import EarlyRing, LateRing, StagingWriter, copy_contiguous, make_ring, write_in_place
+from headinfer.plan.tiles import TilePlan
+from headinfer.streaming import attend_streaming
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
+CPU = torch.device("cpu")
+both_rings = pytest.mark.parametrize("kind", [EarlyRing, LateRing])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small operations on several threads only wait for each other where the cores have other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_pieces(rng, heads, sizes, dims, dtype=torch.float32):
+    """Pieces of K and V with other data between the heads, as in a segment."""
+    return [
+        tuple(torch.randn(heads, size + 3, dim, generator=rng).to(dtype)[:, 1 : size + 1] for dim in dims)
+        for size in sizes
+    ]
+
+
+def joined(pieces):
+    return tuple(torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
+
+
+def nbytes(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# -- the ring --------------------------------------------------------------------------------------------------
+
+
+@both_rings
+@PROPERTY
+@given(data=st.data())
+def test_tiles_come_out_as_their_pieces_joined(kind, data):
+    draw = data.draw
+    rng, ledger = seeded(draw(st.integers(0, 2**31 - 1))), Ledger()
+    slots = draw(st.integers(2, 4))
+    ring = kind(slots, 4096, CPU, ledger)
+    total = copies = 0
+    tickets = []
+    for _ in range(draw(st.integers(1, 8))):
+        dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+        heads, dims = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([(4, 4), (3, 5), (16, 1)]))
+        sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+        pieces = random_pieces(rng, heads, sizes, dims, dtype)
+        tickets.append((ring.fetch(pieces), joined(pieces)))
+        total += nbytes(*joined(pieces))
+        copies += 2 * heads * len(pieces)
+        if len(tickets) == slots:  # as the loop does: the oldest is read while the newest comes in
+            ticket, wanted = tickets.pop(0)
+            found = ring.wait(ticket)
+            assert all(map(torch.equal, found, wanted))
+            assert all(side.dtype == dtype for side, dtype in zip(found, (x.dtype for x in wanted), strict=True))
+            ring.release(ticket)
+    for ticket, wanted in tickets:
+        assert all(map(torch.equal, ring.wait(ticket), wanted))
+        ring.release(ticket)
+    assert ledger.host_to_device_bytes == total
+    assert ledger.copies == copies
+    assert ledger.device_to_host_bytes == 0
+    assert ledger.device_bytes["ring"] == ledger.device_peak_bytes == slots * 4096
+    ring.close()
+    assert ledger.device_bytes["ring"] == 0
+
+
+@both_rings
+def test_a_slot_in_use_is_refused(kind):
+    ring, pieces = kind(2, 1024, CPU, Ledger()), random_pieces(seeded(0), 1, [4], (4, 4))
+    first, second = ring.fetch(pieces), ring.fetch(pieces)
+    with pytest.raises(StateError, match="still in use"):
+        ring.fetch(pieces)
+    ring.release(second)  # out of order: the next slot is the first one's
+    with pytest.raises(StateError, match="still in use"):
+        ring.fetch(pieces)
+    ring.release(first)
+    ring.fetch(pieces)
+
+
+@both_rings
+def test_a_refused_fetch_changes_nothing(kind):
+    ledger = Ledger()
+    ring, pieces = kind(2, 1024, CPU, ledger), random_pieces(seeded(0), 1, [4], (4, 4))
+    first, _ = ring.fetch(pieces), ring.fetch(pieces)
+    wanted = joined(pieces)
+    moved = ledger.host_to_device_bytes
+    with pytest.raises(StateError):
+        ring.fetch(random_pieces(seeded(1), 1, [4], (4, 4)))
+    assert ledger.host_to_device_bytes == moved
+    assert all(map(torch.equal, ring.wait(first), wanted))
+
+
+@both_rings
+def test_a_tile_larger_than_a_slot_is_refused(kind):
+    ring = kind(2, 2 * 8 * (4 + 4) * 4, CPU, Ledger())
+    ring.fetch(random_pieces(seeded(0), 2, [5, 3], (4, 4)))  # fills a slot to the last byte
+    with pytest.raises(StateError, match="exceeds a slot"):
+        ring.fetch(random_pieces(seeded(0), 2, [5, 4], (4, 4)))
+    ring.fetch(random_pieces(seeded(0), 2, [16], (4, 4), torch.bfloat16))
+
+
+@both_rings
+def test_abandon_frees_all_slots(kind):
+    ring, pieces = kind(2, 1024, CPU, Ledger()), random_pieces(seeded(0), 1, [4], (4, 4))
+    ring.fetch(pieces)
+    ring.fetch(pieces)
+    ring.abandon()
+    fresh = random_pieces(seeded(5), 1, [6], (4, 4))
+    tickets = [ring.fetch(fresh), ring.fetch(fresh)]
+    for ticket in tickets:
+        assert all(map(torch.equal, ring.wait(ticket), joined(fresh)))
+
+
+@both_rings
+def test_a_released_ticket_cannot_be_used_again(kind):
+    ring = kind(2, 1024, CPU, Ledger())
+    ticket = ring.fetch(random_pieces(seeded(0), 1, [4], (4, 4)))
+    ring.release(ticket)
+    with pytest.raises(KeyError):
+        ring.wait(ticket)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_late_ring_shows_a_missing_wait_as_nan(dtype):
+    ring = LateRing(2, 1024, CPU, Ledger())
+    pieces = random_pieces(seeded(0), 2, [4, 3], (4, 5), dtype)
+    for _ in range(3):  # also where the slot held an older tile
+        ticket = ring.fetch(pieces)
+        unwaited = EarlyRing.wait(ring, ticket)  # what a kernel would read that did not wait
+        assert all(side.isnan().all() for side in unwaited)
+        assert all(map(torch.equal, ring.wait(ticket), joined(pieces)))
+        ring.release(ticket)
+
+
+def test_the_early_ring_shows_a_slot_reused_too_early():
+    ring = EarlyRing(2, 1024, CPU, Ledger())
+    tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(3)]
+    first, _ = ring.fetch(tiles[0]), ring.fetch(tiles[1])
+    k, v = ring.wait(first)
+    ring.release(first)  # too early: k and v are still to be read
+    ring.fetch(tiles[2])
+    assert not torch.equal(k, tiles[0][0][0])
+    assert torch.equal(k, tiles[2][0][0])
+    assert torch.equal(v, tiles[2][0][1])
+
+
+def test_copies_between_other_layouts_are_refused():
+    contiguous, strided = torch.zeros(4, 6), torch.zeros(6, 4).T
+    copy_contiguous(contiguous, torch.ones(4, 6))
+    assert (contiguous == 1).all()
+    for sides in ((contiguous, strided), (strided, contiguous)):
+        with pytest.raises(AssertionError, match="contiguous on both sides"):
+            copy_contiguous(*sides)
+
+
+def test_make_ring_makes_the_ring_asked_for():
+    for staging, kind in (("early", EarlyRing), ("late", LateRing)):
+        ring = make_ring(staging, 2, 512, CPU, Ledger(), None)
+        assert type(ring) is kind
+        assert ring.slot_bytes == 512
+
+
+# -- mistakes in the loop are seen -----------------------------------------------------------------------------
+
+
+class Overwriting(EarlyRing):
+    """A ring that forgets that a slot is in use: the next tile lands in the one that is about to be read."""
+
+    def fetch(self, pieces):
+        tiles = dict(self._slots.in_use)
+        self._slots.in_use.clear()
+        ticket = super().fetch(pieces)
+        self._slots.in_use.update(tiles)
+        return ticket
+
+
+class Unwaiting(LateRing):
+    """A ring whose wait does not wait."""
+
+    def wait(self, ticket):
+        return EarlyRing.wait(self, ticket)
+
+
+def stream_with(ring, ledger, backend):
+    """Decode over 700 tokens in tiles of 100: the relative error against the oracle."""
+    rng = seeded(3)
+    k, v = (torch.randn(1, 2, 701, 16, generator=rng) for _ in range(2))
+    q = torch.randn(1, 4, 1, 16, generator=rng)
+    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=write_in_place)
+    store.append(k[:, :, :700], v[:, :, :700])
+    out = attend_streaming(
+        q,
+        k[:, :, 700:],
+        v[:, :, 700:],
+        store,
+        plan=TilePlan(2, 100, ""),
+        ring=ring,
+        scale=0.5,
+        backend=backend,
+    )
+    wanted = attend_reference(q, k, v, scale=0.5).out.transpose(1, 2)
+    return float((out.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("kind", [EarlyRing, LateRing])
+@pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
+def test_the_loop_keeps_the_protocol(kind, backend):
+    ledger = Ledger()
+    assert stream_with(kind(2, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend) < 2e-6
+
+
+@pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
+def test_a_slot_overwritten_in_the_loop_gives_wrong_numbers(backend):
+    ledger = Ledger()
+    assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend) > 0.01
+
+
+@pytest.mark.parametrize("backend", ["cpu-flash", "eager"])
+def test_a_wait_missing_in_the_loop_gives_nan(backend):
+    ledger = Ledger()
+    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend)
+    assert error != error  # NaN
+
+
+# -- write-back ------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "heads first": lambda x: x.contiguous(),
+    "tokens first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "dims first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "every other": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "one head for all": lambda x: x[:1].expand_as(x),
+}
+
+
+@PROPERTY
+@given(data=st.data())
+def test_write_back_brings_any_layout_home_in_pieces(data):
+    draw = data.draw
+    rng, ledger = seeded(draw(st.integers(0, 2**31 - 1))), Ledger()
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    heads, tokens, dim = draw(st.integers(1, 4)), draw(st.integers(0, 40)), draw(st.sampled_from([1, 3, 8]))
+    row_bytes = heads * dim * dtype.itemsize
+    buffer_bytes = row_bytes * draw(st.integers(1, 12)) + draw(st.sampled_from([0, dtype.itemsize]))
+    source = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](torch.randn(heads, tokens, dim, generator=rng).to(dtype))
+    memory = torch.full((heads, tokens + 7, dim), 99.0, dtype=dtype)
+    write = StagingWriter(buffer_bytes, CPU, ledger, None)
+    write(memory[:, 2 : tokens + 2], source)
+    assert torch.equal(memory[:, 2 : tokens + 2], source)
+    assert (memory[:, :2] == 99).all()
+    assert (memory[:, tokens + 2 :] == 99).all()
+    assert ledger.device_to_host_bytes == nbytes(source)
+    assert ledger.copies == heads * -(-tokens // (buffer_bytes // row_bytes))
+    assert ledger.host_to_device_bytes == 0
+    assert ledger.device_bytes["staging"] == ledger.device_peak_bytes == 2 * buffer_bytes
+    write.close()
+    assert ledger.device_bytes["staging"] == 0
+
+
+def test_a_write_back_buffer_too_small_for_a_token_is_refused():
+    write = StagingWriter(31, CPU, Ledger(), None)
+    with pytest.raises(CapacityError, match="holds no token of 32 bytes"):
+        write(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+
+
+def test_writing_in_place_is_a_copy():
+    destination, source = torch.zeros(2, 3, 4), torch.randn(3, 2, 4, generator=seeded(0)).transpose(0, 1)
+    write_in_place(destination, source)
+    assert torch.equal(destination, source)
+    assert destination.data_ptr() != source.data_ptr()
+
+
+# -- a whole forward pass --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staging", ["early", "late"])
+def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(staging, monkeypatch):
+    """Two layers, two rows, chunks as a model gives them; all that crosses the link goes through one function."""
+    moved = []
+
+    def spy(destination, source):
+        assert destination.is_contiguous()
+        assert source.is_contiguous()
+        assert destination.dtype == source.dtype
+        assert destination.numel() == source.numel() > 0
+        moved.append(nbytes(source))
+        copy_contiguous(destination, source)
+
+    def refuse(destination, source):
+        raise AssertionError("a write that is not staged")
+
+    monkeypatch.setattr(transfer, "copy_contiguous", spy)
+    monkeypatch.setattr("headinfer.engine.write_in_place", refuse)
+    rng, layers, scale = seeded(1), 2, 0.25
+    engine = Engine(Options(staging=staging, device_kv_budget=700_000, tile_tokens=300), layers)
+    stores, told = [], [[], []]
+    for tokens in (300, 600, 1, 5, 1):
+        for layer in range(layers):
+            q, k, v = (torch.randn(2, tokens, heads, 16, generator=rng).transpose(1, 2) for heads in (4, 2, 2))
+            if len(stores) == layer:
+                stores.append(engine.new_store(k, v))
+            if layer == 0:
+                engine.begin(stores[0], 4, tokens)
+            told[layer].append((k, v))
+            out = engine.attend(q, k, v, stores[layer], scale=scale, softcap=None, sinks=None, runs=None)
+            stores[layer].append(k, v)
+            all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
+            mask = causal_mask(tokens, all_k.shape[2])
+            wanted = attend_reference(q, all_k, all_v, scale=scale, mask=mask).out.transpose(1, 2)
+            torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    ledger = engine.ledger
+    host_bytes = sum(store.rows * store.host_tokens * 2 * 32 * 4 for store in stores)
+    assert ledger.device_to_host_bytes == host_bytes  # each new token goes home once
+    assert ledger.host_to_device_bytes > 3 * host_bytes
+    assert sum(moved) == ledger.host_to_device_bytes + ledger.device_to_host_bytes
+    assert len(moved) == ledger.copies
+    assert sum(ledger.device_bytes.values()) <= ledger.device_peak_bytes <= 700_000
