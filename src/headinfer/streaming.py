@@ -2,13 +2,13 @@
 
 For each head group of a layer:
 
-    state = attention of the chunk on itself (causal) and on the tail           nothing to transfer
+    state = attention of the chunk on itself (causal); the tail joins the first tile, nothing to transfer
     for each tile (head group x token block) of the host segments:
         fetch tile i + 1                                                        copy stream
         state = merge(state, attention on tile i)                               compute stream
     write the state into the output
 
-Where the host is the compute device (CPU), there is no ring: the segments are read in place, all in one call.
+Where the host is the compute device (CPU) nothing moves: a tile is the segments themselves, all in one call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from headinfer.attention.backends import Backend, Problem, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.head_store import HeadStore, Runs
-from headinfer.kv.transfer import Piece, Ring
+from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import TilePlan
 
 __all__ = ["Tile", "attend_streaming", "tiles_of"]
@@ -87,45 +87,39 @@ def attend_streaming(
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [(heads, tile) for heads in groups for tile in tiles_of(store, heads, plan.tile_tokens, runs, ring is None)]
+    work = [(heads, tile) for heads in groups for tile in tiles_of(store, heads, plan.tile_tokens, runs)]
+    ring = ring if ring is not None else InPlace()
     coming = iter(work[1:])
-    ticket = ring.fetch(work[0][1].pieces) if ring is not None and work else 0
+    ticket = ring.fetch(work[0][1].pieces) if work else 0
     for heads in groups:
         state, resident = _own_state(layer, heads, runs)
-        if ring is not None:
-            resident = _attend_resident(layer, heads, state, resident)
         for tile in (tile for its_heads, tile in work if its_heads is heads):
-            if ring is None:
-                alone = len(tile.rows) == 1
-                near = resident.pop(tile.rows[0], ()) if alone else ()
-                _attend_tile(layer, heads, state, tile.rows, (*tile.pieces, *near))
-                continue
             following = next(coming, None)
             next_ticket = ring.fetch(following[1].pieces) if following is not None else 0
-            _attend_tile(layer, heads, state, tile.rows, (ring.wait(ticket),))
+            near = resident.pop(tile.rows[0], ()) if len(tile.rows) == 1 else ()
+            _attend_tile(layer, heads, state, tile.rows, (*ring.wait(ticket), *near))
             ring.release(ticket)
             ticket = next_ticket
-        _attend_resident(layer, heads, state, resident)
+        for row, near in resident.items():
+            _attend_tile(layer, heads, state, (row,), near)
         queries = slice(heads.start * group, heads.stop * group)
         merged = state.out if sinks is None else state.with_sinks(sinks[queries, None])
         out[:, :, queries] = merged.transpose(1, 2)
     return out
 
 
-def tiles_of(
-    store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None, in_place: bool
-) -> Iterator[Tile]:
-    """The host part of a head group as tiles of at most tile_tokens tokens; in place, one tile per lane."""
+def tiles_of(store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None) -> Iterator[Tile]:
+    """The host part of a head group as tiles of at most tile_tokens tokens."""
     for lane in store.lanes(runs):
         pieces: list[Piece] = []
         room = tile_tokens
         for span in lane.spans:
             start = span.start
             while start < span.stop:
-                stop = span.stop if in_place else min(span.stop, start + room)
+                stop = min(span.stop, start + room)
                 pieces.append((span.segment.k[heads, start:stop], span.segment.v[heads, start:stop]))
                 room, start = room - (stop - start), stop
-                if room == 0 and not in_place:
+                if room == 0:
                     yield Tile(lane.rows, tuple(pieces))
                     pieces, room = [], tile_tokens
         if pieces:
@@ -147,15 +141,6 @@ def _attend_tile(
     for index, row in enumerate(rows):
         mine = part[:, index * share : (index + 1) * share]
         AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share)).merge_(mine)
-
-
-def _attend_resident(
-    layer: Layer, heads: slice, state: AttentionState, resident: dict[int, tuple[Piece, ...]]
-) -> dict[int, tuple[Piece, ...]]:
-    """Merge what lies on the device already; returns what is left of it, nothing."""
-    for row, pieces in resident.items():
-        _attend_tile(layer, heads, state, (row,), pieces)
-    return {}
 
 
 def _own_state(

@@ -3,7 +3,7 @@
 A ring has a fixed number of slots of fixed bytes. For each tile the loop calls, in this order,
 
     ticket = ring.fetch(pieces)      starts bringing the pieces in; returns at once
-    k, v = ring.wait(ticket)         the tile, readable by the compute stream: k [h, T, Dk], v [h, T, Dv]
+    pieces = ring.wait(ticket)       the tile, readable by the compute stream: pairs of k [h, T, Dk] and v [h, T, Dv]
     ring.release(ticket)             the compute stream's reads are queued; the slot may be used again
 
 and fetches tile i + 1 before it waits for tile i. CudaRing does this with a copy stream and events. Its two CPU
@@ -25,6 +25,7 @@ from headinfer.kv.ledger import Ledger
 __all__ = [
     "CudaRing",
     "EarlyRing",
+    "InPlace",
     "LateRing",
     "Ring",
     "Staging",
@@ -46,7 +47,7 @@ class Ring(Protocol):
 
     def fetch(self, pieces: Sequence[Piece]) -> int: ...
 
-    def wait(self, ticket: int) -> Piece: ...
+    def wait(self, ticket: int) -> Sequence[Piece]: ...
 
     def release(self, ticket: int) -> None: ...
 
@@ -111,6 +112,33 @@ def copy_contiguous(destination: torch.Tensor, source: torch.Tensor) -> None:
     destination.copy_(source, non_blocking=True)
 
 
+class InPlace:
+    """No ring: the host is the compute device, and a tile is the pieces themselves."""
+
+    slot_bytes = 0
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, Sequence[Piece]] = {}
+        self._next_ticket = 0
+
+    def fetch(self, pieces: Sequence[Piece]) -> int:
+        self._next_ticket += 1
+        self._pieces[self._next_ticket] = pieces
+        return self._next_ticket
+
+    def wait(self, ticket: int) -> Sequence[Piece]:
+        return self._pieces[ticket]
+
+    def release(self, ticket: int) -> None:
+        del self._pieces[ticket]
+
+    def abandon(self) -> None:
+        self._pieces.clear()
+
+    def close(self) -> None:
+        self._pieces.clear()
+
+
 class EarlyRing:
     """CPU twin that copies at fetch: a slot overwritten while in use gives wrong numbers."""
 
@@ -123,8 +151,8 @@ class EarlyRing:
         self._slots.fill(ticket)
         return ticket
 
-    def wait(self, ticket: int) -> Piece:
-        return self._slots.in_use[ticket][1]
+    def wait(self, ticket: int) -> Sequence[Piece]:
+        return (self._slots.in_use[ticket][1],)
 
     def release(self, ticket: int) -> None:
         del self._slots.in_use[ticket]
@@ -144,9 +172,9 @@ class LateRing(EarlyRing):
         self._slots.memory[slot].view(pieces[0][0].dtype).fill_(torch.nan)
         return ticket
 
-    def wait(self, ticket: int) -> Piece:
+    def wait(self, ticket: int) -> Sequence[Piece]:
         self._slots.fill(ticket)
-        return self._slots.in_use[ticket][1]
+        return super().wait(ticket)
 
 
 class CudaRing:
@@ -172,10 +200,10 @@ class CudaRing:
             self._ready[slot].record(self._stream)
         return ticket
 
-    def wait(self, ticket: int) -> Piece:
+    def wait(self, ticket: int) -> Sequence[Piece]:
         slot, tile, _ = self._slots.in_use[ticket]
         torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
-        return tile
+        return (tile,)
 
     def release(self, ticket: int) -> None:
         slot, _, _ = self._slots.in_use.pop(ticket)
