@@ -1,4 +1,4 @@
-"""Shared settings: no network, two threads, quiet libraries."""
+"""Shared settings: no network, one thread, quiet libraries."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are tiny: waking a second thread costs more than it computes
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -230,6 +230,15 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.bench.ledger.tail_moved_bytes - moved == twin.tail_bytes == store.tail_bytes
         self.pairs.append([twin, k, v])
 
+    @precondition(lambda self: 0 < len(self.pairs) < 4)
+    @rule(which=st.integers(0, 3), share=st.floats(0, 1), tokens=st.integers(200, 600))
+    def part_ways(self, which, share, tokens):
+        """Fork, take the same tokens back on both sides and go on with different ones."""
+        self.fork(which)
+        for index in (which % (len(self.pairs) - 1), len(self.pairs) - 1):
+            self.crop(index, share, few=False)
+            self.append(index, tokens)
+
     @precondition(lambda self: len(self.pairs) > 1)
     @rule(which=st.integers(0, 3))
     def close(self, which):
@@ -310,6 +319,7 @@ def test_stores_and_their_forks_hold_what_they_should():
             derandomize=True,
             max_examples=120,
             stateful_step_count=25,
+            phases=(Phase.generate,),  # a failure shows at once; add Phase.shrink for a short one, in minutes
             suppress_health_check=list(HealthCheck),
         ),
     )
@@ -574,6 +584,27 @@ def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
     assert store.lanes() == lanes
     assert_holds(store, k, v)
     new_k, new_v = bench.new(2, 900)
+    store.append(new_k, new_v)
+    assert_holds(store, torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3])
+def test_a_failed_write_leaves_the_store_as_it_was(allowed):
+    bench = Bench()
+    store, k, v = bench.filled(400, rows=2)
+    lanes, count = store.lanes(), itertools.count()
+
+    def write(destination, source):
+        if next(count) >= allowed:
+            raise CapacityError("no write-back buffer, on purpose")
+        write_in_place(destination, source)
+
+    store.write = write
+    with pytest.raises(CapacityError):
+        store.append(*bench.new(2, 900))
+    assert store.lanes() == lanes
+    assert_holds(store, k, v)
+    store.write, (new_k, new_v) = bench.write, bench.new(2, 900)
     store.append(new_k, new_v)
     assert_holds(store, torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
 

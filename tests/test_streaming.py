@@ -16,7 +16,7 @@ from headinfer.kv.transfer import StagingWriter, make_ring, write_in_place
 from headinfer.plan.tiles import TilePlan
 from headinfer.streaming import attend_streaming, tiles_of
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=120)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")
 STAGINGS = ("none", "early", "late")
 BOUND = 3e-6
@@ -353,21 +353,16 @@ def test_tiles_are_cut_where_the_plan_says():
     bench.fill(700)
     bench.fill(400)
     host = bench.store.host_tokens
-    sizes = {
-        row: [sum(k.shape[1] for k, _ in tile.pieces) for tile in tiles_of(bench.store, slice(1, 3), 250, None, False)
-              if tile.rows == (row,)]
-        for row in (0, 1)
-    }  # fmt: skip
-    assert sizes[0] == sizes[1] == [250] * (host // 250) + [host % 250]
-    whole = list(tiles_of(bench.store, slice(1, 3), 250, None, True))
-    assert [sum(k.shape[1] for k, _ in tile.pieces) for tile in whole] == [host, host]
-    segments = [span.segment for lane in bench.store.lanes() for span in lane.spans]
-    first = whole[0].pieces[0][0]
-    assert first.shape[0] == 2
-    assert first.data_ptr() == segments[0].k[1].data_ptr()  # read in place
-    k, v = (torch.cat(sides, dim=1) for sides in zip(*whole[1].pieces, strict=True))
-    assert torch.equal(k, bench.k[1, 1:3, :host])
-    assert torch.equal(v, bench.v[1, 1:3, :host])
+    tiles = list(tiles_of(bench.store, slice(1, 3), 250, None))
+    for row in (0, 1):
+        mine = [tile for tile in tiles if tile.rows == (row,)]
+        assert [sum(k.shape[1] for k, _ in tile.pieces) for tile in mine] == [250] * (host // 250) + [host % 250]
+        sides = zip(*(piece for tile in mine for piece in tile.pieces), strict=True)
+        k, v = (torch.cat(side, dim=1) for side in sides)
+        assert torch.equal(k, bench.k[row, 1:3, :host])
+        assert torch.equal(v, bench.v[row, 1:3, :host])
+    segment = bench.store.lanes()[0].spans[0].segment
+    assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view: nothing is copied here
 
 
 def test_the_kernels_that_ran_are_noted():

@@ -12,7 +12,15 @@ from headinfer.kv import transfer
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import EarlyRing, LateRing, StagingWriter, copy_contiguous, make_ring, write_in_place
+from headinfer.kv.transfer import (
+    EarlyRing,
+    InPlace,
+    LateRing,
+    StagingWriter,
+    copy_contiguous,
+    make_ring,
+    write_in_place,
+)
 from headinfer.plan.tiles import TilePlan
 from headinfer.streaming import attend_streaming
 
@@ -73,12 +81,12 @@ def test_tiles_come_out_as_their_pieces_joined(kind, data):
         copies += 2 * heads * len(pieces)
         if len(tickets) == slots:  # as the loop does: the oldest is read while the newest comes in
             ticket, wanted = tickets.pop(0)
-            found = ring.wait(ticket)
+            found = joined(ring.wait(ticket))
             assert all(map(torch.equal, found, wanted))
             assert all(side.dtype == dtype for side, dtype in zip(found, (x.dtype for x in wanted), strict=True))
             ring.release(ticket)
     for ticket, wanted in tickets:
-        assert all(map(torch.equal, ring.wait(ticket), wanted))
+        assert all(map(torch.equal, joined(ring.wait(ticket)), wanted))
         ring.release(ticket)
     assert ledger.host_to_device_bytes == total
     assert ledger.copies == copies
@@ -111,7 +119,7 @@ def test_a_refused_fetch_changes_nothing(kind):
     with pytest.raises(StateError):
         ring.fetch(random_pieces(seeded(1), 1, [4], (4, 4)))
     assert ledger.host_to_device_bytes == moved
-    assert all(map(torch.equal, ring.wait(first), wanted))
+    assert all(map(torch.equal, joined(ring.wait(first)), wanted))
 
 
 @both_rings
@@ -132,7 +140,7 @@ def test_abandon_frees_all_slots(kind):
     fresh = random_pieces(seeded(5), 1, [6], (4, 4))
     tickets = [ring.fetch(fresh), ring.fetch(fresh)]
     for ticket in tickets:
-        assert all(map(torch.equal, ring.wait(ticket), joined(fresh)))
+        assert all(map(torch.equal, joined(ring.wait(ticket)), joined(fresh)))
 
 
 @both_rings
@@ -150,9 +158,9 @@ def test_the_late_ring_shows_a_missing_wait_as_nan(dtype):
     pieces = random_pieces(seeded(0), 2, [4, 3], (4, 5), dtype)
     for _ in range(3):  # also where the slot held an older tile
         ticket = ring.fetch(pieces)
-        unwaited = EarlyRing.wait(ring, ticket)  # what a kernel would read that did not wait
+        unwaited = joined(EarlyRing.wait(ring, ticket))  # what a kernel would read that did not wait
         assert all(side.isnan().all() for side in unwaited)
-        assert all(map(torch.equal, ring.wait(ticket), joined(pieces)))
+        assert all(map(torch.equal, joined(ring.wait(ticket)), joined(pieces)))
         ring.release(ticket)
 
 
@@ -160,7 +168,7 @@ def test_the_early_ring_shows_a_slot_reused_too_early():
     ring = EarlyRing(2, 1024, CPU, Ledger())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(3)]
     first, _ = ring.fetch(tiles[0]), ring.fetch(tiles[1])
-    k, v = ring.wait(first)
+    ((k, v),) = ring.wait(first)
     ring.release(first)  # too early: k and v are still to be read
     ring.fetch(tiles[2])
     assert not torch.equal(k, tiles[0][0][0])
@@ -175,6 +183,21 @@ def test_copies_between_other_layouts_are_refused():
     for sides in ((contiguous, strided), (strided, contiguous)):
         with pytest.raises(AssertionError, match="contiguous on both sides"):
             copy_contiguous(*sides)
+
+
+def test_in_place_a_tile_is_the_pieces_themselves():
+    ring, tiles = InPlace(), [random_pieces(seeded(seed), 2, [3, 4], (4, 5)) for seed in range(3)]
+    tickets = [ring.fetch(pieces) for pieces in tiles]
+    for ticket, pieces in zip(tickets, tiles, strict=True):
+        for found, wanted in zip(ring.wait(ticket), pieces, strict=True):
+            assert [x.data_ptr() for x in found] == [x.data_ptr() for x in wanted]
+        ring.release(ticket)
+        with pytest.raises(KeyError):
+            ring.wait(ticket)
+    ticket = ring.fetch(tiles[0])
+    ring.abandon()
+    with pytest.raises(KeyError):
+        ring.wait(ticket)
 
 
 def test_make_ring_makes_the_ring_asked_for():

@@ -61,6 +61,7 @@ class Engine:
         self.options, self.layers = options, layers
         self.ledger = Ledger()
         self.plan: TilePlan | None = None
+        self.awaiting: object | None = None  # what was updated and whose attention has not run yet
         self.backends_used: set[str] = set()
         self._tier: HostTier | None = None
         self._ring: Ring | None = None
@@ -117,9 +118,10 @@ class Engine:
         slot_bytes = None
         if self._staging != "none":
             budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
-            fixed = self.layers * store.tail_bytes + self.ledger.device_bytes["staging"]
+            tails = max(self.layers * store.tail_bytes, self.ledger.device_bytes["tail"])  # forks have tails too
+            fixed = tails + self.ledger.device_bytes["staging"]
             slot_bytes = ring_slot_bytes(budget, fixed)
-            if self._ring is None or self._ring.slot_bytes != slot_bytes:  # the batch has changed
+            if self._ring is None or self._ring.slot_bytes != slot_bytes:  # the batch has changed, or a fork
                 if self._ring is not None:
                     self._ring.close()
                 assert self._device is not None
@@ -172,7 +174,8 @@ class Engine:
         )
 
     def abandon(self) -> None:
-        """After an error in the middle of a forward pass: no tile is under way any more."""
+        """After an error in the middle of a forward pass: nothing is under way any more."""
+        self.awaiting = None
         if self._ring is not None:
             self._ring.abandon()
 

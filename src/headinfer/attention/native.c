@@ -20,6 +20,7 @@
 #define BLOCK 1024    /* keys in a unit of work */
 #define NEAR 32       /* keys whose V stays in the L1 cache */
 #define AHEAD 16384   /* bytes */
+#define ALONE (1 << 19)   /* multiply-adds that one thread does sooner than it can wake and await another */
 #define MAX_ROWS 4    /* query rows that share one pass over K and V */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -231,7 +232,10 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, in
         free(first);
         return 1;
     }
-#pragma omp parallel for schedule(dynamic, 1)
+    int64_t keys = 0;
+    for (int64_t p = 0; p < n_pieces; p++) keys += pieces[p].tokens;
+    const int attend_alone = heads * rows * keys * (dk + dv) < ALONE, merge_alone = heads * rows * units * dv < ALONE;
+#pragma omp parallel for schedule(dynamic, 1) if (!attend_alone)
     for (int64_t index = 0; index < heads * units; index++) {
         const int64_t head = index / units, u = index % units;
         int64_t low = 0, high = n_pieces - 1;
@@ -252,7 +256,7 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, in
             r += step;
         }
     }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (!merge_alone)
     for (int64_t hr = 0; hr < heads * rows; hr++) {
         const int64_t head = hr / rows, r = hr % rows;
         const float *base = scratch + head * units * cell;

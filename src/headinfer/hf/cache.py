@@ -83,17 +83,18 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tag the chunk's K [B, Hkv, T, Dk] and V [B, Hkv, T, Dv] and return them; attend() stores them."""
-        if self.pending is not None:
+        if self.engine.awaiting is not None:
             raise StateError(
                 "a HeadCache layer was updated and its attention never ran through headinfer: enable the model with "
-                "headinfer.enable(model) before you pass it a HeadCache"
+                "headinfer.enable(model) before you pass it a HeadCache (or, if it is enabled, this model changes K and "
+                "V on the way and cannot be served)"
             )
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
         if key_states.shape[0] != self.store.rows:
             raise StateError(f"the cache holds {self.store.rows} rows and the model was given {key_states.shape[0]}")
-        self.pending = Tag(self)
+        self.pending = self.engine.awaiting = Tag(self)
         key_states._headinfer = value_states._headinfer = self.pending  # type: ignore[attr-defined]
         return key_states, value_states
 
@@ -115,7 +116,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
             self.engine.begin(self.store, q.shape[1], q.shape[2])
         out = self.engine.attend(q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, runs=runs)
         self.store.append(k, v)
-        self.pending = None
+        self.pending = self.engine.awaiting = None
         return out
 
     def get_seq_length(self) -> int:
@@ -138,6 +139,8 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything and give the memory back."""
         if self.store is not None:
             self.store.close()
+        if self.pending is not None:
+            self.engine.awaiting = None
         self.store, self.pending, self.is_initialized = None, None, False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -11,6 +11,7 @@ each row goes on in a segment of its own, so nothing shared is ever written. Row
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,8 @@ class HeadStore:
         self.tail_tokens = 0
         self._tables: list[list[Span]] = [[] for _ in range(k.shape[0])]
         self._whole_lanes: list[Lane] | None = None
+        self._tail_count = _TailCount(ledger)
+        weakref.finalize(self, self._tail_count.set, 0).atexit = False  # also where nobody calls close()
         self._new_tail(k.shape[0])
 
     # -- what is in it ---------------------------------------------------------------------------------------
@@ -223,9 +226,9 @@ class HeadStore:
 
     def close(self) -> None:
         """Let go of all memory; the store is not to be used again."""
-        self.ledger.hold_device("tail", -self.tail_bytes)
         self._tables, self._whole_lanes = [], None
         self._tail_k = self._tail_v = torch.empty(0, 0, 0, 0)
+        self._tail_count.set(0)
         self.host_tokens = self.tail_tokens = 0
 
     # -- inside ----------------------------------------------------------------------------------------------
@@ -236,12 +239,10 @@ class HeadStore:
         return sum(tail.numel() * tail.element_size() for tail in (self._tail_k, self._tail_v))
 
     def _new_tail(self, rows: int) -> None:
-        if hasattr(self, "_tail_k"):
-            self.ledger.hold_device("tail", -self.tail_bytes)
         shape = (rows, self.heads, 2 * TAIL_UNIT_TOKENS)
         self._tail_k = torch.zeros(*shape, self.key_dim, dtype=self.dtype, device=self.device)
         self._tail_v = torch.zeros(*shape, self.value_dim, dtype=self.dtype, device=self.device)
-        self.ledger.hold_device("tail", self.tail_bytes)
+        self._tail_count.set(self.tail_bytes)
 
     def _with_room(self, table: list[Span], tokens: int) -> list[Span]:
         """The table with spans for `tokens` more tokens, not yet written."""
@@ -287,6 +288,18 @@ class HeadStore:
                 self.write(span.segment.v[:, here], v[:, done : done + hi - lo])
                 done += hi - lo
             at += span.tokens
+
+
+class _TailCount:
+    """The bytes of one store's tail as the ledger knows them."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._nbytes = ledger, 0
+
+    def set(self, nbytes: int) -> None:
+        """The tail has this many bytes now."""
+        self._ledger.hold_device("tail", nbytes - self._nbytes)
+        self._nbytes = nbytes
 
 
 def _seal(table: list[Span]) -> None:

@@ -168,8 +168,9 @@ class LateRing(EarlyRing):
     """CPU twin that copies only at wait and leaves NaN before: a missing wait gives NaN."""
 
     def fetch(self, pieces: Sequence[Piece]) -> int:
-        ticket, slot = self._slots.take(pieces)
-        self._slots.memory[slot].view(pieces[0][0].dtype).fill_(torch.nan)
+        ticket, _ = self._slots.take(pieces)
+        for side in self._slots.in_use[ticket][1]:
+            side.fill_(torch.nan)
         return ticket
 
     def wait(self, ticket: int) -> Sequence[Piece]:

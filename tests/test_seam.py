@@ -1,0 +1,412 @@
+"""generate() with headinfer gives the tokens that it gives without, for every family, mode and twin of the ring."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+
+import headinfer
+from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+STAGINGS = ("auto", "early", "late")
+VOCAB = 300
+
+
+def options_of(staging):
+    """A budget so small that a layer's past takes many tiles of one head."""
+    if staging == "auto":
+        return {"chunk_tokens": 96}
+    return {
+        "chunk_tokens": 96,
+        "staging": staging,
+        "device_kv_budget": 4 << 20,
+        "heads_per_group": 1,
+        "tile_tokens": 90,
+    }
+
+
+def make_model(family, **changes):
+    fields = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "sliding_window": None,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    if family == "llama":
+        fields.pop("sliding_window")
+    if family == "gemma3_text":
+        fields |= {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**fields, **changes})).eval()
+    with torch.no_grad():  # fresh weights attend to all tokens alike and repeat one token: sharpen both
+        for name, weight in model.named_parameters():
+            if any(part in name for part in ("q_proj.weight", "k_proj.weight")):
+                weight.mul_(8)
+            if any(part in name for part in ("v_proj.weight", "o_proj.weight")):
+                weight.mul_(5)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama")
+
+
+def prompt(rows=1, tokens=500, seed=1):
+    ids = torch.randint(0, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def padded(rows=3, tokens=500):
+    inputs = prompt(rows, tokens)
+    for row, start in enumerate((0, 37, 290)[:rows]):
+        inputs["attention_mask"][row, :start] = 0
+    return inputs
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(3)
+    found = model.generate(
+        **inputs,
+        **{"max_new_tokens": 24, "do_sample": False, "no_repeat_ngram_size": 2, "pad_token_id": 0, **options},
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return found.sequences, torch.stack(found.logits)
+
+
+def assert_same(model, enabled, expected, found):
+    tokens, logits = expected
+    assert torch.equal(tokens, found[0])
+    written = tokens[:, -24:]
+    assert len(written.unique()) > 8, "the reference repeats itself: equality would prove little"
+    assert (logits - found[1]).abs().max() < 1e-4 * logits.std()
+    assert_offloaded(model, enabled)
+
+
+def assert_offloaded(model, enabled):
+    stats = enabled.last_cache.stats()
+    assert stats.layers_offloaded == (2 if model.config.model_type == "gemma3_text" else 4)
+    assert stats.layers_offloaded + stats.layers_left_to_transformers == 4
+    assert stats.host_kv_bytes > 0
+    if enabled.options.staging != "auto":
+        assert stats.link_to_device_bytes > stats.host_kv_bytes
+        assert stats.device_kv_peak_bytes <= enabled.options.device_kv_budget
+        assert stats.heads_per_group == 1
+
+
+MODES = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 0.9, "top_k": 50},
+    "beams": {"num_beams": 3},
+    "several returned": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_generate_gives_the_same_tokens(model, mode, staging):
+    inputs = prompt(1 if mode == "greedy" else 2)
+    expected = generate(model, inputs, **MODES[mode])
+    with headinfer.enable(model, **options_of(staging)) as enabled:
+        found = generate(model, inputs, **MODES[mode])
+    if mode == "beams":  # beam search returns fewer logits rows than tokens: tokens and scores suffice
+        assert torch.equal(expected[0], found[0])
+        assert_offloaded(model, enabled)
+    else:
+        assert_same(model, enabled, expected, found)
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+def test_left_padding_of_different_lengths(model, staging):
+    expected = generate(model, padded())
+    with headinfer.enable(model, **options_of(staging)) as enabled:
+        assert_same(model, enabled, expected, generate(model, padded()))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1000, 40, 7])
+def test_the_size_of_a_chunk_changes_nothing(model, chunk_tokens):
+    expected = generate(model, padded())
+    with headinfer.enable(model, **options_of("late") | {"chunk_tokens": chunk_tokens}) as enabled:
+        assert_same(model, enabled, expected, generate(model, padded()))
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("full_ids", [True, False], ids=["full ids", "new ids"])
+def test_several_turns_on_one_cache(model, staging, full_ids):
+    first, second = prompt(2, 400), prompt(2, 150, seed=2)
+
+    def turns(cache):
+        said = model.generate(**first, past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=0)
+        both = torch.cat([said, second["input_ids"]], dim=1)
+        mask = torch.ones_like(both)
+        ids = both if full_ids else both[:, cache.get_seq_length() :]
+        return generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+
+    expected = turns(DynamicCache(config=model.config))
+    with headinfer.enable(model, **options_of(staging)) as enabled:
+        cache = enabled.new_cache()
+        found = turns(cache)
+        assert enabled.last_cache is cache
+        assert_same(model, enabled, expected, found)
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("removed", [3, 200, 450])
+def test_crop_then_go_on(model, staging, removed):
+    if model.config.model_type == "gemma3_text":
+        pytest.skip("a sliding window cannot go back; the test below says so")
+    ids = prompt(2)["input_ids"]
+    following = prompt(2, 130, seed=5)["input_ids"]
+    with torch.no_grad():
+        kept = torch.cat([ids[:, : 500 - removed], following], dim=1)
+        expected = model(kept).logits[:, -130:]
+        with headinfer.enable(model, **options_of(staging)) as enabled:
+            cache = enabled.new_cache()
+            for chunk in ids.split(96, dim=1):
+                model(chunk, past_key_values=cache)
+            cache.crop(-removed)
+            assert cache.get_seq_length() == 500 - removed
+            found = model(following, past_key_values=cache).logits
+    assert (expected - found).abs().max() < 1e-4 * expected.std()
+
+
+def test_a_crop_that_a_window_cannot_do_is_refused_before_it_starts():
+    model = make_model("gemma3_text")
+    with torch.no_grad(), headinfer.enable(model) as enabled:
+        cache = enabled.new_cache()
+        model(prompt()["input_ids"], past_key_values=cache)
+        with pytest.raises(StateError, match="sliding-window"):
+            cache.crop(-5)
+        assert {layer.get_seq_length() for layer in cache.layers} == {500}
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_the_middle_of_a_forward_changes_nothing(model, staging, error):
+    first, second = prompt(2, 400)["input_ids"], prompt(2, 300, seed=2)["input_ids"]
+
+    def fail(*_):
+        raise error("in the middle")
+
+    with torch.no_grad(), headinfer.enable(model, **options_of(staging)) as enabled:
+        plain, hurt = enabled.new_cache(), enabled.new_cache()
+        for cache in (plain, hurt):
+            model(first, past_key_values=cache)
+        hook = model.model.layers[2].mlp.register_forward_hook(fail)
+        with pytest.raises(error):
+            model(second, past_key_values=hurt)
+        hook.remove()
+        assert {layer.get_seq_length() for layer in hurt.layers} == {400}
+        expected, found = (model(second, past_key_values=cache).logits for cache in (plain, hurt))
+    assert (expected - found).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+def test_a_fork_goes_its_own_way(llama, staging):
+    ids, one, two = prompt(1, 600)["input_ids"], *(prompt(1, 300, seed=s)["input_ids"] for s in (5, 6))
+    with torch.no_grad():
+        expected = [llama(torch.cat([ids, tail], dim=1)).logits[:, -300:] for tail in (one, two)]
+        with headinfer.enable(llama, **options_of(staging)) as enabled:
+            cache = enabled.new_cache()
+            llama(ids, past_key_values=cache)
+            twin = cache.fork()
+            found = [llama(tail, past_key_values=c).logits for tail, c in ((one, cache), (two, twin))]
+            assert cache.get_seq_length() == twin.get_seq_length() == 900
+    for wanted, got in zip(expected, found, strict=True):
+        assert (wanted - got).abs().max() < 1e-4 * wanted.std()
+
+
+def test_prompt_lookup(llama):
+    inputs = prompt(1, 60)
+    inputs = {name: tensor.repeat(1, 8) for name, tensor in inputs.items()}  # repetition gives it something to find
+    expected = llama.generate(**inputs, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=4)
+    with headinfer.enable(llama) as enabled:
+        found = llama.generate(**inputs, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=4)
+    assert torch.equal(expected, found)
+    assert_offloaded(llama, enabled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_close_to_float64_as_sdpa_is(llama, dtype):
+    half, exact = copy.deepcopy(llama).to(dtype), copy.deepcopy(llama).to(dtype).double()
+    ids = prompt(2, 700)["input_ids"]
+    with torch.no_grad():
+        reference = exact(ids).logits
+        sdpa = half(ids).logits
+        with headinfer.enable(half, staging="early", tile_tokens=100) as enabled:
+            cache = enabled.new_cache()
+            ours = torch.cat([half(chunk, past_key_values=cache).logits for chunk in ids.split(150, dim=1)], dim=1)
+    assert reference.numel() >= 10_000
+    error, allowed = ((logits - reference).norm() / reference.norm() for logits in (ours, sdpa))
+    assert error <= 1.5 * allowed
+
+
+def test_beams_move_table_entries_not_segments(llama):
+    inputs = prompt(1, 900)
+    with headinfer.enable(llama) as enabled:
+        llama.generate(**inputs, num_beams=4, max_new_tokens=30, do_sample=False, pad_token_id=0)
+        before = enabled.last_cache.stats()
+        cache = enabled.last_cache
+        cache.reorder_cache(torch.tensor([1, 1, 0, 2]))
+    after = cache.stats()
+    assert after.host_kv_bytes <= before.host_kv_bytes
+    token_bytes = 4 * 4 * 2 * 16 * 4  # layers, heads, K and V, width, float32
+    tail = cache.head_layers[0].store.tail_tokens
+    assert after.tail_moved_bytes - before.tail_moved_bytes == 4 * tail * token_bytes
+
+
+def test_device_bytes_do_not_grow_with_the_context(llama):
+    held = {}
+    for tokens in (1000, 9000):
+        with torch.no_grad(), headinfer.enable(llama, **options_of("early")) as enabled:
+            cache = enabled.new_cache()
+            noise = torch.randn(1, 4, tokens, 16)
+            for layer in cache.head_layers:
+                layer.lazy_initialization(noise, noise)
+                layer.store.append(noise, noise)
+            before = cache.stats()
+            llama(torch.tensor([[5]]), past_key_values=cache)
+            stats = cache.stats()
+        held[tokens] = stats.device_kv_peak_bytes
+        assert stats.device_kv_bytes == stats.device_ring_bytes + stats.device_tail_bytes + stats.device_staging_bytes
+        assert stats.device_kv_peak_bytes <= 4 << 20
+        host_tokens = cache.head_layers[0].store.host_tokens
+        crossed = stats.link_to_device_bytes - before.link_to_device_bytes
+        assert crossed == host_tokens * 4 * 4 * 2 * 16 * 4, "each past byte crosses the link once"
+        assert stats.link_to_host_bytes == host_tokens * 4 * 4 * 2 * 16 * 4, "each new byte goes back once"
+    assert held[1000] == held[9000]
+
+
+def test_leaving_restores_the_model(llama):
+    before, attention = dict(llama.__dict__), llama.config._attn_implementation
+    method = type(llama)._prepare_cache_for_generation
+    expected = generate(llama, prompt())
+    for _ in range(2):
+        with headinfer.enable(llama):
+            assert llama.config._attn_implementation == "headinfer"
+            with pytest.raises(StateError, match="already enabled"):
+                headinfer.enable(llama)
+        assert llama.__dict__ == before
+        assert llama.config._attn_implementation == attention
+        assert type(llama)._prepare_cache_for_generation is method
+    assert torch.equal(expected[0], generate(llama, prompt())[0])
+
+
+def test_a_cache_for_a_model_that_is_not_enabled_raises(llama):
+    cache = headinfer.HeadCache(llama.config)
+    with pytest.raises(StateError, match="enable"), torch.no_grad():
+        llama(prompt()["input_ids"], past_key_values=cache)
+
+
+def test_other_caches_stay_exact_and_unfit_ones_are_refused(llama):
+    expected = generate(llama, padded())
+    with headinfer.enable(llama):
+        found = generate(llama, padded(), past_key_values=DynamicCache(config=llama.config))
+        assert torch.equal(expected[0], found[0])
+        assert torch.equal(expected[0], generate(llama, padded(), use_cache=False)[0])
+        static = StaticCache(config=llama.config, max_cache_len=600)
+        with pytest.raises(UnsupportedError, match="StaticCache"):
+            generate(llama, prompt(), past_key_values=static)
+        with pytest.raises(UnsupportedError, match="StaticCache"):
+            llama(prompt()["input_ids"], past_key_values=static)
+        for name in ("static", "quantized", "offloaded"):
+            with pytest.raises(UnsupportedError, match=name):
+                generate(llama, prompt(), cache_implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    {
+        "4D mask": ({"attention_mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)}, "4 dims"),
+        "short mask": ({"attention_mask": torch.zeros(1, 15, dtype=torch.long)}, "covers 15 tokens"),
+        "weights": ({"output_attentions": True}, "attention matrix"),
+    }.values(),
+)
+def test_calls_that_would_be_wrong_raise(llama, call, says):
+    with torch.no_grad(), headinfer.enable(llama) as enabled, pytest.raises(headinfer.HeadinferError, match=says):
+        llama(prompt(1, 20)["input_ids"], past_key_values=enabled.new_cache(), **call)
+
+
+def test_training_mode_raises():
+    model = make_model("llama").train()
+    with headinfer.enable(model) as enabled, pytest.raises(UnsupportedError, match="eval"):
+        model(prompt(1, 20)["input_ids"], past_key_values=enabled.new_cache())
+
+
+@pytest.mark.parametrize("clones", [("k",), ("k", "v")])
+def test_k_and_v_that_change_between_cache_and_attention_raise(llama, clones, monkeypatch):
+    update = headinfer.HeadCache.update
+
+    def changed(self, key_states, value_states, *args, **kwargs):
+        k, v = update(self, key_states, value_states, *args, **kwargs)
+        return k.clone() if "k" in clones else k, v.clone() if "v" in clones else v
+
+    monkeypatch.setattr(headinfer.HeadCache, "update", changed)
+    with torch.no_grad(), headinfer.enable(llama) as enabled:
+        cache = enabled.new_cache()
+        with pytest.raises((UnsupportedError, StateError), match="changes K"):
+            llama(prompt(1, 20)["input_ids"], past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+UNSERVED = {
+    "no interface": ("bloom", {"n_layer": 1, "hidden_size": 32, "n_head": 4, "vocab_size": 50}, "interface"),
+    "not verified": ("gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 4, "vocab_size": 50}, "not verified"),
+    "windows only": ("mistral", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32,
+                                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}, "sliding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "fields", "says"), UNSERVED.values(), ids=UNSERVED)
+def test_models_that_are_not_served_are_left_alone(family, fields, says):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    before, attention = dict(model.__dict__), model.config._attn_implementation
+    with pytest.raises(UnsupportedError, match=says):
+        headinfer.enable(model)
+    assert model.__dict__ == before
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device_kv_budget": 0}, {"heads_per_group": -1}, {"tile_tokens": 0}, {"backend": "abacus"},
+        {"staging": "sometimes"}, {"chunk_tokens": 0}, {"expected_tokens": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_out_of_range_are_refused_before_anything_changes(llama, options):
+    before = dict(llama.__dict__)
+    with pytest.raises(UsageError):
+        headinfer.enable(llama, **options)
+    assert llama.__dict__ == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"heads_per_group": 5}, UsageError),
+        ({"staging": "early", "device_kv_budget": 100_000}, CapacityError),
+        ({"staging": "early", "device_kv_budget": 4 << 20, "tile_tokens": 10_000}, CapacityError),
+    ],
+    ids=str,
+)
+def test_a_tile_that_cannot_be_is_refused_and_the_cache_stays_as_it_was(llama, options, error):
+    with torch.no_grad(), headinfer.enable(llama, **options) as enabled:
+        cache = enabled.new_cache()
+        if "tile_tokens" in options:  # a tile is no larger than the past, so this one comes too big only later
+            noise = torch.randn(1, 4, 12_000, 16)
+            for layer in cache.head_layers:
+                layer.lazy_initialization(noise, noise)
+                layer.store.append(noise, noise)
+        length = cache.get_seq_length()
+        with pytest.raises(error):
+            llama(prompt(1, 600)["input_ids"], past_key_values=cache)
+        assert {layer.get_seq_length() for layer in cache.layers} == {length}
