@@ -317,7 +317,7 @@ def test_stores_and_their_forks_hold_what_they_should():
         settings=settings(
             deadline=None,
             derandomize=True,
-            max_examples=120,
+            max_examples=60,
             stateful_step_count=25,
             phases=(Phase.generate,),  # a failure shows at once; add Phase.shrink for a short one, in minutes
             suppress_health_check=list(HealthCheck),

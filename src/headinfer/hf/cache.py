@@ -86,8 +86,8 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.engine.awaiting is not None:
             raise StateError(
                 "a HeadCache layer was updated and its attention never ran through headinfer: enable the model with "
-                "headinfer.enable(model) before you pass it a HeadCache (or, if it is enabled, this model changes K and "
-                "V on the way and cannot be served)"
+                "headinfer.enable(model) before you pass it a HeadCache (or, if it is enabled, this model changes "
+                "K and V on the way and cannot be served)"
             )
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
