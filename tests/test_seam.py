@@ -159,9 +159,8 @@ def test_several_turns_on_one_cache(model, staging, full_ids):
 
 @pytest.mark.parametrize("staging", STAGINGS)
 @pytest.mark.parametrize("removed", [3, 200, 450])
+@pytest.mark.parametrize("model", [family for family in FAMILIES if family != "gemma3_text"], indirect=True)
 def test_crop_then_go_on(model, staging, removed):
-    if model.config.model_type == "gemma3_text":
-        pytest.skip("a sliding window cannot go back; the test below says so")
     ids = prompt(2)["input_ids"]
     following = prompt(2, 130, seed=5)["input_ids"]
     with torch.no_grad():
@@ -173,6 +172,24 @@ def test_crop_then_go_on(model, staging, removed):
                 model(chunk, past_key_values=cache)
             cache.crop(-removed)
             assert cache.get_seq_length() == 500 - removed
+            found = model(following, past_key_values=cache).logits
+    assert (expected - found).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("staging", STAGINGS)
+def test_crop_with_sliding_windows_that_recorded_their_past(staging):
+    model = make_model("gemma3_text")
+    ids, rejected, following = (prompt(2, tokens, seed)["input_ids"] for tokens, seed in ((500, 1), (60, 2), (130, 3)))
+    with torch.no_grad():
+        expected = model(torch.cat([ids, following], dim=1)).logits[:, -130:]
+        with headinfer.enable(model, **options_of(staging)) as enabled:
+            cache = enabled.new_cache()
+            for chunk in ids.split(96, dim=1):
+                model(chunk, past_key_values=cache)
+            cache.activate_past_recording()
+            model(rejected, past_key_values=cache)
+            cache.crop(-60)
+            assert {layer.get_seq_length() for layer in cache.layers} == {500}
             found = model(following, past_key_values=cache).logits
     assert (expected - found).abs().max() < 1e-4 * expected.std()
 
