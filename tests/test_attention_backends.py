@@ -40,15 +40,6 @@ on_cpu = pytest.mark.parametrize(
 BOUND = 2e-6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operations on several threads only wait for each other where the cores have other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

@@ -15,15 +15,6 @@ shapes = st.lists(st.sampled_from([1, 2, 3, 5, 7]), min_size=1, max_size=3).map(
 dims = st.sampled_from([1, 3, 8, 33])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operations on several threads only wait for each other where the cores have other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

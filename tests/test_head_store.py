@@ -27,15 +27,6 @@ HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operations on several threads only wait for each other where the cores have other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def quick_garbage_collection():
     """What the imports left behind is not looked at again: gc.collect() then takes no time."""
     gc.collect()

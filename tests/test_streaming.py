@@ -22,15 +22,6 @@ STAGINGS = ("none", "early", "late")
 BOUND = 3e-6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operations on several threads only wait for each other where the cores have other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def runs_of(visible):
     """For each row of a bool [B, T] the half-open ranges that are True."""
     return [

@@ -29,15 +29,6 @@ CPU = torch.device("cpu")
 both_rings = pytest.mark.parametrize("kind", [EarlyRing, LateRing])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operations on several threads only wait for each other where the cores have other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
