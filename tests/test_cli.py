@@ -91,6 +91,7 @@ def test_a_prompt_beyond_the_models_context_is_warned_about(book):
 def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch):
     from headinfer import cli, report
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     calls = []
 
     def on_forward(self, cache):
@@ -103,6 +104,7 @@ def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch
     monkeypatch.setattr(sys, "argv", ["headinfer", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
+    signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     result = json.loads(capsys.readouterr().out)
     assert result["interrupted"]

@@ -31,7 +31,7 @@ Square = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float | None
 
 _HALVES = (torch.bfloat16, torch.float16)
 _SPLIT_TOKENS = 2048  # keys per batch entry where few query rows must keep all cores busy
-_WIDEN_TOKENS = 8192  # keys widened to float32 at a time: 8 MiB per KV head of width 128
+_WIDENED_BYTES = 16 * 1024 * 1024  # of K and V in float32 at a time: heads are taken in turns
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,13 @@ def _flash_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, 
 
 def _flash_cpu_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
     heads, rows, tokens = q.shape[0], q.shape[1], k.shape[1]
-    if k.dtype in _HALVES and tokens > _WIDEN_TOKENS:
-        state = _flash_cpu_piece(q, k[:, :_WIDEN_TOKENS], v[:, :_WIDEN_TOKENS], scale)
-        for start in range(_WIDEN_TOKENS, tokens, _WIDEN_TOKENS):
-            block = slice(start, start + _WIDEN_TOKENS)
-            state.merge_(_flash_cpu_piece(q, k[:, block], v[:, block], scale))
-        return state
+    together = max(1, _WIDENED_BYTES // (4 * tokens * (k.shape[2] + v.shape[2])))
+    if k.dtype in _HALVES and together < heads:
+        turns = [
+            _flash_cpu_piece(q[h : h + together], k[h : h + together], v[h : h + together], scale)
+            for h in range(0, heads, together)
+        ]
+        return AttentionState(torch.cat([turn.out for turn in turns]), torch.cat([turn.lse for turn in turns]))
     entries = tokens // _SPLIT_TOKENS
     if rows > 64 or entries < 2:
         return _flash_cpu(q[None], k[None], v[None], scale)[0]

@@ -12,6 +12,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -216,6 +219,14 @@ static void run_unit(int dtype, int rows, int64_t dk, int64_t dv, float scale, c
     unit(dtype, rows, dk, dv, scale, q, k, v, tokens, out, peak, mass);
 }
 
+static int64_t max_threads(void) {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 /* q [heads, rows, dk] float32, out [heads, rows, dv] and lse [heads, rows] float32.
  * For bfloat16 keys q must hold bfloat16 values. dk and dv: multiples of 16.
  * Returns 0, or 1 where the scratch memory could not be had. */
@@ -235,7 +246,10 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, in
     int64_t keys = 0;
     for (int64_t p = 0; p < n_pieces; p++) keys += pieces[p].tokens;
     const int attend_alone = heads * rows * keys * (dk + dv) < ALONE, merge_alone = heads * rows * units * dv < ALONE;
-#pragma omp parallel for schedule(dynamic, 1) if (!attend_alone)
+    /* Neighbouring units to one thread: what it asks for past the end of a unit is the start of its next. */
+    int64_t stretch = heads * units / (8 * max_threads());
+    stretch = stretch < 1 ? 1 : stretch > 16 ? 16 : stretch;
+#pragma omp parallel for schedule(dynamic, stretch) if (!attend_alone)
     for (int64_t index = 0; index < heads * units; index++) {
         const int64_t head = index / units, u = index % units;
         int64_t low = 0, high = n_pieces - 1;
