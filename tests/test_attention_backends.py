@@ -265,13 +265,18 @@ def test_native_keeps_the_smallest_half_precision_numbers():
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (48, 32)])
-def test_native_gives_the_same_bits_for_any_number_of_threads(dtype, dims):
+@pytest.mark.parametrize(
+    ("heads", "rows", "dims", "sizes"),
+    [
+        (3, 7, (64, 64), (17, 2047, 1, 5000, 1024)),
+        (3, 7, (48, 32), (17, 2047, 1, 5000, 1024)),
+        (8, 32, (128, 128), (40,) * 17),  # many partial results: they are merged by several threads too
+    ],
+)
+def test_native_gives_the_same_bits_for_any_number_of_threads(dtype, heads, rows, dims, sizes):
     rng = seeded(12)
-    q = torch.randn(3, 7, dims[0], generator=rng).to(dtype)
-    pieces = [
-        tuple(with_head_stride(3, tokens, dim, 5, rng, dtype) for dim in dims) for tokens in (17, 2047, 1, 5000, 1024)
-    ]
+    q = torch.randn(heads, rows, dims[0], generator=rng).to(dtype)
+    pieces = [tuple(with_head_stride(heads, tokens, dim, 5, rng, dtype) for dim in dims) for tokens in sizes]
     library, threads = native._load()[0], torch.get_num_threads()
     found = []
     try:

@@ -207,7 +207,6 @@ def padding(rows, tokens, draw):
 @PROPERTY
 @given(bench=benches(), lengths=chunk_lengths, data=st.data())
 def test_padding_with_holes_is_not_seen(bench, lengths, data):
-    bench.model_layout = False
     visible = padding(bench.shape.rows, sum(lengths), data.draw)
     sinks = torch.randn(bench.shape.kv_heads * bench.shape.group, generator=bench.rng)
     options = data.draw(st.sampled_from([{}, {"sinks": sinks}, {"softcap": 2.0}]))

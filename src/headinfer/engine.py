@@ -153,8 +153,9 @@ class Engine:
     ) -> torch.Tensor:
         """Attention of a chunk on a store and on itself; see `attend_streaming`."""
         assert self.plan is not None
-        held, budget = sum(self.ledger.device_bytes.values()), self.options.device_kv_budget
-        if self._ring is not None and held > (budget or DEFAULT_BUDGET_BYTES):
+        held = sum(self.ledger.device_bytes.values())
+        budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
+        if self._ring is not None and held > budget:
             raise CapacityError(
                 f"the KV cache holds {held} device bytes, over its budget of {budget}: raise the budget"
             )

@@ -25,7 +25,7 @@ from headinfer.attention.state import AttentionState
 __all__ = ["attend_native", "why_not"]
 
 _SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+_FLAGS = ("-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -67,7 +67,9 @@ def _build() -> Path:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise _BuildError("no C compiler (cc, gcc or clang) was found")
-    identity = "\n".join([_SOURCE.read_text(encoding="utf-8"), *_FLAGS, compiler, _cpu_identity(), *_torch_openmp()])
+    # -O3 gains only where the vectors fit one register; elsewhere it spills, and takes half a minute to build.
+    flags = ("-O3" if "avx512f" in _cpu_identity() else "-O2", *_FLAGS)
+    identity = "\n".join([_SOURCE.read_text(encoding="utf-8"), *flags, compiler, _cpu_identity(), *_torch_openmp()])
     target = _cache_folder() / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -77,7 +79,7 @@ def _build() -> Path:
             fresh, object_file = Path(folder) / "native.so", Path(folder) / "native.o"
             openmp = _torch_openmp() or ["-fopenmp"]
             for command in (
-                [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(object_file)],
+                [compiler, *flags, "-c", str(_SOURCE), "-o", str(object_file)],
                 [compiler, "-shared", str(object_file), *openmp, "-lm", "-o", str(fresh)],
             ):
                 done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -118,13 +120,18 @@ def why_not() -> str:
     return _load()[1]
 
 
+def _by_head(x: torch.Tensor) -> torch.Tensor:
+    """x [H, T, D] with each head's tokens contiguous: as it is where it can be, else a copy."""
+    return x if x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) else x.contiguous()
+
+
 def attend_native(
     q: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float
 ) -> AttentionState:
     """Attention of q over the keys of all pieces, none masked.
 
     q [H, N, Dk]; each piece k [H, T, Dk] and v [H, T, Dv] of q's dtype (float32, bfloat16 or float16), in host
-    memory, any stride between heads, each head's tokens contiguous; Dk and Dv multiples of 16.
+    memory, any stride between heads; Dk and Dv multiples of 16.
     Returns out [H, N, Dv] and lse [H, N], float32. The same bits for any number of threads.
     """
     library = _load()[0]
@@ -132,9 +139,9 @@ def attend_native(
     heads, rows, key_dim = q.shape
     value_dim = pieces[0][1].shape[-1]
     table = (_Piece * len(pieces))()
+    # Segments and tails are in this layout; slices of a model's own K and V may not be. The list keeps copies alive.
+    pieces = [(_by_head(k), _by_head(v)) for k, v in pieces]
     for entry, (k, v) in zip(table, pieces, strict=True):
-        if k.shape[1] > 1 and not (k.stride(1) == key_dim and v.stride(1) == value_dim):
-            raise AssertionError("each head's tokens must be contiguous")
         entry.k, entry.v = k.data_ptr(), v.data_ptr()
         entry.k_head_stride, entry.v_head_stride, entry.tokens = k.stride(0), v.stride(0), k.shape[1]
     query = q.float().contiguous()

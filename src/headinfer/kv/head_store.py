@@ -204,7 +204,7 @@ class HeadStore:
         self._tables = [list(self._tables[index]) for index in indices]
         old_k, old_v = self._tail_k, self._tail_v
         self._new_tail(len(indices))
-        chosen = torch.as_tensor(list(indices), device=self.device)
+        chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.device)
         for new, old in ((self._tail_k, old_k), (self._tail_v, old_v)):
             new[:, :, : self.tail_tokens] = old[chosen, :, : self.tail_tokens]
             self.ledger.tail_moved_bytes += new[:, :, : self.tail_tokens].numel() * new.element_size()
