@@ -200,6 +200,48 @@ def test_half_precision_squares_are_as_good_as_torch_s(name, dtype, sharpness):
     assert relative_error(ours, wanted) <= 1.5 * relative_error(theirs, wanted)
 
 
+@on_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", ["q", "k", "v"])
+def test_nan_is_not_swallowed(name, dtype, side):
+    """One NaN reaches every output that depends on it and no other, whichever piece or block it lies in."""
+    for place in (0, 700, 2049, 2503):
+        rng = seeded(12)
+        q, k, v = (torch.randn(3, tokens, 32, generator=rng).to(dtype) for tokens in (4, 2504, 2504))
+        clean = BY_NAME[name].past(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
+        {"q": q, "k": k, "v": v}[side][1, place if side != "q" else 2, 5] = torch.nan
+        state = BY_NAME[name].past(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
+        for head in (0, 2):
+            assert torch.equal(state.out[head], clean.out[head])
+        if side == "q":
+            assert state.out[1, 2].isnan().all()
+            assert torch.equal(state.out[1, 3], clean.out[1, 3])
+        elif side == "k":
+            assert state.out[1].isnan().all()
+        else:
+            assert state.out[1, :, 5].isnan().all()
+
+
+@on_cpu
+def test_all_nan_is_nan(name):
+    k = torch.full((1, 40, 16), torch.nan)
+    state = BY_NAME[name].past(torch.ones(1, 2, 16), [(k, torch.ones(1, 40, 16))], 1.0, None)
+    assert state.out.isnan().all()
+
+
+@on_cpu
+@pytest.mark.parametrize("offset", [-3000.0, 3000.0])
+def test_scores_far_from_zero_cost_no_precision_within_a_block(name, offset):
+    rng = seeded(13)
+    q, v = torch.zeros(1, 1, 16), torch.randn(1, 1024, 16, generator=rng)
+    q[..., :2] = 1.0
+    k = torch.zeros(1, 1024, 16)
+    k[0, :, 0] = torch.randn(1024, generator=rng).mul(64).round().div(64)  # exact in float32 with the offset
+    k[0, :, 1] = offset
+    wanted = attend_reference(q[None], k[None], v[None], scale=1.0)[0]
+    assert relative_error(BY_NAME[name].past(q, [(k, v)], 1.0, None).out, wanted.out) <= BOUND
+
+
 # -- the numerics of native.c ----------------------------------------------------------------------------------
 
 

@@ -175,6 +175,19 @@ def test_a_split_merged_in_float32_is_the_whole_to_rounding(problem):
     assert_close(AttentionState(merged.out.double(), merged.lse.double()), whole, 3e-6)
 
 
+def test_merging_passes_nan_on_but_makes_none():
+    state = AttentionState.empty((4,), 2, "cpu")
+    other = AttentionState(torch.ones(4, 2), torch.tensor([0.0, torch.nan, -torch.inf, torch.inf]))
+    other.out[2] = 0.0
+    merged = merge(state, other)
+    assert merged.out[:, 0].tolist()[0] == 1
+    assert merged.out[1].isnan().all()
+    assert merged.lse[1].isnan()
+    assert merged.out[2].tolist() == [0, 0]
+    assert merged.lse[2] == -torch.inf
+    assert merged.out[3].tolist() == [1, 1]
+
+
 @PROPERTY
 @given(split_attention(), seeds, st.sampled_from([-50.0, 0.0, 3.0, 50.0]))
 def test_sinks_are_one_more_key_with_value_zero(problem, seed, shift):

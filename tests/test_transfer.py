@@ -253,7 +253,7 @@ def test_a_slot_overwritten_in_the_loop_gives_wrong_numbers(backend):
     assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend) > 0.01
 
 
-@pytest.mark.parametrize("backend", ["cpu-flash", "eager"])
+@pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_a_wait_missing_in_the_loop_gives_nan(backend):
     ledger = Ledger()
     error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend)

@@ -77,7 +77,7 @@ class Engine:
         The same choice of tiles as in a forward pass, for the last chunk of a prefill and for a decode step.
         """
         layer = next(shape.layers[index] for index in shape.offloaded_layers)
-        tails = self.layers * 2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes)
+        tails = (self.layers + 1) * 2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes)
         budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
         slot_bytes = ring_slot_bytes(budget, tails + 2 * _write_back_bytes(budget))
         for query_tokens in (chunk_tokens, 1):
@@ -118,7 +118,8 @@ class Engine:
         slot_bytes = None
         if self._staging != "none":
             budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
-            tails = max(self.layers * store.tail_bytes, self.ledger.device_bytes["tail"])  # forks have tails too
+            # One more than there are layers, since reordering rows copies a tail; and forks have tails too.
+            tails = max((self.layers + 1) * store.tail_bytes, self.ledger.device_bytes["tail"] + store.tail_bytes)
             fixed = tails + self.ledger.device_bytes["staging"]
             slot_bytes = ring_slot_bytes(budget, fixed)
             if self._ring is None or self._ring.slot_bytes != slot_bytes:  # the batch has changed, or a fork

@@ -107,9 +107,8 @@ def _flash_cpu_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     whole = entries * _SPLIT_TOKENS
     k_blocks, v_blocks = (x[:, :whole].unflatten(1, (entries, -1)).transpose(0, 1) for x in (k, v))
     parts = _flash_cpu(q.expand(entries, heads, rows, -1), k_blocks, v_blocks, scale)
-    lse = torch.logsumexp(parts.lse, dim=0)
-    weights = torch.exp(parts.lse - lse)
-    state = AttentionState((weights.unsqueeze(-1) * parts.out).sum(dim=0), lse)
+    weights = torch.softmax(parts.lse, dim=0)
+    state = AttentionState((weights.unsqueeze(-1) * parts.out).sum(dim=0), torch.logsumexp(parts.lse, dim=0))
     if whole < tokens:
         state.merge_(_flash_cpu(q[None], k[None, :, whole:], v[None, :, whole:], scale)[0])
     return state
@@ -155,7 +154,7 @@ def _eager_block(
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
+    weights = torch.softmax(scores, dim=-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
     return AttentionState(weights @ v.float(), lse)
 
 

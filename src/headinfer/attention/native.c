@@ -59,9 +59,9 @@ INLINE vf load(int dtype, const char *base, int64_t element) {
 #endif
 }
 
-/* e^x for x <= 0, about 1 ulp (Cephes polynomial); below -87 the result is 0. */
+/* e^x for x <= 0, about 1 ulp (Cephes polynomial); below -87 the result is 0; NaN stays NaN. */
 INLINE vf exp_nonpositive(vf x) {
-    const vi keep = x > -87.0f;
+    const vi keep = ~(x <= -87.0f);
     x = (vf)((vi)x & keep);
     vf n = x * 1.44269504088896341f - 0.5f;
     vi whole = __builtin_convertvector(n, vi);   /* truncation towards 0 = rounding, as n <= 0 */
@@ -280,14 +280,14 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, in
             const float peak = base[u * cell + rows * dv + r];
             top = peak > top ? peak : top;
         }
-        for (int64_t u = 0; u < units && top > -INFINITY; u++) {
+        for (int64_t u = 0; u < units; u++) {   /* a NaN anywhere makes the mass NaN, and all of the row */
             const float *from = base + u * cell;
             const float weight = expf(from[rows * dv + r] - top);
             total += weight * from[rows * dv + rows + r];
             for (int64_t d = 0; d < dv; d++) o[d] += weight * from[r * dv + d];
         }
-        for (int64_t d = 0; d < dv && total > 0.0f; d++) o[d] /= total;
-        lse[hr] = total > 0.0f ? top + logf(total) : -INFINITY;
+        for (int64_t d = 0; d < dv && units; d++) o[d] /= total;
+        lse[hr] = units ? top + logf(total) : -INFINITY;
     }
     free(scratch);
     free(first);

@@ -39,5 +39,6 @@ def attend_reference(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)  # -inf - -inf: the row sees no key
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    weights = weights.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)  # -inf - -inf: the row sees no key
     return AttentionState(weights @ v64, lse)

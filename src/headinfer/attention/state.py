@@ -49,7 +49,7 @@ class AttentionState:
 
     def merge_(self, other: AttentionState) -> AttentionState:
         """Take in the keys of `other` in place; empty with empty stays empty."""
-        weight = torch.sigmoid(other.lse - self.lse).nan_to_num_(0.0)  # -inf - -inf: both empty
+        weight = torch.sigmoid(other.lse - self.lse).masked_fill_(other.lse == -torch.inf, 0.0)  # not NaN: both empty
         self.out.lerp_(other.out, weight.unsqueeze(-1))
         torch.logaddexp(self.lse, other.lse, out=self.lse)
         return self

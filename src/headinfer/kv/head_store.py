@@ -202,12 +202,14 @@ class HeadStore:
                 _seal(self._tables[index])
             seen.add(index)
         self._tables = [list(self._tables[index]) for index in indices]
-        old_k, old_v = self._tail_k, self._tail_v
-        self._new_tail(len(indices))
         chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.device)
-        for new, old in ((self._tail_k, old_k), (self._tail_v, old_v)):
+        old_tails, old_bytes = (self._tail_k, self._tail_v), self.tail_bytes
+        self._new_tail(len(indices))
+        self._tail_count.set(old_bytes + self.tail_bytes)  # both exist for a moment
+        for new, old in zip((self._tail_k, self._tail_v), old_tails, strict=True):
             new[:, :, : self.tail_tokens] = old[chosen, :, : self.tail_tokens]
             self.ledger.tail_moved_bytes += new[:, :, : self.tail_tokens].numel() * new.element_size()
+        self._tail_count.set(self.tail_bytes)
         self._whole_lanes = None
 
     def fork(self) -> HeadStore:

@@ -63,5 +63,6 @@ class HostTier:
 
 def _release(ledger: Ledger, nbytes: int, registered_address: int) -> None:
     if registered_address:
+        torch.cuda.synchronize()  # a copy stream may still read it
         torch.cuda.cudart().cudaHostUnregister(registered_address)
     ledger.hold_host(-nbytes)

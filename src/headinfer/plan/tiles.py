@@ -80,8 +80,10 @@ def choose_tiles(
 
     if heads_per_group is not None:
         heads, why = heads_per_group, "heads per group fixed by option"
-    elif past_tokens <= longest(kv_heads) or tile_tokens is not None:
+    elif past_tokens <= longest(kv_heads):
         heads, why = kv_heads, "all heads of a layer fit a slot"
+    elif tile_tokens is not None:
+        heads, why = kv_heads, "tokens of a tile fixed by option, all heads"
     elif query_tokens > FEW_QUERY_TOKENS:
         heads = next(
             (
