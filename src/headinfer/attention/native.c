@@ -108,60 +108,81 @@ INLINE float sum_lanes(vf a) {
     return total;
 }
 
-/* Ask for what the same loop reads AHEAD bytes later, into the L2 cache (only the first pass over a block
- * does): the hardware's own prefetch reaches half of the memory bandwidth here, this two thirds. */
-#define SOON(first, address) if (first) __builtin_prefetch((address) + AHEAD, 0, 2)
+/* Ask for what the same loop reads AHEAD bytes later, into the L2 cache. */
+#define SOON(address) __builtin_prefetch((address) + AHEAD, 0, 2)
 
-/* Lane j: q . k_j for the first `n` <= 16 keys of k [n, dk]; lanes past `n` are -inf. */
-INLINE vf scores(const int dtype, const int64_t dk, const float *q, const char *k, const int64_t n,
-                 const int first) {
+/* Dot products of `rows` query rows with the first `n` <= LANES / rows keys of k [n, dk], each key read once for all
+ * rows: lane r * (LANES / rows) + j is q_r . k_j, and -inf for j past `n`.
+ * q [rows, dk] float32; where K is bfloat16, q_half holds the same numbers as bfloat16. */
+INLINE vf dots(const int dtype, const int rows, const int64_t dk, const float *q, const uint16_t *q_half,
+               const char *k, const int64_t n) {
     const int64_t width = dtype == FLOAT32 ? 4 : 2;
+    const int keys = LANES / rows;
     vf dot[LANES];
-    for (int j = 0; j < LANES; j++) dot[j] = (vf){0};
+    for (int i = 0; i < LANES; i++) dot[i] = (vf){0};
 #if defined(__AVX512BF16__)
-    if (dtype == BFLOAT16 && n == LANES && dk % 32 == 0) {   /* exact: q came as bfloat16, products are float32 */
+    if (dtype == BFLOAT16 && n == keys && dk % 32 == 0) {   /* exact: the products of bfloat16 are float32 */
         for (int64_t d = 0; d < dk; d += 32) {
-            const __m512 low = _mm512_loadu_ps(q + d), high = _mm512_loadu_ps(q + d + 16);
-            const __m512bh part = _mm512_cvtne2ps_pbh(high, low);
-            for (int j = 0; j < LANES; j++) {
-                SOON(first, k + 2 * (j * dk + d));
-                const __m512i key = _mm512_loadu_si512(k + 2 * (j * dk + d));
-                dot[j] = (vf)_mm512_dpbf16_ps((__m512)dot[j], part, (__m512bh)key);
+            __m512bh part[MAX_ROWS];
+            for (int r = 0; r < rows; r++) part[r] = (__m512bh)_mm512_loadu_si512(q_half + r * dk + d);
+            for (int j = 0; j < keys; j++) {
+                SOON(k + 2 * (j * dk + d));
+                const __m512bh key = (__m512bh)_mm512_loadu_si512(k + 2 * (j * dk + d));
+                for (int r = 0; r < rows; r++)
+                    dot[r * keys + j] = (vf)_mm512_dpbf16_ps((__m512)dot[r * keys + j], part[r], key);
             }
         }
         return sum_each(dot);
     }
 #endif
-    if (n == LANES) {
+    if (n == keys) {
         for (int64_t d = 0; d < dk; d += LANES) {
-            const vf part = *(const vf *)(q + d);
-            for (int j = 0; j < LANES; j++) {
-                SOON(first, k + width * (j * dk + d));
-                dot[j] += part * load(dtype, k, j * dk + d);
+            vf part[MAX_ROWS];
+            for (int r = 0; r < rows; r++) part[r] = *(const vf *)(q + r * dk + d);
+            for (int j = 0; j < keys; j++) {
+                SOON(k + width * (j * dk + d));
+                const vf key = load(dtype, k, j * dk + d);
+                for (int r = 0; r < rows; r++) dot[r * keys + j] += part[r] * key;
             }
         }
     } else {
         for (int64_t j = 0; j < n; j++)
-            for (int64_t d = 0; d < dk; d += LANES) dot[j] += *(const vf *)(q + d) * load(dtype, k, j * dk + d);
+            for (int64_t d = 0; d < dk; d += LANES)
+                for (int r = 0; r < rows; r++)
+                    dot[r * keys + j] += *(const vf *)(q + r * dk + d) * load(dtype, k, j * dk + d);
     }
     vf s = sum_each(dot);
-    for (int64_t j = n; j < LANES; j++) s[j] = -INFINITY;
+    for (int r = 0; r < rows; r++)
+        for (int64_t j = n; j < keys; j++) s[r * keys + j] = -INFINITY;
     return s;
 }
 
-/* out[r] += sum_j weight[r][j] v_j for `rows` rows, `keys` keys and the `count` vectors of v from `d` on. */
-INLINE void weigh(const int dtype, const int rows, const int count, const int64_t dv, const int64_t d,
+/* 32 bfloat16 as two vectors, those with even and those with odd indices: one instruction each. */
+INLINE void load_pairs(const char *base, int64_t element, vf *even, vf *odd) {
+    const vu both = *(const vu *)(base + 2 * element);
+    *even = (vf)(both << 16);
+    *odd = (vf)(both & 0xffff0000u);
+}
+
+/* out[r] += sum_j weight[r][j] v_j for `rows` rows, `keys` keys and the `count` vectors of v from `d` on.
+ * paired: each two vectors of out hold the even and the odd of 32 elements. */
+INLINE void weigh(const int dtype, const int paired, const int rows, const int count, const int64_t dv, const int64_t d,
                   const float *weight, const char *v, const int64_t keys, float *out) {
     const int64_t width = dtype == FLOAT32 ? 4 : 2;
-    vf sum[MAX_ROWS][4];
+    vf sum[MAX_ROWS][4], value[4];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < count; c++) sum[r][c] = *(vf *)(out + r * dv + d + c * LANES);
-    for (int64_t j = 0; j < keys; j++)
-        for (int c = 0; c < count; c++) {
-            SOON(1, v + width * (j * dv + d + c * LANES));
-            const vf value = load(dtype, v, j * dv + d + c * LANES);
-            for (int r = 0; r < rows; r++) sum[r][c] += weight[r * BLOCK + j] * value;
+    for (int64_t j = 0; j < keys; j++) {
+        for (int c = 0; c < count; c += 2) {
+            SOON(v + width * (j * dv + d + c * LANES));
+            if (paired)
+                load_pairs(v, j * dv + d + c * LANES, value + c, value + c + 1);
+            else
+                for (int i = c; i < c + 2 && i < count; i++) value[i] = load(dtype, v, j * dv + d + i * LANES);
         }
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < count; c++) sum[r][c] += weight[r * BLOCK + j] * value[c];
+    }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < count; c++) *(vf *)(out + r * dv + d + c * LANES) = sum[r][c];
 }
@@ -170,18 +191,21 @@ INLINE void weigh(const int dtype, const int rows, const int count, const int64_
  * of V once. Two long sequential streams suit the hardware's prefetch better than short alternating ones.
  * q [rows, dk], out [rows, dv] unnormalised, peak [rows] = max s, mass [rows] = sum exp(s - peak). */
 INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_t dv, const float scale,
-                 const float *q, const char *k, const char *v, const int64_t tokens, float *out, float *peak,
-                 float *mass) {
+                 const float *q, const uint16_t *q_half, const char *k, const char *v, const int64_t tokens,
+                 float *out, float *peak, float *mass) {
     const int64_t width = dtype == FLOAT32 ? 4 : 2;
+    const int keys = LANES / rows, paired = dtype == BFLOAT16 && dv % 32 == 0;
     float score[MAX_ROWS * BLOCK] __attribute__((aligned(64)));
-    for (int64_t j = 0; j < tokens; j += LANES) {
-        const int64_t n = tokens - j < LANES ? tokens - j : LANES;
-        for (int r = 0; r < rows; r++)
-            *(vf *)(score + r * BLOCK + j) = scale * scores(dtype, dk, q + r * dk, k + width * j * dk, n, r == 0);
+    for (int64_t j = 0; j < tokens; j += keys) {
+        const int64_t n = tokens - j < keys ? tokens - j : keys;
+        const vf s = scale * dots(dtype, rows, dk, q, q_half, k + width * j * dk, n);
+        for (int r = 0; r < rows; r++) memcpy(score + r * BLOCK + j, (const float *)&s + r * keys, keys * sizeof(float));
     }
+    const int64_t end = (tokens + keys - 1) / keys * keys;   /* -inf from here to the end of the vector */
     for (int r = 0; r < rows; r++) {
         float *s = score + r * BLOCK, top = -INFINITY;
         vf total = {0};
+        for (int64_t j = end; j % LANES; j++) s[j] = -INFINITY;
         for (int64_t j = 0; j < tokens; j += LANES) top = fmaxf(top, max_lane(*(vf *)(s + j)));
         for (int64_t j = 0; j < tokens; j += LANES) {
             const vf p = exp_nonpositive(*(vf *)(s + j) - top);
@@ -193,30 +217,42 @@ INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_
     }
     memset(out, 0, sizeof(float) * rows * dv);
     for (int64_t j = 0; j < tokens; j += NEAR) {   /* the later parts of these rows of V come from the L1 cache */
-        const int64_t keys = tokens - j < NEAR ? tokens - j : NEAR;
+        const int64_t near = tokens - j < NEAR ? tokens - j : NEAR;
         int64_t d = 0;
         for (; d + 4 * LANES <= dv; d += 4 * LANES)
-            weigh(dtype, rows, 4, dv, d, score + j, v + width * j * dv, keys, out);
+            weigh(dtype, paired, rows, 4, dv, d, score + j, v + width * j * dv, near, out);
+        for (; paired && d < dv; d += 2 * LANES)
+            weigh(dtype, paired, rows, 2, dv, d, score + j, v + width * j * dv, near, out);
         for (; d < dv; d += LANES)
-            weigh(dtype, rows, 1, dv, d, score + j, v + width * j * dv, keys, out);
+            weigh(dtype, 0, rows, 1, dv, d, score + j, v + width * j * dv, near, out);
+    }
+    for (int64_t at = 0; paired && at < rows * dv; at += 2 * LANES) {
+        const vf even = *(vf *)(out + at), odd = *(vf *)(out + at + LANES);
+        *(vf *)(out + at) = FOLD(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        *(vf *)(out + at + LANES) = FOLD(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 }
 
 /* Constant arguments unroll the loops over the head dim: one specialised copy per common shape. */
 #define SPECIAL(DTYPE, ROWS, DIM)                                                       \
     if (dtype == DTYPE && rows == ROWS && dk == DIM && dv == DIM) {                     \
-        unit(DTYPE, ROWS, DIM, DIM, scale, q, k, v, tokens, out, peak, mass);                  \
+        unit(DTYPE, ROWS, DIM, DIM, scale, q, q_half, k, v, tokens, out, peak, mass);   \
         return;                                                                         \
     }
 #define SPECIAL_ROWS(DTYPE, DIM) SPECIAL(DTYPE, 1, DIM) SPECIAL(DTYPE, 2, DIM) SPECIAL(DTYPE, 4, DIM)
 #define SPECIAL_DIMS(DTYPE) SPECIAL_ROWS(DTYPE, 64) SPECIAL_ROWS(DTYPE, 128)
 
-static void run_unit(int dtype, int rows, int64_t dk, int64_t dv, float scale, const float *q, const char *k,
-                     const char *v, int64_t tokens, float *out, float *peak, float *mass) {
+static void run_unit(int dtype, int rows, int64_t dk, int64_t dv, float scale, const float *q,
+                     const uint16_t *q_half, const char *k, const char *v, int64_t tokens, float *out, float *peak,
+                     float *mass) {
     SPECIAL_DIMS(BFLOAT16)
     SPECIAL_DIMS(FLOAT16)
     SPECIAL_DIMS(FLOAT32)
-    unit(dtype, rows, dk, dv, scale, q, k, v, tokens, out, peak, mass);
+    switch (rows) {   /* the number of rows shapes the vectors: constant in every copy */
+    case 1: unit(dtype, 1, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass); break;
+    case 2: unit(dtype, 2, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass); break;
+    default: unit(dtype, 4, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass);
+    }
 }
 
 static int64_t max_threads(void) {
@@ -227,11 +263,12 @@ static int64_t max_threads(void) {
 #endif
 }
 
-/* q [heads, rows, dk] float32, out [heads, rows, dv] and lse [heads, rows] float32.
- * For bfloat16 keys q must hold bfloat16 values. dk and dv: multiples of 16.
+/* q [heads, rows, dk] float32, out [heads, rows, dv] and lse [heads, rows] float32. dk and dv: multiples of 16.
+ * q_half: for bfloat16 keys the same q as bfloat16, else not read.
  * Returns 0, or 1 where the scratch memory could not be had. */
-int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, int64_t heads, int64_t rows,
-                     int64_t dk, int64_t dv, float scale, int dtype, float *out, float *lse) {
+int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, const uint16_t *q_half,
+                     int64_t heads, int64_t rows, int64_t dk, int64_t dv, float scale, int dtype, float *out,
+                     float *lse) {
     int64_t *first = malloc(sizeof(int64_t) * (n_pieces + 1));
     if (!first) return 1;
     first[0] = 0;
@@ -265,8 +302,8 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, in
         float *o = scratch + index * cell, *peak = o + rows * dv, *mass = peak + rows;
         for (int64_t r = 0; r < rows;) {
             const int step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-            run_unit(dtype, step, dk, dv, scale, q + (head * rows + r) * dk, k, v, tokens, o + r * dv, peak + r,
-                     mass + r);
+            const int64_t at = (head * rows + r) * dk;
+            run_unit(dtype, step, dk, dv, scale, q + at, q_half + at, k, v, tokens, o + r * dv, peak + r, mass + r);
             r += step;
         }
     }

@@ -103,6 +103,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ctypes.c_void_p,
         ctypes.c_int64,
         ctypes.c_void_p,
+        ctypes.c_void_p,
         ctypes.c_int64,
         ctypes.c_int64,
         ctypes.c_int64,
@@ -144,13 +145,15 @@ def attend_native(
     for entry, (k, v) in zip(table, pieces, strict=True):
         entry.k, entry.v = k.data_ptr(), v.data_ptr()
         entry.k_head_stride, entry.v_head_stride, entry.tokens = k.stride(0), v.stride(0), k.shape[1]
-    query = q.float().contiguous()
+    own = q.contiguous()
+    query = own.float()
     out = torch.empty(heads, rows, value_dim)
     lse = torch.empty(heads, rows)
     failed = library.headinfer_attend(
         table,
         len(pieces),
         query.data_ptr(),
+        own.data_ptr(),
         heads,
         rows,
         key_dim,
