@@ -21,7 +21,7 @@ def options_of(staging):
     return {
         "chunk_tokens": 96,
         "staging": staging,
-        "device_kv_budget": 4 << 20,
+        "device_kv_budget": 5 << 20,
         "heads_per_group": 1,
         "tile_tokens": 90,
     }
