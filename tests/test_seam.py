@@ -341,7 +341,7 @@ def test_other_caches_stay_exact_and_unfit_ones_are_refused(llama):
 @pytest.mark.parametrize(
     ("call", "says"),
     {
-        "4D mask": ({"attention_mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)}, "4 dims"),
+        "4D mask": ({"attention_mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)}, "mask of shape"),
         "short mask": ({"attention_mask": torch.zeros(1, 15, dtype=torch.long)}, "covers 15 tokens"),
         "weights": ({"output_attentions": True}, "attention matrix"),
     }.values(),

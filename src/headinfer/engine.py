@@ -63,6 +63,7 @@ class Engine:
         self.plan: TilePlan | None = None
         self.awaiting: object | None = None  # what was updated and whose attention has not run yet
         self.backends_used: set[str] = set()
+        self.attentions = 0  # since the start of the forward pass
         self._tier: HostTier | None = None
         self._ring: Ring | None = None
         self._write: Writer = write_in_place
@@ -151,8 +152,10 @@ class Engine:
         softcap: float | None,
         sinks: torch.Tensor | None,
         runs: Sequence[Runs] | None,
+        past_tokens: int | None = None,
     ) -> torch.Tensor:
         """Attention of a chunk on a store and on itself; see `attend_streaming`."""
+        self.attentions += 1
         assert self.plan is not None
         held = sum(self.ledger.device_bytes.values())
         budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
@@ -171,6 +174,7 @@ class Engine:
             softcap=softcap,
             sinks=sinks,
             runs=runs,
+            past_tokens=past_tokens,
             backend=self.options.backend,
             used=self.backends_used,
         )

@@ -13,7 +13,7 @@ import transformers
 import headinfer
 from headinfer.attention import native
 from headinfer.attention.backends import BACKENDS, Problem
-from headinfer.hf.enable import SUPPORTED_FAMILIES
+from headinfer.hf.families import SUPPORTED_FAMILIES
 from headinfer.plan.memory import available_host_bytes
 
 __all__ = ["gather_info"]

@@ -20,7 +20,7 @@ import torch
 
 from headinfer.attention.backends import Backend, Problem, choose
 from headinfer.attention.state import AttentionState
-from headinfer.kv.head_store import HeadStore, Runs
+from headinfer.kv.head_store import HeadStore, Runs, first_of
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import TilePlan
 
@@ -46,6 +46,7 @@ class Layer:
     scale: float
     softcap: float | None
     backend: str | None
+    past_tokens: int
     used: set[str] = field(default_factory=set)
 
     def problem(self, query_rows: int) -> Problem:
@@ -72,27 +73,30 @@ def attend_streaming(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     runs: Sequence[Runs] | None = None,
+    past_tokens: int | None = None,
     backend: str | None = None,
     used: set[str] | None = None,
 ) -> torch.Tensor:
-    """Causal attention of a chunk on the store's tokens and on itself; the chunk is not yet in the store.
+    """Causal attention of a chunk on the store's first past_tokens tokens (None: all of them) and on itself.
 
     q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv]. sinks [Hq]: scores of a key with value 0. runs: for each
-    row the half-open token ranges that are seen, over the store's tokens and the chunk's; None: all of them.
+    row the half-open token ranges that are seen, over the past tokens and the chunk's; None: all of them.
     ring None: the segments lie on the compute device and are read in place. Returns [B, T, Hq, Dv] in q's dtype;
     query rows that see no key give 0. `used` collects the names of the kernels that ran.
     """
     q = q.contiguous()  # packed once, not per tile
-    layer = Layer(q, k, v, store, scale, softcap, backend, used if used is not None else set())
+    past = store.tokens if past_tokens is None else past_tokens
+    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set())
+    past_runs = runs if past == store.tokens else first_of(runs, past, q.shape[0])
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [(heads, tile) for heads in groups for tile in tiles_of(store, heads, plan.tile_tokens, runs)]
+    work = [(heads, tile) for heads in groups for tile in tiles_of(store, heads, plan.tile_tokens, past_runs)]
     ring = ring if ring is not None else InPlace()
     coming = iter(work[1:])
     ticket = ring.fetch(work[0][1].pieces) if work else 0
     for heads in groups:
-        state, resident = _own_state(layer, heads, runs)
+        state, resident = _own_state(layer, heads, runs, past_runs)
         for tile in (tile for its_heads, tile in work if its_heads is heads):
             following = next(coming, None)
             next_ticket = ring.fetch(following[1].pieces) if following is not None else 0
@@ -144,7 +148,7 @@ def _attend_tile(
 
 
 def _own_state(
-    layer: Layer, heads: slice, runs: Sequence[Runs] | None
+    layer: Layer, heads: slice, runs: Sequence[Runs] | None, past_runs: Sequence[Runs] | None
 ) -> tuple[AttentionState, dict[int, tuple[Piece, ...]]]:
     """The chunk on itself, and per row what else lies on the device: the tail, and a chunk of one token.
 
@@ -154,11 +158,12 @@ def _own_state(
     group = layer.q.shape[1] // layer.k.shape[1]
     q = layer.q[:, heads.start * group : heads.stop * group]
     k, v = layer.k[:, heads], layer.v[:, heads]
-    past = layer.store.tokens
+    past = layer.past_tokens
     resident: dict[int, tuple[Piece, ...]] = {}
     for row in range(rows):
         seen = runs[row] if runs is not None else None
-        pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in layer.store.tail(row, seen)]
+        near = layer.store.tail(row, past_runs[row] if past_runs is not None else None)
+        pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in near]
         if tokens == 1 and (seen is None or any(start <= past < stop for start, stop in seen)):
             pieces.append((k[row], v[row]))
         if pieces:

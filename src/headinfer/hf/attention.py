@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from headinfer.errors import StateError, UnsupportedError
-from headinfer.hf.cache import Tag
 from headinfer.hf.compat import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -22,6 +21,7 @@ from headinfer.hf.compat import (
     sdpa_attention_forward,
     sdpa_mask,
 )
+from headinfer.hf.layers import Tag
 from headinfer.kv.head_store import Runs
 
 __all__ = ["NAME", "headinfer_attention", "headinfer_mask", "register", "visible_runs"]
@@ -57,9 +57,10 @@ def headinfer_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """None where the mask is plainly causal, a 2D padding mask [B, Tk] with its runs, or sdpa's 4D mask.
+    """None where the mask is plainly causal, a padding mask [B, 1, 1, Tk] with its runs, or sdpa's [B, 1, Tq, Tk].
 
-    The 4D mask serves windows and overlays, which stay with transformers' layers.
+    The last serves windows and overlays, which stay with transformers' layers. A padding mask has four dims since
+    Gemma 4 slices the queries of its masks.
     """
     common = {
         "batch_size": batch_size,
@@ -86,7 +87,9 @@ def headinfer_mask(
                 f"the attention mask covers {padding.shape[1]} tokens and the cache and input have {kv_length}: "
                 "pass the mask of all tokens, old and new"
             )
-        padding._headinfer_runs = visible_runs(padding)  # type: ignore[attr-defined]
+        runs = visible_runs(padding)
+        padding = padding[:, None, None, :]
+        padding._headinfer_runs = runs  # type: ignore[attr-defined]
     return padding
 
 
@@ -117,15 +120,18 @@ def headinfer_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tag is None:
         return _dense(module, query, key, value, attention_mask, scale, softcap, s_aux, **kwargs), None
-    _check_streamable(module, query, key, attention_mask, kwargs)
+    assert isinstance(tag, Tag)
+    shares = tag.is_stored and getattr(module, "is_kv_shared_layer", False)
+    _check_streamable(module, query, key, attention_mask, kwargs, shares=shares)
     runs: Sequence[Runs] | None = None
     if attention_mask is not None:
-        runs = getattr(attention_mask, "_headinfer_runs", None) or visible_runs(attention_mask)
-    del key._headinfer, value._headinfer  # type: ignore[attr-defined]
-    assert isinstance(tag, Tag)
+        runs = getattr(attention_mask, "_headinfer_runs", None)
+        runs = visible_runs(attention_mask.flatten(1)) if runs is None else runs
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux, "runs": runs}
     with torch.no_grad():
-        out = tag.layer.attend(query, key, value, scale=scale, softcap=softcap, sinks=s_aux, runs=runs)
-    return out, None
+        if shares:
+            return tag.layer.attend_shared(query, key, value, past_tokens=tag.past_tokens, **options), None
+        return tag.layer.attend(query, key, value, **options), None
 
 
 def _check_streamable(
@@ -134,16 +140,18 @@ def _check_streamable(
     key: torch.Tensor,
     mask: torch.Tensor | None,
     options: dict[str, Any],
+    *,
+    shares: bool,
 ) -> None:
     """Raise UnsupportedError for what the loop would silently get wrong."""
     name = type(module).__name__
     causal = options.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise UnsupportedError(f"{name} is not causal: headinfer serves causal language models")
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and not _is_padding(mask):
         raise UnsupportedError(
-            f"{name} brings an attention mask of {mask.ndim} dims to a full-attention layer: headinfer serves causal "
-            "masks with padding (a 2D attention_mask)"
+            f"{name} brings an attention mask of shape {tuple(mask.shape)} to a full-attention layer: headinfer serves "
+            "causal masks with padding (a 2D attention_mask)"
         )
     if options.get("sliding_window") is not None or options.get("position_bias") is not None:
         raise UnsupportedError(f"{name} asks for a window or a position bias in a layer that its config calls full")
@@ -151,8 +159,13 @@ def _check_streamable(
         raise UnsupportedError("the model is in training mode: headinfer is for inference, so call model.eval() first")
     if options.get("output_attentions"):
         raise UnsupportedError("output_attentions needs the whole attention matrix: headinfer never has it")
-    if query.shape[2] != key.shape[2]:
+    if query.shape[2] != key.shape[2] and not shares:
         raise UnsupportedError(f"{name} attends with {query.shape[2]} queries to a chunk of {key.shape[2]} tokens")
+
+
+def _is_padding(mask: torch.Tensor) -> bool:
+    """Whether a mask says only which keys a row sees: [B, Tk] or [B, 1, 1, Tk] of bool or whole numbers."""
+    return not mask.is_floating_point() and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
 
 
 def _dense(
@@ -168,7 +181,8 @@ def _dense(
 ) -> torch.Tensor:
     """Attention of a layer that brings its whole K and V; the oracle is transformers' eager attention."""
     queries, keys = query.shape[2], key.shape[2]
-    if mask is None or mask.ndim == 2:
+    if mask is None or _is_padding(mask):
+        mask = mask.flatten(1) if mask is not None else None
         causal = kwargs.get("is_causal")
         if getattr(module, "is_causal", True) if causal is None else causal:
             place = torch.arange(keys, device=query.device)

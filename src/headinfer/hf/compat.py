@@ -10,9 +10,14 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     QuantizedCache,
     StaticCache,
 )
@@ -35,14 +40,19 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
     "PreTrainedConfig",
     "PreTrainedModel",
     "causal_mask_function",
     "check_version",
     "default_layers",
     "flash_attention_mask",
+    "is_constant_size",
     "sdpa_attention_forward",
     "sdpa_mask",
+    "shared_full_layers",
     "takes_attention_interface",
     "unfit_cache",
 ]
@@ -61,6 +71,26 @@ def check_version() -> None:
 def default_layers(config: PreTrainedConfig) -> list[Any]:
     """The cache layers that transformers itself would use for this model, empty, one per decoder layer."""
     return list(DynamicCache(config=config).layers)
+
+
+def is_constant_size(layer: object) -> bool:
+    """Whether a cache layer's state does not grow with the context, or it has none: transformers keeps those."""
+    constant = (
+        DynamicSlidingWindowLayer,
+        LinearAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        DummyLayer,
+    )
+    return type(layer) in constant
+
+
+def shared_full_layers(config: PreTrainedConfig) -> int:
+    """How many full-attention layers use the K and V of an earlier one (Gemma 3n and 4) and have no cache."""
+    text = config.get_text_config(decoder=True)
+    modes, kinds = getattr(text, "kv_sharing_modes", None), getattr(text, "layer_types", None)
+    if modes is None or kinds is None:
+        return 0
+    return sum(mode == "reuse" and kind == "full_attention" for mode, kind in zip(modes, kinds, strict=True))
 
 
 def takes_attention_interface(model: PreTrainedModel) -> bool:

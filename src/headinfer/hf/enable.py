@@ -16,27 +16,24 @@ from headinfer.errors import StateError, UnsupportedError, UsageError
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel, check_version, takes_attention_interface, unfit_cache
+from headinfer.hf.families import check_family
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "SUPPORTED_FAMILIES", "Enabled", "check_model", "enable"]
+__all__ = ["DEFAULT_CHUNK_TOKENS", "Enabled", "check_model", "enable"]
 
 DEFAULT_CHUNK_TOKENS = 4096
-SUPPORTED_FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 _OUR_CACHES = (None, "dynamic", "hybrid")  # "hybrid": older Gemma checkpoints name it; a HeadCache is one
 
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise UnsupportedError, before anything is changed, for a model that is not served exactly."""
     check_version()
-    family = getattr(model.config, "model_type", "") if hasattr(model, "config") else type(model).__name__
     if not isinstance(model, PreTrainedModel) or not takes_attention_interface(model):
+        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UnsupportedError(
-            f"{family} does not use transformers' attention interface, so its KV cache cannot be offloaded: "
-            f"headinfer serves {', '.join(SUPPORTED_FAMILIES)}"
+            f"{family} does not use transformers' attention interface, so its KV cache can not be offloaded: "
+            "docs/models.md lists the families that are served"
         )
-    if family not in SUPPORTED_FAMILIES:
-        raise UnsupportedError(
-            f"the model family {family} is not verified yet: headinfer serves {', '.join(SUPPORTED_FAMILIES)}"
-        )
+    check_family(model.config)
     HeadCache(model.config)  # raises where the layers are not served
 
 
@@ -98,10 +95,10 @@ class Enabled:
             before = cache.checkpoint()
             try:
                 result = forward(*args, **kwargs)
-                if any(layer.pending for layer in cache.head_layers):
+                if cache.engine.awaiting is not None or cache.engine.attentions != cache.attentions_per_forward:
                     raise UnsupportedError(
-                        f"{type(self.model).__name__} did not run its attention through headinfer: "
-                        "use the model without headinfer"
+                        f"{type(self.model).__name__} ran {cache.engine.attentions} of its "
+                        f"{cache.attentions_per_forward} full attentions through headinfer: use it without headinfer"
                     )
             except BaseException:
                 cache.rollback(before)

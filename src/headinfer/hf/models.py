@@ -17,10 +17,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from headinfer.errors import UnsupportedError, UsageError
+from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
-from headinfer.hf.enable import SUPPORTED_FAMILIES
+from headinfer.hf.families import check_family
 
 __all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "resolve"]
 
@@ -106,12 +106,7 @@ def resolve(spec: str) -> ModelSource:
     Raises UsageError where there is no such model, UnsupportedError where its family or layers are not served.
     """
     source = _random(spec) if spec.startswith(_PREFIX) else _stored(spec)
-    text = source.config.get_text_config(decoder=True)
-    if text.model_type not in SUPPORTED_FAMILIES or source.config.model_type not in SUPPORTED_FAMILIES:
-        raise UnsupportedError(
-            f"{spec} is of the family {source.config.model_type}, which is not verified yet: headinfer serves "
-            f"{', '.join(SUPPORTED_FAMILIES)}"
-        )
+    check_family(source.config)
     HeadCache(source.config)
     return source
 

@@ -21,7 +21,7 @@ from headinfer.errors import StateError
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Segment", "Span"]
+__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Segment", "Span", "first_of"]
 
 TAIL_UNIT_TOKENS = 128
 _SMALL_SEGMENT_TOKENS = 256
@@ -290,6 +290,12 @@ class HeadStore:
                 self.write(span.segment.v[:, here], v[:, done : done + hi - lo])
                 done += hi - lo
             at += span.tokens
+
+
+def first_of(runs: Sequence[Runs] | None, tokens: int, rows: int) -> list[Runs]:
+    """What the runs of each row (None: everything is seen) show of the first `tokens` tokens."""
+    whole = runs if runs is not None else [[(0, tokens)]] * rows
+    return [[(start, min(stop, tokens)) for start, stop in row if start < tokens] for row in whole]
 
 
 class _TailCount:

@@ -1,0 +1,262 @@
+"""The layers of a HeadCache: HeadLayer for full attention, and what is the same for all kinds of layers.
+
+`update()` does not return the whole K and V, as transformers' own layers do. It returns the chunk's K and V,
+tagged with the layer; the attention function "headinfer" (attention.py) reads the tag and streams the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headinfer.engine import Engine
+from headinfer.errors import StateError
+from headinfer.hf.compat import (
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+from headinfer.kv.head_store import HeadStore, Runs
+
+__all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "why_not_croppable"]
+
+
+@dataclass
+class Tag:
+    """What update() leaves on the K and V that it returns, for the attention function to find.
+
+    past_tokens: the layer's length before the chunk. is_stored: the chunk has been attended to and kept; what comes
+    again with the same K and V is a layer that shares them.
+    """
+
+    layer: HeadLayer
+    past_tokens: int
+    is_stored: bool = False
+
+
+class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One full-attention layer of a HeadCache."""
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, engine: Engine, leads: bool) -> None:
+        """leads: this is the first offloaded layer, whose update begins a forward pass."""
+        super().__init__()
+        self.engine, self.leads = engine, leads
+        self.store: HeadStore | None = None
+        self.pending: Tag | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Create the store with the batch, heads, dims, dtype and device of the first chunk."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.store = self.engine.new_store(key_states, value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tag the chunk's K [B, Hkv, T, Dk] and V [B, Hkv, T, Dv] and return them; attend() stores them."""
+        if self.engine.awaiting is not None:
+            raise StateError(
+                "a HeadCache layer was updated and its attention never ran through headinfer: enable the model with "
+                "headinfer.enable(model) before you pass it a HeadCache (or, if it is enabled, this model changes "
+                "K and V on the way and cannot be served)"
+            )
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        if key_states.shape[0] != self.store.rows:
+            raise StateError(f"the cache holds {self.store.rows} rows and the model was given {key_states.shape[0]}")
+        self.pending = self.engine.awaiting = Tag(self, self.store.tokens)
+        key_states._headinfer = value_states._headinfer = self.pending  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        runs: Sequence[Runs] | None,
+    ) -> torch.Tensor:
+        """Attention of the chunk on all tokens so far, then keep the chunk. Returns [B, T, Hq, Dv]."""
+        if self.pending is None or self.store is None:
+            raise StateError("the attention of a HeadCache layer ran twice, or without an update before it")
+        if self.leads:
+            self.engine.begin(self.store, q.shape[1], q.shape[2])
+        out = self.engine.attend(q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, runs=runs)
+        self.store.append(k, v)
+        self.pending.is_stored = True
+        self.pending = self.engine.awaiting = None
+        return out
+
+    def attend_shared(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        past_tokens: int,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        runs: Sequence[Runs] | None,
+    ) -> torch.Tensor:
+        """Attention of another layer that shares this one's K and V, which hold the chunk already.
+
+        q may be the last queries of the chunk only (Gemma 4 drops the others): then the chunk's earlier tokens are
+        past to them.
+        """
+        assert self.store is not None
+        past_tokens += k.shape[2] - q.shape[2]
+        k, v = k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :]
+        return self.engine.attend(
+            q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, runs=runs, past_tokens=past_tokens
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens of each row."""
+        return self.store.tokens if self.store is not None else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask covers: all tokens, from the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No limit (the name that older versions use)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        if self.store is not None:
+            self.store.close()
+        if self.pending is not None:
+            self.engine.awaiting = None
+        self.store, self.pending, self.is_initialized = None, None, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove tokens (a negative number); a positive number is the length to keep."""
+        if self.store is not None:
+            length = self.store.tokens
+            self.store.crop(
+                max(length + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+            )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes row beam_idx[i]: table entries move, segments do not."""
+        if self.store is not None:
+            self.store.select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows that share its segments."""
+        if self.store is not None:
+            self.store.select_rows([row for row in range(self.store.rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that an index tensor or bool mask names."""
+        if self.store is not None:
+            self.store.select_rows(torch.arange(self.store.rows)[indices.cpu()].tolist())
+
+    def offload(self) -> None:
+        """Nothing to do: the KV lies on the host."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: the ring fetches what is needed."""
+
+
+class HybridHeadLayer(HeadLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """A layer with full attention, kept on the host, and a linear-attention state, which does not grow (Falcon-H1)."""
+
+    def __init__(self, engine: Engine, leads: bool, number_of_states: int) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        HeadLayer.__init__(self, engine, leads)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """As far as the linear state is."""
+        return bool(LinearAttentionLayer.is_croppable.fget(self))
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """K and V come as two positional arguments, linear states by name: transformers' own convention."""
+        (HeadLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        HeadLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove tokens."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        HeadLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes row beam_idx[i]."""
+        HeadLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows."""
+        rows = torch.arange(self.store.rows if self.store is not None else 0).repeat_interleave(repeats)
+        self.reorder_cache(rows)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that an index tensor or bool mask names."""
+        self.reorder_cache(torch.arange(self.store.rows if self.store is not None else 0)[indices.cpu()])
+
+
+def state_of(layer: Any) -> dict[str, Any]:
+    """What restore() needs to bring a layer back: its length where it is offloaded, else its fields.
+
+    Linear-attention states are written in place by transformers, so they are copied; windows are replaced, not written.
+    """
+    fields = {name: _copied(value) for name, value in layer.__dict__.items() if name not in _NOT_STATE}
+    return {"fields": fields, "tokens": layer.store.tokens if isinstance(layer, HeadLayer) and layer.store else 0}
+
+
+def restore(layer: Any, state: dict[str, Any]) -> None:
+    """Make a layer what it was when `state` was taken."""
+    kept = {name: value for name, value in layer.__dict__.items() if name in _NOT_STATE}
+    layer.__dict__.clear()
+    layer.__dict__.update(state["fields"])
+    layer.__dict__.update(kept)
+    if isinstance(layer, HeadLayer):
+        layer.pending = None
+        if layer.store is not None:
+            layer.store.crop(state["tokens"])
+
+
+def why_not_croppable(layer: Any) -> str:
+    """Why a layer cannot give up its newest tokens; empty where it can."""
+    advice = "call activate_past_recording() on the cache before generating"
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
+            return f"a sliding-window layer has dropped the tokens before its last {layer.sliding_window}; {advice}"
+    elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        if any(layer.is_recurrent_states_initialized.values()):
+            return "a linear-attention layer keeps one running state, which cannot go back; fork() the cache instead"
+        if any(layer.is_conv_states_initialized.values()) and not layer.record_past:
+            return f"a convolution layer has dropped its older states; {advice}"
+    return ""
+
+
+_NOT_STATE = ("engine", "store", "pending")  # of a HeadLayer: shared, or brought back by length
+
+
+def _copied(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: item.clone() if isinstance(item, torch.Tensor) else item for key, item in value.items()}
