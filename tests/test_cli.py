@@ -166,7 +166,7 @@ def test_a_mistake_gets_one_sentence_and_loads_nothing(arguments, says, capsys, 
         "random:tiny-llama?wibble=2": "no field wibble",
         "random:tiny-llama?rms_norm_eps=1": "no field rms_norm_eps",
         "random:tiny-llama?heads=3": "multiple",
-        "random:mistral-7b?sliding_window=512": "sliding-window layers only",
+        "random:mistral-7b?sliding_window=512": "no full-attention layer",
     }.items(),
 )
 def test_an_unknown_model_gets_one_sentence(model, says, capsys, monkeypatch):

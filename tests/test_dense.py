@@ -27,6 +27,7 @@ def padding(keys):
 MASKS = {
     "none": lambda queries, keys: None,
     "padding": lambda queries, keys: padding(keys),
+    "padding in four dims": lambda queries, keys: padding(keys)[:, None, None, :],
     "window": lambda queries, keys: (
         causal_mask(queries, keys) & torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries - 7)
     ).expand(2, 1, -1, -1),
@@ -44,9 +45,9 @@ def test_equals_the_oracle(mask, shape, softcap, with_sinks):
     queries, keys = SHAPES[shape]
     module, q, k, v = operands(queries, keys)
     given = MASKS[mask](queries, keys)
-    seen = given if given is not None and given.ndim == 4 else causal_mask(queries, keys)[None, None]
-    if given is not None and given.ndim == 2:
-        seen = seen & given[:, None, None, :]
+    seen = given if mask in ("window", "empty rows") else causal_mask(queries, keys)[None, None]
+    if given is not None and "padding" in mask:
+        seen = seen & given.view(2, 1, 1, keys)
     state = attend_reference(q, k, v, scale=0.4, mask=seen, softcap=softcap)
     sinks = torch.linspace(-1, 2, 6) if with_sinks else None
     expected = state.out if sinks is None else state.with_sinks(sinks[:, None])

@@ -375,9 +375,11 @@ def test_k_and_v_that_change_between_cache_and_attention_raise(llama, clones, mo
 
 UNSERVED = {
     "no interface": ("bloom", {"n_layer": 1, "hidden_size": 32, "n_head": 4, "vocab_size": 50}, "interface"),
-    "not verified": ("gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 4, "vocab_size": 50}, "not verified"),
+    "not verified": ("youtu", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 50,
+                               "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 8,
+                               "q_lora_rank": 8}, "not verified"),
     "windows only": ("mistral", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32,
-                                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}, "sliding"),
+                                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}, "nothing to offload"),
 }  # fmt: skip
 
 

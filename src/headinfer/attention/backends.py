@@ -141,7 +141,13 @@ def _native_past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap
 
 # -- eager: matrix products in float32, any device, any width, with soft cap ----------------------------------
 
-_EAGER_TOKENS = 1024  # keys at a time, so that the scores stay small
+_EAGER_TOKENS = 1024  # keys at a time at most
+_EAGER_SCORES = 2**24  # scores at a time, where there are many query rows
+
+
+def _eager_tokens(rows: int) -> int:
+    """Keys at a time for so many query rows over all heads."""
+    return min(_EAGER_TOKENS, max(_EAGER_SCORES // rows, 16))
 
 
 def _eager_block(
@@ -160,9 +166,10 @@ def _eager_block(
 
 def _eager_past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
     state = AttentionState.empty(q.shape[:-1], pieces[0][1].shape[-1], q.device)
+    step = _eager_tokens(q.shape[0] * q.shape[1])
     for k, v in pieces:
-        for start in range(0, k.shape[1], _EAGER_TOKENS):
-            block = slice(start, start + _EAGER_TOKENS)
+        for start in range(0, k.shape[1], step):
+            block = slice(start, start + step)
             state.merge_(_eager_block(q, k[:, block], v[:, block], scale, softcap, None))
     return state
 
@@ -172,8 +179,9 @@ def _eager_square(
 ) -> AttentionState:
     k, v, tokens = _expand_heads(q, k), _expand_heads(q, v), q.shape[2]
     state = AttentionState.empty(q.shape[:-1], v.shape[-1], q.device)
-    for start in range(0, tokens, _EAGER_TOKENS):
-        block = slice(start, start + _EAGER_TOKENS)
+    step = _eager_tokens(q.shape[:-1].numel())
+    for start in range(0, tokens, step):
+        block = slice(start, start + step)
         place = torch.arange(tokens, device=q.device)
         hidden = place[:, None] < place[None, block]
         state.merge_(_eager_block(q, k[:, :, block], v[:, :, block], scale, softcap, hidden))

@@ -93,6 +93,7 @@ def headinfer_mask(
     return padding
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def headinfer_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

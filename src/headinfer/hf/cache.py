@@ -124,6 +124,12 @@ class HeadCache(Cache):  # type: ignore[misc]
                 raise StateError(f"cannot crop: {reason}")
         super().crop(tokens_to_remove)
 
+    def forget_recorded_past(self) -> None:
+        """Between the chunks of one pass: layers that record their past (assisted decoding) keep their window only."""
+        for layer in self.layers:
+            if getattr(layer, "record_past", False) and not isinstance(layer, HeadLayer):
+                layer.crop(0)
+
     def fork(self) -> HeadCache:
         """A second cache with the same content, which goes its own way; segments are shared, not copied."""
         twin = copy.copy(self)
@@ -138,7 +144,6 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def checkpoint(self) -> list[dict[str, Any]]:
         """What rollback() needs: the length of each offloaded layer, references and small copies for the others."""
-        self.engine.attentions = 0
         return [state_of(layer) for layer in self.layers]
 
     def rollback(self, checkpoint: list[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     QuantizedCache,
     StaticCache,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -40,6 +41,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "GenerationMode",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",

@@ -7,6 +7,7 @@ generate() prepares, and a forward that puts the cache right again after an erro
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,8 @@ from headinfer.engine import Options
 from headinfer.errors import StateError, UnsupportedError, UsageError
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.compat import PreTrainedModel, check_version, takes_attention_interface, unfit_cache
+from headinfer.hf.chunks import chunks_of
+from headinfer.hf.compat import GenerationMode, PreTrainedModel, check_version, takes_attention_interface, unfit_cache
 from headinfer.hf.families import check_family
 
 __all__ = ["DEFAULT_CHUNK_TOKENS", "Enabled", "check_model", "enable"]
@@ -85,30 +87,45 @@ class Enabled:
     def _forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The model's forward, after which a HeadCache has all of the chunk in all layers, or none in any."""
 
+        names = tuple(inspect.signature(forward).parameters)
+
         @functools.wraps(forward)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            cache = inputs.get("past_key_values")
             if unfit_cache(cache):
                 raise _unfit(type(cache).__name__)
             if not isinstance(cache, HeadCache):
                 return forward(*args, **kwargs)
-            before = cache.checkpoint()
+            before, result = cache.checkpoint(), None
             try:
-                result = forward(*args, **kwargs)
-                if cache.engine.awaiting is not None or cache.engine.attentions != cache.attentions_per_forward:
-                    raise UnsupportedError(
-                        f"{type(self.model).__name__} ran {cache.engine.attentions} of its "
-                        f"{cache.attentions_per_forward} full attentions through headinfer: use it without headinfer"
-                    )
+                for part in chunks_of(inputs, self.chunk_tokens):
+                    if result is not None:
+                        self._after_forward(cache)
+                        cache.forget_recorded_past()
+                    result = self._one_chunk(forward, part, cache)
             except BaseException:
                 cache.rollback(before)
                 raise
-            self.last_cache = cache
-            if self.on_forward is not None:
-                self.on_forward(cache)
+            self._after_forward(cache)
             return result
 
         return guarded
+
+    def _one_chunk(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
+        cache.engine.attentions = 0
+        result = forward(**inputs)
+        if cache.engine.awaiting is not None or cache.engine.attentions != cache.attentions_per_forward:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} ran {cache.engine.attentions} of its {cache.attentions_per_forward} "
+                "full attentions through headinfer: use it without headinfer"
+            )
+        return result
+
+    def _after_forward(self, cache: HeadCache) -> None:
+        self.last_cache = cache
+        if self.on_forward is not None:
+            self.on_forward(cache)
 
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
@@ -119,6 +136,11 @@ class Enabled:
             raise _unfit(type(cache).__name__)
         if generation_config.cache_implementation not in _OUR_CACHES:
             raise _unfit(f"cache_implementation={generation_config.cache_implementation!r}")
+        if isinstance(cache, HeadCache) and cache.get_seq_length() and mode == GenerationMode.ASSISTED_GENERATION:
+            raise UnsupportedError(
+                f"the cache holds {cache.get_seq_length()} tokens, and transformers' assisted decoding would read them "
+                "again on top: give it an empty cache, or generate without prompt lookup and draft model"
+            )
         generation_config.cache_implementation = None
         if cache is not None or generation_config.use_cache is False:
             type(self.model)._prepare_cache_for_generation(
@@ -126,7 +148,8 @@ class Enabled:
             )
         else:
             model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
-        if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False:
+        by_ids = model_kwargs.get("inputs_embeds") is None  # generate() can not cut embeddings: see chunks.py
+        if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False and by_ids:
             generation_config.prefill_chunk_size = self.chunk_tokens
 
 

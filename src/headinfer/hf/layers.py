@@ -58,6 +58,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store = self.engine.new_store(key_states, value_states)
         self.is_initialized = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,366 @@
+"""What generate() offers beyond the modes of test_seam.py: the same tokens as transformers' own cache, or an error."""
+
+import copy
+
+import pytest
+import torch
+from families import VOCAB, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextGenerationPipeline,
+    TextStreamer,
+)
+
+import headinfer
+from headinfer.hf.chunks import chunks_of
+from headinfer.hf.models import byte_tokenizer
+from headinfer.kv.head_store import Segment, Span
+
+CHUNK_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def draft():
+    return tiny_model("llama", num_hidden_layers=1)  # the first layer of the larger one, so some guesses are right
+
+
+def text(rows=1, tokens=300, seed=1):
+    return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def options(ids, **changes):
+    plain = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    return {**plain, **changes}
+
+
+def chunk_sizes(model):
+    """A hook that notes how many tokens each forward pass of the decoder has; its `sizes` and `remove()`."""
+    sizes = []
+
+    def note(module, args, kwargs):
+        given = kwargs.get("input_ids")
+        sizes.append((kwargs["inputs_embeds"] if given is None else given).shape[1])
+
+    handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
+    handle.sizes = sizes
+    return handle
+
+
+def assert_same(model, generate, longest=CHUNK_TOKENS):
+    """`generate` gives the same with headinfer, reading in chunks."""
+    torch.manual_seed(2)
+    wanted = generate()
+    handle = chunk_sizes(model)
+    with headinfer.enable(model, chunk_tokens=CHUNK_TOKENS) as enabled:
+        torch.manual_seed(2)
+        found = generate()
+    handle.remove()
+    assert torch.equal(wanted, found)
+    assert max(handle.sizes) <= longest
+    assert enabled.last_cache.stats().host_kv_bytes > 0
+    return enabled.last_cache
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("guesser", ["prompt lookup", "draft model", "early exit"])
+def test_assisted_decoding_reads_long_prompts_in_chunks(llama, draft, guesser, sample):
+    ids = text()
+    ids[:, 200:] = ids[:, 100:200]  # something to look up
+    help_ = {"prompt lookup": {"prompt_lookup_num_tokens": 5}, "draft model": {"assistant_model": draft},
+             "early exit": {"assistant_early_exit": 2}}[guesser]  # fmt: skip
+    cache = assert_same(llama, lambda: llama.generate(ids, **options(ids, do_sample=sample, **help_)))
+    assert cache.get_seq_length() < 320, "rejected tokens were cropped"
+
+
+@pytest.mark.parametrize("guesser", ["prompt lookup", "draft model"])
+def test_assisted_decoding_on_a_cache_that_has_read_something_is_refused(llama, draft, guesser):
+    """transformers would read the whole prompt again on top of what the cache holds, and write other tokens."""
+    ids = text()
+    help_ = {"prompt_lookup_num_tokens": 5} if guesser == "prompt lookup" else {"assistant_model": draft}
+    with headinfer.enable(llama) as enabled:
+        cache = enabled.new_cache()
+        llama.generate(ids, past_key_values=cache, **options(ids, max_new_tokens=2))
+        before = cache.get_seq_length()
+        with pytest.raises(headinfer.UnsupportedError, match="again on top"):
+            llama.generate(ids, past_key_values=cache, **options(ids, **help_))
+        assert cache.get_seq_length() == before
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "lfm2"])
+def test_assisted_decoding_with_windows_and_convolutions(family):
+    model, ids = tiny_model(family), text()
+    ids[:, 200:] = ids[:, 100:200]
+    assert_same(model, lambda: model.generate(ids, **options(ids, prompt_lookup_num_tokens=5)))
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+def test_inputs_embeds(llama, guessed):
+    ids = text(rows=2) if not guessed else text()
+    embeds = llama.get_input_embeddings()(ids).detach()
+    assert_same(llama, lambda: llama.generate(inputs_embeds=embeds, **options(ids)))
+
+
+def test_a_mask_with_holes(llama):
+    ids = text(rows=3)
+    mask = torch.ones_like(ids)
+    mask[0, :50] = mask[0, 120:140] = mask[1, 10] = mask[1, 200:290] = mask[2, :299] = 0
+    assert_same(llama, lambda: llama.generate(ids, **options(ids, attention_mask=mask)))
+
+
+class Ban(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, input_ids[0, -3:], -torch.inf)
+
+
+class StopAfter(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 307, device=input_ids.device)
+
+
+def test_processors_criteria_streamers_and_dicts(llama):
+    ids, streamed = text(), []
+
+    class Note(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            streamed.append(text)
+
+    def generate():
+        found = llama.generate(
+            ids,
+            **options(ids),
+            logits_processor=LogitsProcessorList([Ban()]),
+            stopping_criteria=StoppingCriteriaList([StopAfter(), MaxTimeCriteria(600)]),
+            streamer=Note(byte_tokenizer(), skip_prompt=True),
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+        assert found.sequences.shape[1] == 307
+        return torch.cat([found.sequences.flatten().float(), *(step.flatten() for step in found.scores)])
+
+    wanted = generate()
+    told = "".join(streamed)
+    streamed.clear()
+    with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS):
+        found = generate()
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert "".join(streamed) == told
+
+
+@pytest.mark.parametrize(
+    "mode", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}, {"num_beams": 4, "num_beam_groups": 2}]
+)
+def test_modes_that_transformers_keeps_elsewhere_are_refused(llama, mode):
+    ids = text()
+    with headinfer.enable(llama), pytest.raises((ValueError, OSError), match="trust_remote_code"):
+        llama.generate(ids, **options(ids, **mode))
+
+
+def test_several_prompts_one_after_the_other(llama):
+    with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS):
+        found = [llama.generate(text(seed=seed), **options(text())) for seed in range(3)]
+    for seed, tokens in enumerate(found):
+        assert torch.equal(tokens, llama.generate(text(seed=seed), **options(text())))
+
+
+def test_pipeline():
+    model = tiny_model("llama", vocab_size=259)
+    tokenizer = byte_tokenizer()
+    prompts = ["A long story begins here. " * 20, "Short."]
+
+    def answer():
+        pipe = TextGenerationPipeline(model=model, tokenizer=tokenizer)
+        return pipe(prompts, batch_size=2, max_new_tokens=10, do_sample=False)
+
+    tokenizer.padding_side = "left"
+    wanted = answer()
+    with headinfer.enable(model, chunk_tokens=CHUNK_TOKENS) as enabled:
+        assert answer() == wanted
+    assert enabled.last_cache.stats().host_kv_bytes > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["mlp", "layer"])
+def test_compiled_layers(llama, what):
+    ids, plain = text(tokens=150), list(llama.model.layers)
+    wanted = llama.generate(ids, **options(ids, max_new_tokens=4))
+    torch.compiler.reset()
+    try:
+        for index, layer in enumerate(plain):
+            if what == "mlp":
+                layer.mlp.compile(backend="aot_eager")
+            else:
+                llama.model.layers[index] = torch.compile(layer, backend="aot_eager")
+        with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS) as enabled:
+            found = llama.generate(ids, **options(ids, max_new_tokens=4))
+    finally:
+        for index, layer in enumerate(plain):
+            llama.model.layers[index] = layer
+            layer.mlp._compiled_call_impl = None
+        torch.compiler.reset()
+    assert torch.equal(found, wanted)
+    assert enabled.last_cache.stats().layers_offloaded == 4
+
+
+def test_training_goes_on_untouched_afterwards():
+    model, ids = tiny_model("llama"), text(rows=2, tokens=40)
+    model.train()
+    wanted = model(ids, labels=ids).loss
+    with headinfer.enable(model):
+        assert model.training
+        model.eval()
+        model.generate(ids, **options(ids, max_new_tokens=2))
+        model.train()
+    loss = model(ids, labels=ids).loss
+    assert torch.equal(loss, wanted)
+    loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+# -- one long pass in chunks -----------------------------------------------------------------------------------
+
+
+def test_a_long_pass_is_cut_and_gives_the_same_logits(llama):
+    ids = text(rows=2, tokens=333)
+    with torch.no_grad():
+        wanted = llama(ids, logits_to_keep=5).logits
+        for chunk_tokens in (1, 7, 64, 328, 332, 333, 1000):
+            handle = chunk_sizes(llama)
+            with headinfer.enable(llama, chunk_tokens=chunk_tokens) as enabled:
+                cache = enabled.new_cache()
+                found = llama(ids, None, None, cache, logits_to_keep=5).logits
+            handle.remove()
+            assert max(handle.sizes) <= max(chunk_tokens, 5)
+            assert sum(handle.sizes) == cache.get_seq_length() == 333
+            assert (found - wanted).abs().max() < 5e-5 * wanted.std()
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": torch.ones(1, 9), "logits_to_keep": 0},
+        {"input_ids": torch.ones(1, 9)},
+        {"input_ids": torch.ones(1, 9), "logits_to_keep": torch.tensor([3])},
+        {"input_ids": torch.ones(1, 9), "logits_to_keep": 1, "output_hidden_states": True},
+        {"input_ids": torch.ones(1, 9), "logits_to_keep": 1, "attention_mask": torch.ones(1, 1, 9, 9)},
+        {"input_ids": torch.ones(1, 4), "logits_to_keep": 1},
+    ],
+)
+def test_what_can_not_be_cut_is_left_whole(inputs):
+    assert [part is inputs for part in chunks_of(inputs, 4)] == [True]
+
+
+def test_an_error_in_a_later_chunk_brings_back_the_length_before_the_pass(llama):
+    ids, calls = text(tokens=300), []
+    with torch.no_grad(), headinfer.enable(llama, chunk_tokens=50) as enabled:
+        cache = enabled.new_cache()
+        llama(ids[:, :100], past_key_values=cache, logits_to_keep=1)
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        handle = llama.model.layers[2].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            llama(ids[:, 100:], past_key_values=cache, logits_to_keep=1)
+        handle.remove()
+        assert [layer.store.tokens for layer in cache.head_layers] == [100] * 4
+        found = llama(ids[:, 100:], past_key_values=cache, logits_to_keep=1).logits
+    wanted = llama(ids, logits_to_keep=1).logits
+    assert (found - wanted).abs().max() < 5e-5 * wanted.std()
+
+
+# -- memory at a million tokens ----------------------------------------------------------------------------------
+
+MILLION = 2**20
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes anew (views are no new memory)."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes, self.by = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.element_size() > self.nbytes:
+                    self.nbytes, self.by = tensor.numel() * tensor.element_size(), str(func)
+        return result
+
+
+@torch.no_grad()
+def pretend(cache, tokens):
+    """A cache that has read something gets `tokens` tokens on the host: one segment seen again and again."""
+    for layer in cache.layers:
+        store = getattr(layer, "store", None)
+        if store is None:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = tokens + layer.cumulative_length
+            continue
+        segment = Segment(store.tier, store.heads, 2**14, store.key_dim, store.value_dim, store.dtype)
+        segment.k.copy_(torch.randn_like(segment.k))
+        segment.v.copy_(torch.randn_like(segment.v))
+        segment.sealed = True
+        names = [copy.copy(segment) for _ in range(tokens // 2**14)]  # the same memory
+        store._tables = [[Span(name, 0, 2**14) for name in names] for _ in range(store.rows)]
+        store.host_tokens, store._whole_lanes = tokens, None
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("staging", ["none", "early"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_next"])
+def test_nothing_as_large_as_the_cache_or_a_mask_over_it_is_ever_made(family, staging, padded):
+    model, chunk = tiny_model(family, num_hidden_layers=2, layer_types=LAYERS.get(family), num_kv_shared_layers=0), 40
+    limits = {"device_kv_budget": 8 << 20} if staging == "early" else {}
+    with torch.no_grad(), headinfer.enable(model, staging=staging, **limits) as enabled:
+        cache = enabled.new_cache()
+        model(text(tokens=200), past_key_values=cache)
+        pretend(cache, MILLION)
+        total = cache.get_seq_length()
+        assert total >= MILLION
+        for tokens in (chunk, 1):
+            mask = torch.ones(1, total + tokens, dtype=torch.long)
+            mask[:, :1000] = 0
+            total += tokens
+            with LargestTensor() as largest:
+                model(text(tokens=tokens), past_key_values=cache, attention_mask=mask if padded else None)
+            assert cache.get_seq_length() == total
+            # A flag, a number or a position per token is no growth worth the name; K, V or scores per token are.
+            assert largest.nbytes <= 8 * (MILLION + 1000), f"{largest.by} made {largest.nbytes} bytes"
+    assert cache.stats().device_kv_peak_bytes <= 9 << 20
+
+
+LAYERS = {
+    "gemma2": ["sliding_attention", "full_attention"],
+    "gemma3_text": ["sliding_attention", "full_attention"],
+    "gemma4_text": ["sliding_attention", "full_attention"],
+    "gpt_oss": ["sliding_attention", "full_attention"],
+    "qwen3_next": ["linear_attention", "full_attention"],
+}
+
+
+def test_beams_and_several_returned_share_the_prompt(llama):
+    ids = text(tokens=400)
+    for more in ({"num_beams": 4}, {"do_sample": True, "num_return_sequences": 4}):
+        with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS) as enabled:
+            llama.generate(ids, **options(ids, max_new_tokens=6, **more))
+        store = enabled.last_cache.head_layers[0].store
+        assert store.rows == 4
+        if "num_beams" in more:  # every row came from one: their table entries name the same segments
+            assert len({id(span.segment) for table in store._tables for span in table}) < 4 * len(store._tables[0])
+    assert isinstance(llama(ids).past_key_values, DynamicCache)
