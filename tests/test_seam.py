@@ -379,7 +379,7 @@ UNSERVED = {
                                "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 8,
                                "q_lora_rank": 8}, "not verified"),
     "windows only": ("mistral", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32,
-                                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}, "nothing to offload"),
+                                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}, "nothing to"),
 }  # fmt: skip
 
 
