@@ -1,0 +1,134 @@
+"""Weights that are quantised, dequantised from GGUF, or kept off the device: enabled after loading, the same tokens."""
+
+import pytest
+import torch
+from families import VOCAB, tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+import headinfer
+from headinfer.hf.models import resolve
+
+CHUNK_TOKENS = 64
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that quantise and move weights
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 128, 3, 8, 2, 16, 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_model(
+        "llama", hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, head_dim=HEAD_DIM
+    ).save_pretrained(folder)
+    return folder
+
+
+def assert_same_tokens(model, rows=2, bound=5e-5):
+    """With and without headinfer, both read in the same chunks."""
+    ids = torch.randint(1, VOCAB, (rows, 300), generator=torch.Generator().manual_seed(1))
+
+    def generate():
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0,
+            prefill_chunk_size=CHUNK_TOKENS, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        return found.sequences, torch.stack(found.logits).float()
+
+    tokens, logits = generate()
+    with headinfer.enable(model, chunk_tokens=CHUNK_TOKENS) as enabled:
+        found_tokens, found_logits = generate()
+    assert torch.equal(tokens, found_tokens)
+    assert (logits - found_logits).abs().max() < bound * logits.std()
+    stats = enabled.last_cache.stats()
+    assert stats.layers_offloaded == model.config.num_hidden_layers
+    assert stats.host_kv_bytes > 0
+
+
+IN_HALF = 5e-2  # where activations are rounded to bfloat16, a difference of 1e-6 may become one of 2^-8
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def test_torchao(folder):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    assert_same_tokens(load(folder, quantization_config=config, device_map="cpu"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes(folder, bits):
+    pytest.importorskip("bitsandbytes")
+    chosen = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {"load_in_8bit": True}
+    model = load(folder, quantization_config=BitsAndBytesConfig(**chosen), device_map="cpu")
+    assert_same_tokens(model, bound=IN_HALF if bits == 4 else 5e-5)
+
+
+def test_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCAB)
+    rng = torch.Generator().manual_seed(5)
+
+    def add(name, rows, columns):
+        weight = (0.2 * torch.randn(rows, columns, generator=rng)).numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+
+    add("token_embd.weight", VOCAB, HIDDEN)
+    add("output.weight", VOCAB, HIDDEN)
+    writer.add_tensor("output_norm.weight", torch.ones(HIDDEN).numpy())
+    for layer in range(LAYERS):
+        add(f"blk.{layer}.attn_q.weight", HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{layer}.attn_k.weight", KV_HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{layer}.attn_v.weight", KV_HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{layer}.attn_output.weight", HIDDEN, HEADS * HEAD_DIM)
+        add(f"blk.{layer}.ffn_gate.weight", MLP, HIDDEN)
+        add(f"blk.{layer}.ffn_up.weight", MLP, HIDDEN)
+        add(f"blk.{layer}.ffn_down.weight", HIDDEN, MLP)
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", torch.ones(HIDDEN).numpy())
+        writer.add_tensor(f"blk.{layer}.ffn_norm.weight", torch.ones(HIDDEN).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load(tmp_path, gguf_file="tiny.gguf")
+    assert model.config.num_key_value_heads == KV_HEADS
+    assert_same_tokens(model)
+
+
+def test_a_device_map_with_layers_on_disk(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    where = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(LAYERS)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    model = load(folder, device_map={**where, **rest}, offload_folder=tmp_path)
+    assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    assert_same_tokens(model)
+
+
+def test_an_automatic_device_map_that_runs_out_of_memory(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    model = load(folder, device_map="auto", max_memory={"cpu": 900_000}, offload_folder=tmp_path)
+    assert "disk" in model.hf_device_map.values()
+    assert_same_tokens(model)
+
+
+def test_a_70b_shape_with_weights_on_the_host():
+    accelerate = pytest.importorskip("accelerate")
+    source = resolve("random:llama-3-70b?layers=1&intermediate=512&vocab=128")
+    model = source.load(dtype=torch.bfloat16, device="cpu", seed=0)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].self_attn.q_proj.weight.device.type == "meta"
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (64, 8)
+    assert_same_tokens(model, rows=1, bound=IN_HALF)
