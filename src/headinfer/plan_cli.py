@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -144,9 +145,10 @@ def _points(made: Plan) -> list[OperatingPoint]:
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=any(header))
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header), box=SIMPLE)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", style="bold" if name == OURS else None)
+        style = "bold" if name == OURS else None
+        table.add_column(name, justify="right" if index else "left", style=style, no_wrap=not index)
     for row in rows:
         table.add_row(*row)
     return table
@@ -163,10 +165,10 @@ def _tables(model: str, made: Plan) -> list[Table]:
     context = format_tokens(made.request.context_tokens)
     components: dict[str, Callable[[Footprint], int]] = {
         "weights": lambda found: found.weights_bytes,
-        "KV on device": lambda found: found.device_kv_bytes,
+        "KV, device": lambda found: found.device_kv_bytes,
         "activations": lambda found: found.activation_bytes,
         "overhead": lambda found: found.overhead_bytes,
-        "device in all": lambda found: found.device_bytes,
+        "device": lambda found: found.device_bytes,
         "host RAM": lambda found: found.host_bytes,
         "disk": lambda found: found.disk_kv_bytes,
     }
@@ -188,18 +190,28 @@ def _roofline(made: Plan) -> Table:
     rows = [
         (
             f"{near.phase} {format_tokens(near.tokens)}",
-            f"{near.flops / 1e9:,.3g}",
-            *(text for point in (near, far) for text in _under_roof(point)),
+            _si(near.flops),
+            *_under_roof(near),
+            *(() if made.request.hardware.is_host else _under_roof(far)),
         )
         for near, far in zip(points[::2], points[1::2], strict=True)
     ]
-    header = ("", "GFLOP", "FLOP/byte", "TFLOP/s", "bound", "over the link", "TFLOP/s", "bound")
-    return _table("roofline, attention of one layer, from device memory and from the host", header, rows)
+    far_header = () if made.request.hardware.is_host else ("FLOP/ link byte", "FLOP/s", "bound")
+    header = ("", "FLOP", "FLOP/ byte", "FLOP/s", "bound", *far_header)
+    return _table("roofline: attention of one layer, from device memory and over the link", header, rows)
 
 
 def _under_roof(point: OperatingPoint) -> tuple[str, str, str]:
-    bound = point.bound.removeprefix("device ")
-    return f"{point.intensity:,.0f}", f"{point.flops_per_s / 1e12:.3g}", bound
+    return f"{point.intensity:,.0f}", _si(point.flops_per_s), point.bound.removeprefix("device ")
+
+
+def _si(value: float) -> str:
+    """Three digits and a letter: 17.2G, 1.72T."""
+    for letter in ("", "K", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g}{letter}"
+        value /= 1000
+    return f"{value:,.3g}P"
 
 
 def _choices(made: Plan) -> Table:

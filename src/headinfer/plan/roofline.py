@@ -36,10 +36,10 @@ class Schedule:
 
     chunk_tokens: tokens of one forward pass in prefill. streamed_share: the share of each layer's KV heads that
     crosses the link, by offloaded layer; empty where nothing does. prefill_tile, decode_tile: (heads, tokens).
-    merges: whether tiles cut a head's tokens, as headinfer's do; queueing
-    them is taken to run ahead of the device, and the paper's whole groups not to, as its table 7 shows. writes_back: whether new KV goes to the host. kv_scale: bytes of KV
-    against the model's dtype. disk_share: of the streamed bytes. prefetches_next_layer: whether a layer's first
-    tile comes while the layer before computes.
+    merges: whether tiles cut a head's tokens, as headinfer's do; queueing them is taken to run ahead of the device,
+    and queueing the paper's whole groups not to, as its table 7 shows. writes_back: whether new KV goes to the
+    host. kv_scale: bytes of KV against the model's dtype. disk_share: of the streamed bytes. prefetches_next_layer:
+    whether a layer's first tile comes while the layer before computes.
     """
 
     chunk_tokens: int
@@ -135,7 +135,8 @@ def prefill_seconds(
     total.exposed_launch_s = max(0.0, launches - total.linear_s)
 
     for layer, count, share in _distinct(shape, schedule):
-        square_s = layer.flops_per_pair * chunk * chunk / 2 * rows / flops_per_s
+        own_pairs = chunk * min(chunk / 2, layer.window_tokens or chunk)
+        square_s = layer.flops_per_pair * own_pairs * rows / flops_per_s
         seen_sum = _seen_sum(layer, chunk, chunks)
         kv_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
         flop_slope, byte_slope = layer.flops_per_pair * chunk * rows / flops_per_s, kv_bytes / bytes_per_s
