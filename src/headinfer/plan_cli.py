@@ -145,7 +145,8 @@ def _points(made: Plan) -> list[OperatingPoint]:
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header), box=SIMPLE)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
+    table.show_header, table.pad_edge, table.collapse_padding = any(header), False, True
     for index, name in enumerate(header):
         style = "bold" if name == OURS else None
         table.add_column(name, justify="right" if index else "left", style=style, no_wrap=not index)
@@ -159,7 +160,7 @@ def _tables(model: str, made: Plan) -> list[Table]:
     hardware = made.request.hardware
     memory, longest = memory_by_method(made), longest_by_method(made)
     seconds = seconds_by_method(made, CONTEXTS)
-    methods = ("", *(name.replace(" offload", "").replace(" prefill", "") for name in memory))
+    methods = ("", *(name.removesuffix(" offload").removesuffix(" prefill") for name in memory))
     ram = "" if hardware.is_host else f", {format_bytes(made.request.host_bytes)} of RAM"
     place = f"{hardware.name}, {format_bytes(made.request.room_bytes)}{ram}"
     context = format_tokens(made.request.context_tokens)

@@ -32,8 +32,8 @@ class Hardware:
 
     flops_per_s: by dtype. link: host to device; link_back: device to host. is_host: the device is the host's CPU, so
     device memory is the host's RAM and nothing crosses a link. multiprocessors: what a kernel must fill. launch_s:
-    host seconds to queue one kernel or copy from Python. overhead_bytes: device memory taken by driver context,
-    libraries and allocator. source: where the figures come from.
+    host seconds to queue one kernel or copy from Python. overhead_bytes: device memory for driver context,
+    libraries, the allocator's gaps, and a reserve. source: where the figures come from.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Hardware:
     multiprocessors: int = 1
     is_host: bool = False
     launch_s: float = 20e-6
-    overhead_bytes: int = 768 * MIB
+    overhead_bytes: int = 1024 * MIB
     compute_share: float = 0.85
     device_share: float = 0.85
     link_share: float = 0.8
@@ -99,7 +99,7 @@ class Hardware:
 # DRAM: two channels of DDR5-5600 in a desktop (2 x 8 B x 5.6 GT/s); eight of DDR4-3200 in a server.
 # Disk: the sequential rates in data sheets of PCIe 4 x4 NVMe drives, rounded down.
 _DESKTOP_DRAM, _SERVER_DRAM = 89.6 * GIGA, 204.8 * GIGA
-_DISK = {"disk_read_bytes_per_s": 7.0 * GIGA, "disk_write_bytes_per_s": 5.0 * GIGA}
+_DISK_READ, _DISK_WRITE = 7.0 * GIGA, 5.0 * GIGA
 # PCI Express after its 128b/130b coding, each way: 0.985, 1.969 and 3.938 GB/s a lane for generations 3, 4 and 5.
 _PCIE = {"3 x16": 15.75 * GIGA, "4 x8": 15.75 * GIGA, "4 x16": 31.5 * GIGA, "5 x16": 63.0 * GIGA}
 
@@ -122,7 +122,8 @@ def _gpu(
         dram_bytes_per_s=_SERVER_DRAM if server else _DESKTOP_DRAM,
         source=f"{source}; PCIe {pcie}",
         multiprocessors=units,
-        **_DISK,
+        disk_read_bytes_per_s=_DISK_READ,
+        disk_write_bytes_per_s=_DISK_WRITE,
     )
 
 
@@ -155,10 +156,10 @@ HARDWARE: dict[str, Hardware] = {
         dram_bytes_per_s=_DESKTOP_DRAM,
         source="arithmetic: 8 cores x 3.5 GHz x 32 FLOP; two channels of DDR5-5600",
         is_host=True,
-        overhead_bytes=1024 * MIB,
         compute_share=0.5,
         dram_share=0.5,
-        **_DISK,
+        disk_read_bytes_per_s=_DISK_READ,
+        disk_write_bytes_per_s=_DISK_WRITE,
     ),
 }
 _ALIASES = {"a100": "a100-80", "rtx306012gb": "rtx3060", "rtx4060ti16gb": "rtx4060ti", "cpu": "laptop-cpu"}

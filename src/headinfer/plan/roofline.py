@@ -135,9 +135,9 @@ def prefill_seconds(
     total.exposed_launch_s = max(0.0, launches - total.linear_s)
 
     for layer, count, share in _distinct(shape, schedule):
-        own_pairs = chunk * min(chunk / 2, layer.window_tokens or chunk)
-        square_s = layer.flops_per_pair * own_pairs * rows / flops_per_s
-        seen_sum = _seen_sum(layer, chunk, chunks)
+        square_s = layer.flops_per_pair * _own_pairs(layer, chunk, tokens) * rows / flops_per_s
+        past_sum = chunk * chunks * (chunks - 1) / 2
+        seen_sum = 0.0 if layer.window_tokens else past_sum
         kv_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
         flop_slope, byte_slope = layer.flops_per_pair * chunk * rows / flops_per_s, kv_bytes / bytes_per_s
         attention_s = chunks * square_s + max(flop_slope, byte_slope) * seen_sum
@@ -151,7 +151,6 @@ def prefill_seconds(
             continue
         heads, tile_tokens = schedule.prefill_tile
         output_s = share * rows * layer.query_heads * layer.value_dim * chunk * MERGE_BYTES / bytes_per_s
-        past_sum = chunk * chunks * (chunks - 1) / 2
         merge_slope = output_s / tile_tokens if schedule.merges else 0.0
         merge_first = output_s if schedule.merges else 0.0  # at least one tile, as soon as there is a past
         merge_s = merge_slope * past_sum + merge_first * (chunks - 1)
@@ -244,10 +243,12 @@ def _transfer(hardware: Hardware, schedule: Schedule) -> tuple[float, str]:
     return ways[slowest], slowest
 
 
-def _seen_sum(layer: LayerShape, chunk: float, chunks: int) -> float:
-    """Past tokens that a layer's queries see, summed over the chunks: 0 + c + 2 c + ..., cut at the window."""
-    growing = chunks if not layer.window_tokens else min(chunks, math.ceil(layer.window_tokens / chunk))
-    return chunk * growing * (growing - 1) / 2 + (chunks - growing) * layer.window_tokens
+def _own_pairs(layer: LayerShape, chunk: float, tokens: int) -> float:
+    """Pairs of tokens that a layer scores in each chunk beside the growing past: all of them, where it has a window."""
+    if not layer.window_tokens:
+        return chunk * chunk / 2
+    window = min(layer.window_tokens, tokens)
+    return chunk * (window - window * window / 2 / tokens)
 
 
 def _positive_sum(first: float, slope: float, step: float, count: int) -> float:
