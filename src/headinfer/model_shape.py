@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 __all__ = ["LayerShape", "ModelShape"]
@@ -114,18 +115,18 @@ class ModelShape:
         defaults = _FAMILY_DEFAULTS.get(str(text.get("model_type")), {})
         return _read(lambda name, default=None: _or(text.get(name), defaults.get(name, default)))
 
-    @property
+    @cached_property
     def offloaded_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose KV goes to the host."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.is_offloaded)
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Weights that are stored."""
         head = 0 if self.is_tied else self.head_weights
         return sum(layer.weights for layer in self.layers) + self.embedding_weights + head
 
-    @property
+    @cached_property
     def active_weights(self) -> int:
         """Weights that one token is multiplied with in the layers: without embedding and head."""
         return sum(layer.active_weights for layer in self.layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ __all__ = ["draw"]
 
 _CONTEXTS = tuple(1024 * 2**power for power in range(13))  # 1K to 4M
 _INCHES = (9.0, 13.0)  # 900 pixels wide at 100 dpi, the width of a README
-_COMPONENTS = (
+_COMPONENTS: tuple[tuple[str, str, Callable[[Footprint], int]], ...] = (
     ("weights", "#4c72b0", lambda found: found.weights_bytes),
     ("KV on the device", "#dd8452", lambda found: found.device_kv_bytes),
     ("activations", "#55a868", lambda found: found.activation_bytes),

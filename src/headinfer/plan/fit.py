@@ -8,6 +8,7 @@ from headinfer.errors import CapacityError
 from headinfer.plan.footprint import Footprint, streaming_footprint, weight_bytes
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
+from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles
 from headinfer.plan.units import format_tokens
 
 __all__ = [
@@ -60,6 +61,23 @@ def fitting_footprint(
     return dataclasses.replace(found, host_kv_bytes=found.host_kv_bytes - overflow, disk_kv_bytes=overflow)
 
 
+def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
+    """The tile of a pass over the whole context, for the layer with the most KV; raises as choose_tiles does."""
+    layer = max(request.layers, key=lambda layer: layer.kv_bytes_per_token(1))
+    return choose_tiles(
+        kv_heads=layer.kv_heads,
+        group_queries=layer.query_heads // layer.kv_heads,
+        head_token_bytes=(layer.key_dim + layer.value_dim) * request.element_bytes,
+        rows=request.rows,
+        query_tokens=query_tokens,
+        past_tokens=request.context_tokens,
+        slot_bytes=found.ring_bytes // RING_SLOTS or None,
+        multiprocessors=request.hardware.multiprocessors,
+        heads_per_group=request.heads_per_group,
+        tile_tokens=request.tile_tokens,
+    )
+
+
 def resident(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare: Footprint) -> list[int]:
     """KV heads of each offloaded layer that stay on the device: as many as the memory beside `bare` holds.
 
@@ -90,8 +108,7 @@ def longest_context(request: Request) -> int:
     """The most tokens (to 1 in 16,384) that fit with this request's other fields; 0 where none do."""
 
     def fits(tokens: int) -> bool:
-        longer = dataclasses.replace(request, context_tokens=tokens)
-        return any(fitting_footprint(longer, chunks(longer)[0], budget) for budget in streaming_budgets(longer))
+        return _fits(dataclasses.replace(request, context_tokens=tokens))
 
     if not fits(1):
         return 0
@@ -100,6 +117,10 @@ def longest_context(request: Request) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _fits(request: Request) -> bool:
+    return any(fitting_footprint(request, chunks(request)[0], budget) for budget in streaming_budgets(request))
 
 
 def refusal(request: Request) -> CapacityError:
@@ -112,6 +133,13 @@ def refusal(request: Request) -> CapacityError:
             f"the weights need {format_bytes(weights)} at {request.bits} bits each, and {machine} has "
             f"{format_bytes(max(room - overhead, 0))} for them: use a smaller model, fewer bits or more memory"
         )
+    free = dataclasses.replace(request, heads_per_group=None, tile_tokens=None)
+    if free != request and _fits(free):
+        return CapacityError(
+            f"no ring slot holds the tile asked for (heads_per_group {request.heads_per_group or 'adaptive'}, "
+            f"tile_tokens {request.tile_tokens or 'adaptive'}): lower them, or raise the device KV budget"
+        )
+    request = free
     budget, request = request.device_kv_budget_bytes, dataclasses.replace(request, device_kv_budget_bytes=None)
     chunk = chunks(request)[0]
     candidates = [_footprint(request, chunk, size, None) for size in streaming_budgets(request)]
@@ -134,26 +162,21 @@ def refusal(request: Request) -> CapacityError:
             f"{tokens} tokens need {format_bytes(least.host_kv_bytes)} of host RAM for KV; this machine has "
             f"{format_bytes(max(host_room, 0))} for it{disk}: {advice}, or give it {format_bytes(needed)} of RAM"
         )
-    if budget is not None and budget < least.device_kv_budget_bytes:
-        return CapacityError(
-            f"a device KV budget of {format_bytes(budget)} is too small: {format_bytes(least.device_kv_budget_bytes)} "
-            "would do"
-        )
     return CapacityError(
-        f"no ring slot holds the tile asked for (heads_per_group {request.heads_per_group or 'adaptive'}, tile_tokens "
-        f"{request.tile_tokens or 'adaptive'}): lower them, or raise the device KV budget"
+        f"a device KV budget of {format_bytes(budget or 0)} is too small: {format_bytes(least.device_kv_budget_bytes)} "
+        "would do"
     )
 
 
 def _footprint(
     request: Request, chunk_tokens: int, streaming_bytes: int | None, resident_heads: list[int] | None
 ) -> Footprint | None:
-    """The footprint of a candidate, all KV in host RAM; None where the streaming budget leaves nothing for a ring."""
+    """The footprint of a candidate, all KV in host RAM; None where a ring slot would hold no tile."""
     is_host, layers = request.hardware.is_host, request.layers
     if resident_heads is None:
         resident_heads = [0 if is_host or streaming_bytes is not None else layer.kv_heads for layer in layers]
     try:
-        return streaming_footprint(
+        found = streaming_footprint(
             request.shape,
             request.context_tokens,
             chunk_tokens=chunk_tokens,
@@ -165,8 +188,10 @@ def _footprint(
             host_overhead_bytes=0 if is_host else HOST_OVERHEAD_BYTES,
             rows=request.rows,
         )
+        tiles(request, found, 1)  # of all tiles, decode's has the most heads: where it fits, prefill's does
     except CapacityError:
         return None
+    return found
 
 
 def _host_room(request: Request, found: Footprint) -> int:

@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from headinfer.errors import CapacityError
-from headinfer.model_shape import LayerShape
-from headinfer.plan.fit import chunks, fitting_footprint, refusal, resident, streaming_budgets
+from headinfer.plan.fit import chunks, fitting_footprint, refusal, resident, streaming_budgets, tiles
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, prefill_seconds
-from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles
+from headinfer.plan.tiles import RING_SLOTS, TilePlan
 from headinfer.plan.units import format_seconds, format_tokens
 
 __all__ = ["Plan", "candidates", "make_plan"]
@@ -134,18 +132,12 @@ def candidates(request: Request) -> Iterator[Plan]:
 
 
 def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, resident_heads: list[int]) -> Plan | None:
-    """The plan of one candidate; None where it does not fit, or a slot holds no tile."""
+    """The plan of one candidate; None where it does not fit."""
     footprint = fitting_footprint(request, chunk_tokens, streaming_bytes, resident_heads)
     if footprint is None:
         return None
-    slot_bytes = footprint.ring_bytes // RING_SLOTS if footprint.ring_bytes else None
-    layers = request.layers
-    largest = max(layers, key=lambda layer: layer.kv_bytes_per_token(1))
-    try:
-        prefill, decode = (_tiles(request, largest, tokens, slot_bytes) for tokens in (chunk_tokens, 1))
-    except CapacityError:
-        return None
-    streams = slot_bytes is not None
+    prefill, decode = (tiles(request, footprint, query_tokens) for query_tokens in (chunk_tokens, 1))
+    streams, layers = footprint.ring_bytes > 0, request.layers
     if not streams and not request.hardware.is_host:
         prefill = decode = dataclasses.replace(prefill, why="all KV is resident: one call per layer")
     shares = tuple(1 - n / layer.kv_heads for n, layer in zip(resident_heads, layers, strict=True))
@@ -171,21 +163,6 @@ def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, resi
         footprint=footprint,
         prefill_cost=prefill_seconds(request.shape, request.hardware, request.context_tokens, *more),
         decode_cost=decode_seconds(request.shape, request.hardware, request.context_tokens, *more),
-    )
-
-
-def _tiles(request: Request, layer: LayerShape, query_tokens: int, slot_bytes: int | None) -> TilePlan:
-    return choose_tiles(
-        kv_heads=layer.kv_heads,
-        group_queries=layer.query_heads // layer.kv_heads,
-        head_token_bytes=(layer.key_dim + layer.value_dim) * request.element_bytes,
-        rows=request.rows,
-        query_tokens=query_tokens,
-        past_tokens=request.context_tokens,
-        slot_bytes=slot_bytes,
-        multiprocessors=request.hardware.multiprocessors,
-        heads_per_group=request.heads_per_group,
-        tile_tokens=request.tile_tokens,
     )
 
 

@@ -159,7 +159,9 @@ def prefill_seconds(
         back_s = chunk * kv_bytes / (hardware.link_back_bytes_per_s * hardware.link_share)
         copy_first, copy_slope = (back_s if schedule.writes_back else 0.0), share * kv_bytes * transfer_s_per_byte
         total.transfer_s += count * (chunks * copy_first + copy_slope * past_sum)
-        exposed_s = _positive_sum(copy_first - compute_first, copy_slope - compute_slope, chunk, chunks)
+        steeper = copy_slope - compute_slope  # the first chunk has no past: nothing to fetch or merge
+        exposed_s = max(0.0, copy_first - square_s)
+        exposed_s += _positive_sum(copy_first - compute_first + steeper * chunk, steeper, chunk, chunks - 1)
         # The first tile of a layer has only the chunk's own attention to hide behind, and what is prefetched.
         tile_s = min(tile_tokens, tokens) * heads / layer.kv_heads * kv_bytes * transfer_s_per_byte
         cover_s = square_s * heads / layer.kv_heads
