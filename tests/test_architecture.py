@@ -46,6 +46,8 @@ THIRD_PARTIES = {
     "hf/attention.py": frozenset({"torch"}),
     "hf/enable.py": frozenset({"torch"}),
     "hf/compat.py": frozenset({"torch", "transformers", "packaging"}),
+    "plan_cli.py": frozenset({"rich", "typer"}),
+    "plan_plots.py": frozenset({"matplotlib"}),
 }
 
 # Modules that a file (or folder) never imports, although its floor would allow it.
@@ -58,6 +60,8 @@ NEVER = (
     ("kv/transfer.py", "headinfer.kv.head_store"),
     ("kv/tiers.py", "headinfer.kv.head_store"),
     ("hf/compat.py", "headinfer.streaming"),
+    ("plan_cli.py", "headinfer.engine"),
+    ("plan_cli.py", "headinfer.report"),
     ("hf/cache.py", "headinfer.kv.transfer"),
     ("hf/attention.py", "headinfer.kv.transfer"),
     ("hf/enable.py", "headinfer.kv.transfer"),
@@ -195,6 +199,7 @@ def registered():
 before = registered()
 import headinfer
 import headinfer.cli
+assert headinfer.enable and headinfer.HeadCache  # the package imports them when they are asked for
 assert registered() == before, registered()
 assert "headinfer" not in AttentionInterface().valid_keys()
 

@@ -4,10 +4,16 @@ with headinfer.enable(model):
     model.generate(**inputs)
 """
 
-from headinfer.engine import Options
-from headinfer.errors import CapacityError, HeadinferError, StateError, UnsupportedError, UsageError
-from headinfer.hf.cache import HeadCache, Stats
-from headinfer.hf.enable import Enabled, enable
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headinfer.engine import Options
+    from headinfer.errors import CapacityError, HeadinferError, StateError, UnsupportedError, UsageError
+    from headinfer.hf.cache import HeadCache, Stats
+    from headinfer.hf.enable import Enabled, enable
 
 __all__ = [
     "CapacityError",
@@ -23,3 +29,23 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "headinfer.engine": ("Options",),
+    "headinfer.errors": ("CapacityError", "HeadinferError", "StateError", "UnsupportedError", "UsageError"),
+    "headinfer.hf.cache": ("HeadCache", "Stats"),
+    "headinfer.hf.enable": ("Enabled", "enable"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `headinfer plan` needs neither torch nor transformers."""
+    for module, names in _HOMES.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(module), name)
+            return value
+    raise AttributeError(f"module 'headinfer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

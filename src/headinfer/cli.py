@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 
 from headinfer.errors import HeadinferError, UsageError
+from headinfer.plan.units import parse_bytes
+from headinfer.plan_cli import plan
 
 __all__ = ["app", "main", "parse_bytes"]
 
@@ -24,23 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Exact LLM inference over very long contexts on one small GPU: the KV cache lives in host RAM, per head.",
 )
+app.command()(plan)
 _stderr = Console(stderr=True)
 
 MODEL_HELP = "A local folder, a hub name, or random:NAME?layers=2 (a known shape with seeded random weights)."
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 256MiB, 1.5GB or 1000000. Raises UsageError for anything else."""
-    number = text.strip().rstrip("BbKkMmGgIi ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        value = float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        raise UsageError(f"{text!r} is no size: write for example 256MiB, 1.5GB or 1000000") from None
-    if not 1 <= value < 2**63:
-        raise UsageError(f"a size of {text!r} is out of range: write for example 256MiB")
-    return int(value)
 
 
 @app.command()

@@ -1,72 +1,147 @@
-"""The shape of a decoder's attention, read from a transformers config without importing transformers."""
+"""The shape of a decoder, read from a transformers config without importing transformers.
+
+What costs memory and time: layers and their kinds, heads, dims, KV bytes a token, and the weights. Weights are those
+of the matrices; vectors (norms, biases, sinks) are far below a hundredth and are left out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 __all__ = ["LayerShape", "ModelShape"]
 
+# What a config.json may leave out because the family's class has a default for it.
+_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {**_GEMMA, "sliding_window": 4096, "sliding_window_pattern": 2},
+    "gemma3_text": {**_GEMMA, "vocab_size": 262_208, "sliding_window": 4096, "max_position_embeddings": 131_072,
+                    "sliding_window_pattern": 6},
+    "gemma3n_text": {**_GEMMA, "num_key_value_heads": 2, "sliding_window": 512, "num_kv_shared_layers": 15,
+                     "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144, "laurel_rank": 64,
+                     "altup_num_inputs": 4, "sliding_window_pattern": 5, "max_position_embeddings": 32_768},
+    "gemma4_text": {**_GEMMA, "sliding_window": 512, "hidden_size_per_layer_input": 256, "sliding_window_pattern": 6,
+                    "vocab_size_per_layer_input": 262_144, "max_position_embeddings": 131_072},
+    "gpt_oss": {"sliding_window_pattern": 2},
+    "cohere2": {"sliding_window_pattern": 4, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "llama4_text": {"attention_chunk_size": 8192},
+}  # fmt: skip
+_LINEAR_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer. `kind` is transformers' layer type, e.g. full_attention or sliding_attention."""
+    """One decoder layer. `kind` is transformers' layer type, e.g. full_attention or sliding_attention.
+
+    window_tokens: what a sliding or chunked layer sees; 0 for everything. shares_kv: reads the K and V of an earlier
+    layer. state_elements: a linear layer's constant state, per row. score_dims: Dk + Dv of a query head where the
+    cache holds something else (MLA's latents, as one head of key_dim + value_dim). weights, active_weights: of the
+    matrices, in all and for one token. mlp_width: the MLP's inner width for one token.
+    """
 
     kind: str
     query_heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
+    window_tokens: int = 0
+    shares_kv: bool = False
+    state_elements: int = 0
+    score_dims: int = 0
+    weights: int = 0
+    active_weights: int = 0
+    mlp_width: int = 0
 
     @property
     def is_offloaded(self) -> bool:
         """Only full-attention layers grow with the context; the others stay with transformers."""
-        return self.kind == "full_attention"
+        return self.kind == "full_attention" and not self.shares_kv
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Floating-point operations of a query token with a key token, over all query heads; 0 where linear."""
+        if self.kind == "linear_attention":
+            return 0
+        return 2 * self.query_heads * (self.score_dims or self.key_dim + self.value_dim)
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of K and V that one token adds to one row of this layer."""
+        """Bytes of K and V that one token adds to one row of this layer, as long as it is kept."""
+        if self.shares_kv or self.kind == "linear_attention":
+            return 0
         return self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
+
+    def seen_tokens(self, past_tokens: int) -> int:
+        """How many of the past tokens a query sees (for a chunked layer: at most)."""
+        return min(past_tokens, self.window_tokens) if self.window_tokens else past_tokens
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All layers of a decoder, and the widths that its cost depends on."""
+    """All layers of a decoder, and the widths that its cost depends on.
+
+    embedding_weights are looked up, not multiplied; head_weights are multiplied with the last token's state, and
+    are stored a second time only where they are not tied to the embedding.
+    """
 
     layers: tuple[LayerShape, ...]
     hidden_size: int
     intermediate_size: int
     vocab_size: int
     max_context_tokens: int
+    family: str = ""
+    embedding_weights: int = 0
+    head_weights: int = 0
+    is_tied: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
         """Read a `PreTrainedConfig` (or anything with its attributes); takes the text part of a larger model."""
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        count = int(text.num_hidden_layers)
-        kinds = getattr(text, "layer_types", None)
-        if kinds is None:
-            windowed = getattr(text, "sliding_window", None) is not None
-            kinds = ["sliding_attention" if windowed else "full_attention"] * count
-        query_heads = int(text.num_attention_heads)
-        kv_heads = int(getattr(text, "num_key_value_heads", None) or query_heads)
-        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // query_heads)
-        value_dim = int(getattr(text, "v_head_dim", None) or head_dim)
-        return cls(
-            layers=tuple(LayerShape(kind, query_heads, kv_heads, head_dim, value_dim) for kind in kinds),
-            hidden_size=int(text.hidden_size),
-            intermediate_size=int(getattr(text, "intermediate_size", 4 * text.hidden_size)),
-            vocab_size=int(text.vocab_size),
-            max_context_tokens=int(getattr(text, "max_position_embeddings", 0) or 0),
-        )
+        stored = text.to_dict() if hasattr(text, "to_dict") else {}  # per-layer values are no attributes
 
-    @property
+        def get(name: str, default: Any = None) -> Any:
+            return _or(stored[name] if name in stored else getattr(text, name, None), default)
+
+        return _read(get)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read the fields of a config.json. Raises ValueError where one that is needed is missing or no number."""
+        text = config.get("text_config") or config
+        defaults = _FAMILY_DEFAULTS.get(str(text.get("model_type")), {})
+        return _read(lambda name, default=None: _or(text.get(name), defaults.get(name, default)))
+
+    @cached_property
     def offloaded_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose KV goes to the host."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.is_offloaded)
 
+    @cached_property
+    def weights(self) -> int:
+        """Weights that are stored."""
+        head = 0 if self.is_tied else self.head_weights
+        return sum(layer.weights for layer in self.layers) + self.embedding_weights + head
+
+    @cached_property
+    def active_weights(self) -> int:
+        """Weights that one token is multiplied with in the layers: without embedding and head."""
+        return sum(layer.active_weights for layer in self.layers)
+
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of host KV that one token of one row needs, over all offloaded layers."""
         return sum(layer.kv_bytes_per_token(element_bytes) for layer in self.layers if layer.is_offloaded)
+
+    def local_kv_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Bytes that the other layers keep on the device for one row: windows of K and V, states of linear layers."""
+        return sum(
+            layer.kv_bytes_per_token(element_bytes) * layer.seen_tokens(tokens) + layer.state_elements * element_bytes
+            for layer in self.layers
+            if not layer.is_offloaded
+        )
 
     def prefill_flops(self, tokens: int) -> float:
         """Floating-point operations to read `tokens` tokens: linear layers plus causal attention.
@@ -74,11 +149,176 @@ class ModelShape:
         An estimate for progress displays: 2 FLOP per weight and token, and 2 * Hq * (Dk + Dv) FLOP per pair
         of tokens, half of the pairs (arXiv 2502.12574, section 4, counts the same way).
         """
-        weights, pairs = 0.0, 0.0
-        for layer in self.layers:
-            q_and_o = self.hidden_size * layer.query_heads * (layer.key_dim + layer.value_dim)
-            k_and_v = self.hidden_size * layer.kv_heads * (layer.key_dim + layer.value_dim)
-            weights += q_and_o + k_and_v + 3 * self.hidden_size * self.intermediate_size
-            if layer.is_offloaded:
-                pairs += layer.query_heads * (layer.key_dim + layer.value_dim)
-        return 2.0 * weights * tokens + pairs * float(tokens) * tokens
+        pairs = sum(layer.flops_per_pair for layer in self.layers if layer.kind == "full_attention")
+        return 2.0 * self.active_weights * tokens + pairs / 2 * float(tokens) * tokens
+
+
+_Get = Callable[..., Any]
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _whole(get: _Get, name: str, default: Any = None) -> int:
+    value = get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"the config's {name} is {value!r}: it must be a positive number")
+    return value
+
+
+def _read(get: _Get) -> ModelShape:
+    """The shape from a function that gives a config's field, or a default where it has none."""
+    hidden, count = _whole(get, "hidden_size"), _whole(get, "num_hidden_layers")
+    vocab, family = _whole(get, "vocab_size"), str(get("model_type", ""))
+    kinds = _kinds(get, family, count)
+    own_kv_layers = count - int(get("num_kv_shared_layers", 0))
+    layers = tuple(_layer(get, family, index, kind, index >= own_kv_layers) for index, kind in enumerate(kinds))
+    # Gemma 3n and 4: a second, small embedding for each layer, and its projection; 3n: AltUp's projections.
+    per_layer = int(get("hidden_size_per_layer_input", 0)) * count if family.startswith("gemma") else 0
+    extra = per_layer * (int(get("vocab_size_per_layer_input", 0)) + hidden)
+    if family == "gemma3n_text":
+        extra += 2 * (int(get("altup_num_inputs", 4)) - 1) * hidden * hidden
+    return ModelShape(
+        layers=layers,
+        hidden_size=hidden,
+        intermediate_size=max(layer.mlp_width for layer in layers),
+        vocab_size=vocab,
+        max_context_tokens=int(get("max_position_embeddings", 0)),
+        family=family,
+        embedding_weights=vocab * hidden + extra,
+        head_weights=vocab * hidden,
+        is_tied=bool(get("tie_word_embeddings", False)),
+    )
+
+
+def _kinds(get: _Get, family: str, count: int) -> list[str]:
+    """transformers' layer_types, from the older fields where a config has none."""
+    kinds = get("layer_types")
+    if kinds is not None:
+        if len(kinds) < count:
+            raise ValueError(f"the config's layer_types names {len(kinds)} layers, and num_hidden_layers is {count}")
+        return [str(kind) for kind in kinds[:count]]
+    if family == "llama4_text":
+        rope = get("no_rope_layers") or [int((index + 1) % 4 != 0) for index in range(count)]
+        return ["chunked_attention" if rope[index] else "full_attention" for index in range(count)]
+    if family in _LINEAR_FAMILIES:
+        every = int(get("full_attention_interval", 4))
+        return ["full_attention" if (index + 1) % every == 0 else "linear_attention" for index in range(count)]
+    if get("sliding_window") is None or not get("use_sliding_window", True):
+        return ["full_attention"] * count
+    every = int(get("sliding_window_pattern", 0))
+    if every:
+        full = {index for index in range(count) if (index + 1) % every == 0}
+        full |= {count - 1} if family.startswith("gemma4") else set()
+        return ["full_attention" if index in full else "sliding_attention" for index in range(count)]
+    first = int(get("max_window_layers", 0)) if family.startswith("qwen") else 0
+    return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
+
+
+def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> LayerShape:
+    hidden, query_heads = _whole(get, "hidden_size"), _whole(get, "num_attention_heads")
+    kv_heads = int(get("num_key_value_heads", query_heads))
+    head_dim = int(get("head_dim", 0) or hidden // query_heads)
+    mlp_weights, mlp_active, mlp_width = _mlp(get, family, index, shares_kv)
+    window = 0
+    if kind == "sliding_attention":
+        window = int(get("sliding_window", 0))
+    elif kind == "chunked_attention":
+        window = int(get("attention_chunk_size", 0))
+    state, score_dims = 0, 0
+    if kind == "linear_attention":
+        query_heads, state, attention = _linear_attention(get, hidden, query_heads)
+        key_dim = value_dim = head_dim
+    elif get("kv_lora_rank", 0):
+        key_dim, value_dim, score_dims, attention = _latent_attention(get, hidden, query_heads)
+        kv_heads = 1
+    else:
+        if family.startswith("gemma4") and kind == "full_attention":
+            head_dim, kv_heads = _gemma4_full(get, index, kv_heads)
+        key_dim, value_dim = head_dim, int(get("v_head_dim", 0) or head_dim)
+        gate = 2 if family in _LINEAR_FAMILIES else 1  # their full layers gate the output with a second half of q_proj
+        kv_sides = 0 if shares_kv else key_dim + value_dim
+        if family.startswith("gemma4") and kind == "full_attention" and get("attention_k_eq_v", False):
+            kv_sides = key_dim  # one projection serves both
+        attention = hidden * (query_heads * (gate * key_dim + value_dim) + kv_heads * kv_sides)
+    more = 0
+    if family.startswith("gemma") and get("hidden_size_per_layer_input", 0):
+        more += 2 * hidden * int(get("hidden_size_per_layer_input", 0))
+    if family == "gemma3n_text":
+        more += 2 * hidden * int(get("laurel_rank", 64))
+    return LayerShape(
+        kind=kind,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        window_tokens=window,
+        shares_kv=shares_kv,
+        state_elements=state,
+        score_dims=score_dims,
+        weights=attention + mlp_weights + more,
+        active_weights=attention + mlp_active + more,
+        mlp_width=mlp_width,
+    )
+
+
+def _linear_attention(get: _Get, hidden: int, query_heads: int) -> tuple[int, int, int]:
+    """Heads, elements of the state, and weights of a gated delta-rule layer (Qwen3-Next)."""
+    heads = int(get("linear_num_value_heads", query_heads))
+    key_dim, value_dim = int(get("linear_key_head_dim", 128)), int(get("linear_value_head_dim", 128))
+    keys, values = int(get("linear_num_key_heads", heads)) * key_dim, heads * value_dim
+    return heads, heads * key_dim * value_dim, hidden * (2 * keys + 3 * values + 2 * heads)
+
+
+def _latent_attention(get: _Get, hidden: int, query_heads: int) -> tuple[int, int, int, int]:
+    """MLA: what the cache holds of a token (latent, rotary key), Dk + Dv of a query head, and the weights."""
+    latent, rope = _whole(get, "kv_lora_rank"), _whole(get, "qk_rope_head_dim")
+    nope, value_dim = _whole(get, "qk_nope_head_dim"), _whole(get, "v_head_dim")
+    query_rank = int(get("q_lora_rank", 0))
+    query = query_heads * (nope + rope)
+    weights = query_rank * (hidden + query) if query_rank else hidden * query
+    weights += hidden * (latent + rope) + latent * query_heads * (nope + value_dim) + query_heads * value_dim * hidden
+    return latent, rope, nope + rope + value_dim, weights
+
+
+def _gemma4_full(get: _Get, index: int, kv_heads: int) -> tuple[int, int]:
+    """Gemma 4's full layers have their own head dim and number of KV heads."""
+    layers = get("per_layer_config") or {}
+    own: Mapping[str, Any] = layers.get(index) or layers.get(str(index)) or {}
+    if get("attention_k_eq_v", False):
+        kv_heads = int(own.get("num_key_value_heads") or get("num_global_key_value_heads", kv_heads))
+    return int(own.get("head_dim") or get("global_head_dim", 512)), kv_heads
+
+
+def _mlp(get: _Get, family: str, index: int, shares_kv: bool) -> tuple[int, int, int]:
+    """Weights of the MLP in all and for one token, and its inner width for one token."""
+    hidden = _whole(get, "hidden_size")
+    width = get("intermediate_size", 4 * hidden)
+    width = int(width[index] if isinstance(width, (list, tuple)) else width)
+    experts = next((int(get(n)) for n in ("num_local_experts", "n_routed_experts", "num_experts") if get(n)), 0)
+    if not experts or not _is_sparse(get, family, index):
+        if family == "llama4_text":
+            width = int(get("intermediate_size_mlp", width))
+        if shares_kv and get("use_double_wide_mlp", False):
+            width *= 2
+        return 3 * hidden * width, 3 * hidden * width, width
+    expert = int(get("moe_intermediate_size", 0) or width)
+    chosen = int(get("num_experts_per_tok", 0) or get("top_k_experts", 0) or 1)
+    shared = int(get("n_shared_experts", 0)) * expert + int(get("shared_expert_intermediate_size", 0))
+    if family == "llama4_text" or get("enable_moe_block", False):
+        shared += width
+    router = hidden * experts
+    active = chosen * expert + shared
+    return 3 * hidden * (experts * expert + shared) + router, 3 * hidden * active + router, active
+
+
+def _is_sparse(get: _Get, family: str, index: int) -> bool:
+    """Whether a layer of a mixture of experts has experts."""
+    if family == "llama4_text":
+        step = int(get("interleave_moe_layer_step", 1))
+        return index in get("moe_layers", range(step - 1, index + 1, step))
+    if family.startswith("gemma4"):
+        return bool(get("enable_moe_block", False))
+    dense = index < int(get("first_k_dense_replace", 0)) or index in get("mlp_only_layers", ())
+    return not dense and (index + 1) % int(get("decoder_sparse_step", 1)) == 0

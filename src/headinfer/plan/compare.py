@@ -1,0 +1,147 @@
+"""headinfer beside the other methods: memory, longest context, seconds. The paper's tables 3 to 7, 10 and 11."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headinfer.errors import CapacityError
+from headinfer.plan.fit import HOST_OVERHEAD_BYTES, longest_context
+from headinfer.plan.footprint import BASELINES, OFFLOADED, Footprint, activation_bytes, baseline_footprint
+from headinfer.plan.footprint import ActivationRule as ActivationRule
+from headinfer.plan.planner import Plan, make_plan
+from headinfer.plan.request import Request
+from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, prefill_seconds
+
+__all__ = ["METHODS", "OURS", "Baseline", "longest_by_method", "memory_by_method", "seconds_by_method"]
+
+OURS = "headinfer"
+METHODS = (*BASELINES, OURS)
+_LONGEST_TOKENS = 2**36
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One of BASELINES on a machine. heads_per_group None: the most that fit, as the paper adapts it.
+
+    writes_back is not counted: the paper's timings are calibrated without it.
+    """
+
+    request: Request
+    method: str
+    chunk_tokens: int
+    heads_per_group: int | None = None
+    activations: ActivationRule = activation_bytes
+    overhead_bytes: int | None = None
+    host_overhead_bytes: int = HOST_OVERHEAD_BYTES
+
+    def footprint(self, tokens: int) -> Footprint:
+        """What it needs at a context."""
+        if self.heads_per_group is None and self.method == "head-wise (paper)":
+            heads = self._most_heads
+            options = [heads // part for part in (1, 2, 4, 8, 16, 32) if heads % part == 0]
+            found = [self._footprint(tokens, option) for option in options]
+            fitting = [one for one in found if one.device_bytes <= self.request.room_bytes]
+            return fitting[0] if fitting else self._footprint(tokens, 1)
+        return self._footprint(tokens, self.heads_per_group or 1)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether it fits the device and, where KV is offloaded, host RAM."""
+        found = self.footprint(tokens)
+        if self.request.hardware.is_host:
+            return found.device_bytes + found.host_bytes <= self.request.host_bytes
+        return found.device_bytes <= self.request.room_bytes and found.host_bytes <= self.request.host_bytes
+
+    def longest_tokens(self) -> int:
+        """The most tokens that fit."""
+        low, high = 0, _LONGEST_TOKENS
+        while high - low > max(low // 2**14, 1):
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(middle) else (low, middle)
+        return low
+
+    def prefill(self, tokens: int) -> Seconds:
+        """Seconds to read a context."""
+        request = self.request
+        return prefill_seconds(
+            request.shape, request.hardware, tokens, self._schedule(tokens), request.dtype, request.bits, request.rows
+        )
+
+    def decode(self, tokens: int) -> Seconds:
+        """Seconds for one token after a context."""
+        request = self.request
+        return decode_seconds(
+            request.shape, request.hardware, tokens, self._schedule(tokens), request.dtype, request.bits, request.rows
+        )
+
+    @property
+    def _most_heads(self) -> int:
+        return max(layer.kv_heads for layer in self.request.layers)
+
+    def _footprint(self, tokens: int, heads: int) -> Footprint:
+        request = self.request
+        overhead = request.hardware.overhead_bytes if self.overhead_bytes is None else self.overhead_bytes
+        return baseline_footprint(
+            request.shape,
+            self.method,
+            tokens,
+            chunk_tokens=self.chunk_tokens,
+            element_bytes=request.element_bytes,
+            weight_bits=request.bits,
+            heads_per_group=heads,
+            overhead_bytes=overhead,
+            rows=request.rows,
+            host_overhead_bytes=0 if request.hardware.is_host else self.host_overhead_bytes,
+            activations=self.activations,
+        )
+
+    def _schedule(self, tokens: int) -> Schedule:
+        chunked = self.method in ("chunked prefill", "head-wise (paper)")
+        chunk_tokens = min(self.chunk_tokens, tokens) if chunked else tokens
+        if self.method == "4-bit KV":  # the cost of unpacking is not counted
+            return Schedule(chunk_tokens, kv_scale=1 / (2 * self.request.element_bytes))
+        if self.method in ("standard", "chunked prefill") or self.request.hardware.is_host:
+            return Schedule(chunk_tokens)
+        heads = self._most_heads
+        if self.method == "head-wise (paper)":
+            group_bytes = self.footprint(tokens).ring_bytes // 2
+            head_bytes = max(self._footprint(tokens, 1).ring_bytes // 2, 1)
+            heads = max(group_bytes // head_bytes, 1)
+        shares = tuple(1.0 for _ in self.request.layers)
+        return Schedule(chunk_tokens, shares, (heads, tokens), (heads, tokens))
+
+
+def _baselines(request: Request, chunk_tokens: int) -> list[Baseline]:
+    """On a CPU alone there is nowhere to offload to."""
+    methods = [name for name in BASELINES if not (request.hardware.is_host and name in OFFLOADED)]
+    return [Baseline(request, method, chunk_tokens) for method in methods]
+
+
+def memory_by_method(plan: Plan) -> dict[str, Footprint]:
+    """The footprint of every method at the plan's context and chunk."""
+    found = {
+        one.method: one.footprint(plan.request.context_tokens) for one in _baselines(plan.request, plan.chunk_tokens)
+    }
+    return {**found, OURS: plan.footprint}
+
+
+def longest_by_method(plan: Plan) -> dict[str, int]:
+    """The most tokens that each method fits on the plan's machine: others with the plan's chunk, ours with any."""
+    found = {one.method: one.longest_tokens() for one in _baselines(plan.request, plan.chunk_tokens)}
+    return {**found, OURS: longest_context(plan.request)}
+
+
+def seconds_by_method(plan: Plan, contexts: Sequence[int]) -> dict[str, list[tuple[Seconds, Seconds] | None]]:
+    """Prefill and decode of every method at each context; None where it does not fit."""
+    table: dict[str, list[tuple[Seconds, Seconds] | None]] = {}
+    for one in _baselines(plan.request, plan.chunk_tokens):
+        table[one.method] = [(one.prefill(n), one.decode(n)) if one.fits(n) else None for n in contexts]
+    table[OURS] = []
+    for tokens in contexts:
+        try:
+            ours = make_plan(dataclasses.replace(plan.request, context_tokens=tokens))
+            table[OURS].append((ours.prefill_cost, ours.decode_cost))
+        except CapacityError:
+            table[OURS].append(None)
+    return table

@@ -1,0 +1,104 @@
+"""Models that a plan can be asked about: built-in configs, and any folder or file with a config.json."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from headinfer.errors import UsageError
+from headinfer.model_shape import ModelShape
+
+__all__ = ["BUILT_IN_CONFIGS", "find_shape"]
+
+
+def _config(
+    family: str, layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int, context: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": family,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        **more,
+    }
+
+
+_QWEN3_MOE = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+_GPT_OSS = {"head_dim": 64, "sliding_window": 128, "num_local_experts": 32, "num_experts_per_tok": 4}
+_DEEPSEEK = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+             "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+             "moe_intermediate_size": 2048, "first_k_dense_replace": 3}  # fmt: skip
+
+# The fields of each model's published config.json that its shape depends on.
+BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _config("llama", 32, 4096, 11008, 32, 32, 32_000, 4096),
+    "llama-3-8b": _config("llama", 32, 4096, 14336, 32, 8, 128_256, 8192),
+    "llama-3-70b": _config("llama", 80, 8192, 28672, 64, 8, 128_256, 8192),
+    "llama-3.1-8b": _config("llama", 32, 4096, 14336, 32, 8, 128_256, 131_072),
+    "llama-3.1-70b": _config("llama", 80, 8192, 28672, 64, 8, 128_256, 131_072),
+    "llama-3.2-1b": _config("llama", 16, 2048, 8192, 32, 8, 128_256, 131_072, head_dim=64, tie_word_embeddings=True),
+    "llama-3.2-3b": _config("llama", 28, 3072, 8192, 24, 8, 128_256, 131_072, head_dim=128, tie_word_embeddings=True),
+    "mistral-7b": _config("mistral", 32, 4096, 14336, 32, 8, 32_768, 32_768),
+    "qwen2-7b": _config("qwen2", 28, 3584, 18944, 28, 4, 152_064, 131_072),
+    "qwen3-4b": _config("qwen3", 36, 2560, 9728, 32, 8, 151_936, 40_960, head_dim=128, tie_word_embeddings=True),
+    "qwen3-8b": _config("qwen3", 36, 4096, 12288, 32, 8, 151_936, 40_960, head_dim=128),
+    "qwen3-30b-a3b": _config("qwen3_moe", 48, 2048, 6144, 32, 4, 151_936, 40_960, **_QWEN3_MOE),
+    "gemma-2-9b": _config("gemma2", 42, 3584, 14336, 16, 8, 256_000, 8192, head_dim=256),
+    "gemma-3-4b": _config("gemma3_text", 34, 2560, 10240, 8, 4, 262_208, 131_072, sliding_window=1024),
+    "gemma-3-12b": _config("gemma3_text", 48, 3840, 15360, 16, 8, 262_208, 131_072, sliding_window=1024),
+    "gpt-oss-20b": _config("gpt_oss", 24, 2880, 2880, 64, 8, 201_088, 131_072, **_GPT_OSS),
+    "deepseek-v3": _config("deepseek_v3", 61, 7168, 18432, 128, 128, 129_280, 163_840, **_DEEPSEEK),
+}
+
+
+def find_shape(model: str) -> ModelShape:
+    """The shape of a built-in config, a folder, a config.json, or a hub name in the local hub cache. No network.
+
+    Raises UsageError with the nearest names where there is none, or with what is wrong in the file.
+    """
+    path = Path(model)
+    built_in = BUILT_IN_CONFIGS.get(_short(model))
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise UsageError(f"{model} is no model folder: it has no config.json")
+    elif not path.is_file():
+        cached = _in_hub_cache(model)
+        if cached is None and built_in is not None:
+            return ModelShape.from_dict(built_in)
+        if cached is None:
+            near = difflib.get_close_matches(_short(model), BUILT_IN_CONFIGS, n=3, cutoff=0.4) or BUILT_IN_CONFIGS
+            raise UsageError(
+                f"there is no model {model!r}: give a folder, a config.json, a downloaded hub name, or a built-in "
+                f"config such as {', '.join(near)}"
+            )
+        path = cached
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return ModelShape.from_dict(config)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is no config of a decoder: {error}") from error
+
+
+def _short(model: str) -> str:
+    """meta-llama/Meta-Llama-3-8B-Instruct is llama-3-8b."""
+    name = model.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
+    return re.sub(r"-(instruct|chat|base|hf|it|pt|v0\.[0-9])\b", "", name)
+
+
+def _in_hub_cache(model: str) -> Path | None:
+    """The newest downloaded config.json of a hub name such as Qwen/Qwen3-8B."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return None
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{model.replace('/', '--')}"
+    found = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None

@@ -1,0 +1,71 @@
+"""What is asked of the planner: a model, a machine, a context, and what the user fixes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headinfer.errors import UnsupportedError, UsageError
+from headinfer.model_shape import LayerShape, ModelShape
+from headinfer.plan.hardware import Hardware
+
+__all__ = ["Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned. Bytes are what the job may use; device_bytes None is all of the device.
+
+    chunk_tokens, heads_per_group, tile_tokens, device_kv_budget_bytes: fixed by the user, or None to choose.
+    device_kv_budget_bytes bounds ring, tails, write-back and resident KV together.
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    context_tokens: int
+    host_bytes: int
+    device_bytes: int | None = None
+    disk_bytes: int = 0
+    new_tokens: int = 256
+    rows: int = 1
+    dtype: str = "bfloat16"
+    weight_bits: int | None = None
+    chunk_tokens: int | None = None
+    heads_per_group: int | None = None
+    tile_tokens: int | None = None
+    device_kv_budget_bytes: int | None = None
+    prefetches_next_layer: bool = False
+
+    def __post_init__(self) -> None:
+        optional = ("device_bytes", "weight_bits", "chunk_tokens", "device_kv_budget_bytes")
+        for name in ("context_tokens", "host_bytes", "new_tokens", "rows", *optional):
+            value = getattr(self, name)
+            if (value is not None and value < 1) or (value is None and name not in optional):
+                raise UsageError(f"{name} is {value}: it must be a positive number")
+        if not self.shape.offloaded_layers:
+            raise UnsupportedError(
+                "this model has no full-attention layer: its KV does not grow with the context, and there is nothing "
+                "to offload"
+            )
+        self.hardware.attained_flops_per_s(self.dtype)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a KV or activation element."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def room_bytes(self) -> int:
+        """Device memory that the job may use; on a CPU, host RAM."""
+        if self.hardware.is_host:
+            return self.host_bytes
+        return min(self.device_bytes or self.hardware.device_memory_bytes, self.hardware.device_memory_bytes)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored weight."""
+        return self.weight_bits or 8 * self.element_bytes
+
+    @property
+    def layers(self) -> list[LayerShape]:
+        """The layers whose KV is offloaded."""
+        return [self.shape.layers[index] for index in self.shape.offloaded_layers]

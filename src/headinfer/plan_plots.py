@@ -1,0 +1,131 @@
+"""The plots of `headinfer plan --plot`: memory by method, seconds a token, the roofline. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from headinfer.errors import UsageError
+from headinfer.plan.compare import METHODS, OURS, memory_by_method, seconds_by_method
+from headinfer.plan.footprint import Footprint
+from headinfer.plan.planner import Plan
+from headinfer.plan.roofline import OperatingPoint
+from headinfer.plan.units import format_tokens
+
+__all__ = ["draw"]
+
+_CONTEXTS = tuple(1024 * 2**power for power in range(13))  # 1K to 4M
+_INCHES = (9.0, 13.0)  # 900 pixels wide at 100 dpi, the width of a README
+_COMPONENTS: tuple[tuple[str, str, Callable[[Footprint], int]], ...] = (
+    ("weights", "#4c72b0", lambda found: found.weights_bytes),
+    ("KV on the device", "#dd8452", lambda found: found.device_kv_bytes),
+    ("activations", "#55a868", lambda found: found.activation_bytes),
+    ("overhead", "#b0b0b0", lambda found: found.overhead_bytes),
+)
+_COLORS = ("#8c8c8c", "#4c72b0", "#55a868", "#937860", "#dd8452", "#c44e52")
+_MARKERS = ("o", "s", "^", "v", "D", "*")
+
+
+def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -> None:
+    """Draw the three plots, one above the other, into an image file. Raises UsageError where it cannot."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'headinfer[plot]'") from None
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=_INCHES, dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+        memory, seconds, roofline = figure.subplots(3, 1, height_ratios=(1, 1.15, 1.15))
+        _draw_memory(memory, plan, model)
+        _draw_seconds(seconds, plan, model)
+        _draw_roofline(roofline, plan, points)
+        try:
+            figure.savefig(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot draw into {path}: {error}") from error
+
+
+def _draw_memory(axes: Any, plan: Plan, model: str) -> None:
+    """Stacked bars, one for each method, in the order of the tables."""
+    found = dict(reversed(memory_by_method(plan).items()))
+    gib = 2.0**30
+    left = [0.0] * len(found)
+    for name, color, size in _COMPONENTS:
+        widths = [size(one) / gib for one in found.values()]
+        axes.barh(list(found), widths, left=left, color=color, label=name, height=0.65)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for row, (one, end) in enumerate(zip(found.values(), left, strict=True)):
+        words = axes.text(end + 0.01 * max(left), row, f"{end:,.1f}{_host_text(one)}", va="center")
+        words.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+    room = plan.request.room_bytes / gib
+    axes.axvline(room, color="black", linestyle="--", linewidth=1, zorder=0.5)
+    axes.text(room, len(found) - 0.45, f" {plan.request.hardware.name}: {room:.3g}", va="bottom")
+    axes.set_xlim(0, max(*left, room) * 1.25)
+    axes.set_xlabel("device memory, GiB")
+    axes.set_title(f"Memory of {model} at {format_tokens(plan.request.context_tokens)} tokens", loc="left", pad=18)
+    axes.legend(framealpha=1, edgecolor="none", loc="lower right")
+
+
+def _host_text(found: Footprint) -> str:
+    return f" (+ {found.host_kv_bytes / 2**30:.4g} in host RAM)" if found.host_kv_bytes else ""
+
+
+def _draw_seconds(axes: Any, plan: Plan, model: str) -> None:
+    """Seconds of a decoded token against the context, as far as a method fits."""
+    table = seconds_by_method(plan, _CONTEXTS)
+    seen = [cell[1].total_s for row in table.values() for cell in row if cell is not None]
+    for name, row in table.items():
+        color, marker = _COLORS[METHODS.index(name)], _MARKERS[METHODS.index(name)]
+        fitting = [(tokens, cell[1].total_s) for tokens, cell in zip(_CONTEXTS, row, strict=True) if cell is not None]
+        if fitting:
+            # Methods with all KV on the device coincide: ours is a broad line behind the others.
+            width, size, above = (7, 13, 1) if name == OURS else (1.5, 5, 2)
+            xs, ys = zip(*fitting, strict=True)
+            style = {"color": color, "marker": marker, "linewidth": width, "markersize": size, "zorder": above}
+            axes.plot(xs, ys, label=name, alpha=0.45 if name == OURS else 0.95, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(_CONTEXTS, [format_tokens(tokens) for tokens in _CONTEXTS])
+    axes.minorticks_off()
+    axes.set_ylim(10 ** math.floor(math.log10(min(seen))), 10 ** math.ceil(math.log10(max(seen))))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("context, tokens; a line ends where the method no longer fits")
+    axes.set_ylabel("seconds a token")
+    axes.set_title(f"Decode of {model} on {plan.request.hardware.name}", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def _draw_roofline(axes: Any, plan: Plan, points: Sequence[OperatingPoint]) -> None:
+    """The two roofs, device memory and link, and one layer's attention under them."""
+    hardware = plan.request.hardware
+    peak = hardware.attained_flops_per_s(plan.request.dtype)
+    roofs = [("device", "#4c72b0", hardware.attained_device_bytes_per_s)]
+    if not hardware.is_host:
+        roofs.append(("link", "#c44e52", hardware.attained_link_bytes_per_s))
+    most = max(point.intensity for point in points) * 4
+    for memory, color, rate in roofs:
+        edge = peak / rate
+        axes.plot([0.5, edge, most], [0.5 * rate, peak, peak], color=color, label=f"{memory}, {rate / 1e9:.3g} GB/s")
+        for phase, marker in (("prefill", "s"), ("decode", "o")):
+            mine = [point for point in points if point.memory == memory and point.phase == phase]
+            axes.plot([p.intensity for p in mine], [p.flops_per_s for p in mine], marker, color=color, markersize=7)
+            # Decode lies at one intensity for any context: one label serves all.
+            for point in mine if phase == "prefill" else mine[-1:]:
+                words = format_tokens(point.tokens) if phase == "prefill" else "decode"
+                down = -16 if phase == "prefill" else -4
+                down -= 14 if phase == "prefill" and memory == "link" else 0
+                offset = (0, down) if phase == "prefill" else (10, down)
+                align = "center" if phase == "prefill" else "left"
+                axes.annotate(words, (point.intensity, point.flops_per_s), xytext=offset, textcoords="offset points",
+                              color=color, ha=align)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP a byte")
+    axes.set_ylabel("FLOP a second")
+    axes.set_title("Roofline: attention of one layer (squares: prefill of 1K, 10K, 100K tokens)", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
