@@ -82,6 +82,8 @@ class Plan:
             f"Prefill takes {format_seconds(self.prefill_cost.total_s)}, {_bound_text(self.prefill_cost)}."
         )
         lines.append(f"A new token takes {format_seconds(self.decode_cost.total_s)}, {_bound_text(self.decode_cost)}.")
+        if resident and not request.hardware.is_host:
+            lines.append("Resident KV is a prediction only: this version streams all but the newest tokens.")
         if memory.disk_kv_bytes:
             lines.append("KV on disk is a prediction only: this version keeps all KV in RAM.")
         return lines
