@@ -26,6 +26,7 @@ MAMBA = {
 }  # fmt: skip
 
 ROUTED = {**EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
+OWN_HEADS = {"num_key_value_heads": None, "head_dim": None}  # as many KV heads as query heads, or one: not by config
 SHARED_KV = {
     "sliding_window": 24, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
     "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
@@ -37,7 +38,7 @@ CHANGES = {
     "apertus": {},
     "arcee": {},
     "aria_text": EXPERTS,
-    "biogpt": {},
+    "biogpt": OWN_HEADS,
     "bitnet": {"head_dim": 8},
     "cohere": {},
     "cohere2": WINDOWS,
@@ -60,9 +61,9 @@ CHANGES = {
     "glm": {},
     "glm4": {},
     "glm4_moe": ROUTED,
-    "gpt2": {},
-    "gpt_bigcode": {},
-    "gpt_neox": {},
+    "gpt2": OWN_HEADS,
+    "gpt_bigcode": OWN_HEADS,
+    "gpt_neox": OWN_HEADS,
     "gpt_oss": {**WINDOWS, **EXPERTS},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
     "granite_swa": WINDOWS,
@@ -100,8 +101,8 @@ CHANGES = {
     "olmo3": WINDOWS,
     "olmo_hybrid": LINEAR,
     "olmoe": {**EXPERTS, "head_dim": 8},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "persimmon": {"head_dim": 8},
+    "opt": {**OWN_HEADS, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "persimmon": OWN_HEADS,
     "phi": {},
     "phi3": {},
     "phimoe": EXPERTS,

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headinfer
 from headinfer.hf.families import SUPPORTED_FAMILIES
+from headinfer.model_shape import ModelShape
 
 TOKENS, CHUNK_TOKENS, STEPS = 300, 40, 5
 BOUND = 5e-5  # of the logits' standard deviation; transformers' own chunked and whole results differ by up to 2e-5
@@ -53,6 +54,8 @@ def test_logits_are_transformers(family):
         stats = cache.stats()
         assert stats.layers_offloaded == full_layers(model.config) > 0
         assert stats.host_kv_bytes > 0
+        held = sum(layer.store.heads * (layer.store.key_dim + layer.store.value_dim) * 4 for layer in cache.head_layers)
+        assert ModelShape.from_config(model.config).kv_bytes_per_token(4) == held, "what is checked before loading"
         assert (stats.link_to_device_bytes > stats.host_kv_bytes) == bool(options)
 
 

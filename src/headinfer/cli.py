@@ -229,8 +229,8 @@ def _write(text: str) -> None:
 
 def main() -> None:
     """The entry point: headinfer's own errors become one sentence on stderr and exit code 2."""
-    for library in ("transformers", "huggingface_hub"):  # we say ourselves what a person must know
-        logging.getLogger(library).setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # we say ourselves what a person must know
     try:
         app()
     except HeadinferError as error:

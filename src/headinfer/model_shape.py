@@ -35,7 +35,7 @@ _LINEAR_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer. `kind` is transformers' layer type, e.g. full_attention or sliding_attention.
+    """One decoder layer. `kind` is transformers' layer type, e.g. full_attention, sliding_attention or hybrid.
 
     window_tokens: what a sliding or chunked layer sees; 0 for everything. shares_kv: reads the K and V of an earlier
     layer. state_elements: a linear layer's constant state, per row. score_dims: Dk + Dv of a query head where the
@@ -59,7 +59,7 @@ class LayerShape:
     @property
     def is_offloaded(self) -> bool:
         """Only full-attention layers grow with the context; the others stay with transformers."""
-        return self.kind == "full_attention" and not self.shares_kv
+        return self.kind in ("full_attention", "hybrid") and not self.shares_kv
 
     @property
     def flops_per_pair(self) -> int:
@@ -218,7 +218,7 @@ def _kinds(get: _Get, family: str, count: int) -> list[str]:
 
 def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> LayerShape:
     hidden, query_heads = _whole(get, "hidden_size"), _whole(get, "num_attention_heads")
-    kv_heads = int(get("num_key_value_heads", query_heads))
+    kv_heads = 1 if get("multi_query", False) else int(get("num_key_value_heads", query_heads))
     head_dim = int(get("head_dim", 0) or hidden // query_heads)
     mlp_weights, mlp_active, mlp_width = _mlp(get, family, index, shares_kv)
     window = 0
