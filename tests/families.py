@@ -3,7 +3,11 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from headinfer.errors import UnsupportedError
 from headinfer.hf.families import REFUSED as WHY
+from headinfer.hf.parallel import check_shards
+from headinfer.model_shape import ModelShape
+from headinfer.ranks import Ranks
 
 VOCAB = 128
 COMMON = {
@@ -167,6 +171,16 @@ def full_layers(config):
     return sum(name in ("DynamicLayer", "LinearAttentionAndFullAttentionLayer") for name in names)
 
 
+def splits(family):
+    """Whether its tiny config can be served by two ranks."""
+    config = tiny_config(family)
+    try:
+        check_shards(config, ModelShape.from_config(config), Ranks(0, 2, 0, 2))
+    except UnsupportedError:
+        return False
+    return True
+
+
 def models_table():
     """docs/models.md."""
     lines = [
@@ -176,10 +190,11 @@ def models_table():
         "transformers' own results, read in chunks and whole, on a tiny random config that has every kind of layer of",
         "the family; `offloaded` and `left to transformers` count its layers. Layers whose state does not grow with",
         "the context (windows, linear attention, convolutions) and layers without a cache of their own stay with",
-        "transformers. Gemma 3 and 4, Llama 4 and Qwen 3.5 with images load too, and are served for text.",
+        "transformers. Gemma 3 and 4, Llama 4 and Qwen 3.5 with images load too, and are served for text. `ranks`:",
+        "whether transformers' tensor parallel plan splits its KV heads over several processes (test_parallel.py).",
         "",
-        "| family (model_type of the text model) | offloaded | left to transformers | verified by |",
-        "|---|---|---|---|",
+        "| family (model_type of the text model) | offloaded | left to transformers | ranks | verified by |",
+        "|---|---|---|---|---|",
     ]
     for family in sorted(CHANGES):
         kinds = [type(layer).__name__ for layer in DynamicCache(config=tiny_config(family)).layers]
@@ -187,7 +202,10 @@ def models_table():
         left = sorted({OTHERS[kind] for kind in kinds if kind in OTHERS})
         others = f"{len(kinds) - full}: {', '.join(left)}" if left else "0"
         hybrid = " (with a linear state each)" if "LinearAttentionAndFullAttentionLayer" in kinds else ""
-        lines.append(f"| {family} | {full}{hybrid} | {others} | test_families.py, all tests with [{family}] |")
+        ranks = "yes" if splits(family) else "no"
+        lines.append(
+            f"| {family} | {full}{hybrid} | {others} | {ranks} | test_families.py, all tests with [{family}] |"
+        )
     lines += ["", "## Refused", "", "| family | why |", "|---|---|"]
     for family in sorted(REFUSED):
         lines.append(f"| {family} | {WHY.get(family, 'it does not use the attention interface')} |")

@@ -30,7 +30,7 @@ class Room:
 
 
 ROOMS = (
-    Room("the errors", 0, ("errors.py",), frozenset()),
+    Room("the errors", 0, ("errors.py", "ranks.py"), frozenset()),
     Room("the model's shape", 0, ("model_shape.py",), frozenset()),
     Room("attention/", 1, ("attention/",), frozenset({"torch"})),
     Room("kv/", 1, ("kv/",), frozenset({"torch"})),

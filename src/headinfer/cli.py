@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +17,10 @@ from rich.console import Console
 from headinfer.errors import HeadinferError, UsageError
 from headinfer.plan.units import parse_bytes
 from headinfer.plan_cli import plan
+from headinfer.ranks import Ranks
+
+if TYPE_CHECKING:
+    from headinfer.generation import Prepared, Summary
 
 __all__ = ["app", "main", "parse_bytes"]
 
@@ -61,43 +67,66 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Read a document, answer a question about it, streaming the text to stdout."""
-    from headinfer import generation, report
+    from headinfer import generation
     from headinfer.engine import Options
+    from headinfer.hf import parallel
 
-    if prompt == "" and file is None:
-        raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
-    options = Options(
-        device_kv_budget=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
-        heads_per_group=heads_per_group,
-        tile_tokens=tile_tokens,
-        backend=backend,
-        staging=staging,  # type: ignore[arg-type]
-    )
-    sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    if temperature > 0:
-        sampling |= {"do_sample": True, "temperature": temperature}
-    elif top_k is not None or top_p is not None:
-        raise UsageError("--top-k and --top-p choose among samples: give --temperature above 0 as well")
-    job = generation.Job(
-        model=model,
-        document=generation.read_text(file) if file is not None else "",
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        chunk_tokens=chunk_tokens,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        raw=raw,
-        sampling=sampling,
-        options=options,
-    )
-    prepared = generation.prepare(job)
+    ranks = Ranks.from_environment()
+
+    def check() -> Prepared:
+        if prompt == "" and file is None:
+            raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
+        options = Options(
+            device_kv_budget=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
+            heads_per_group=heads_per_group,
+            tile_tokens=tile_tokens,
+            backend=backend,
+            staging=staging,  # type: ignore[arg-type]
+        )
+        sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+        if temperature > 0:
+            sampling |= {"do_sample": True, "temperature": temperature}
+        elif top_k is not None or top_p is not None:
+            raise UsageError("--top-k and --top-p choose among samples: give --temperature above 0 as well")
+        job = generation.Job(
+            model=model,
+            document=generation.read_text(file) if file is not None else "",
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            chunk_tokens=chunk_tokens,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            raw=raw,
+            sampling=sampling,
+            options=options,
+        )
+        return generation.prepare(job, ranks)
+
+    with parallel.group(ranks):
+        prepared = parallel.together(ranks, check)
+        if ranks.is_first:
+            summary = _show_generation(prepared, as_json=as_json)
+        else:
+            summary = generation.run(prepared, on_text=lambda _: None)
+    if summary.interrupted:
+        raise typer.Exit(130)
+
+
+def _show_generation(prepared: Prepared, *, as_json: bool) -> Summary:
+    """Generate with warnings and progress on stderr, the text or a JSON object on stdout."""
+    from headinfer import generation, report
+
     for warning in prepared.warnings:
         _stderr.print(f"headinfer: warning: {warning}", style="yellow", highlight=False)
     to_terminal = sys.stdout.isatty() and not as_json
     progress = report.GenerationProgress(
-        _stderr, prepared.shape, prepared.input_ids.shape[1], max_new_tokens, show_decode=not to_terminal
+        _stderr,
+        prepared.shape,
+        prepared.input_ids.shape[1],
+        prepared.job.max_new_tokens,
+        show_decode=not to_terminal,
     )
     with progress:
         summary = generation.run(
@@ -108,8 +137,7 @@ def generate(
     else:
         print(flush=True)
         _stderr.print(report.summary_table(summary))
-    if summary.interrupted:
-        raise typer.Exit(130)
+    return summary
 
 
 @app.command()
@@ -228,14 +256,21 @@ def _write(text: str) -> None:
 
 
 def main() -> None:
-    """The entry point: headinfer's own errors become one sentence on stderr and exit code 2."""
+    """The entry point: headinfer's own errors become one sentence on stderr and exit code 2; ranks speak once."""
     for library in ("transformers", "huggingface_hub", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)  # we say ourselves what a person must know
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    where = "" if world == "1" or rank == "0" else f" on rank {rank} of {world}"
     try:
-        app()
+        with ExitStack() as quiet:
+            if where:  # the first rank says what all have to say; errors are said below
+                quiet.enter_context(redirect_stdout(io.StringIO()))
+                quiet.enter_context(redirect_stderr(io.StringIO()))
+            app()
     except HeadinferError as error:
-        _stderr.print(f"headinfer: error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _stderr.print(f"headinfer: error{where}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        _stderr.print("headinfer: interrupted", highlight=False)
+        if not where:
+            _stderr.print("headinfer: interrupted", highlight=False)
         sys.exit(130)

@@ -15,10 +15,13 @@ from transformers.generation.streamers import BaseStreamer
 from headinfer.engine import Options
 from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache, Stats
+from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import DEFAULT_CHUNK_TOKENS, enable
 from headinfer.hf.models import ModelSource, resolve
+from headinfer.hf.parallel import all_of, check_shards, load_random_shard, load_shard, rank_device
 from headinfer.model_shape import ModelShape
-from headinfer.plan.memory import check_host_memory
+from headinfer.plan.memory import available_host_bytes, check_host_memory
+from headinfer.ranks import Ranks
 
 __all__ = ["DTYPES", "Job", "Prepared", "Summary", "prepare", "read_text", "run"]
 
@@ -55,6 +58,7 @@ class Prepared:
     dtype: torch.dtype
     device: str
     warnings: list[str]
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def shape(self) -> ModelShape:
@@ -64,7 +68,10 @@ class Prepared:
 
 @dataclass
 class Summary:
-    """What a job did. Seconds are wall time; interrupted jobs say what was done so far."""
+    """What a job did. Seconds are wall time; interrupted jobs say what was done so far.
+
+    stats: of this process. rank_stats: of all ranks, where several processes shared the model and none was interrupted.
+    """
 
     model: str
     text: str = ""
@@ -77,6 +84,7 @@ class Summary:
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
     stats: Stats | None = None
+    rank_stats: list[Stats] = field(default_factory=list)
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -99,9 +107,10 @@ def read_text(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {reason}") from error
 
 
-def prepare(job: Job) -> Prepared:
+def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     """Check a job against the model, this machine and itself, without loading weights.
 
+    ranks: this process's place among those that share the model; each is checked for its share of the heads.
     Raises UsageError, UnsupportedError or CapacityError with what is wrong and what would work.
     """
     for name in ("max_new_tokens", "chunk_tokens"):
@@ -109,7 +118,10 @@ def prepare(job: Job) -> Prepared:
             raise UsageError(f"{name.replace('_', '-')} is {getattr(job, name)}: it must be a positive number")
     if not (job.prompt.strip() or job.document.strip()):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
+    ranks = ranks or Ranks()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if job.device == "auto" else job.device
+    if ranks.world > 1:
+        device = rank_device(ranks, job.device)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: this torch sees no CUDA device; use --device cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
@@ -121,12 +133,19 @@ def prepare(job: Job) -> Prepared:
     tokenizer = source.tokenizer()
     input_ids = _encode(job, tokenizer)
     shape = ModelShape.from_config(source.config)
+    weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
+    if ranks.world > 1:
+        check_shards(source.config, shape, ranks)
+        shape, weight_bytes = shape.shard(ranks.world), weight_bytes // ranks.world
     total = input_ids.shape[1] + job.max_new_tokens
     HeadCache(source.config, **{**dataclasses.asdict(job.options), "expected_tokens": 0}).engine.check_budget(
         shape, dtype.itemsize, job.chunk_tokens, total
     )
     check_host_memory(
-        total, shape.kv_bytes_per_token(dtype.itemsize), source.weight_bytes(dtype) if device == "cpu" else 0
+        total,
+        shape.kv_bytes_per_token(dtype.itemsize),
+        weight_bytes,
+        available=available_host_bytes() // ranks.local_world,
     )
     warnings = []
     if shape.max_context_tokens and total > shape.max_context_tokens:
@@ -134,7 +153,7 @@ def prepare(job: Job) -> Prepared:
             f"{total:,} tokens exceed the {shape.max_context_tokens:,} that this model was made for: "
             "expect poor answers"
         )
-    return Prepared(job, source, tokenizer, input_ids, dtype, device, warnings)
+    return Prepared(job, source, tokenizer, input_ids, dtype, device, warnings, ranks)
 
 
 def run(
@@ -149,7 +168,7 @@ def run(
     """
     job = prepared.job
     summary = Summary(job.model, tokens_in=prepared.input_ids.shape[1], warnings=prepared.warnings)
-    model = prepared.source.load(dtype=prepared.dtype, device=prepared.device, seed=job.seed)
+    model = _load(prepared)
     torch.manual_seed(job.seed)
     options = dataclasses.asdict(job.options)
     options["expected_tokens"] = prepared.input_ids.shape[1] + job.max_new_tokens
@@ -174,7 +193,23 @@ def run(
     summary.total_s = time.perf_counter() - start
     summary.stats = cache.stats()
     summary.tokens_read = min(summary.stats.tokens, summary.tokens_in)
+    if prepared.ranks.world > 1 and not summary.interrupted:
+        summary.rank_stats = all_of(prepared.ranks, summary.stats)
     return summary
+
+
+def _load(prepared: Prepared) -> PreTrainedModel:
+    """The model, or this rank's shard of it."""
+    source, ranks, dtype = prepared.source, prepared.ranks, prepared.dtype
+    if ranks.world == 1:
+        return source.load(dtype=dtype, device=prepared.device, seed=prepared.job.seed)
+    if source.is_random:
+
+        def make() -> PreTrainedModel:
+            return source.load(dtype=dtype, device="cpu", seed=prepared.job.seed)
+
+        return load_random_shard(make, ranks, dtype=dtype)
+    return load_shard(source.name, ranks, dtype=dtype)
 
 
 class _Streamer(BaseStreamer):  # type: ignore[misc]

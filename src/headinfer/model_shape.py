@@ -7,7 +7,7 @@ of the matrices; vectors (norms, biases, sinks) are far below a hundredth and ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -57,9 +57,14 @@ class LayerShape:
     mlp_width: int = 0
 
     @property
+    def is_full(self) -> bool:
+        """Whether its attention sees the whole context."""
+        return self.kind in ("full_attention", "hybrid")
+
+    @property
     def is_offloaded(self) -> bool:
-        """Only full-attention layers grow with the context; the others stay with transformers."""
-        return self.kind in ("full_attention", "hybrid") and not self.shares_kv
+        """Only the KV of full attention grows with the context; the other layers stay with transformers."""
+        return self.is_full and not self.shares_kv
 
     @property
     def flops_per_pair(self) -> int:
@@ -143,13 +148,34 @@ class ModelShape:
             if not layer.is_offloaded
         )
 
+    def shard(self, ranks: int) -> ModelShape:
+        """One of `ranks` equal shares: its heads, and its part of the weights."""
+        layers = tuple(
+            replace(
+                layer,
+                query_heads=layer.query_heads // ranks,
+                kv_heads=layer.kv_heads // ranks,
+                weights=layer.weights // ranks,
+                active_weights=layer.active_weights // ranks,
+                mlp_width=layer.mlp_width // ranks,
+            )
+            for layer in self.layers
+        )
+        return replace(
+            self,
+            layers=layers,
+            intermediate_size=self.intermediate_size // ranks,
+            embedding_weights=self.embedding_weights // ranks,
+            head_weights=self.head_weights // ranks,
+        )
+
     def prefill_flops(self, tokens: int) -> float:
         """Floating-point operations to read `tokens` tokens: linear layers plus causal attention.
 
         An estimate for progress displays: 2 FLOP per weight and token, and 2 * Hq * (Dk + Dv) FLOP per pair
         of tokens, half of the pairs (arXiv 2502.12574, section 4, counts the same way).
         """
-        pairs = sum(layer.flops_per_pair for layer in self.layers if layer.kind == "full_attention")
+        pairs = sum(layer.flops_per_pair for layer in self.layers if layer.is_full)
         return 2.0 * self.active_weights * tokens + pairs / 2 * float(tokens) * tokens
 
 

@@ -106,11 +106,13 @@ def summary_table(summary: Summary) -> Table:
         ("tokens/s after the first", "-" if rate is None else f"{rate:.2f}"),
     ]
     if stats is not None:
+        ranks = len(summary.rank_stats)
+        each = f", each of {ranks} ranks" if ranks > 1 else ""  # they hold equally many heads
         rows += [
-            ("KV on the device, peak", format_bytes(stats.device_kv_peak_bytes)),
-            ("KV on the host", format_bytes(stats.host_kv_bytes)),
-            ("over the link to the device", format_bytes(stats.link_to_device_bytes)),
-            ("over the link to the host", format_bytes(stats.link_to_host_bytes)),
+            (f"KV on the device, peak{each}", format_bytes(stats.device_kv_peak_bytes)),
+            (f"KV on the host{each}", format_bytes(stats.host_kv_bytes)),
+            (f"over the link to the device{each}", format_bytes(stats.link_to_device_bytes)),
+            (f"over the link to the host{each}", format_bytes(stats.link_to_host_bytes)),
             ("heads per group", f"{stats.heads_per_group} ({stats.tile_reason})"),
         ]
     return columns_table("headinfer", ("", ""), rows)

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     QuantizedCache,
     StaticCache,
 )
+from transformers.distributed import DistributedConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -38,6 +39,7 @@ __all__ = [
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
+    "DistributedConfig",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -56,6 +58,7 @@ __all__ = [
     "sdpa_mask",
     "shared_full_layers",
     "takes_attention_interface",
+    "tensor_parallel_plan",
     "unfit_cache",
 ]
 
@@ -98,6 +101,11 @@ def shared_full_layers(config: PreTrainedConfig) -> int:
 def takes_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the model's attention calls the interface; set_attn_implementation only warns where it does not."""
     return bool(model._can_set_attn_implementation())
+
+
+def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
+    """How transformers splits the model over processes: styles by the names of modules; empty where it cannot."""
+    return getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
 
 
 def unfit_cache(cache: object) -> bool:

@@ -1,0 +1,44 @@
+"""Which of the processes that torchrun started this is; one alone where nothing started several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from headinfer.errors import UsageError
+
+__all__ = ["Ranks"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: `rank` of `world` in all, `local_rank` of `local_world` on this host."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """What torchrun says in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; UsageError where that is no place."""
+        if environment.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if name not in environment]
+        numbers = [environment.get(name, "") for name in names[:4]]
+        if missing or not all(number.isdecimal() for number in numbers):
+            raise UsageError(
+                f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {missing[0] if missing else 'a rank'} is not set as "
+                "torchrun sets it: start with `torchrun --nproc-per-node N -m headinfer ...`, or unset WORLD_SIZE"
+            )
+        return cls(*map(int, numbers))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world}"

@@ -1,0 +1,65 @@
+"""What the tests of test_parallel.py start under torchrun, on every rank.
+
+rank_worker.py families FOLDER     read each model of FOLDER sharded and write the first rank's logits beside it
+rank_worker.py poor COMMAND ...    the command line, with no free host memory on the last rank
+rank_worker.py dying COMMAND ...   the command line, where the last rank dies after a chunk
+"""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import headinfer
+from headinfer import cli, generation
+from headinfer.hf import parallel
+from headinfer.ranks import Ranks
+
+CHUNK_TOKENS, STEPS = 40, 5
+STAGED = {"device_kv_budget": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "staging": "early"}
+
+
+@torch.no_grad()
+def read(model, ids, cache):
+    """Logits of all tokens: in chunks, the last ones one by one."""
+    tokens = ids.shape[1]
+    edges = [*range(0, tokens - STEPS, CHUNK_TOKENS), *range(tokens - STEPS, tokens + 1)]
+    pairs = itertools.pairwise(edges)
+    return torch.cat([model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in pairs], dim=1)
+
+
+def families(folder):
+    ranks = Ranks.from_environment()
+    with parallel.group(ranks):
+        for path in sorted(folder.iterdir()):
+            ids = load_file(path / "ids.safetensors")["ids"]
+            model = parallel.load_shard(str(path), ranks, dtype=torch.float32).eval()
+            with headinfer.enable(model):
+                cache = headinfer.HeadCache(model.config, **STAGED)
+                logits = read(model, ids, cache)
+            heads = torch.tensor([layer.store.heads for layer in cache.head_layers])
+            if ranks.is_first:
+                save_file({"logits": logits, "heads": heads}, path / "found.safetensors")
+
+
+def command_line(ending, arguments):
+    sys.argv = ["headinfer", *arguments]
+    ranks = Ranks.from_environment()
+    if ranks.rank == ranks.world - 1:
+        if ending == "poor":
+            generation.available_host_bytes = lambda: 0
+        else:
+            run = generation.run
+            generation.run = lambda prepared, on_text: run(prepared, on_text=on_text, on_forward=lambda _: os._exit(9))
+    cli.main()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "families":
+        families(Path(sys.argv[2]))
+    else:
+        command_line(sys.argv[1], sys.argv[2:])

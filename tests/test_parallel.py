@@ -1,0 +1,193 @@
+"""Several ranks, each with its own KV heads: gloo on CPU processes that torchrun starts."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from families import CHANGES, VOCAB, splits, tiny_config, tiny_model
+from rank_worker import read
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, DynamicCache
+
+from headinfer.errors import UnsupportedError, UsageError
+from headinfer.hf.models import resolve
+from headinfer.hf.parallel import check_shards, rank_device
+from headinfer.model_shape import ModelShape
+from headinfer.ranks import Ranks
+
+BOUND = 5e-5  # of the logits' standard deviation, as in test_families.py
+TWO = Ranks(0, 2, 0, 2)
+JOB = ("generate", "random:tiny-llama", "--prompt", "What is it?", "--max-new-tokens", "6", "--temperature", "1")
+
+
+def torchrun(*arguments, inside=(), **extra):
+    """Run under torchrun with two gloo processes on this host, or as torchrun's options in `arguments` say."""
+    where = () if "--nnodes" in arguments else ("--standalone", "--nproc-per-node", "2")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **extra}
+    return subprocess.Popen(
+        [*inside, sys.executable, "-m", "torch.distributed.run", *where, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process, timeout=200):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def alone(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "headinfer", *arguments, "--json"], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore::DeprecationWarning")
+def test_every_family_that_splits_is_exact_over_two_ranks(tmp_path):
+    families = [family for family in sorted(CHANGES) if splits(family)]
+    assert len(families) > 50
+    wanted, ids = {}, torch.randint(1, VOCAB, (2, 100), generator=torch.Generator().manual_seed(1))
+    for family in families:
+        tiny_model(family).save_pretrained(tmp_path / family)
+        save_file({"ids": ids}, tmp_path / family / "ids.safetensors")
+        model = tiny_model(family)
+        wanted[family] = read(model, ids, DynamicCache(config=model.config))
+    code, _, err = finish(torchrun(Path(__file__).with_name("rank_worker.py"), "families", tmp_path), timeout=500)
+    assert code == 0, err
+    for family in families:
+        found = load_file(tmp_path / family / "found.safetensors")
+        difference = (found["logits"] - wanted[family]).abs().max() / wanted[family].std()
+        assert difference < BOUND, family
+        shape = ModelShape.from_config(tiny_config(family))
+        whole = [shape.layers[index].kv_heads for index in shape.offloaded_layers]
+        assert [2 * heads for heads in found["heads"].tolist()] == whole, family
+        assert 2 * shape.shard(2).kv_bytes_per_token(4) == shape.kv_bytes_per_token(4)
+
+
+def test_two_ranks_write_what_one_process_writes_and_speak_once():
+    code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--json", "--staging", "late"))
+    assert code == 0, err
+    assert out.count("\n") == 1
+    found, one = json.loads(out), alone(*JOB)
+    assert found["token_ids"] == one["token_ids"]
+    assert [stats["host_kv_bytes"] for stats in found["rank_stats"]] == [one["stats"]["host_kv_bytes"] // 2] * 2
+    assert err.count("writing") == 1
+
+
+def test_a_mistake_is_said_once():
+    code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--file", "/no/such/file"))
+    assert (code != 0, out) == (True, "")
+    assert err.count("headinfer: error: cannot read /no/such/file") == err.count("headinfer: error") == 1
+    code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--no-such-option"))
+    assert (code != 0, out, err.count("No such option")) == (True, "", 1)
+
+
+def test_a_rank_that_cannot_ends_all_before_loading():
+    code, out, err = finish(torchrun(Path(__file__).with_name("rank_worker.py"), "poor", *JOB))
+    assert (code != 0, out) == (True, "")
+    assert "headinfer: error: rank 1 of 2: " in err
+    assert "0 B are available" in err
+    assert err.count("headinfer: error") == 1
+    assert "headinfer/cli.py" not in err, "torchrun shows a traceback of its own, we show none"
+
+
+def test_a_rank_that_dies_ends_all_with_a_message():
+    code, _, err = finish(torchrun(Path(__file__).with_name("rank_worker.py"), "dying", *JOB))
+    assert code != 0
+    assert "rank      : 1" in err, "torchrun says which rank failed first"
+    assert "headinfer/cli.py" not in err, "torchrun shows a traceback of its own, we show none"
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them; skipped where the system does not allow it."""
+    names = [f"headinfer-{uuid.uuid4().hex[:6]}-{index}" for index in range(2)]
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip link add v0 netns {names[0]} type veth peer name v1 netns {names[1]}"]
+    for index, name in enumerate(names):
+        commands += [f"ip -n {name} addr add 10.77.0.{index + 1}/24 dev v{index}"]
+        commands += [f"ip -n {name} link set {device} up" for device in ("lo", f"v{index}")]
+    try:
+        try:
+            for line in commands:
+                subprocess.run(line.split(), check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"this system allows no network namespaces: {error}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_two_hosts_write_what_one_process_writes(two_hosts):
+    processes = [
+        torchrun(
+            *("--nnodes", "2", "--node-rank", index, "--nproc-per-node", "1"),
+            *("--master-addr", "10.77.0.1", "--master-port", "29511", "-m", "headinfer", *JOB, "--json"),
+            inside=("ip", "netns", "exec", name),
+            GLOO_SOCKET_IFNAME=f"v{index}",
+        )
+        for index, name in enumerate(two_hosts)
+    ]
+    (code, out, err), (other_code, other_out, _) = [finish(process) for process in processes]
+    assert (code, other_code, other_out) == (0, 0, ""), err
+    found = json.loads(out)
+    assert found["token_ids"] == alone(*JOB)["token_ids"]
+    assert len(found["rank_stats"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "ranks", "says"),
+    [
+        ("llama", {"num_key_value_heads": 2}, 4, "2 KV heads, which do not split over 4 ranks"),
+        ("llama", {"num_key_value_heads": 4}, 3, "use 2 or another divisor of 4"),
+        ("gpt2", {}, 2, "no tensor parallel plan that splits the KV heads of gpt2"),
+        ("olmo2", {}, 2, "no tensor parallel plan that splits"),
+        ("gemma3n_text", {}, 2, "transformers itself gives other results"),
+    ],
+)
+def test_what_does_not_split_is_refused_with_the_reason(family, changes, ranks, says):
+    config = tiny_config(family, **changes)
+    with pytest.raises(UnsupportedError, match=says):
+        check_shards(config, ModelShape.from_config(config), Ranks(0, ranks, 0, ranks))
+
+
+def test_a_places_environment():
+    assert Ranks.from_environment({}) == Ranks.from_environment({"WORLD_SIZE": "1", "RANK": "0"}) == Ranks()
+    whole = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    found = Ranks.from_environment({**whole, "MASTER_PORT": "1"})
+    assert (found, found.is_first, str(found)) == (Ranks(3, 4, 1, 2), False, "rank 3 of 4")
+    for broken in ({"WORLD_SIZE": "2"}, {**whole, "MASTER_PORT": "1", "RANK": "x"}):
+        with pytest.raises(UsageError, match="torchrun --nproc-per-node N -m headinfer"):
+            Ranks.from_environment(broken)
+
+
+def test_a_ranks_device(monkeypatch):
+    assert rank_device(TWO, "auto") == rank_device(TWO, "cpu") == "cpu"
+    with pytest.raises(UsageError, match="leave it out"):
+        rank_device(TWO, "cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert rank_device(Ranks(3, 4, 1, 2), "auto") == "cuda:1"
+    with pytest.raises(UsageError, match="4 ranks and 2 CUDA devices"):
+        rank_device(Ranks(3, 4, 3, 4), "auto")
+
+
+def test_a_shard_of_a_shape_is_its_part():
+    shape = ModelShape.from_config(resolve("random:llama-3-8b").config)
+    half = shape.shard(2)
+    assert 2 * half.kv_bytes_per_token(2) == shape.kv_bytes_per_token(2)
+    assert 2 * half.weights == shape.weights
+    assert AutoConfig.for_model("llama").base_model_tp_plan
