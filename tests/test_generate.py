@@ -7,7 +7,6 @@ import torch
 from families import VOCAB, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
@@ -354,13 +353,45 @@ LAYERS = {
 }
 
 
-def test_beams_and_several_returned_share_the_prompt(llama):
-    ids = text(tokens=400)
-    for more in ({"num_beams": 4}, {"do_sample": True, "num_return_sequences": 4}):
-        with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS) as enabled:
-            llama.generate(ids, **options(ids, max_new_tokens=6, **more))
-        store = enabled.last_cache.head_layers[0].store
-        assert store.rows == 4
-        if "num_beams" in more:  # every row came from one: their table entries name the same segments
-            assert len({id(span.segment) for table in store._tables for span in table}) < 4 * len(store._tables[0])
-    assert isinstance(llama(ids).past_key_values, DynamicCache)
+COPIED = {"beams": {"num_beams": 4}, "returned": {"do_sample": True, "num_return_sequences": 4}}
+
+
+@pytest.mark.parametrize("mode", COPIED)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "falcon_h1", "qwen3_moe"])
+def test_beams_and_several_returned_share_the_prompt(family, mode):
+    model, ids = tiny_model(family), text(rows=2, tokens=400)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    more = options(ids, max_new_tokens=6, **COPIED[mode]) | {"attention_mask": mask}
+    torch.manual_seed(3)
+    expected = model.generate(ids, **more)
+    read = []
+    with headinfer.enable(
+        model, chunk_tokens=CHUNK_TOKENS, on_forward=lambda c: read.append(c.head_layers[0].rows)
+    ) as on:
+        torch.manual_seed(3)
+        assert torch.equal(model.generate(ids, **more), expected)
+    store = on.last_cache.head_layers[0].store
+    assert read[: 400 // CHUNK_TOKENS] == [2] * (400 // CHUNK_TOKENS), "the prompt is read once for each row"
+    assert (store.rows, read[-1]) == (8, 8)
+    shared = {id(span.segment) for table in store._tables for span in table}
+    assert len(shared) == 2 * len(store._tables[0]), "all rows of a prompt name the same segments"
+
+
+def test_rows_that_stay_copies_are_separated_when_it_matters(llama):
+    """Greedy rows never differ; the cache gives them rows of their own as soon as someone asks for rows."""
+    ids = text(tokens=300)
+    with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS) as enabled:
+        llama.generate(ids, **options(ids, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=3))
+        cache = enabled.last_cache
+        assert (cache.copies, cache.head_layers[0].rows) == (3, 1)
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        assert (cache.copies, cache.head_layers[0].rows) == (1, 2)
+        with torch.no_grad():
+            logits = llama(torch.full((2, 1), 5), past_key_values=cache).logits
+        assert torch.equal(logits[0], logits[1])
+        hidden = llama.generate(
+            ids,
+            **options(ids, max_new_tokens=4, num_beams=3, output_hidden_states=True, return_dict_in_generate=True),
+        ).hidden_states
+        assert hidden[0][0].shape[0] == 3, "what else is asked for comes for all rows"

@@ -63,6 +63,7 @@ class Engine:
         self.plan: TilePlan | None = None
         self.awaiting: object | None = None  # what was updated and whose attention has not run yet
         self.backends_used: set[str] = set()
+        self.row_copies = 1  # rows that each row will become before long, and that need tails: hf/copies.py
         self.attentions = 0  # since the start of the forward pass
         self._tier: HostTier | None = None
         self._ring: Ring | None = None
@@ -120,7 +121,10 @@ class Engine:
         if self._staging != "none":
             budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
             # One more than there are layers, since reordering rows copies a tail; and forks have tails too.
-            tails = max((self.layers + 1) * store.tail_bytes, self.ledger.device_bytes["tail"] + store.tail_bytes)
+            tails = max(
+                (self.layers + 1) * store.tail_bytes * self.row_copies,
+                self.ledger.device_bytes["tail"] + store.tail_bytes,
+            )
             fixed = tails + self.ledger.device_bytes["staging"]
             slot_bytes = ring_slot_bytes(budget, fixed)
             if self._ring is None or self._ring.slot_bytes != slot_bytes:  # the batch has changed, or a fork

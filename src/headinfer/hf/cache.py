@@ -9,6 +9,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from headinfer.engine import Engine, Options
 from headinfer.errors import StateError, UnsupportedError
 from headinfer.hf.compat import (
@@ -86,6 +88,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             leads = index == full[0]
             layers[index] = HybridHeadLayer(self.engine, leads, states) if hybrid else HeadLayer(self.engine, leads)
         self.attentions_per_forward = len(full) + shared_full_layers(config)
+        self.copies = 1  # rows that one row of the layers stands for: see copies.py
         super().__init__(layers=layers)
 
     @property
@@ -123,6 +126,33 @@ class HeadCache(Cache):  # type: ignore[misc]
             if reason := why_not_croppable(layer):
                 raise StateError(f"cannot crop: {reason}")
         super().crop(tokens_to_remove)
+
+    def separate(self) -> None:
+        """Give each of the rows that were equal so far a row of its own; they share what they hold."""
+        if self.copies > 1:
+            copies, self.copies = self.copies, 1
+            if rows := self.head_layers[0].rows:
+                self.reorder_cache(torch.arange(rows).repeat_interleave(copies))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes row beam_idx[i]."""
+        self.separate()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows."""
+        self.separate()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that an index tensor or bool mask names."""
+        self.separate()
+        super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        super().reset()
+        self.copies = 1
 
     def forget_recorded_past(self) -> None:
         """Between the chunks of one pass: layers that record their past (assisted decoding) keep their window only."""

@@ -18,6 +18,7 @@ from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
 from headinfer.hf.compat import GenerationMode, PreTrainedModel, check_version, takes_attention_interface, unfit_cache
+from headinfer.hf.copies import one_of_each, repeat_logits
 from headinfer.hf.families import check_family
 
 __all__ = ["DEFAULT_CHUNK_TOKENS", "Enabled", "check_model", "enable"]
@@ -97,6 +98,15 @@ class Enabled:
                 raise _unfit(type(cache).__name__)
             if not isinstance(cache, HeadCache):
                 return forward(*args, **kwargs)
+            copies = cache.copies
+            if copies > 1:
+                one = one_of_each(inputs, self.model.config, copies)
+                if one is None:
+                    cache.separate()
+                    copies = 1
+                else:
+                    inputs = one
+            cache.engine.row_copies = cache.copies
             before, result = cache.checkpoint(), None
             try:
                 for part in chunks_of(inputs, self.chunk_tokens):
@@ -108,7 +118,7 @@ class Enabled:
                 cache.rollback(before)
                 raise
             self._after_forward(cache)
-            return result
+            return repeat_logits(result, copies) if copies > 1 else result
 
         return guarded
 
@@ -148,6 +158,11 @@ class Enabled:
             )
         else:
             model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
+        held = model_kwargs.get("past_key_values")
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if isinstance(held, HeadCache):
+            held.separate()
+            held.copies = copies if held.get_seq_length() == 0 else 1
         by_ids = model_kwargs.get("inputs_embeds") is None  # generate() can not cut embeddings: see chunks.py
         if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False and by_ids:
             generation_config.prefill_chunk_size = self.chunk_tokens

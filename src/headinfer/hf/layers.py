@@ -124,6 +124,11 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
             q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, runs=runs, past_tokens=past_tokens
         )
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first chunk."""
+        return self.store.rows if self.store is not None else 0
+
     def get_seq_length(self) -> int:
         """Tokens of each row."""
         return self.store.tokens if self.store is not None else 0
@@ -211,12 +216,11 @@ class HybridHeadLayer(HeadLayer, LinearAttentionAndFullAttentionLayer):  # type:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows."""
-        rows = torch.arange(self.store.rows if self.store is not None else 0).repeat_interleave(repeats)
-        self.reorder_cache(rows)
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that an index tensor or bool mask names."""
-        self.reorder_cache(torch.arange(self.store.rows if self.store is not None else 0)[indices.cpu()])
+        self.reorder_cache(torch.arange(self.rows)[indices.cpu()])
 
 
 def state_of(layer: Any) -> dict[str, Any]:
