@@ -82,6 +82,7 @@ class Summary:
     first_token_s: float | None = None
     total_s: float = 0.0
     interrupted: bool = False
+    ranks: int = 1
     warnings: list[str] = field(default_factory=list)
     stats: Stats | None = None
     rank_stats: list[Stats] = field(default_factory=list)
@@ -168,6 +169,7 @@ def run(
     """
     job = prepared.job
     summary = Summary(job.model, tokens_in=prepared.input_ids.shape[1], warnings=prepared.warnings)
+    summary.ranks = prepared.ranks.world
     model = _load(prepared)
     torch.manual_seed(job.seed)
     options = dataclasses.asdict(job.options)

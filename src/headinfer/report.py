@@ -106,8 +106,7 @@ def summary_table(summary: Summary) -> Table:
         ("tokens/s after the first", "-" if rate is None else f"{rate:.2f}"),
     ]
     if stats is not None:
-        ranks = len(summary.rank_stats)
-        each = f", each of {ranks} ranks" if ranks > 1 else ""  # they hold equally many heads
+        each = f", each of {summary.ranks} ranks" if summary.ranks > 1 else ""  # they hold equally many heads
         rows += [
             (f"KV on the device, peak{each}", format_bytes(stats.device_kv_peak_bytes)),
             (f"KV on the host{each}", format_bytes(stats.host_kv_bytes)),
