@@ -257,7 +257,7 @@ def test_a_long_pass_is_cut_and_gives_the_same_logits(llama):
     ],
 )
 def test_what_can_not_be_cut_is_left_whole(inputs):
-    assert [part is inputs for part in chunks_of(inputs, 4)] == [True]
+    assert [part is inputs for part in chunks_of(inputs, lambda _: 4)] == [True]
 
 
 def test_an_error_in_a_later_chunk_brings_back_the_length_before_the_pass(llama):

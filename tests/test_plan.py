@@ -193,7 +193,7 @@ def test_the_plan_is_the_best_of_all_that_fit(layers, kv_heads, device_power, ho
 
 def seconds_of(request, chunk, ring, per_layer):
     layer = request.layers[0]
-    slot = {"slot_bytes": ring // 2 or None, "multiprocessors": request.hardware.multiprocessors}
+    slot = {"slot_bytes": ring // 2 or None, "rates": request.hardware.tile_rates(request.dtype)}
     shape = {"kv_heads": layer.kv_heads, "group_queries": layer.query_heads // layer.kv_heads}
     tiles = []
     for queries in (chunk, 1):

@@ -408,12 +408,16 @@ def test_options_out_of_range_are_refused_before_anything_changes(llama, options
     assert llama.__dict__ == before
 
 
+def test_more_heads_than_there_are_is_refused(llama):
+    with headinfer.enable(llama, heads_per_group=5) as enabled, pytest.raises(UsageError, match="1 to 4"):
+        enabled.new_cache()
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"heads_per_group": 5}, UsageError),
         ({"staging": "early", "device_kv_budget": 100_000}, CapacityError),
-        ({"staging": "early", "device_kv_budget": 4 << 20, "tile_tokens": 10_000}, CapacityError),
+        ({"staging": "early", "device_kv_budget": 4 << 20, "tile_tokens": 10_000, "heads_per_group": 4}, CapacityError),
     ],
     ids=str,
 )

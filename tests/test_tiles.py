@@ -1,17 +1,25 @@
-"""The shape of a tile: it fits its slot, obeys what the user fixed, and is long in prefill and wide in decode."""
+"""The shape of a tile: it fits its slot, obeys what the user fixed, and is the cheapest by the model of cost."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.errors import CapacityError, UsageError
-from headinfer.plan.tiles import FEW_QUERY_TOKENS, RING_SLOTS, choose_tiles, ring_slot_bytes
+from headinfer.plan.tiles import FEW_QUERY_TOKENS, RING_SLOTS, TileRates, choose_tiles, layer_seconds, ring_slot_bytes
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 MIB = 2**20
 
 LLAMA_8B = {"kv_heads": 8, "group_queries": 4, "head_token_bytes": 2 * 128 * 2, "rows": 1}
-ADAPTIVE = {"slot_bytes": 64 * MIB, "multiprocessors": 132}
+SLOT = {"slot_bytes": 64 * MIB}
+rates = st.builds(
+    TileRates,
+    flops_per_s=st.floats(1e10, 1e15),
+    device_bytes_per_s=st.floats(1e10, 5e12),
+    link_bytes_per_s=st.floats(1e9, 4e11),
+    launch_s=st.floats(1e-6, 1e-4),
+    multiprocessors=st.integers(1, 200),
+)
 
 problems = st.fixed_dictionaries(
     {
@@ -22,7 +30,7 @@ problems = st.fixed_dictionaries(
         "query_tokens": st.one_of(st.integers(1, 40), st.integers(1, 20_000)),
         "past_tokens": st.one_of(st.integers(0, 300), st.integers(0, 5_000_000)),
         "slot_bytes": st.integers(1, 200 * MIB),
-        "multiprocessors": st.integers(1, 200),
+        "rates": rates,
     }
 )
 
@@ -38,11 +46,9 @@ def test_a_tile_fits_its_slot_and_keeps_what_was_fixed(problem, data):
     fixed_tokens = data.draw(st.one_of(st.none(), st.integers(1, 100_000)))
     try:
         plan = choose_tiles(**problem, heads_per_group=fixed_heads, tile_tokens=fixed_tokens)
-    except CapacityError:
-        # Refused only where the heads that it would take have no room for a tile worth the name.
+    except CapacityError:  # refused only where the fewest heads that it may take have no room for a tile worth the name
         wanted = fixed_tokens if fixed_tokens is not None else 16
-        most = fixed_heads if fixed_heads is not None else problem["kv_heads"]
-        assert not fits(problem, most, min(wanted, max(problem["past_tokens"], 1)))
+        assert not fits(problem, fixed_heads or 1, min(wanted, max(problem["past_tokens"], 1)))
         return
     assert 1 <= plan.heads_per_group <= problem["kv_heads"]
     assert 1 <= plan.tile_tokens <= max(problem["past_tokens"], 1)
@@ -54,16 +60,40 @@ def test_a_tile_fits_its_slot_and_keeps_what_was_fixed(problem, data):
         assert plan.tile_tokens == min(fixed_tokens, max(problem["past_tokens"], 1))
     if fixed_heads is None and fixed_tokens is None:
         assert problem["kv_heads"] % plan.heads_per_group == 0
-        longer = plan.tile_tokens + 1
-        assert plan.tile_tokens == max(problem["past_tokens"], 1) or not fits(problem, plan.heads_per_group, longer)
+
+
+def seconds(problem, heads, tokens):
+    shape = {name: value for name, value in problem.items() if name not in ("slot_bytes", "rates", "past_tokens")}
+    past = max(problem["past_tokens"], 1)
+    return layer_seconds(problem["rates"], heads=heads, tile_tokens=tokens, element_bytes=2, past_tokens=past, **shape)
 
 
 @PROPERTY
 @given(problems)
-def test_all_heads_in_one_tile_while_the_past_fits(problem):
-    problem["slot_bytes"] = problem["kv_heads"] * problem["head_token_bytes"] * max(problem["past_tokens"], 1)
+def test_no_tile_of_the_slots_size_is_clearly_cheaper(problem):
+    problem["slot_bytes"] += problem["kv_heads"] * 16 * problem["head_token_bytes"]
     plan = choose_tiles(**problem)
-    assert (plan.heads_per_group, plan.tile_tokens) == (problem["kv_heads"], max(problem["past_tokens"], 1))
+    chosen, past = seconds(problem, plan.heads_per_group, plan.tile_tokens), max(problem["past_tokens"], 1)
+    for heads in (n for n in range(1, problem["kv_heads"] + 1) if problem["kv_heads"] % n == 0):
+        longest = min(problem["slot_bytes"] // (heads * problem["head_token_bytes"]), past)
+        for tokens in (longest, -(-longest // 2), -(-longest // 4), -(-longest // 8)):
+            if tokens >= min(16, past):
+                assert chosen <= seconds(problem, heads, tokens) / 0.98 * (1 + 1e-9)
+
+
+@PROPERTY
+@given(problems, st.floats(1.0, 100.0))
+def test_faster_machines_are_not_slower(problem, factor):
+    fast = problem["rates"]
+    faster = TileRates(
+        fast.flops_per_s * factor,
+        fast.device_bytes_per_s * factor,
+        fast.link_bytes_per_s * factor,
+        fast.launch_s / factor,
+        fast.multiprocessors,
+    )
+    for heads in range(1, problem["kv_heads"] + 1):
+        assert seconds(problem | {"rates": faster}, heads, 64) <= seconds(problem, heads, 64)
 
 
 @PROPERTY
@@ -82,39 +112,40 @@ def test_the_same_problem_gives_the_same_tile(problem):
     assert choose_tiles(**problem) == choose_tiles(**problem)
 
 
-@pytest.mark.parametrize("past_tokens", [65_536, 1_048_576, 4_194_304])
+H100 = TileRates(840e12, 2.8e12, 50e9, 20e-6, 132)
+
+
+@pytest.mark.parametrize("past_tokens", [262_144, 1_048_576, 4_194_304])
 def test_prefill_takes_few_heads_and_long_tiles(past_tokens):
-    prefill = choose_tiles(**LLAMA_8B, **ADAPTIVE, query_tokens=8192, past_tokens=past_tokens)
-    assert prefill.heads_per_group == 2  # 1 head x 4 x 8192 query rows are 256 blocks of 128, fewer than 2 x 132
-    assert prefill.tile_tokens == min(past_tokens, 65_536)
-    assert "prefill" in prefill.why
-    small = choose_tiles(**LLAMA_8B, slot_bytes=64 * MIB, query_tokens=8192, past_tokens=past_tokens)
-    assert small.heads_per_group == 1
-    assert small.tile_tokens == min(past_tokens, 131_072)
+    """Few, since a tile's merge costs the same for any number of its tokens; enough to fill the device."""
+    wide = choose_tiles(**LLAMA_8B, **SLOT, rates=H100, query_tokens=8192, past_tokens=past_tokens)
+    assert wide.heads_per_group == 2  # 1 head x 4 x 8192 query rows are 256 blocks of 128, fewer than 2 x 132
+    assert wide.tile_tokens >= 16_384
+    few = choose_tiles(**LLAMA_8B, **SLOT, rates=H100, query_tokens=1024, past_tokens=past_tokens)
+    assert few.heads_per_group >= 4
+    assert "cheapest" in wide.why
 
 
-def test_prefill_takes_as_few_heads_as_keep_the_device_busy():
-    found = [
-        choose_tiles(**LLAMA_8B, **ADAPTIVE, query_tokens=tokens, past_tokens=10**6).heads_per_group
-        for tokens in (16_384, 8448, 8192, 4096, 2048, 512, FEW_QUERY_TOKENS + 1)
-    ]
-    assert found == [1, 1, 2, 4, 8, 8, 8]
-    twice = LLAMA_8B | {"rows": 2}
-    assert choose_tiles(**twice, **ADAPTIVE, query_tokens=4096, past_tokens=10**6).heads_per_group == 2
+def test_a_past_that_fits_a_slot_is_still_cut_where_that_hides_its_copy():
+    """One tile for all heads is copied before anything is computed; a group at a time hides behind the one before."""
+    plan = choose_tiles(**LLAMA_8B, **SLOT, rates=H100, query_tokens=8192, past_tokens=16_384)
+    assert plan.heads_per_group * plan.tile_tokens < 8 * 16_384
+    tiny = choose_tiles(**LLAMA_8B, **SLOT, rates=H100, query_tokens=1, past_tokens=64)
+    assert (tiny.heads_per_group, tiny.tile_tokens) == (8, 64)
 
 
 @pytest.mark.parametrize("query_tokens", [1, FEW_QUERY_TOKENS])
-@pytest.mark.parametrize("past_tokens", [65_536, 4_194_304])
-def test_decode_takes_all_heads(query_tokens, past_tokens):
-    plan = choose_tiles(**LLAMA_8B, slot_bytes=64 * MIB, query_tokens=query_tokens, past_tokens=past_tokens)
-    assert (plan.heads_per_group, plan.tile_tokens) == (8, 16_384)
-    assert "decode" in plan.why
+@pytest.mark.parametrize("past_tokens", [262_144, 4_194_304])
+def test_decode_takes_large_copies(query_tokens, past_tokens):
+    plan = choose_tiles(**LLAMA_8B, **SLOT, rates=H100, query_tokens=query_tokens, past_tokens=past_tokens)
+    assert plan.heads_per_group >= 4
+    assert plan.tile_tokens * 256 >= 2**19, "copies of K and of V are not small"
 
 
 @pytest.mark.parametrize("query_tokens", [1, 4096])
 def test_a_fixed_number_of_heads_is_kept_and_the_tile_as_long_as_it_can_be(query_tokens):
     for heads in (1, 3, 8):
-        plan = choose_tiles(**LLAMA_8B, **ADAPTIVE, query_tokens=query_tokens, past_tokens=10**6, heads_per_group=heads)
+        plan = choose_tiles(**LLAMA_8B, **SLOT, query_tokens=query_tokens, past_tokens=10**6, heads_per_group=heads)
         assert (plan.heads_per_group, plan.tile_tokens) == (heads, 64 * MIB // (heads * 512))
         assert "option" in plan.why
 
@@ -139,8 +170,9 @@ def test_options_out_of_range_are_refused(option, value, range_, slot_bytes, pas
 @pytest.mark.parametrize(
     "options",
     [
-        {"tile_tokens": 16_385},
+        {"tile_tokens": 131_073},
         {"tile_tokens": 131_073, "heads_per_group": 1},
+        {"tile_tokens": 16_385, "heads_per_group": 8},
         {"tile_tokens": 43_691, "heads_per_group": 3},
     ],
 )
@@ -155,10 +187,12 @@ def test_a_fixed_tile_larger_than_a_slot_is_refused(options):
 
 def test_a_slot_without_room_for_a_tile_is_refused():
     problem = {**LLAMA_8B, "query_tokens": 1, "past_tokens": 10**6}
-    assert choose_tiles(**problem, slot_bytes=8 * 16 * 512).tile_tokens == 16
+    assert choose_tiles(**problem, slot_bytes=8 * 16 * 512, heads_per_group=8).tile_tokens == 16
     with pytest.raises(CapacityError, match="8 heads x 16 tokens needs 65536 bytes"):
-        choose_tiles(**problem, slot_bytes=8 * 16 * 512 - 1)
-    assert choose_tiles(**problem, slot_bytes=8 * 16 * 512 - 1, heads_per_group=4).tile_tokens == 31  # as it advises
+        choose_tiles(**problem, slot_bytes=8 * 16 * 512 - 1, heads_per_group=8)
+    with pytest.raises(CapacityError, match="1 heads x 16 tokens needs 8192 bytes"):
+        choose_tiles(**problem, slot_bytes=16 * 512 - 1)
+    assert choose_tiles(**problem, slot_bytes=16 * 512).tile_tokens == 16
 
 
 @PROPERTY

@@ -44,14 +44,18 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to read before the prompt.")] = None,
     prompt: Annotated[str, typer.Option(help="The question, after the document.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 256,
-    chunk_tokens: Annotated[int, typer.Option(help="Read the prompt in chunks of this many tokens.")] = 4096,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(help="Read the prompt in chunks of this many tokens; planned where not given.")
+    ] = None,
     device_kv_budget: Annotated[
-        str | None, typer.Option(help="KV bytes on the device, e.g. 256MiB (the default); any context length.")
+        str | None, typer.Option(help="KV bytes on the device at any context length, e.g. 256MiB; else planned.")
     ] = None,
     heads_per_group: Annotated[
-        int | None, typer.Option(help="KV heads streamed together; adaptive where not given.")
+        int | None, typer.Option(help="KV heads streamed together; chosen before each pass where not given.")
     ] = None,
-    tile_tokens: Annotated[int | None, typer.Option(help="Tokens streamed together; adaptive where not given.")] = None,
+    tile_tokens: Annotated[
+        int | None, typer.Option(help="Tokens streamed together; chosen before each pass where not given.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="The attention kernel to try first; see headinfer info.")] = None,
     staging: Annotated[
         str, typer.Option(help="auto; or early / late: force the ring on a CPU, as on a GPU, for tests.")

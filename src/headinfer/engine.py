@@ -14,8 +14,9 @@ from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore, Runs
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import Ring, Staging, StagingWriter, Writer, make_ring, write_in_place
+from headinfer.machine import this_machine
 from headinfer.model_shape import ModelShape
-from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, choose_tiles, ring_slot_bytes
+from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
 from headinfer.streaming import attend_streaming
 
 __all__ = ["Engine", "Options"]
@@ -30,7 +31,8 @@ class Options:
     device_kv_budget: bytes of KV on the device, ring + tails + write-back buffers, at any context length.
     heads_per_group, tile_tokens: the tile. backend: the attention kernel to try first.
     staging: "auto" reads segments in place on the CPU and streams through a ring on CUDA; "early" and "late"
-    force the ring's CPU twins (see kv/transfer.py). expected_tokens: the final length, where it is known.
+    force the ring's CPU twins (see kv/transfer.py). expected_tokens: the final length, where it is known. rates: what
+    tiles are chosen for. The same options give the same tiles, merges and kernels, so the same bits on one machine.
     """
 
     device_kv_budget: int | None = None
@@ -39,6 +41,7 @@ class Options:
     backend: str | None = None
     staging: Literal["auto", "none", "early", "late"] = "auto"
     expected_tokens: int = 0
+    rates: TileRates | None = None
 
     def __post_init__(self) -> None:
         for name in ("device_kv_budget", "heads_per_group", "tile_tokens"):
@@ -68,10 +71,10 @@ class Engine:
         self._tier: HostTier | None = None
         self._ring: Ring | None = None
         self._write: Writer = write_in_place
+        self._rates = options.rates
         self._device: torch.device | None = None
         self._staging: Staging = "none"
         self._stream: torch.cuda.Stream | None = None
-        self._multiprocessors = 1
 
     def check_budget(self, shape: ModelShape, element_bytes: int, chunk_tokens: int, total_tokens: int) -> None:
         """Raise, before anything is loaded, where the options cannot serve one row of this shape.
@@ -91,6 +94,8 @@ class Engine:
                 query_tokens=query_tokens,
                 past_tokens=total_tokens,
                 slot_bytes=slot_bytes,
+                element_bytes=element_bytes,
+                rates=self.options.rates,
                 heads_per_group=self.options.heads_per_group,
                 tile_tokens=self.options.tile_tokens,
             )
@@ -98,7 +103,7 @@ class Engine:
     def new_store(self, k: torch.Tensor, v: torch.Tensor) -> HeadStore:
         """An empty store with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         if self._device is None:
-            self._open(k.device)
+            self._open(k.device, k.dtype)
         if k.device != self._device:
             raise UnsupportedError(
                 f"the model's layers lie on {self._device} and {k.device}: this version serves models on one device, "
@@ -140,7 +145,8 @@ class Engine:
             query_tokens=query_tokens,
             past_tokens=store.tokens,
             slot_bytes=slot_bytes,
-            multiprocessors=self._multiprocessors,
+            element_bytes=store.dtype.itemsize,
+            rates=self._rates,
             heads_per_group=self.options.heads_per_group,
             tile_tokens=self.options.tile_tokens,
         )
@@ -189,12 +195,14 @@ class Engine:
         if self._ring is not None:
             self._ring.abandon()
 
-    def _open(self, device: torch.device) -> None:
+    def _open(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         if device.type == "cuda":
             self._staging = "cuda"
             self._stream = torch.cuda.Stream(device)
-            self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+            machine, name = this_machine(device), str(dtype).removeprefix("torch.")
+            if self._rates is None and name in machine.flops_per_s:
+                self._rates = machine.tile_rates(name)
         elif device.type != "cpu":
             raise UnsupportedError(f"the model is on {device}: this version serves cpu and cuda devices")
         elif self.options.staging != "auto":

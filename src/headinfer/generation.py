@@ -16,12 +16,14 @@ from headinfer.engine import Options
 from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel
-from headinfer.hf.enable import DEFAULT_CHUNK_TOKENS, enable
+from headinfer.hf.enable import enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.parallel import all_of, check_shards, load_random_shard, load_shard, rank_device
 from headinfer.model_shape import ModelShape
 from headinfer.plan.memory import available_host_bytes, check_host_memory
+from headinfer.plan.planner import Plan
 from headinfer.ranks import Ranks
+from headinfer.run_plan import fixed_fields, plan_run, planned
 
 __all__ = ["DTYPES", "Job", "Prepared", "Summary", "prepare", "read_text", "run"]
 
@@ -32,13 +34,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Job:
-    """What a person asks for. Sampling options are generate()'s own."""
+    """What a person asks for; what is None is planned. Sampling options are generate()'s own."""
 
     model: str
     document: str = ""
     prompt: str = ""
     max_new_tokens: int = 64
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    chunk_tokens: int | None = None
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -58,6 +60,7 @@ class Prepared:
     dtype: torch.dtype
     device: str
     warnings: list[str]
+    plan: Plan
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -83,6 +86,7 @@ class Summary:
     total_s: float = 0.0
     interrupted: bool = False
     ranks: int = 1
+    plan: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     stats: Stats | None = None
     rank_stats: list[Stats] = field(default_factory=list)
@@ -115,7 +119,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     Raises UsageError, UnsupportedError or CapacityError with what is wrong and what would work.
     """
     for name in ("max_new_tokens", "chunk_tokens"):
-        if getattr(job, name) < 1:
+        if getattr(job, name) is not None and getattr(job, name) < 1:
             raise UsageError(f"{name.replace('_', '-')} is {getattr(job, name)}: it must be a positive number")
     if not (job.prompt.strip() or job.document.strip()):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
@@ -139,22 +143,29 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         check_shards(source.config, shape, ranks)
         shape, weight_bytes = shape.shard(ranks.world), weight_bytes // ranks.world
     total = input_ids.shape[1] + job.max_new_tokens
-    HeadCache(source.config, **{**dataclasses.asdict(job.options), "expected_tokens": 0}).engine.check_budget(
-        shape, dtype.itemsize, job.chunk_tokens, total
-    )
     check_host_memory(
         total,
         shape.kv_bytes_per_token(dtype.itemsize),
         weight_bytes,
         available=available_host_bytes() // ranks.local_world,
     )
+    plan = plan_run(
+        shape,
+        torch.device(device),
+        dtype,
+        total,
+        ranks_on_host=ranks.local_world,
+        fixed=fixed_fields(job.options, job.chunk_tokens),
+    )
+    cache = HeadCache(source.config, **vars(planned(job.options, plan)))
+    cache.engine.check_budget(shape, dtype.itemsize, plan.chunk_tokens, total)
     warnings = []
     if shape.max_context_tokens and total > shape.max_context_tokens:
         warnings.append(
             f"{total:,} tokens exceed the {shape.max_context_tokens:,} that this model was made for: "
             "expect poor answers"
         )
-    return Prepared(job, source, tokenizer, input_ids, dtype, device, warnings, ranks)
+    return Prepared(job, source, tokenizer, input_ids, dtype, device, warnings, plan, ranks)
 
 
 def run(
@@ -170,21 +181,23 @@ def run(
     job = prepared.job
     summary = Summary(job.model, tokens_in=prepared.input_ids.shape[1], warnings=prepared.warnings)
     summary.ranks = prepared.ranks.world
+    summary.plan = prepared.plan.as_dict()
     model = _load(prepared)
     torch.manual_seed(job.seed)
-    options = dataclasses.asdict(job.options)
-    options["expected_tokens"] = prepared.input_ids.shape[1] + job.max_new_tokens
-    cache = HeadCache(model.config, **options)
+    chunk_tokens = prepared.plan.chunk_tokens
+    options = planned(job.options, prepared.plan)
+    options = dataclasses.replace(options, expected_tokens=prepared.input_ids.shape[1] + job.max_new_tokens)
+    cache = HeadCache(model.config, **vars(options))
     start = time.perf_counter()
     streamer = _Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)
     try:
-        with enable(model, chunk_tokens=job.chunk_tokens, on_forward=on_forward):
+        with enable(model, chunk_tokens=chunk_tokens, on_forward=on_forward):
             model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=cache,
-                prefill_chunk_size=job.chunk_tokens,
+                prefill_chunk_size=chunk_tokens,
                 max_new_tokens=job.max_new_tokens,
                 streamer=streamer,
                 **({"do_sample": False} | job.sampling),

@@ -6,24 +6,30 @@ generate() prepares, and a forward that puts the cache right again after an erro
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from headinfer.engine import Options
-from headinfer.errors import StateError, UnsupportedError, UsageError
+from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageError
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
 from headinfer.hf.compat import GenerationMode, PreTrainedModel, check_version, takes_attention_interface, unfit_cache
 from headinfer.hf.copies import one_of_each, repeat_logits
 from headinfer.hf.families import check_family
+from headinfer.model_shape import ModelShape
+from headinfer.plan.planner import Plan
+from headinfer.run_plan import fixed_fields, plan_run, planned
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "Enabled", "check_model", "enable"]
+__all__ = ["Enabled", "check_model", "enable"]
 
-DEFAULT_CHUNK_TOKENS = 4096
+_UNPLANNED_CHUNK_TOKENS = 2048  # where no plan fits the memory that is free: the engine still tries
 _OUR_CACHES = (None, "dynamic", "hybrid")  # "hybrid": older Gemma checkpoints name it; a HeadCache is one
 
 
@@ -46,12 +52,13 @@ class Enabled:
     def __init__(
         self,
         model: PreTrainedModel,
-        chunk_tokens: int,
+        chunk_tokens: int | None,
         options: Options,
         on_forward: Callable[[HeadCache], None] | None,
     ) -> None:
         self.model, self.chunk_tokens, self.options, self.on_forward = model, chunk_tokens, options, on_forward
         self.last_cache: HeadCache | None = None
+        self.plan: Plan | None = None
         self._attention_before = model.config._attn_implementation
         self._forward_before = model.__dict__.get("forward")
         register()
@@ -60,10 +67,33 @@ class Enabled:
         model._prepare_cache_for_generation = self._prepare_cache
         model._headinfer = self
 
-    def new_cache(self, expected_tokens: int = 0) -> HeadCache:
-        """An empty cache with this model's options, to pass as past_key_values."""
-        fields = {name: getattr(self.options, name) for name in Options.__dataclass_fields__}
-        return HeadCache(self.model.config, **{**fields, "expected_tokens": expected_tokens})
+    def new_cache(self, expected_tokens: int = 0, rows: int = 1) -> HeadCache:
+        """An empty cache with this model's options, to pass as past_key_values; what they leave open is planned."""
+        self.plan = self._make_plan(expected_tokens, rows)
+        options = dataclasses.replace(self.options, expected_tokens=expected_tokens)
+        if self.plan is not None:
+            options = planned(options, self.plan)
+        return HeadCache(self.model.config, **vars(options))
+
+    def _make_plan(self, tokens: int, rows: int) -> Plan | None:
+        """The plan for so many tokens with the memory that is free now; None where none fits, since lengths are often
+        only upper bounds here: what does not fit then fails when it is reached.
+        """
+        model = self.model
+        shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
+        device = model.device if model.device.type in ("cpu", "cuda") else torch.device("cpu")
+        fixed = fixed_fields(self.options, self.chunk_tokens)
+        try:
+            return plan_run(shape, device, model.dtype, max(tokens, 1), rows=rows, is_loaded=True, fixed=fixed)
+        except CapacityError:
+            return None
+
+    def _chunk(self, tokens: int, rows: int) -> int:
+        """Tokens of a chunk, for a context that will have `tokens` tokens."""
+        if self.chunk_tokens is not None:
+            return self.chunk_tokens
+        self.plan = self._make_plan(tokens, rows)
+        return self.plan.chunk_tokens if self.plan is not None else _UNPLANNED_CHUNK_TOKENS
 
     def disable(self) -> None:
         """Leave the model as it was; harmless to repeat."""
@@ -109,7 +139,7 @@ class Enabled:
             cache.engine.row_copies = cache.copies
             before, result = cache.checkpoint(), None
             try:
-                for part in chunks_of(inputs, self.chunk_tokens):
+                for part in chunks_of(inputs, functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1)):
                     if result is not None:
                         self._after_forward(cache)
                         cache.forget_recorded_past()
@@ -157,7 +187,7 @@ class Enabled:
                 self.model, generation_config, model_kwargs, mode, batch_size, max_cache_length
             )
         else:
-            model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
+            model_kwargs["past_key_values"] = self.new_cache(max_cache_length, batch_size)
         held = model_kwargs.get("past_key_values")
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if isinstance(held, HeadCache):
@@ -165,7 +195,7 @@ class Enabled:
             held.copies = copies if held.get_seq_length() == 0 else 1
         by_ids = model_kwargs.get("inputs_embeds") is None  # generate() can not cut embeddings: see chunks.py
         if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False and by_ids:
-            generation_config.prefill_chunk_size = self.chunk_tokens
+            generation_config.prefill_chunk_size = self._chunk(max_cache_length, batch_size)
 
 
 def _unfit(what: str) -> UnsupportedError:
@@ -177,18 +207,19 @@ def _unfit(what: str) -> UnsupportedError:
 def enable(
     model: PreTrainedModel,
     *,
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     on_forward: Callable[[HeadCache], None] | None = None,
     **options: Any,
 ) -> Enabled:
     """Switch headinfer on for a model; use the result as a context manager or call its disable().
 
     chunk_tokens: prompts are read in chunks of this many tokens. options: the fields of `headinfer.Options`, e.g.
-    device_kv_budget in bytes. on_forward: called with the cache after each forward pass, for progress displays.
-    Raises UnsupportedError for a model that is not served exactly and UsageError for options out of range, both
-    before anything is changed.
+    device_kv_budget in bytes. What is left open is planned for this machine, anew for each generate() and each long
+    forward pass; `plan` is the last plan, and `plan.explain()` says why. on_forward: called with the cache after each
+    forward pass, for progress displays. Raises UnsupportedError for a model that is not served exactly and UsageError
+    for options out of range, both before anything is changed.
     """
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise UsageError(f"chunk_tokens is {chunk_tokens}: it must be a positive number")
     chosen = Options(**options)
     check_model(model)

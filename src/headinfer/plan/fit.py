@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from headinfer.errors import CapacityError
-from headinfer.plan.footprint import Footprint, streaming_footprint, weight_bytes
+from headinfer.plan.footprint import Footprint, streaming_footprint, tail_bytes, weight_bytes
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 CHUNK_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+HOST_CHUNK_TOKENS = 4096  # on a CPU, longer chunks save nothing: the weights are read seldom enough
 STREAMING_BYTES = tuple(2**power * 2**20 for power in range(11))  # 1 MiB to 1 GiB
 HOST_OVERHEAD_BYTES = 2 * 2**30  # the process with torch and transformers, and room for the system
 _LONGEST_TOKENS = 2**36
@@ -32,7 +33,8 @@ def chunks(request: Request) -> list[int]:
     """Candidate chunks, the smallest first; the first that holds the whole context is the last that helps."""
     if request.chunk_tokens is not None:
         return [request.chunk_tokens]
-    whole = next((chunk for chunk in CHUNK_TOKENS if chunk >= request.context_tokens), CHUNK_TOKENS[-1])
+    most = HOST_CHUNK_TOKENS if request.hardware.is_host else CHUNK_TOKENS[-1]
+    whole = next((chunk for chunk in CHUNK_TOKENS if chunk >= request.context_tokens or chunk == most), most)
     return [chunk for chunk in CHUNK_TOKENS if chunk <= whole]
 
 
@@ -41,7 +43,10 @@ def streaming_budgets(request: Request) -> list[int | None]:
     if request.hardware.is_host:
         return [None]
     most = request.device_kv_budget_bytes
-    return [*(size for size in STREAMING_BYTES if most is None or size <= most), None]
+    if most is not None and not request.keeps_resident:
+        return [most]
+    streaming: list[int | None] = [size for size in STREAMING_BYTES if most is None or size <= most]
+    return [*streaming, None] if request.keeps_resident else streaming
 
 
 def fitting_footprint(
@@ -72,7 +77,8 @@ def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
         query_tokens=query_tokens,
         past_tokens=request.context_tokens,
         slot_bytes=found.ring_bytes // RING_SLOTS or None,
-        multiprocessors=request.hardware.multiprocessors,
+        element_bytes=request.element_bytes,
+        rates=request.hardware.tile_rates(request.dtype),
         heads_per_group=request.heads_per_group,
         tile_tokens=request.tile_tokens,
     )
@@ -84,8 +90,10 @@ def resident(request: Request, chunk_tokens: int, streaming_bytes: int | None, b
     The same number in all layers, then one more from the first on: a layer's transfer hides behind its own attention.
     """
     layers = request.layers
-    if request.hardware.is_host or streaming_bytes is None:
-        return [0 if request.hardware.is_host else layer.kv_heads for layer in layers]
+    if request.hardware.is_host or not request.keeps_resident:
+        return [0] * len(layers)
+    if streaming_bytes is None:
+        return [layer.kv_heads for layer in layers]
     room = request.room_bytes - bare.device_bytes
     if request.device_kv_budget_bytes is not None:
         room = min(room, request.device_kv_budget_bytes - bare.device_kv_budget_bytes)
@@ -143,7 +151,12 @@ def refusal(request: Request) -> CapacityError:
     budget, request = request.device_kv_budget_bytes, dataclasses.replace(request, device_kv_budget_bytes=None)
     chunk = chunks(request)[0]
     candidates = [_footprint(request, chunk, size, None) for size in streaming_budgets(request)]
-    least = min((found for found in candidates if found is not None), key=lambda found: found.device_bytes)
+    least = min(
+        (found for found in candidates if found is not None), key=lambda found: found.device_bytes, default=None
+    )
+    if least is None:
+        tails = format_bytes(tail_bytes(request.shape, request.element_bytes, request.rows))
+        return CapacityError(f"the newest tokens of {request.rows} rows alone need {tails} on the device: use fewer")
     tokens = format_tokens(request.context_tokens)
     longest = longest_context(request)
     advice = f"at most {format_tokens(longest)} tokens fit" if longest else "no context fits"

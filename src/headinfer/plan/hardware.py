@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headinfer.errors import UsageError
+from headinfer.plan.tiles import TileRates
 
 __all__ = ["HARDWARE", "Hardware", "find_hardware", "probe_path"]
 
@@ -78,6 +79,16 @@ class Hardware:
     def attained_link_bytes_per_s(self) -> float:
         """Bytes per second from host RAM to the device: the link's, or DRAM's where that is slower."""
         return min(self.link_bytes_per_s * self.link_share, self.dram_bytes_per_s * self.dram_share)
+
+    def tile_rates(self, dtype: str) -> TileRates:
+        """What choose_tiles() asks of a machine."""
+        return TileRates(
+            flops_per_s=self.attained_flops_per_s(dtype),
+            device_bytes_per_s=self.attained_device_bytes_per_s,
+            link_bytes_per_s=self.attained_link_bytes_per_s,
+            launch_s=self.launch_s,
+            multiprocessors=self.multiprocessors,
+        )
 
     def save(self, path: Path) -> None:
         """Write as JSON; the file is whole or not there."""

@@ -52,6 +52,11 @@ class Plan:
         return self.prefill.tile_tokens
 
     @property
+    def streaming_bytes(self) -> int:
+        """Device bytes of ring, tails and write-back: the engine's device_kv_budget."""
+        return self.footprint.device_kv_budget_bytes - self.footprint.resident_bytes
+
+    @property
     def total_s(self) -> float:
         """Seconds for the context and the new tokens."""
         return self.prefill_cost.total_s + self.request.new_tokens * self.decode_cost.total_s

@@ -16,7 +16,8 @@ class Request:
     """What is to be planned. Bytes are what the job may use; device_bytes None is all of the device.
 
     chunk_tokens, heads_per_group, tile_tokens, device_kv_budget_bytes: fixed by the user, or None to choose.
-    device_kv_budget_bytes bounds ring, tails, write-back and resident KV together.
+    device_kv_budget_bytes bounds ring, tails, write-back and resident KV together. keeps_resident: whether KV heads
+    may stay on the device; this version's engine streams them all.
     """
 
     shape: ModelShape
@@ -34,6 +35,7 @@ class Request:
     tile_tokens: int | None = None
     device_kv_budget_bytes: int | None = None
     prefetches_next_layer: bool = False
+    keeps_resident: bool = True
 
     def __post_init__(self) -> None:
         optional = ("device_bytes", "weight_bits", "chunk_tokens", "device_kv_budget_bytes")

@@ -16,18 +16,14 @@ from dataclasses import dataclass
 
 from headinfer.model_shape import LayerShape, ModelShape
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.tiles import MERGE_BYTES, TILE_LAUNCHES
 
 __all__ = ["OperatingPoint", "Schedule", "Seconds", "decode_seconds", "operating_points", "prefill_seconds"]
 
 # Kernels that eager PyTorch queues for one decoder layer of transformers (norms, projections, rotary embedding,
-# MLP, residuals), and for one tile: attention, merge and events; two copies per head come on top. For a head group
-# that is copied whole: K and V in and out, attention, events.
+# MLP, residuals). For a head group that is copied whole: K and V in and out, attention, events.
 LAYER_LAUNCHES = 40
-TILE_LAUNCHES = 12
 GROUP_LAUNCHES = 10
-# Device bytes per element of a tile's output to merge it: read and written as float32 in several eager kernels
-# (DESIGN, section 3: 34; one fused kernel: 10).
-MERGE_BYTES = 34
 
 
 @dataclass(frozen=True)

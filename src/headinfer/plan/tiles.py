@@ -5,18 +5,51 @@ A slot is a number of bytes; its shape is chosen here, anew before each forward 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from headinfer.errors import CapacityError, UsageError
 
-__all__ = ["DEFAULT_BUDGET_BYTES", "FEW_QUERY_TOKENS", "RING_SLOTS", "TilePlan", "choose_tiles", "ring_slot_bytes"]
+__all__ = [
+    "DEFAULT_BUDGET_BYTES",
+    "FEW_QUERY_TOKENS",
+    "MERGE_BYTES",
+    "RING_SLOTS",
+    "TILE_LAUNCHES",
+    "TilePlan",
+    "TileRates",
+    "choose_tiles",
+    "ring_slot_bytes",
+]
 
 DEFAULT_BUDGET_BYTES = 256 * 1024 * 1024
 RING_SLOTS = 2
 FEW_QUERY_TOKENS = 16  # up to here a pass is bound by the bytes of K and V: decode, or checking a few guesses
+# Device bytes per element of a tile's output to merge it: read and written as float32 in several eager kernels
+# (DESIGN, section 3: 34; one fused kernel: 10).
+MERGE_BYTES = 34
+# Kernels and events that one tile takes: attention, merge, waiting; two copies per head come on top.
+TILE_LAUNCHES = 12
 _QUERY_BLOCK = 128  # query rows that one multiprocessor works on at a time in the flash kernels
 _SMALLEST_TILE_TOKENS = 16
+_SHORTENED = (1, 2, 4, 8)  # a tile may be that much shorter than its slot, so that less of the first one is waited for
+_CLEARLY = 0.98  # fewer heads, or shorter tiles, must save this much, since the model of cost is no exacter
+_AHEAD = 1.5  # queueing must stay ahead of the device
 _ALIGN_BYTES = 256
+
+
+@dataclass(frozen=True)
+class TileRates:
+    """What the machine attains, as far as tiles are concerned. Part of the arithmetic: other rates, other tiles.
+
+    multiprocessors: what a kernel must fill. launch_s: host seconds to queue one kernel or copy.
+    """
+
+    flops_per_s: float = 140e12  # an RTX 4090's, in half types
+    device_bytes_per_s: float = 850e9
+    link_bytes_per_s: float = 25e9
+    launch_s: float = 20e-6
+    multiprocessors: int = 128
 
 
 @dataclass(frozen=True)
@@ -51,57 +84,100 @@ def choose_tiles(
     query_tokens: int,
     past_tokens: int,
     slot_bytes: int | None,
-    multiprocessors: int = 1,
+    element_bytes: int = 2,
+    rates: TileRates | None = None,
     heads_per_group: int | None = None,
     tile_tokens: int | None = None,
 ) -> TilePlan:
     """The tile for one forward pass.
 
     kv_heads: KV heads of a layer, each with group_queries query heads. head_token_bytes: K and V of one token of
-    one head. rows: the batch. slot_bytes: bytes of a ring slot, or None where segments are read in place.
-    heads_per_group, tile_tokens: fixed by the user, or None to choose.
+    one head, of element_bytes each element. rows: the batch. slot_bytes: bytes of a ring slot, or None where segments
+    are read in place. rates: None is a well-known device's. heads_per_group, tile_tokens: fixed by the user, or None
+    to choose.
 
-    Adaptive choice (DESIGN section 3; the paper's section 3.3 adapts the heads only): all heads in one group while
-    the past fits a slot. Else in prefill as few heads as keep the device busy, for the longest tiles: merging a
-    tile costs the same for any number of its tokens. Else, in decode, all heads and few tokens: merging is
-    nothing there, and large copies with few launches are all. Raises UsageError for a number out of range and
-    CapacityError where a slot holds no tile.
+    Of the tiles that fit a slot (the KV heads split evenly; as long as the slot, or a half, a quarter or an eighth of
+    it) the one that takes the least seconds, see `layer_seconds`; of about equal ones, the most heads and the longest
+    (the paper's section 3.3 adapts the heads only). Raises UsageError for a number out of range and CapacityError
+    where a slot holds no tile.
     """
     for name, value, most in (("heads_per_group", heads_per_group, kv_heads), ("tile_tokens", tile_tokens, None)):
         if value is not None and (value < 1 or (most is not None and value > most)):
             raise UsageError(f"{name} is {value}: it must be {f'1 to {most}' if most else 'at least 1'} for this model")
+    past = max(past_tokens, 1)
     if slot_bytes is None:
-        return TilePlan(
-            heads_per_group or kv_heads, tile_tokens or max(past_tokens, 1), "segments are read in place, all at once"
-        )
+        return TilePlan(heads_per_group or kv_heads, tile_tokens or past, "segments are read in place, all at once")
 
     def longest(heads: int) -> int:
-        return slot_bytes // (heads * head_token_bytes)
+        return min(slot_bytes // (heads * head_token_bytes), past)
 
-    if heads_per_group is not None:
-        heads, why = heads_per_group, "heads per group fixed by option"
-    elif past_tokens <= longest(kv_heads):
-        heads, why = kv_heads, "all heads of a layer fit a slot"
-    elif tile_tokens is not None:
-        heads, why = kv_heads, "tokens of a tile fixed by option, all heads"
-    elif query_tokens > FEW_QUERY_TOKENS:
-        heads = next(
-            (
-                heads
-                for heads in range(1, kv_heads + 1)
-                if kv_heads % heads == 0
-                and rows * heads * group_queries * query_tokens >= 2 * multiprocessors * _QUERY_BLOCK
-            ),
-            kv_heads,
+    def seconds(heads: int, tokens: int) -> float:
+        return layer_seconds(
+            rates or TileRates(),
+            heads=heads,
+            tile_tokens=tokens,
+            kv_heads=kv_heads,
+            group_queries=group_queries,
+            head_token_bytes=head_token_bytes,
+            element_bytes=element_bytes,
+            rows=rows,
+            query_tokens=query_tokens,
+            past_tokens=past,
         )
-        why = "prefill: as few heads as keep the device busy, for long tiles"
-    else:
-        heads, why = kv_heads, "decode: all heads, few and large copies"
-    tokens = min(tile_tokens or longest(heads), max(past_tokens, 1))
-    needed = tile_tokens if tile_tokens is not None else min(_SMALLEST_TILE_TOKENS, max(past_tokens, 1))
-    if min(needed, max(past_tokens, 1)) > longest(heads):
+
+    needed = min(tile_tokens if tile_tokens is not None else _SMALLEST_TILE_TOKENS, past)
+    wanted = [n for n in range(kv_heads, 0, -1) if kv_heads % n == 0] if heads_per_group is None else [heads_per_group]
+    fitting = [heads for heads in wanted if longest(heads) >= needed]
+    if not fitting:
+        least = wanted[-1] * needed * head_token_bytes
         raise CapacityError(
-            f"a tile of {heads} heads x {needed} tokens needs {heads * needed * head_token_bytes} bytes and a ring "
-            f"slot has {slot_bytes}: raise device_kv_budget, or lower heads_per_group or tile_tokens"
+            f"a tile of {wanted[-1]} heads x {needed} tokens needs {least} bytes and a ring slot has {slot_bytes}: "
+            "raise device_kv_budget, or lower heads_per_group or tile_tokens"
         )
-    return TilePlan(heads, tokens, why)
+    shapes = [
+        (heads, tokens)
+        for heads in fitting
+        for tokens in ([needed] if tile_tokens is not None else [-(-longest(heads) // part) for part in _SHORTENED])
+        if tokens >= needed
+    ]
+    best = shapes[0]
+    for shape in shapes[1:]:
+        if seconds(*shape) < _CLEARLY * seconds(*best):
+            best = shape
+    fixed = [name for name, value in (("heads", heads_per_group), ("tokens", tile_tokens)) if value is not None]
+    why = f"{' and '.join(fixed)} fixed by option" if fixed else f"the cheapest of {len(shapes)} by the model of cost"
+    return TilePlan(*best, why)
+
+
+def layer_seconds(
+    rates: TileRates,
+    *,
+    heads: int,
+    tile_tokens: int,
+    kv_heads: int,
+    group_queries: int,
+    head_token_bytes: int,
+    element_bytes: int,
+    rows: int,
+    query_tokens: int,
+    past_tokens: int,
+) -> float:
+    """Seconds of one layer's attention on a streamed past, as far as the shape of its tiles matters.
+
+    The longest of computing and merging, copying, and queueing; and the first tile's copy, which nothing hides. Few
+    heads leave a part of the device idle in prefill; short tiles are merged more often.
+    """
+    passes = -(-past_tokens // tile_tokens)
+    kv_bytes = rows * kv_heads * past_tokens * head_token_bytes
+    queries = rows * kv_heads * group_queries * query_tokens
+    attention_s = 2 * queries * past_tokens * (head_token_bytes // element_bytes) / rates.flops_per_s
+    if query_tokens > FEW_QUERY_TOKENS:
+        blocks = rows * heads * group_queries * math.ceil(query_tokens / _QUERY_BLOCK)
+        attention_s /= min(1.0, blocks / (2 * rates.multiprocessors))
+    attention_s = max(attention_s, kv_bytes / rates.device_bytes_per_s)
+    output_elements = queries * (head_token_bytes // element_bytes / 2)
+    merge_s = passes * output_elements * MERGE_BYTES / rates.device_bytes_per_s
+    copy_s = kv_bytes / rates.link_bytes_per_s
+    launch_s = passes * math.ceil(kv_heads / heads) * (TILE_LAUNCHES + 2 * heads) * rows * rates.launch_s
+    first_s = heads * tile_tokens * head_token_bytes / rates.link_bytes_per_s
+    return max(attention_s + merge_s, copy_s, _AHEAD * launch_s) + first_s

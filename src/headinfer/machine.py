@@ -1,0 +1,63 @@
+"""This machine as the planner sees it.
+
+Rates come from `headinfer probe` where it has run here, else from the table of devices, else from a guess by cores or
+multiprocessors. They decide about speed only; any plan gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import psutil
+import torch
+
+from headinfer.errors import UsageError
+from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
+
+__all__ = ["device_name", "this_machine"]
+
+_CORE_FLOPS_PER_S = 3e9 * 32  # two 256-bit multiply-adds in float32 a cycle
+_MULTIPROCESSOR_FLOPS_PER_S = 1e12  # tensor cores, half types: about an RTX 30's
+
+
+def device_name(device: torch.device) -> str:
+    """What a probe of a device is stored under."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"this CPU, {psutil.cpu_count(logical=False) or psutil.cpu_count() or 1} cores"
+
+
+def this_machine(device: torch.device) -> Hardware:
+    """The probed, listed or guessed Hardware of a device of this machine, with the memory that it has."""
+    name = device_name(device)
+    if probe_path().is_file():
+        probed = Hardware.load(probe_path())
+        if probed.name == name:
+            return probed
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        try:
+            listed = find_hardware(name)
+        except UsageError:
+            listed = dataclasses.replace(
+                HARDWARE["rtx3090"],
+                source="guessed from the number of multiprocessors",
+                flops_per_s={
+                    dtype: found.multi_processor_count * _MULTIPROCESSOR_FLOPS_PER_S * share
+                    for dtype, share in (("bfloat16", 1.0), ("float16", 1.0), ("float32", 0.5))
+                },
+            )
+        return dataclasses.replace(
+            listed,
+            name=name,
+            device_memory_bytes=found.total_memory,
+            multiprocessors=found.multi_processor_count,
+        )
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return dataclasses.replace(
+        HARDWARE["laptop-cpu"],
+        name=name,
+        source="guessed from the number of cores",
+        flops_per_s=dict.fromkeys(("bfloat16", "float16", "float32"), cores * _CORE_FLOPS_PER_S),
+        device_memory_bytes=psutil.virtual_memory().total,
+    )

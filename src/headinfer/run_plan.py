@@ -1,0 +1,84 @@
+"""The plan of a run on this machine, with the memory that is free now, and the engine's options that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from headinfer.engine import Options
+from headinfer.machine import this_machine
+from headinfer.model_shape import ModelShape
+from headinfer.plan.footprint import weight_bytes
+from headinfer.plan.memory import available_host_bytes
+from headinfer.plan.planner import Plan, make_plan
+from headinfer.plan.request import Request
+
+__all__ = ["fixed_fields", "plan_run", "planned"]
+
+_HOST_OVERHEAD_BYTES = 256 * 2**20  # the process runs already: what is left to come beside weights and KV
+
+
+def plan_run(
+    shape: ModelShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    context_tokens: int,
+    *,
+    rows: int = 1,
+    ranks_on_host: int = 1,
+    is_loaded: bool = False,
+    fixed: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan for reading `context_tokens` tokens on a device of this machine, with the memory that is free now.
+
+    is_loaded: the weights lie there already. ranks_on_host: processes that share the host's memory. fixed: fields of
+    Request that the user chose. Raises CapacityError with what would fit.
+    """
+    machine, name = this_machine(device), str(dtype).removeprefix("torch.")
+    if name not in machine.flops_per_s:  # a device without bfloat16 computes in float32
+        machine = dataclasses.replace(
+            machine, flops_per_s={**machine.flops_per_s, name: machine.flops_per_s["float32"]}
+        )
+    loaded = weight_bytes(shape, 8 * dtype.itemsize) if is_loaded else 0
+    host_bytes, device_bytes = available_host_bytes() // ranks_on_host, None
+    if machine.is_host:
+        machine, host_bytes = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES), host_bytes + loaded
+    else:
+        device_bytes = torch.cuda.mem_get_info(device)[0] + loaded
+    request = Request(
+        shape=shape,
+        hardware=machine,
+        context_tokens=context_tokens,
+        host_bytes=max(host_bytes, 1),
+        device_bytes=device_bytes,
+        rows=rows,
+        dtype=name,
+        keeps_resident=False,
+        **(fixed or {}),
+    )
+    return make_plan(request)
+
+
+def fixed_fields(options: Options, chunk_tokens: int | None) -> dict[str, Any]:
+    """What a user's options leave no choice about, as fields of a Request."""
+    return {
+        "chunk_tokens": chunk_tokens,
+        "heads_per_group": options.heads_per_group,
+        "tile_tokens": options.tile_tokens,
+        "device_kv_budget_bytes": options.device_kv_budget,
+    }
+
+
+def planned(options: Options, plan: Plan) -> Options:
+    """The options with what they leave open taken from a plan: with them, a run does the same arithmetic again."""
+    machine = plan.request.hardware
+    if machine.is_host:
+        return options  # segments are read in place; a ring that stands for a GPU's keeps its own defaults
+    return dataclasses.replace(
+        options,
+        device_kv_budget=options.device_kv_budget or plan.streaming_bytes,
+        rates=options.rates or machine.tile_rates(plan.request.dtype),
+    )
