@@ -95,7 +95,13 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
         assert memory.disk_kv_bytes <= request.disk_bytes
         budget = request.device_kv_budget_bytes
         assert is_host or budget is None or memory.device_kv_budget_bytes <= budget
-        kept = memory.resident_bytes + memory.ring_bytes + memory.tail_bytes + memory.staging_bytes
+        kept = (
+            memory.resident_bytes
+            + memory.ring_bytes
+            + memory.tail_bytes
+            + memory.spare_tail_bytes
+            + memory.staging_bytes
+        )
         assert memory.device_kv_budget_bytes == kept
         rest = memory.weights_bytes + memory.activation_bytes + memory.overhead_bytes + memory.local_bytes
         assert memory.device_bytes == kept + rest
@@ -254,11 +260,12 @@ def test_closed_forms_are_sums_over_chunks(chunk, chunks, share, heads, link_pow
 
 def test_constants_are_those_of_the_engine():
     assert footprint.TAIL_UNIT_TOKENS == head_store.TAIL_UNIT_TOKENS
+    assert footprint.SEGMENT_TOKENS == head_store._LARGE_SEGMENT_TOKENS
     for budget in (MIB, 32 * MIB, 100 * MIB, GIB):
         assert footprint.write_back_bytes(budget) == engine._write_back_bytes(budget)
 
 
-@pytest.mark.parametrize("tokens", [200, 256, 257, 3000])
+@pytest.mark.parametrize("tokens", [200, 256, 257, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
 def test_the_footprint_is_what_the_engine_holds(tokens):
     """Ring, tails, write-back and host bytes of a cache that is really filled."""
     source = resolve("random:tiny-llama?layers=3&hidden=64&heads=4&kv_heads=2")
@@ -266,15 +273,16 @@ def test_the_footprint_is_what_the_engine_holds(tokens):
     budget = 2 * MIB
     with torch.no_grad(), headinfer.enable(model, device_kv_budget=budget, staging="early") as enabled:
         cache = headinfer.HeadCache(model.config, device_kv_budget=budget, staging="early", expected_tokens=tokens)
-        for start in range(0, tokens, 1000):
-            model(torch.zeros(1, min(1000, tokens - start), dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        for layer in cache.head_layers:
+            layer.store.append(*torch.zeros(2, 1, 2, tokens - 2, 16))
+        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
         stats = cache.stats()
     del enabled
     shape = ModelShape.from_config(source.config)
     found = streaming_footprint(shape, tokens, chunk_tokens=1000, streaming_bytes=budget, element_bytes=4)
-    one_tail = stats.device_tail_bytes // 3
     assert (found.ring_bytes, found.staging_bytes) == (stats.device_ring_bytes, stats.device_staging_bytes)
-    assert found.tail_bytes == stats.device_tail_bytes + one_tail
+    assert (found.tail_bytes, found.spare_tail_bytes) == (stats.device_tail_bytes, stats.device_tail_bytes // 3)
     assert found.host_kv_bytes == stats.host_kv_bytes
     assert found.device_kv_budget_bytes <= budget
 
@@ -342,7 +350,7 @@ def test_every_built_in_model_can_be_planned(name, device):
     ("change", "message"),
     [
         ({"host_bytes": 94 * GIB}, r"1M tokens need 128 GiB of host RAM for KV; this machine has 92 GiB for it: "
-         r"at most 736K tokens fit, or give it 130 GiB of RAM"),
+         r"at most 753,888 tokens fit, or give it 130 GiB of RAM"),
         ({"host_bytes": 94 * GIB, "disk_bytes": GIB}, r"and 1 GiB of disk: at most 744K tokens fit"),
         ({"device_bytes": 12 * GIB}, "the weights need 14.96 GiB at 16 bits each, and the RTX 4090 has 11 GiB"),
         ({"device_bytes": 16 * GIB}, "chunks of 128 need 16.* of device memory"),

@@ -79,7 +79,7 @@ def test_json_is_one_object_with_all_tables():
         (("llama-3-8b", "--gpu", "rtx4090", "--disk", "TB"), "'TB' is no size"),
         (("llama-3-8b", "--gpu", "rtx4090", "--context", "1Q"), "'1Q' is no number of tokens"),
         (("llama-3-8b", "--gpu", "rtx4090", "--context", "0"), "'0' tokens are out of range"),
-        (("llama-3-8b", "--gpu", "rtx4090", "--ram", "94GiB", "--context", "1M"), "at most 736K tokens fit"),
+        (("llama-3-8b", "--gpu", "rtx4090", "--ram", "94GiB", "--context", "1M"), "at most 753,888 tokens fit"),
         (("llama-3-8b", "--gpu", "rtx4090", "--ram", "1GB"), "no context fits"),
         (("llama-3-8b", "--gpu", "rtx4090", "--device-kv-budget", "1MiB", "--ram", "64GB"), "is too small"),
         (("llama-3-70b", "--gpu", "rtx4090"), "the weights need 131.4 GiB at 16 bits each"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -191,7 +192,7 @@ def demo(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = run_demo(context, new_tokens, device, on_stage=lambda line: _stderr.print(line, highlight=False))
+    result = run_demo(context, new_tokens, device, on_stage=_say)
     runs = (result.standard, result.head_wise)
     if as_json:
         fields = ("name", "token_ids", "prefill_s", "decode_s", "device_kv_bytes", "host_kv_bytes")
@@ -236,22 +237,65 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Write the measures to this file, as JSON.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
+    check_plan: Annotated[
+        bool, typer.Option("--check-plan", help="The planner's bytes and seconds against measured ones, on the CPU.")
+    ] = False,
 ) -> None:
     """Measure speed and memory on this machine's CPU against transformers' DynamicCache."""
-    from headinfer.bench.run import markdown_table, result_json, run_suites
+    from headinfer.bench.check import rows_of
+    from headinfer.bench.run import check_table, markdown_table, result_json, run_check, run_suites, save
     from headinfer.report import columns_table
 
-    measures = run_suites(suites or [], quick=quick, on_stage=lambda line: _stderr.print(line, highlight=False))
-    text = result_json(measures, sys.argv[1:])
+    if check_plan:
+        found = run_check(quick=quick, on_stage=_say)
+        if output is not None:
+            save(output, result_json(found, sys.argv[1:]))
+        if markdown:
+            print(check_table(found))
+        else:
+            header = ("", "predicted", "measured", "")
+            Console().print(columns_table("headinfer bench --check-plan", header, rows_of(found)))
+        if not all(one.is_right for one in found if one.unit == "bytes"):
+            raise typer.Exit(1)
+        return
+    measures = run_suites(suites or [], quick=quick, on_stage=_say)
     if output is not None:
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
+        save(output, result_json(measures, sys.argv[1:]))
     if markdown:
         print(markdown_table(measures))
     else:
         rows = [(measure.what, measure.shown, measure.goal) for measure in measures]
         Console().print(columns_table("headinfer bench", ("", "measured", "to reach"), rows))
+
+
+@app.command()
+def probe(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option(help="Write the measures to this file; else to your cache folder, where plan reads.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure what this machine attains, for headinfer plan and for the plans of runs; wants an idle machine."""
+    import torch
+
+    from headinfer.generation import checked_device
+    from headinfer.plan.hardware import probe_path
+    from headinfer.probe import probe as measure
+    from headinfer.report import hardware_table
+
+    found = measure(torch.device(checked_device(device)), _say)
+    path = output or probe_path()
+    found.save(path)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+    else:
+        Console().print(hardware_table(found))
+    _stderr.print(f"written to {path}", highlight=False, markup=False)
+
+
+def _say(line: str) -> None:
+    _stderr.print(line, highlight=False, markup=False)
 
 
 def _write(text: str) -> None:

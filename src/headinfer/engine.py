@@ -44,6 +44,8 @@ class Options:
     rates: TileRates | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rates, dict):  # from JSON
+            object.__setattr__(self, "rates", TileRates(**self.rates))
         for name in ("device_kv_budget", "heads_per_group", "tile_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -25,7 +25,7 @@ from headinfer.plan.planner import Plan
 from headinfer.ranks import Ranks
 from headinfer.run_plan import fixed_fields, plan_run, planned
 
-__all__ = ["DTYPES", "Job", "Prepared", "Summary", "prepare", "read_text", "run"]
+__all__ = ["DTYPES", "Job", "Prepared", "Summary", "checked_device", "prepare", "read_text", "run"]
 
 _WINDOW_TOKENS = 8
 _LONGEST_CHARACTER_BYTES = 4
@@ -73,7 +73,8 @@ class Prepared:
 class Summary:
     """What a job did. Seconds are wall time; interrupted jobs say what was done so far.
 
-    stats: of this process. rank_stats: of all ranks, where several processes shared the model and none was interrupted.
+    plan: predictions, and why. options: those of `enable()` that repeat the run's arithmetic. stats: of this process;
+    rank_stats: of all ranks, where several processes shared the model and none was interrupted.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Summary:
     interrupted: bool = False
     ranks: int = 1
     plan: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     stats: Stats | None = None
     rank_stats: list[Stats] = field(default_factory=list)
@@ -112,6 +114,16 @@ def read_text(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {reason}") from error
 
 
+def checked_device(name: str) -> str:
+    """The device that a --device option names; auto is CUDA where there is any. Raises UsageError."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: this torch sees no CUDA device; use --device cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device {device}: choose cpu, cuda or cuda:N")
+    return device
+
+
 def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     """Check a job against the model, this machine and itself, without loading weights.
 
@@ -124,13 +136,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     if not (job.prompt.strip() or job.document.strip()):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
     ranks = ranks or Ranks()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if job.device == "auto" else job.device
-    if ranks.world > 1:
-        device = rank_device(ranks, job.device)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: this torch sees no CUDA device; use --device cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"device {device}: choose cpu, cuda or cuda:N")
+    device = rank_device(ranks, job.device) if ranks.world > 1 else checked_device(job.device)
     if job.dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {job.dtype}: choose auto, {', '.join(DTYPES)}")
     source = resolve(job.model)
@@ -188,6 +194,7 @@ def run(
     options = planned(job.options, prepared.plan)
     options = dataclasses.replace(options, expected_tokens=prepared.input_ids.shape[1] + job.max_new_tokens)
     cache = HeadCache(model.config, **vars(options))
+    summary.options = dataclasses.asdict(options) | {"chunk_tokens": chunk_tokens}
     start = time.perf_counter()
     streamer = _Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)

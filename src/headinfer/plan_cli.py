@@ -113,7 +113,9 @@ def _hardware(name: str | None) -> Hardware:
         return find_hardware(name)
     if probe_path().is_file():
         return Hardware.load(probe_path())
-    raise UsageError(f"name a device with --gpu: one of {', '.join(HARDWARE)}")
+    raise UsageError(
+        f"name a device with --gpu, one of {', '.join(HARDWARE)}; or measure this machine once with headinfer probe"
+    )
 
 
 def _dtype(name: str, hardware: Hardware) -> str:

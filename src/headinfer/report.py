@@ -13,9 +13,10 @@ from rich.table import Table
 from headinfer.generation import Summary
 from headinfer.hf.cache import HeadCache
 from headinfer.model_shape import ModelShape
+from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import format_bytes
 
-__all__ = ["GenerationProgress", "columns_table", "summary_table"]
+__all__ = ["GenerationProgress", "columns_table", "hardware_table", "summary_table"]
 
 
 class GenerationProgress:
@@ -116,3 +117,22 @@ def summary_table(summary: Summary) -> Table:
             ("heads per group", f"{stats.heads_per_group} ({stats.tile_reason})"),
         ]
     return columns_table("headinfer", ("", ""), rows)
+
+
+def hardware_table(found: Hardware) -> Table:
+    """What a probe has measured."""
+    rates = [
+        ("host memory, read", found.dram_bytes_per_s),
+        ("KV, read by decode's attention", found.kv_bytes_per_s or 0.0),
+        *((f"weights times one token, {name}", rate) for name, rate in found.weight_bytes_per_s.items()),
+        *(() if found.is_host else (("link to the device", found.link_bytes_per_s),)),
+        *(() if found.is_host else (("link to the host", found.link_back_bytes_per_s),)),
+        *(() if found.is_host else (("device memory", found.device_bytes_per_s),)),
+        ("disk, read", found.disk_read_bytes_per_s),
+        ("disk, write", found.disk_write_bytes_per_s),
+    ]
+    rows = [(name, f"{rate / 1e9:,.2f} GB/s") for name, rate in rates]
+    for what, by_dtype in (("matrices", found.flops_per_s), ("attention", found.attention_flops_per_s)):
+        rows += [(f"{what} in {name}", f"{rate / 1e9:,.1f} GFLOP/s") for name, rate in by_dtype.items()]
+    rows.append(("queueing a small kernel", f"{found.launch_s * 1e6:,.1f} us"))
+    return columns_table(f"headinfer probe: {found.name}", ("", ""), rows)

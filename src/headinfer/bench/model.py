@@ -55,20 +55,20 @@ def kv_bytes(config: Any, tokens: int) -> int:
     return int(2 * 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
 
 
-def _noise(config: Any, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _noise(config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Seeded K and V [1, Hkv, T, D] chunks that add up to `tokens` tokens; the same chunk again and again."""
     torch.manual_seed(1)
     shape = (1, config.num_key_value_heads, min(tokens, _NOISE_TOKENS), config.head_dim)
-    k, v = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(shape, dtype=dtype) for _ in range(2))
     chunks = [(k, v)] * (tokens // shape[2])
     rest = tokens % shape[2]
     return [*chunks, (k[:, :, :rest], v[:, :, :rest])] if rest else chunks
 
 
-def fill_head_wise(cache: HeadCache, config: Any, tokens: int) -> None:
+def fill_head_wise(cache: HeadCache, config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Put noise into every layer of an empty HeadCache."""
     for layer in cache.head_layers:
-        for k, v in _noise(config, tokens):
+        for k, v in _noise(config, tokens, dtype):
             if layer.store is None:
                 layer.lazy_initialization(k, v)
             assert layer.store is not None

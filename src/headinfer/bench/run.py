@@ -6,12 +6,17 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import torch
+
+from headinfer.bench.check import Comparison, check_plan, rows_of
 from headinfer.bench.model import BENCH_MODEL, machine
 from headinfer.bench.suites import SUITES, Measure, Sizes
 from headinfer.errors import UsageError
+from headinfer.probe import probe
 
-__all__ = ["markdown_table", "result_json", "run_suites"]
+__all__ = ["check_table", "markdown_table", "result_json", "run_check", "run_suites", "save"]
 
 _QUICK = Sizes(
     short_tokens=256,
@@ -36,13 +41,28 @@ def run_suites(names: Sequence[str], *, quick: bool, on_stage: Callable[[str], N
     return measures
 
 
-def result_json(measures: Sequence[Measure], arguments: Sequence[str]) -> str:
-    """The measures with the command, the machine and the model."""
+def run_check(*, quick: bool, on_stage: Callable[[str], None]) -> list[Comparison]:
+    """The planner's predictions against measurements, on the CPU.
+
+    They are made from a probe in the same run: on a shared machine a stored one would tell of its load at that time.
+    """
+    return check_plan(probe(torch.device("cpu"), on_stage), quick=quick, on_stage=on_stage)
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def result_json(found: Sequence[Measure] | Sequence[Comparison], arguments: Sequence[str]) -> str:
+    """What was measured, with the command, the machine and the model of the suites."""
     result = {
         "command": shlex.join(["headinfer", *arguments]),
         "machine": machine(),
         "model": BENCH_MODEL,
-        "measures": [dataclasses.asdict(measure) for measure in measures],
+        "measures": [dataclasses.asdict(one) for one in found],
     }
     return json.dumps(result, indent=2) + "\n"
 
@@ -51,4 +71,11 @@ def markdown_table(measures: Sequence[Measure]) -> str:
     """The same as a Markdown table, with the machine below it."""
     lines = ["| | measured | to reach |", "|---|---|---|"]
     lines += [f"| {measure.what} | {measure.shown} | {measure.goal} |" for measure in measures]
+    return "\n".join([*lines, "", f"Machine: {machine()}."])
+
+
+def check_table(found: Sequence[Comparison]) -> str:
+    """Predictions and measurements as a Markdown table, with the machine below it."""
+    lines = ["| | predicted | measured | |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row if row[1] else (f'**{row[0]}**', '', '', ''))} |" for row in rows_of(found)]
     return "\n".join([*lines, "", f"Machine: {machine()}."])

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 TAIL_UNIT_TOKENS = 128  # as kv/head_store.py; a test holds them together
+SEGMENT_TOKENS = 16_384  # the largest, as there
 _WRITE_BACK_BYTES = 4 * 2**20  # as engine.py
 BASELINES = ("standard", "chunked prefill", "4-bit KV", "layer-wise offload", "head-wise (paper)")
 _CHUNKED = ("chunked prefill", "head-wise (paper)")
@@ -36,7 +37,10 @@ ActivationRule = Callable[[ModelShape, int, int], int]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a job at its longest, by component. Resident KV is also in host RAM, written through."""
+    """Bytes of a job at its longest, by component. Resident KV is also in host RAM, written through.
+
+    spare_tail_bytes: kept free in the budget, since reordering rows copies a tail.
+    """
 
     weights_bytes: int
     activation_bytes: int
@@ -44,6 +48,7 @@ class Footprint:
     resident_bytes: int = 0
     ring_bytes: int = 0
     tail_bytes: int = 0
+    spare_tail_bytes: int = 0
     staging_bytes: int = 0
     local_bytes: int = 0
     host_kv_bytes: int = 0
@@ -53,7 +58,7 @@ class Footprint:
     @property
     def device_kv_budget_bytes(self) -> int:
         """What counts against device_kv_budget: all KV of the full-attention layers on the device."""
-        return self.resident_bytes + self.ring_bytes + self.tail_bytes + self.staging_bytes
+        return sum((self.resident_bytes, self.ring_bytes, self.tail_bytes, self.spare_tail_bytes, self.staging_bytes))
 
     @property
     def device_kv_bytes(self) -> int:
@@ -151,15 +156,22 @@ def write_back_bytes(budget_bytes: int) -> int:
     return min(_WRITE_BACK_BYTES, budget_bytes // 16 // 256 * 256)
 
 
-def tail_bytes(shape: ModelShape, element_bytes: int, rows: int = 1) -> int:
-    """Device bytes of all tails, and of one more: reordering rows copies a tail."""
+def tail_bytes(shape: ModelShape, element_bytes: int, rows: int = 1) -> tuple[int, int]:
+    """Device bytes of all tails, and of one more."""
     tails = [2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes) * rows for layer in _offloaded(shape)]
-    return sum(tails) + max(tails, default=0)
+    return sum(tails), max(tails, default=0)
 
 
 def host_kv_tokens(tokens: int) -> int:
-    """Tokens that a store of known final length allocates in host memory: none while the tail holds them all."""
-    return 0 if tokens <= 2 * TAIL_UNIT_TOKENS else -(-tokens // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS
+    """Tokens that a store of known final length allocates in host memory: none while the tail holds them all.
+
+    A segment of the rest of the length, or of 16,384 tokens, is allocated when it is written to; the tail's tokens
+    are not.
+    """
+    if tokens <= 2 * TAIL_UNIT_TOKENS:
+        return 0
+    written = (tokens // TAIL_UNIT_TOKENS - 1) * TAIL_UNIT_TOKENS
+    return min(-(-tokens // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS, -(-written // SEGMENT_TOKENS) * SEGMENT_TOKENS)
 
 
 def streaming_footprint(
@@ -181,11 +193,11 @@ def streaming_footprint(
     is resident. resident_heads: for each offloaded layer, KV heads kept on the device as well. Raises CapacityError
     where a budget leaves nothing for the ring.
     """
-    offloaded, tails = _offloaded(shape), tail_bytes(shape, element_bytes, rows)
+    offloaded, (tails, spare) = _offloaded(shape), tail_bytes(shape, element_bytes, rows)
     staging = ring = 0
     if streaming_bytes is not None:
         staging = 2 * write_back_bytes(streaming_bytes)
-        ring = RING_SLOTS * ring_slot_bytes(streaming_bytes, tails + staging)
+        ring = RING_SLOTS * ring_slot_bytes(streaming_bytes, tails + spare + staging)
     resident = sum(
         heads * tokens * layer.kv_bytes_per_token(element_bytes) // layer.kv_heads * rows
         for layer, heads in zip(offloaded, resident_heads or [0] * len(offloaded), strict=True)
@@ -198,6 +210,7 @@ def streaming_footprint(
         resident_bytes=resident,
         ring_bytes=ring,
         tail_bytes=tails,
+        spare_tail_bytes=spare,
         staging_bytes=staging,
         local_bytes=shape.local_kv_bytes(tokens, element_bytes) * rows,
         host_kv_bytes=far,

@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headinfer.errors import UsageError
@@ -35,6 +35,9 @@ class Hardware:
     device memory is the host's RAM and nothing crosses a link. multiprocessors: what a kernel must fill. launch_s:
     host seconds to queue one kernel or copy from Python. overhead_bytes: device memory for driver context,
     libraries, the allocator's gaps, and a reserve. source: where the figures come from.
+
+    attention_flops_per_s and weight_bytes_per_s (by dtype), kv_bytes_per_s: what prefill's attention, matrices times
+    one token, and decode's attention attain, where a probe has measured them; else the rates above stand for them.
     """
 
     name: str
@@ -55,6 +58,9 @@ class Hardware:
     device_share: float = 0.85
     link_share: float = 0.8
     dram_share: float = 0.8
+    attention_flops_per_s: dict[str, float] = field(default_factory=dict)
+    weight_bytes_per_s: dict[str, float] = field(default_factory=dict)
+    kv_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -67,6 +73,19 @@ class Hardware:
         if dtype not in self.flops_per_s:
             raise UsageError(f"{self.name} has no figure for {dtype}: choose one of {', '.join(self.flops_per_s)}")
         return self.flops_per_s[dtype] * self.compute_share
+
+    def attained_attention_flops_per_s(self, dtype: str) -> float:
+        """FLOP per second that the attention kernels attain in prefill."""
+        return self.attention_flops_per_s.get(dtype) or self.attained_flops_per_s(dtype)
+
+    def attained_weight_bytes_per_s(self, dtype: str) -> float:
+        """Bytes of weights that are read per second where one token is multiplied with them."""
+        return self.weight_bytes_per_s.get(dtype) or self.attained_device_bytes_per_s
+
+    @property
+    def attained_kv_bytes_per_s(self) -> float:
+        """Bytes of K and V per second that decode's attention reads on the device."""
+        return self.kv_bytes_per_s or self.attained_device_bytes_per_s
 
     @property
     def attained_device_bytes_per_s(self) -> float:

@@ -109,16 +109,18 @@ def prefill_seconds(
     weight_bits: int = 16, rows: int = 1,
 ) -> Seconds:  # fmt: skip
     """Seconds to read `tokens` tokens in chunks; each row of the batch has that many."""
-    flops_per_s, bytes_per_s = hardware.attained_flops_per_s(dtype), hardware.attained_device_bytes_per_s
+    bytes_per_s = hardware.attained_device_bytes_per_s
+    attention_flops_per_s = hardware.attained_attention_flops_per_s(dtype)
+    weight_bytes_per_s = hardware.attained_weight_bytes_per_s(dtype)
     element_bytes = 4 if dtype == "float32" else 2
     transfer_s_per_byte, transfer_name = _transfer(hardware, schedule)
     chunks = max(math.ceil(tokens / schedule.chunk_tokens), 1)
     chunk = tokens / chunks
     total = _Sum()
 
-    linear_flop_s = 2 * shape.active_weights * chunk * rows / flops_per_s
-    linear_byte_s = sum(layer.weights for layer in shape.layers) * weight_bits / 8 / bytes_per_s
-    head_s = shape.head_weights * weight_bits / 8 / bytes_per_s
+    linear_flop_s = 2 * shape.active_weights * chunk * rows / hardware.attained_flops_per_s(dtype)
+    linear_byte_s = sum(layer.weights for layer in shape.layers) * weight_bits / 8 / weight_bytes_per_s
+    head_s = shape.head_weights * weight_bits / 8 / weight_bytes_per_s
     total.linear_s = chunks * (max(linear_flop_s, linear_byte_s) + head_s)
     total.device_memory_s = chunks * head_s
     if linear_flop_s >= linear_byte_s:
@@ -128,14 +130,15 @@ def prefill_seconds(
 
     launches = chunks * len(shape.layers) * LAYER_LAUNCHES * hardware.launch_s
     total.launch_s = launches
-    total.exposed_launch_s = max(0.0, launches - total.linear_s)
+    total.exposed_launch_s = launches if hardware.is_host else max(0.0, launches - total.linear_s)
 
     for layer, count, share in _distinct(shape, schedule):
-        square_s = layer.flops_per_pair * _own_pairs(layer, chunk, tokens) * rows / flops_per_s
+        square_s = layer.flops_per_pair * _own_pairs(layer, chunk, tokens) * rows / attention_flops_per_s
         past_sum = chunk * chunks * (chunks - 1) / 2
         seen_sum = 0.0 if layer.window_tokens else past_sum
         kv_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
-        flop_slope, byte_slope = layer.flops_per_pair * chunk * rows / flops_per_s, kv_bytes / bytes_per_s
+        flop_slope = layer.flops_per_pair * chunk * rows / attention_flops_per_s
+        byte_slope = kv_bytes / hardware.attained_kv_bytes_per_s
         attention_s = chunks * square_s + max(flop_slope, byte_slope) * seen_sum
         total.attention_s += count * attention_s
         if flop_slope >= byte_slope:
@@ -178,19 +181,20 @@ def decode_seconds(
     weight_bits: int = 16, rows: int = 1,
 ) -> Seconds:  # fmt: skip
     """Seconds for one token after `past_tokens` tokens."""
-    flops_per_s, bytes_per_s = hardware.attained_flops_per_s(dtype), hardware.attained_device_bytes_per_s
+    flops_per_s = hardware.attained_flops_per_s(dtype)
     element_bytes = 4 if dtype == "float32" else 2
     transfer_s_per_byte, transfer_name = _transfer(hardware, schedule)
     weights = shape.active_weights + shape.head_weights
-    flop_s, byte_s = 2 * weights * rows / flops_per_s, weights * weight_bits / 8 / bytes_per_s
+    flop_s = 2 * weights * rows / flops_per_s
+    byte_s = weights * weight_bits / 8 / hardware.attained_weight_bytes_per_s(dtype)
     total = _Sum(linear_s=max(flop_s, byte_s))
     total.compute_s, total.device_memory_s = (flop_s, 0.0) if flop_s > byte_s else (0.0, byte_s)
     total.launch_s = len(shape.layers) * LAYER_LAUNCHES * hardware.launch_s
-    total.exposed_launch_s = max(0.0, total.launch_s - total.linear_s)
+    total.exposed_launch_s = total.launch_s if hardware.is_host else max(0.0, total.launch_s - total.linear_s)
     for layer, count, share in _distinct(shape, schedule):
         seen = layer.seen_tokens(past_tokens)
         kv_bytes = seen * layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
-        flop_s, byte_s = layer.flops_per_pair * seen * rows / flops_per_s, kv_bytes / bytes_per_s
+        flop_s, byte_s = layer.flops_per_pair * seen * rows / flops_per_s, kv_bytes / hardware.attained_kv_bytes_per_s
         attention_s = max(flop_s, byte_s)
         total.attention_s += count * attention_s
         if flop_s > byte_s:

@@ -1,0 +1,201 @@
+"""The plan of a run: what this machine is, what the engine takes from it, and that it fixes the arithmetic."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import VOCAB, tiny_model
+
+import headinfer
+from headinfer import cli, generation, machine, probe, run_plan
+from headinfer.bench import check
+from headinfer.engine import Options
+from headinfer.errors import CapacityError
+from headinfer.model_shape import ModelShape
+from headinfer.plan.hardware import HARDWARE, Hardware, probe_path
+from headinfer.plan.models import find_shape
+from headinfer.plan.tiles import TileRates
+
+CPU = torch.device("cpu")
+GIB = 2**30
+RATES = (TileRates(), TileRates(1e12, 1e11, 1e6, 1e-9, 1), TileRates(1e15, 1e13, 1e12, 1e-2, 200))
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def small_probe(monkeypatch):
+    sizes = {"_ROUNDS": 1, "_BUFFER_BYTES": 1 << 20, "_DISK_BYTES": 1 << 22, "_HIDDEN": 64, "_WIDTH": 96}
+    for name, value in {**sizes, "_CHUNK_TOKENS": 32, "_PAST_TOKENS": 64, "_DIM": 16}.items():
+        monkeypatch.setattr(probe, name, value)
+
+
+def text(tokens=600):
+    return torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_probe_is_kept_and_used(small_probe, capsys):
+    assert machine.this_machine(CPU).source == "guessed from the number of cores"
+    monkey = ["probe", "--json"]
+    cli.app(monkey, standalone_mode=False)
+    found = Hardware.load(probe_path())
+    assert dataclasses.asdict(found) == json.loads(capsys.readouterr().out)
+    assert machine.this_machine(CPU) == found
+    assert found.is_host
+    for rates in (found.flops_per_s, found.attention_flops_per_s, found.weight_bytes_per_s):
+        assert set(rates) == {"bfloat16", "float16", "float32"}
+        assert min(rates.values()) > 0
+    assert found.attained_kv_bytes_per_s == found.kv_bytes_per_s > 0
+    assert found.attained_attention_flops_per_s("float32") == found.attention_flops_per_s["float32"]
+    cli.app(["plan", "llama-3-8b", "--context", "1K", "--ram", "64GiB"], standalone_mode=False)
+    assert "this CPU" in capsys.readouterr().out
+    other = dataclasses.replace(found, name="another machine's")
+    other.save(probe_path())
+    assert machine.this_machine(CPU).source.startswith("guessed")
+
+
+def test_a_gpu_is_found_by_its_name_or_guessed(monkeypatch):
+    found = SimpleNamespace(total_memory=20 * GIB, multi_processor_count=46)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4070")
+    listed = machine.this_machine(torch.device("cuda"))
+    assert (listed.source, listed.device_memory_bytes) == (HARDWARE["rtx4070"].source, 20 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Something 9000")
+    guessed = machine.this_machine(torch.device("cuda"))
+    assert "guessed" in guessed.source
+    assert guessed.flops_per_s["bfloat16"] == pytest.approx(46e12)
+    assert not guessed.is_host
+
+
+def test_a_run_on_a_gpu_is_planned_with_what_is_free(monkeypatch):
+    """The engine gets budget and rates from the plan; nothing is resident, since the engine streams all."""
+    monkeypatch.setattr(run_plan, "this_machine", lambda _: HARDWARE["rtx4090"])
+    monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 256 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (23 * GIB, 24 * GIB))
+    shape = find_shape("llama-3-8b")
+    plans = [run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, tokens) for tokens in (2000, 10**5, 10**6)]
+    for plan in plans:
+        assert sum(plan.resident_heads) == 0
+        assert plan.footprint.device_bytes <= 23 * GIB
+        options = run_plan.planned(Options(), plan)
+        assert options.device_kv_budget == plan.streaming_bytes > 0
+        assert options.rates == HARDWARE["rtx4090"].tile_rates("bfloat16")
+    assert len({(plan.chunk_tokens, plan.streaming_bytes, plan.prefill) for plan in plans}) > 1, "it adapts"
+    mine = Options(device_kv_budget=99 * 2**20, heads_per_group=2, rates=RATES[1])
+    fixed = run_plan.fixed_fields(mine, 512)
+    plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=fixed)
+    assert (plan.chunk_tokens, plan.prefill.heads_per_group, plan.decode.heads_per_group) == (512, 2, 2)
+    assert plan.streaming_bytes <= 99 * 2**20
+    assert run_plan.planned(mine, plan) == mine
+    loaded = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, is_loaded=True)
+    assert loaded.request.room_bytes > plan.request.room_bytes
+    with pytest.raises(CapacityError, match="host RAM for KV; this machine has 62 GiB for it: at most"):
+        run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, ranks_on_host=4)
+    with pytest.raises(CapacityError, match=r"newest tokens of 5000 rows alone need .* use fewer"):
+        run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 500, rows=5000)
+
+
+def test_generate_and_long_passes_are_read_in_planned_chunks(monkeypatch):
+    model, sizes = tiny_model("llama"), []
+    monkeypatch.setattr("headinfer.plan.fit.HOST_CHUNK_TOKENS", 256)
+    with headinfer.enable(model, on_forward=lambda cache: sizes.append(cache.get_seq_length())) as enabled:
+        model.generate(text(), max_new_tokens=2, do_sample=False, pad_token_id=0)
+        assert sizes == [256, 512, 600, 601]
+        assert enabled.plan.chunk_tokens == 256
+        assert any("read where it lies" in line for line in enabled.plan.explain())
+        sizes.clear()
+        model(text(), past_key_values=enabled.new_cache(), logits_to_keep=1)
+        assert sizes == [256, 512, 600]
+    sizes.clear()
+    with headinfer.enable(model, chunk_tokens=500, on_forward=lambda cache: sizes.append(cache.get_seq_length())):
+        model.generate(text(), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert sizes == [500, 600, 601]
+
+
+def test_what_no_plan_fits_is_still_tried_in_a_library_call(monkeypatch):
+    """max_new_tokens is often only an upper bound."""
+    model = tiny_model("llama")
+    monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 1)
+    with headinfer.enable(model) as enabled:
+        model.generate(text(), max_new_tokens=2, do_sample=False, pad_token_id=0)
+        assert enabled.plan is None
+
+
+def test_generate_refuses_before_loading_what_no_plan_fits(monkeypatch):
+    monkeypatch.setattr(generation.ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(generation, "check_host_memory", lambda *_, **__: None)
+    monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 280 * 2**20)
+    with pytest.raises(CapacityError, match=r"host RAM for KV; this machine has .*: at most [0-9,]+ tokens fit"):
+        generation.prepare(generation.Job("random:tiny-llama?context=100000000", prompt="x " * 100_000))
+
+
+@torch.no_grad()
+def test_the_same_options_give_the_same_bits_on_any_machine():
+    """Rates choose tiles and so the order of merging: recorded in the options, they fix it."""
+    model, bits, shapes = tiny_model("llama"), [], set()
+    for rates in (*RATES, RATES[0]):
+        options = Options(device_kv_budget=4 << 20, staging="early", expected_tokens=3000, rates=rates)
+        with headinfer.enable(model, chunk_tokens=400):
+            cache = headinfer.HeadCache(model.config, **vars(options))
+            logits = model(text(3000), past_key_values=cache, logits_to_keep=1).logits
+        stats = cache.stats()
+        shapes.add((stats.heads_per_group, stats.tile_tokens))
+        bits.append(logits)
+    assert len(shapes) > 1, "the rates must matter, or this shows nothing"
+    assert torch.equal(bits[0], bits[3])
+    for other in bits[1:3]:
+        assert torch.allclose(bits[0], other, atol=1e-4)
+    saved = json.loads(json.dumps(dataclasses.asdict(options)))
+    assert Options(**saved) == options, "options survive JSON"
+
+
+def test_the_check_of_the_plan_compares_bytes_and_seconds(small_probe, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check, "_MODEL", "random:llama-3-8b?hidden=64&heads=4&kv_heads=2&intermediate=96")
+    with pytest.raises(SystemExit) as stopped:
+        cli.app(["bench", "--check-plan", "--quick", "--markdown", "--output", str(tmp_path / "check.json")])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert out.count("equal |") == 12
+    assert "NOT EQUAL" not in out
+    assert out.count("of measured |") == 2
+    saved = json.loads(Path(tmp_path / "check.json").read_text())
+    assert {one["unit"] for one in saved["measures"]} == {"bytes", "s"}
+    wrong = check.Comparison("case", "ring", 1, 2, "bytes")
+    assert not wrong.is_right
+    assert wrong.row == ("ring", "1 B", "2 B", "NOT EQUAL")
+    monkeypatch.setattr("headinfer.bench.run.run_check", lambda **_: [wrong])
+    with pytest.raises(SystemExit) as stopped:
+        cli.app(["bench", "--check-plan"])
+    assert stopped.value.code == 1
+
+
+def test_a_cpus_costs_are_those_measured():
+    """In place: attention at its own rate, weights at theirs, and queueing not hidden."""
+    shape = ModelShape.from_config(tiny_model("llama").config)
+    base = dataclasses.replace(HARDWARE["laptop-cpu"], launch_s=1e-9)
+    slow = {
+        "attention": dataclasses.replace(base, attention_flops_per_s={"float32": 1e6}),
+        "weights": dataclasses.replace(base, weight_bytes_per_s={"float32": 1e5}),
+        "KV": dataclasses.replace(base, kv_bytes_per_s=1e5),
+        "launches": dataclasses.replace(base, launch_s=1.0),
+    }
+    plain = {phase: _seconds(shape, base, phase) for phase in ("prefill", "decode")}
+    assert _seconds(shape, slow["attention"], "prefill").attention_s > 100 * plain["prefill"].attention_s
+    assert _seconds(shape, slow["weights"], "decode").linear_s > 100 * plain["decode"].linear_s
+    assert _seconds(shape, slow["KV"], "decode").attention_s > 100 * plain["decode"].attention_s
+    for phase in ("prefill", "decode"):
+        assert _seconds(shape, slow["launches"], phase).exposed_launch_s > 100
+
+
+def _seconds(shape, hardware, phase):
+    from headinfer.plan.roofline import Schedule, decode_seconds, prefill_seconds
+
+    cost = prefill_seconds if phase == "prefill" else decode_seconds
+    return cost(shape, hardware, 4096, Schedule(chunk_tokens=512), "float32", 32)
