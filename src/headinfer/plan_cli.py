@@ -55,6 +55,9 @@ def plan(
     new_tokens: Annotated[int, typer.Option(help="Tokens to write, when weighing decode against prefill.")] = 256,
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Keep KV heads on the device as well: planned, not built yet.")
+    ] = False,
     weight_bits: Annotated[int | None, typer.Option(help="Bits of a weight, where it is quantised, e.g. 4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
@@ -86,6 +89,7 @@ def plan(
         heads_per_group=heads_per_group,
         tile_tokens=tile_tokens,
         device_kv_budget_bytes=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
+        keeps_resident=resident,
     )
     made = make_plan(request)
     warnings = _warnings(request)
@@ -218,12 +222,12 @@ def _si(value: float) -> str:
 
 
 def _choices(made: Plan) -> Table:
-    heads = sum(layer.kv_heads for layer in made.request.layers)
+    heads, heads_kept = sum(layer.kv_heads for layer in made.request.layers), made.request.keeps_resident
     tiles = (("prefill", made.prefill), ("decode", made.decode))
     rows = [
         ("chunk", f"{made.chunk_tokens:,} tokens"),
         *((f"tile in {name}, KV heads x tokens", f"{x.heads_per_group} x {x.tile_tokens:,}") for name, x in tiles),
-        ("KV heads resident on the device", f"{sum(made.resident_heads)} of {heads}"),
+        *((("KV heads resident on the device", f"{sum(made.resident_heads)} of {heads}"),) if heads_kept else ()),
         ("device KV budget", format_bytes(made.footprint.device_kv_budget_bytes)),
         ("prefill", f"{format_seconds(made.prefill_cost.total_s)}, bound by {made.prefill_cost.bound}"),
         ("decode, a token", f"{format_seconds(made.decode_cost.total_s)}, bound by {made.decode_cost.bound}"),

@@ -77,10 +77,14 @@ class Plan:
             lines.append(f"All of it fits the device ({format_bytes(memory.resident_bytes)}): nothing is streamed.")
         else:
             lines.append(
-                f"It streams from host RAM through {RING_SLOTS} slots, {format_bytes(memory.ring_bytes)} in all; "
-                f"{resident} of {heads} KV heads ({format_bytes(memory.resident_bytes)}) stay on the device, which "
-                f"saves {resident / heads:.0%} of the transfer."
+                f"It streams from host RAM through {RING_SLOTS} slots, {format_bytes(memory.ring_bytes)} in all, "
+                "at any context."
             )
+            if resident:
+                lines.append(
+                    f"{resident} of {heads} KV heads ({format_bytes(memory.resident_bytes)}) stay on the device, which "
+                    f"saves {resident / heads:.0%} of the transfer."
+                )
             lines.append(f"Tiles of {_tile_text(self.prefill)}; of {_tile_text(self.decode)}.")
         lines.append(
             f"Chunks of {self.chunk_tokens:,} tokens take {format_bytes(memory.activation_bytes)} of activations. "
