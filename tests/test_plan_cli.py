@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,17 @@ for name in ("torch", "transformers", "matplotlib", "numpy"):
     assert name not in sys.modules, name
 """
     seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        start = time.perf_counter()
+    for _ in range(3):  # processor seconds, and the best of three: the machine may be busy with other things
+        start = _child_seconds()
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_child_seconds() - start)
         assert done.returncode == 0, done.stderr
     assert min(seconds) < 1.0
+
+
+def _child_seconds():
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_the_tables_fit_a_terminal_and_say_what_matters():
