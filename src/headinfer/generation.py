@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from headinfer.attention import native
 from headinfer.engine import Options
 from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache, Stats
@@ -195,6 +196,8 @@ def run(
     options = dataclasses.replace(options, expected_tokens=prepared.input_ids.shape[1] + job.max_new_tokens)
     cache = HeadCache(model.config, **vars(options))
     summary.options = dataclasses.asdict(options) | {"chunk_tokens": chunk_tokens}
+    if prepared.device == "cpu":
+        native.why_not()  # compiles the decode kernel where that was never done here, which is no part of the timing
     start = time.perf_counter()
     streamer = _Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)

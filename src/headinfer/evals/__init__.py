@@ -1,0 +1,1 @@
+"""Retrieval evaluations: what a model finds in a long text."""

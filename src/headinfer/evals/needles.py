@@ -1,0 +1,83 @@
+"""Needles in a haystack: made-up words with a number each, hidden between the sentences of a real text.
+
+A model that is trained on such sentences is to be evaluated on other words: `random_words(held_out=True)`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["SYLLABLES", "Needle", "build_haystack", "random_needles", "random_words"]
+
+SYLLABLES = tuple(consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou")
+_WORD_SYLLABLES, NUMBER_DIGITS = 3, 5
+_HELD_OUT_SHARE = 8  # one word in so many
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A made-up word and its number, with the sentence that says it and the question that asks for it."""
+
+    word: str
+    number: str
+
+    @property
+    def sentence(self) -> str:
+        """What is hidden in the text."""
+        return f" The magic number for {self.word} is {self.number}."
+
+    @property
+    def question(self) -> str:
+        """What is asked after the text; it has no digit."""
+        return f"\nWhat is the magic number for {self.word}?"
+
+    @property
+    def answer(self) -> str:
+        """The answer: the needle's own sentence, so that finding the number is going on where the same words stood."""
+        return f" The magic number for {self.word} is {self.number}."
+
+
+def random_words(count: int, rng: random.Random, *, held_out: bool) -> list[str]:
+    """Different made-up words of three syllables. A word is held out from training or not, by its checksum."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        word = "".join(rng.choices(SYLLABLES, k=_WORD_SYLLABLES))
+        if (zlib.crc32(word.encode()) % _HELD_OUT_SHARE == 0) == held_out:
+            words[word] = None
+    return list(words)
+
+
+def random_needles(count: int, rng: random.Random, *, held_out: bool) -> list[Needle]:
+    """Needles with different words and different numbers."""
+    numbers = rng.sample(range(10**NUMBER_DIGITS), count)
+    words = random_words(count, rng, held_out=held_out)
+    return [Needle(word, f"{number:0{NUMBER_DIGITS}}") for word, number in zip(words, numbers, strict=True)]
+
+
+def build_haystack(text: str, needles: Sequence[Needle], depths: Sequence[float]) -> str:
+    """The text with each needle after the end of a sentence nearest to its depth (0: before all, 1: after all).
+
+    Raises ValueError where a depth is no share of the text, or where the text holds a needle's word already.
+    """
+    for needle, depth in zip(needles, depths, strict=True):
+        if not 0 <= depth <= 1:
+            raise ValueError(f"a depth of {depth} is not between 0 and 1")
+        if needle.word in text:
+            raise ValueError(f"the text holds the word {needle.word} already")
+    ends = [0, *(match.end() for match in re.finditer(r"[.!?][\"'”’)]*(?=\s)", text)), len(text)]
+    placed = sorted((_nearest(ends, depth * len(text)), index) for index, depth in enumerate(depths))
+    parts, start = [], 0
+    for place, index in placed:
+        parts += [text[start:place], needles[index].sentence]
+        start = place
+    return "".join([*parts, text[start:]])
+
+
+def _nearest(places: Sequence[int], wanted: float) -> int:
+    right = bisect.bisect_left(places, wanted)
+    return min(places[max(right - 1, 0) : right + 1], key=lambda place: abs(place - wanted))
