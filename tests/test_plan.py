@@ -62,6 +62,7 @@ def random_request(rng):
         dtype=rng.choice(["bfloat16", "float32"]),
         chunk_tokens=rng.choice([None, None, 300]),
         device_kv_budget_bytes=rng.choice([None, None, int(2 ** rng.uniform(20, 32))]),
+        keeps_resident=rng.random() < 0.5,
     )
 
 
@@ -90,6 +91,7 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
             continue
         fitted += 1
         memory, is_host = plan.footprint, request.hardware.is_host
+        assert request.keeps_resident or memory.resident_bytes == 0
         assert memory.device_bytes <= request.room_bytes
         assert memory.host_bytes + (memory.device_bytes if is_host else 0) <= request.host_bytes
         assert memory.disk_kv_bytes <= request.disk_bytes
