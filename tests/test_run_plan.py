@@ -92,8 +92,8 @@ def test_a_run_on_a_gpu_is_planned_with_what_is_free(monkeypatch):
     fixed = run_plan.fixed_fields(mine, 512)
     plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=fixed)
     assert (plan.chunk_tokens, plan.prefill.heads_per_group, plan.decode.heads_per_group) == (512, 2, 2)
-    assert plan.streaming_bytes <= 99 * 2**20
-    assert run_plan.planned(mine, plan) == mine
+    assert 0 < plan.streaming_bytes <= 99 * 2**20
+    assert run_plan.planned(mine, plan) == dataclasses.replace(mine, device_kv_budget=plan.streaming_bytes)
     loaded = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, is_loaded=True)
     assert loaded.request.room_bytes > plan.request.room_bytes
     with pytest.raises(CapacityError, match="host RAM for KV; this machine has 62 GiB for it: at most"):

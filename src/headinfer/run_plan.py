@@ -79,6 +79,6 @@ def planned(options: Options, plan: Plan) -> Options:
         return options  # segments are read in place; a ring that stands for a GPU's keeps its own defaults
     return dataclasses.replace(
         options,
-        device_kv_budget=options.device_kv_budget or plan.streaming_bytes,
+        device_kv_budget=plan.streaming_bytes,
         rates=options.rates or machine.tile_rates(plan.request.dtype),
     )

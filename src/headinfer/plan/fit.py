@@ -43,9 +43,10 @@ def streaming_budgets(request: Request) -> list[int | None]:
     if request.hardware.is_host:
         return [None]
     most = request.device_kv_budget_bytes
-    if most is not None and not request.keeps_resident:
-        return [most]
-    streaming: list[int | None] = [size for size in STREAMING_BYTES if most is None or size <= most]
+    sizes = list(STREAMING_BYTES)
+    if most is not None:  # nearly all of it, or what fits; from a fixed list, so that a larger budget is never worse
+        sizes = [size * eighths // 8 for size in STREAMING_BYTES for eighths in range(8, 16)]
+    streaming: list[int | None] = [size for size in sizes if most is None or size <= most]
     return [*streaming, None] if request.keeps_resident else streaming
 
 
