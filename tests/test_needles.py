@@ -66,3 +66,10 @@ def test_what_cannot_be_hidden_is_refused():
         build_haystack(TEXT, [needle], [1.1])
     with pytest.raises(ValueError, match="holds the word bakelo already"):
         build_haystack("A bakelo.", [needle], [0.5])
+
+
+def test_words_that_the_text_holds_are_not_hidden_in_it():
+    rng, text = random.Random(0), " ".join(random_words(3000, random.Random(0), held_out=True))
+    words = random_words(3000, rng, held_out=True, absent_from=text)
+    assert not set(words) & set(text.split())
+    assert all(word not in text for word in words)

@@ -1,152 +1,100 @@
-"""The demo: a real text, read twice by one model, with transformers' own cache and with the head-wise one.
+"""The demo: a fact found in a very long text, with the head-wise cache and with transformers' own.
 
-The text is the Python language reference, as it ships inside every Python (`pydoc_data.topics`). The model is a
-small Llama with seeded random weights: it says nothing sensible, but the scores of every token depend on the whole
-text, so equal tokens, drawn with the same seed, and equal scores show that the two caches are the same to it.
+The model and the text ship with headinfer (see embedded/); the needles are new words with new numbers. It is a
+self-test too: every answer must be right, and all tokens of both caches the same.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from headinfer.attention import native
-from headinfer.errors import CapacityError, UsageError
-from headinfer.hf.cache import HeadCache, Stats
-from headinfer.hf.enable import enable
+from headinfer.embedded import EMBEDDED, embedded_text
+from headinfer.errors import UsageError
+from headinfer.evals.niah import niah_document
+from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, OnText, Reader, Reading
+from headinfer.evals.tasks import Document, Question
 from headinfer.hf.models import resolve
+from headinfer.model_shape import ModelShape
 
-__all__ = ["DEMO_MODEL", "DemoResult", "DemoRun", "python_reference", "run_demo"]
+__all__ = ["DEMO_TOKENS", "Demo", "DemoResult", "largest_demo"]
 
-DEMO_MODEL = "random:tiny-llama"
+DEMO_TOKENS = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+_TRIAL_TOKENS = 8192
 _CHUNK_TOKENS = 2048
 _BUDGET_BYTES = 4 * 1024 * 1024
 
 
 @dataclass
-class DemoRun:
-    """One reading: what came out, and what it took."""
-
-    name: str
-    token_ids: list[int] = field(default_factory=list)
-    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    device_kv_bytes: int = 0
-    host_kv_bytes: int = 0
-
-
-@dataclass
 class DemoResult:
-    """Both readings of the same tokens."""
+    """Both readings of one document."""
 
-    tokens_in: int
-    standard: DemoRun
-    head_wise: DemoRun
-    stats: Stats
-    text: str
+    document: Document
+    head_wise: Reading
+    standard: Reading
 
     @property
     def identical(self) -> bool:
-        """Whether all generated tokens are equal."""
-        return bool(self.standard.token_ids) and self.standard.token_ids == self.head_wise.token_ids
+        """Whether all tokens of all answers are equal."""
+        ours, theirs = ([one.token_ids for one in reading.answers] for reading in (self.head_wise, self.standard))
+        return bool(ours) and ours == theirs
 
     @property
-    def logits_difference(self) -> float:
-        """The largest difference between the logits of the two, over their spread (standard deviation)."""
-        difference = (self.standard.logits - self.head_wise.logits).abs().max()
-        return float(difference / self.standard.logits.std())
+    def right(self) -> bool:
+        """Whether all answers hold the needle's number."""
+        pairs = zip(self.document.questions, self.head_wise.answers, strict=True)
+        return all(question.score(answer.text, question.references) == 1.0 for question, answer in pairs)
 
 
-def python_reference() -> str:
-    """The Python language reference, about 700 KB of text."""
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics[name] for name in sorted(topics))
+class Demo:
+    """The model, loaded in float32, with the ring and budget of a GPU also where there is none.
 
-
-def run_demo(tokens: int, new_tokens: int, device: str, seed: int = 0, on_stage: Any = print) -> DemoResult:
-    """Read `tokens` tokens of the reference both ways and write new_tokens, drawn with one seed, in float32.
-
-    on_stage is called with a line before each stage. On the CPU the head-wise cache streams through the ring as it
-    would on a GPU, so that its device bytes are those of a GPU. Raises UsageError for numbers out of range.
+    on_tokens: called with the tokens read so far.
     """
-    if tokens < 1 or new_tokens < 2:
-        raise UsageError(f"the demo needs at least 1 token to read and 2 to write, not {tokens} and {new_tokens}")
-    source = resolve(DEMO_MODEL)
-    ids = source.tokenizer()(python_reference(), return_tensors="pt").input_ids[:, :tokens]
-    if ids.shape[1] < tokens:
-        raise CapacityError(f"the text has {ids.shape[1]:,} tokens: ask for at most that many")
-    model = source.load(dtype=torch.float32, device=device, seed=seed)
-    native.why_not()  # compiles the decode kernel where that was never done here, which is no part of the timing
-    _spread_attention(model)
-    ids = ids.to(device)
-    options = {"device_kv_budget": _BUDGET_BYTES, "staging": "early" if device == "cpu" else "auto"}
 
-    on_stage(f"reading {tokens:,} tokens with the head-wise cache ...")
-    head_wise = DemoRun("head-wise (headinfer)")
-    with enable(model, chunk_tokens=_CHUNK_TOKENS):
-        cache = HeadCache(model.config, expected_tokens=tokens + new_tokens, **options)
-        _generate(model, ids, cache, new_tokens, seed, head_wise)
-    stats = cache.stats()
-    head_wise.device_kv_bytes, head_wise.host_kv_bytes = stats.device_kv_peak_bytes, stats.host_kv_bytes
-    cache.reset()
-    gc.collect()
+    def __init__(self, device: str, on_tokens: Callable[[int], None] = lambda tokens: None) -> None:
+        source = resolve(EMBEDDED)
+        self.shape = ModelShape.from_config(source.config)
+        model = source.load(dtype=torch.float32, device=device, seed=0)
+        if device == "cpu":
+            native.why_not()  # compiles the decode kernel where that was never done here: no part of the timing
+        options: dict[str, Any] = {
+            "chunk_tokens": _CHUNK_TOKENS,
+            "device_kv_budget": _BUDGET_BYTES,
+            "staging": "early" if device == "cpu" else "auto",
+        }
+        self.reader = Reader(model, source.tokenizer(), options=options, on_tokens=on_tokens)
 
-    on_stage(f"reading {tokens:,} tokens with transformers' DynamicCache ...")
-    standard = DemoRun("standard (DynamicCache)")
-    dynamic = DynamicCache(config=model.config)
-    _generate(model, ids, dynamic, new_tokens, seed, standard)
-    standard.device_kv_bytes = sum(
-        tensor.numel() * tensor.element_size() for layer in dynamic.layers for tensor in (layer.keys, layer.values)
-    )
-    text = source.tokenizer().decode(head_wise.token_ids, errors="replace")
-    return DemoResult(tokens, standard, head_wise, stats, text)
+    def document(self, tokens: int, questions: int, seed: int) -> Document:
+        """A text of `tokens` tokens with a needle at each of `questions` depths, each asked for without a lead.
 
+        Raises UsageError for numbers out of range.
+        """
+        if tokens < 1 or questions < 1:
+            raise UsageError(f"the demo needs at least 1 token and 1 question, not {tokens} and {questions}")
+        depths = [(index + 0.5) / questions for index in range(questions)]
+        found = niah_document(tokens, depths, 0, embedded_text(), self.reader.count, seed)
+        asked = tuple(Question(one.key, one.text, one.references, 24, facts=one.facts) for one in found.questions)
+        return Document(found.key, found.text, asked, found.facts)
 
-def _spread_attention(model: Any) -> None:
-    """Make random weights choose by content: freshly initialised ones attend to everything alike."""
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(6.0)
-            layer.self_attn.k_proj.weight.mul_(6.0)
-            layer.self_attn.v_proj.weight.mul_(4.0)
-            layer.self_attn.o_proj.weight.mul_(4.0)
-        model.lm_head.weight.mul_(4.0)
+    def read(self, document: Document, method: Method, on_text: OnText | None = None) -> Reading:
+        """Read the document and answer its questions."""
+        gc.collect()  # what the other method held
+        return self.reader.read(document, method, on_text)
 
 
-def _generate(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, seed: int, run: DemoRun) -> None:
-    torch.manual_seed(seed)
+def largest_demo(demo: Demo, seconds: float) -> int:
+    """The most of DEMO_TOKENS that both methods read in about so many seconds here, after a trial of 8,192 tokens."""
+    document = demo.document(_TRIAL_TOKENS, 1, seed=0)
     start = time.perf_counter()
-    first = 0.0
-
-    class Clock:
-        def put(self, value: torch.Tensor) -> None:
-            nonlocal first
-            if value.numel() == 1 and not first:
-                first = time.perf_counter()
-
-        def end(self) -> None:
-            pass
-
-    written = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        prefill_chunk_size=_CHUNK_TOKENS,
-        max_new_tokens=new_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        streamer=Clock(),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    run.logits = torch.cat(written.logits).float().cpu()
-    run.token_ids = written.sequences[0, ids.shape[1] :].tolist()
-    run.prefill_s, run.decode_s = first - start, time.perf_counter() - first
+    for method in (HEAD_WISE, STANDARD):
+        demo.read(document, method)
+    flops_per_s = demo.shape.prefill_flops(_TRIAL_TOKENS) / (time.perf_counter() - start)
+    fitting = [tokens for tokens in DEMO_TOKENS if demo.shape.prefill_flops(tokens) <= seconds * flops_per_s]
+    return fitting[-1] if fitting else DEMO_TOKENS[0]

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["SYLLABLES", "Needle", "build_haystack", "random_needles", "random_words"]
+__all__ = ["SYLLABLES", "Needle", "build_haystack", "hide", "is_held_out", "random_needles", "random_words"]
 
 SYLLABLES = tuple(consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou")
 _WORD_SYLLABLES, NUMBER_DIGITS = 3, 5
@@ -37,25 +37,35 @@ class Needle:
         return f"\nWhat is the magic number for {self.word}?"
 
     @property
+    def lead(self) -> str:
+        """How an answer begins: as the needle does, so that finding the number is going on where the words stood."""
+        return f" The magic number for {self.word} is"
+
+    @property
     def answer(self) -> str:
-        """The answer: the needle's own sentence, so that finding the number is going on where the same words stood."""
-        return f" The magic number for {self.word} is {self.number}."
+        """The answer: the needle's own sentence."""
+        return f"{self.lead} {self.number}."
 
 
-def random_words(count: int, rng: random.Random, *, held_out: bool) -> list[str]:
-    """Different made-up words of three syllables. A word is held out from training or not, by its checksum."""
+def random_words(count: int, rng: random.Random, *, held_out: bool, absent_from: str = "") -> list[str]:
+    """Different made-up words of three syllables, all held out from training or none, that a text does not hold."""
     words: dict[str, None] = {}
     while len(words) < count:
         word = "".join(rng.choices(SYLLABLES, k=_WORD_SYLLABLES))
-        if (zlib.crc32(word.encode()) % _HELD_OUT_SHARE == 0) == held_out:
+        if is_held_out(word) == held_out and word not in absent_from:
             words[word] = None
     return list(words)
 
 
-def random_needles(count: int, rng: random.Random, *, held_out: bool) -> list[Needle]:
-    """Needles with different words and different numbers."""
+def is_held_out(word: str) -> bool:
+    """Whether a word is held out from training: one in eight is, by its checksum."""
+    return zlib.crc32(word.encode()) % _HELD_OUT_SHARE == 0
+
+
+def random_needles(count: int, rng: random.Random, *, held_out: bool, absent_from: str = "") -> list[Needle]:
+    """Needles with different words, which a text does not hold, and different numbers."""
     numbers = rng.sample(range(10**NUMBER_DIGITS), count)
-    words = random_words(count, rng, held_out=held_out)
+    words = random_words(count, rng, held_out=held_out, absent_from=absent_from)
     return [Needle(word, f"{number:0{NUMBER_DIGITS}}") for word, number in zip(words, numbers, strict=True)]
 
 
@@ -64,16 +74,22 @@ def build_haystack(text: str, needles: Sequence[Needle], depths: Sequence[float]
 
     Raises ValueError where a depth is no share of the text, or where the text holds a needle's word already.
     """
-    for needle, depth in zip(needles, depths, strict=True):
-        if not 0 <= depth <= 1:
-            raise ValueError(f"a depth of {depth} is not between 0 and 1")
+    for needle in needles:
         if needle.word in text:
             raise ValueError(f"the text holds the word {needle.word} already")
+    return hide(text, [needle.sentence for needle in needles], depths)
+
+
+def hide(text: str, sentences: Sequence[str], depths: Sequence[float]) -> str:
+    """The text with each sentence after the end of a sentence nearest to its depth; raises ValueError as above."""
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"a depth of {depth} is not between 0 and 1")
     ends = [0, *(match.end() for match in re.finditer(r"[.!?][\"'”’)]*(?=\s)", text)), len(text)]
     placed = sorted((_nearest(ends, depth * len(text)), index) for index, depth in enumerate(depths))
     parts, start = [], 0
     for place, index in placed:
-        parts += [text[start:place], needles[index].sentence]
+        parts += [text[start:place], sentences[index]]
         start = place
     return "".join([*parts, text[start:]])
 

@@ -1,4 +1,6 @@
-"""What MODEL means on the command line: a local folder, a hub name, or `random:NAME?layers=2&...`.
+"""What MODEL means on the command line: a local folder, a hub name, `embedded`, or `random:NAME?layers=2&...`.
+
+`embedded` is the small model that ships with headinfer (see src/headinfer/embedded).
 
 Random models have a well-known model's shape and seeded random weights, so that any shape can be run on any
 machine without a download. They read and write bytes (a tokenizer of 256 bytes and 3 special tokens), and their
@@ -16,7 +18,9 @@ from urllib.parse import parse_qsl
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
+from headinfer.embedded import EMBEDDED, embedded_model
 from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
@@ -93,6 +97,7 @@ class ModelSource:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).to(device)
         else:
+            disable_progress_bar()  # its bar is for files that come over a network
             try:
                 model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype).to(device)
             except (OSError, ValueError) as error:
@@ -141,6 +146,8 @@ def _random(spec: str) -> ModelSource:
 
 
 def _stored(spec: str) -> ModelSource:
+    if spec == EMBEDDED:
+        spec = str(embedded_model())
     folder = Path(spec)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UsageError(f"{spec} is no model folder: it has no config.json")

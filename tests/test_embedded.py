@@ -1,0 +1,127 @@
+"""The model that ships: its files, its accuracy, and the demo as a self-test."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import headinfer.embedded
+from headinfer import cli, embedded
+from headinfer.demo import Demo, DemoResult, largest_demo
+from headinfer.embedded import embedded_model, embedded_text
+from headinfer.errors import UsageError
+from headinfer.evals.needles import random_words
+from headinfer.evals.niah import niah_document
+from headinfer.evals.reader import HEAD_WISE, Answer, Reader
+from headinfer.hf.models import resolve
+from headinfer.plan.models import find_shape
+
+FOLDER = Path(headinfer.embedded.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def reader():
+    source = resolve("embedded")
+    return Reader(source.load(dtype=torch.float32, device="cpu", seed=0), source.tokenizer())
+
+
+def test_what_ships():
+    config = resolve("embedded").config
+    assert config.num_key_value_heads == 8
+    assert config.num_attention_heads == 16
+    assert (FOLDER / "model.safetensors").stat().st_size <= 6_000_000
+    assert {path.name for path in FOLDER.glob("*.md")} == {"MODEL_CARD.md", "TEXT.md"}
+    assert len(embedded_text()) > 500_000
+    assert find_shape("embedded").kv_bytes_per_token(4) == 2 * 2 * 8 * 16 * 4, "two layers grow with the context"
+    tokenizer = resolve("embedded").tokenizer()
+    assert tokenizer.tokenize(" 4711") == ["Ġ", "4", "7", "1", "1"]
+    assert tokenizer.decode(tokenizer("Any text — even “this”.").input_ids) == "Any text — even “this”."
+    words = random_words(500, random.Random(0), held_out=True)
+    assert sum(len(tokenizer.tokenize(f" {word}")) == 3 for word in words) >= 495
+
+
+@pytest.mark.parametrize(("tokens", "texts", "floor"), [(1024, 8, 0.95), (4096, 5, 0.95)])
+def test_it_finds_needles_that_it_was_not_trained_on(reader, tokens, texts, floor):
+    depths = [0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1]
+    scores = []
+    for sample in range(texts):
+        document = niah_document(tokens, depths, sample, embedded_text(), reader.count, seed=7)
+        answers = reader.read(document, HEAD_WISE).answers
+        pairs = zip(document.questions, answers, strict=True)
+        scores += [question.score(answer.text, question.references) for question, answer in pairs]
+    assert sum(scores) / len(scores) >= floor
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "text.txt.xz", "SHA256.json"])
+def test_missing_and_changed_files_are_named(tmp_path, monkeypatch, name):
+    folder = tmp_path / "embedded"
+    shutil.copytree(FOLDER, folder)
+    monkeypatch.setattr(embedded, "_FOLDER", folder)
+    embedded_model()
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(UsageError, match="install headinfer again"):
+        embedded_model()
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=rf"is not complete .*{name}.*: install headinfer again"):
+        embedded_text()
+
+
+def test_the_demo_end_to_end():
+    command = [sys.executable, "-m", "headinfer", "demo", "--context", "4K"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("What is the magic number for") == 4
+    assert "tokens are identical; all answers are right" in done.stdout
+    assert "reading with the head-wise cache" in done.stderr
+    done = subprocess.run([*command, "--json", "--questions", "2"], capture_output=True, text=True, timeout=600)
+    result = json.loads(done.stdout)
+    assert result["identical"] and result["right"]  # noqa: PT018
+    standard, head_wise = result["runs"]
+    assert standard["token_ids"] == head_wise["token_ids"]
+    assert len(standard["answers"]) == 2
+    assert head_wise["host_kv_bytes"] > 0
+    assert standard["device_kv_bytes"] > result["tokens_in"] * 2048
+
+
+def test_the_demo_fails_where_an_answer_or_an_equality_does(monkeypatch, capsys):
+    for name, message in (("right", "AN ANSWER IS WRONG"), ("identical", "THE TOKENS DIFFER")):
+        with monkeypatch.context() as patch:
+            patch.setattr(DemoResult, name, False)
+            patch.setattr(sys, "argv", ["headinfer", "demo", "--context", "1K", "--questions", "1"])
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        assert stopped.value.code == 1
+        assert message in capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", "headinfer", "demo", "--context", "40"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "40 tokens can not hold 4 needles" in done.stderr
+
+
+def test_a_result_knows_wrong_and_differing_answers():
+    demo = Demo("cpu")
+    document = demo.document(700, 2, seed=0)
+    good = demo.read(document, HEAD_WISE)
+    other = demo.read(document, HEAD_WISE)
+    assert DemoResult(document, good, other).identical
+    other.answers[1] = Answer("no number", [1, 2, 3], 0.0)
+    assert not DemoResult(document, good, other).identical
+    assert not DemoResult(document, other, good).right
+
+
+def test_the_demos_size_follows_the_machine(monkeypatch):
+    demo = Demo("cpu")
+    seconds = iter([0.0, 1.0, 0.0, 100.0])
+    monkeypatch.setattr("headinfer.demo.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(Demo, "read", lambda *_: None)
+    fast = largest_demo(demo, 75.0)
+    assert demo.shape.prefill_flops(fast) <= 75 * demo.shape.prefill_flops(8192) < demo.shape.prefill_flops(2 * fast)
+    assert largest_demo(demo, 75.0) == 16_384, "the least, on the slowest machine"

@@ -1,0 +1,434 @@
+"""Evaluations: tasks that ask what they say, metrics worked by hand, results that go on where they stopped."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from headinfer.errors import UsageError
+from headinfer.evals import data_files
+from headinfer.evals.data_files import data_documents
+from headinfer.evals.heatmap import save_heatmap
+from headinfer.evals.niah import niah_document
+from headinfer.evals.reader import HEAD_WISE, STANDARD, Reader
+from headinfer.evals.ruler import RULER_TASKS, ruler_documents
+from headinfer.evals.run import Results, evaluate
+from headinfer.evals.tasks import Document, Question, fit, match_all, match_part
+from headinfer.hf.models import byte_tokenizer, resolve
+from headinfer.model_shape import ModelShape
+
+ESSAY = " ".join(f"Sentence {n} of the essay says {'rather ' * (n % 7)}little." for n in range(900))
+
+
+def count(text):
+    """A tokenizer that is quick and not quite even: words and marks."""
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULER_TASKS)
+@pytest.mark.parametrize("length", [1500, 9000])
+def test_a_ruler_document_holds_its_answers_and_fills_its_length(name, length):
+    first, again = (list(ruler_documents(name, [length], 2, ESSAY, count, seed=3)) for _ in range(2))
+    assert [one.text for one in first] == [one.text for one in again], "the seed decides"
+    assert first[0].text != first[1].text
+    other = next(ruler_documents(name, [length], 1, ESSAY, count, seed=4))
+    assert other.text != first[0].text
+    for document in first:
+        (question,) = document.questions
+        used = count(document.text + question.text + question.lead) + question.new_tokens
+        assert 0.93 * length <= used <= length
+        assert question.references
+        for reference in question.references:
+            assert reference in document.text
+            assert reference not in question.text + question.lead
+
+
+@pytest.mark.parametrize(
+    ("name", "references", "needles"),
+    [("niah_single_1", 1, 1), ("niah_multikey_1", 1, 4), ("niah_multivalue", 4, 4), ("niah_multiquery", 4, 4)],
+)
+def test_ruler_needles_are_as_many_as_published(name, references, needles):
+    document = next(ruler_documents(name, [3000], 1, ESSAY, count, 0))
+    (question,) = document.questions
+    found = re.findall(r"One of the special magic numbers for ([\w-]+-?[\w-]*) is: (\d{7})\.", document.text)
+    assert len(found) == needles
+    assert len(question.references) == references
+    asked = {key for key, value in found if value in question.references}
+    assert all(key in question.text for key in asked)
+    assert {value for key, value in found if key in question.text} == set(question.references)
+
+
+def test_rulers_words_are_counted_as_published():
+    cwe = next(ruler_documents("cwe", [20_000], 1, ESSAY, count, 0))
+    example, listed = cwe.text.split("\nBelow is")
+    assert example.count("Question: What are the 10 most common words") == 1
+    words = re.findall(r"\d+\. (\S+)", listed)
+    assert {words.count(word) for word in cwe.questions[0].references} == {30}
+    assert {words.count(word) for word in set(words) - set(cwe.questions[0].references)} == {3}
+    fwe = next(ruler_documents("fwe", [20_000], 1, ESSAY, count, 0))
+    coded = fwe.text.split("coded words. ")[1].split()
+    often = sorted(set(coded) - {"..."}, key=coded.count, reverse=True)
+    assert set(often[:3]) == set(fwe.questions[0].references)
+    counts = [coded.count(word) for word in often[:3]]
+    assert counts[0] / counts[1] == pytest.approx(9 / 4, rel=0.05), "zeta law: shares of 1/4 and 1/9"
+    assert coded.count(often[2]) > coded.count(often[3])
+
+
+def test_a_chain_of_variables_leads_to_the_value():
+    document = next(ruler_documents("vt", [3000], 1, ESSAY, count, 0))
+    (question,) = document.questions
+    value = re.search(r"value (\d+) in", question.text).group(1)
+    text = document.text.split("Memorize and track")[2]
+    found = dict(re.findall(r"VAR (\w{5}) = (?:VAR )?(\w+)", text))
+    for name in question.references:
+        while name in found:
+            name = found[name]
+        assert name == value
+    assert len(question.references) == 5
+
+
+def test_needles_at_all_depths_of_one_text():
+    depths = [0, 0.25, 0.5, 1]
+    document = niah_document(2000, depths, 1, ESSAY, count, seed=5)
+    assert niah_document(2000, depths, 1, ESSAY, count, seed=5) == document
+    assert niah_document(2000, depths, 2, ESSAY, count, seed=5).text != document.text
+    assert [question.facts["depth"] for question in document.questions] == depths
+    for question, depth in zip(document.questions, depths, strict=True):
+        (number,) = question.references
+        assert document.text.count(number) == 1
+        assert number not in question.text + question.lead
+        assert document.text.count(question.lead) == 1
+        assert abs(document.text.index(number) / len(document.text) - depth) < 0.05
+    used = max(count(document.text + question.text + question.lead) for question in document.questions)
+    assert 1900 <= used + 16 <= 2000
+    long = niah_document(60_000, depths, 0, ESSAY, count, seed=5)
+    assert count(long.text) > 3 * count(ESSAY), "the text is repeated where it is too short"
+
+
+def test_lengths_that_hold_nothing_are_refused():
+    with pytest.raises(UsageError, match="can not hold 4 needles and a question"):
+        niah_document(60, [0, 0.3, 0.6, 1], 0, ESSAY, count, 0)
+    for name in RULER_TASKS:
+        with pytest.raises(UsageError, match=f"20 tokens are too few for RULER's {name}"):
+            next(ruler_documents(name, [20], 1, ESSAY, count, 0))
+    with pytest.raises(UsageError, match="no task 'nope' here: choose among niah_single_1"):
+        next(ruler_documents("nope", [2000], 1, ESSAY, count, 0))
+
+
+@pytest.mark.parametrize("most", [1, 30, 777, 12_345])
+def test_fit_fills_without_exceeding(most):
+    def build(units):
+        return "word " * units + "and more " * (units // 10)
+
+    units = fit(build, count, most)
+    assert count(build(units)) <= most
+    assert count(build(units + max(units // 50, 2))) > most
+    assert fit(build, count, 0) == 0
+
+
+# -- metrics, worked by hand -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("score", "answer", "references", "expected"),
+    [
+        (match_all, "They are 12 and 34.", ("12", "34", "56", "78"), 0.5),
+        (match_all, "FOO bar", ("foo", "Bar"), 1.0),
+        (match_part, "It was Paris.", ("London", "paris"), 1.0),
+        (match_part, "It was Rome.", ("London", "paris"), 0.0),
+        (data_files.longbench_score, "**The correct answer is (B)**", ("B",), 1.0),
+        (data_files.longbench_score, "The correct answer is C.", ("C",), 1.0),
+        (data_files.longbench_score, "I think (B)", ("B",), 0.0),
+        (data_files.longbench_score, "The correct answer is (A), not (B)", ("B",), 0.0),
+        (data_files.contains_score, "the value is a1-B2", ("a1-B2",), 1.0),
+        (data_files.contains_score, "the value is A1-b2", ("a1-B2",), 0.0),
+        (data_files.first_number_score, "The smallest is 17, then 12", ("17",), 1.0),
+        (data_files.first_number_score, "17.9 or so", ("17",), 1.0),
+        (data_files.first_number_score, "about 2.5", ("2.5",), 1.0),
+        (data_files.first_number_score, "none", ("17",), 0.0),
+        (data_files.first_letter_score, "B. because", ("B",), 1.0),
+        (data_files.first_letter_score, "the answer is: C", ("C",), 1.0),
+        (data_files.first_letter_score, "the answer is: C", ("D",), 0.0),
+        (data_files.first_letter_score, "surely D of them", ("D",), 1.0),
+        (data_files.first_letter_score, "", ("A",), 0.0),
+        (data_files.characters_f1_score, "北京。", ("北京",), 1.0),
+        (data_files.characters_f1_score, "北京市", ("北京",), 0.8),
+        (data_files.characters_f1_score, "上海", ("北京",), 0.0),
+    ],
+)
+def test_metrics(score, answer, references, expected):
+    assert score(answer, references) == pytest.approx(expected)
+
+
+# -- local files -----------------------------------------------------------------------------------------------------
+
+LONGBENCH = {
+    "_id": "1", "domain": "Code", "difficulty": "hard", "length": "short", "question": "Which?", "context": " A text. ",
+    "choice_A": "one", "choice_B": "two", "choice_C": "three", "choice_D": "four", "answer": "B",
+}  # fmt: skip
+TURNS = [{"input": "Key: k1", "answer": "v1"}, {"input": "Key: k2", "answer": "v2"}]
+
+
+def test_files_of_longbench_and_scbench(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([LONGBENCH, LONGBENCH]))
+    first, second = data_documents("longbench-v2", path)
+    assert first.key != second.key
+    (question,) = first.questions
+    assert first.text.endswith("<text>\nA text.\n</text>")
+    assert "Which?\nChoices:\n(A) one\n(B) two\n(C) three\n(D) four\n\nFormat your response" in question.text
+    assert question.score("The correct answer is (B)", question.references) == 1
+    assert first.facts["difficulty"] == "hard"
+
+    path.write_text("\n" + json.dumps({"id": 0, "context": '{"k1": "v1"}', "multi_turns": TURNS}) + "\n")
+    (document,) = data_documents("scbench_kv", path)
+    assert document.text.startswith("Extract the value")
+    assert document.text.endswith('{"k1": "v1"}')
+    assert [question.text for question in document.questions] == ["\n\nKey: k1", "\n\nKey: k2"]
+    assert [question.references for question in document.questions] == [("v1",), ("v2",)]
+
+    turn = {"input": "Who?", "options": ["w", "x", "y", "z"], "answer": ["B"]}
+    path.write_text(json.dumps({"context": "A book.", "multi_turns": [turn]}))
+    (question,) = data_documents("scbench_choice_eng", path)[0].questions
+    assert question.text.endswith("Question: Who?\nA. w\nB. x\nC. y\nD. z\n\nThe the correct answer is")
+    turn = {"input": "The smallest number is", "answer": 3}
+    path.write_text(json.dumps({"context": "[5, 3]", "multi_turns": [turn]}))
+    (document,) = data_documents("scbench_mf", path)
+    assert document.text == "The smallest number is\n\n[5, 3]"
+    assert document.questions[0].text == "\n\nWhat is the smallest number?\n\nThe smallest number is"
+    assert document.questions[0].references == ("3",)
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        ("longbench-v2", json.dumps([LONGBENCH, {}]), "item 2 is no longbench-v2 item: it has no 'choice_A'"),
+        ("scbench_kv", json.dumps({"context": "x", "multi_turns": []}), "item 1 is no scbench_kv item: a field has"),
+        ("scbench_kv", json.dumps({"context": "x", "multi_turns": TURNS}) + "\n{oops", "line 2 is no JSON"),
+        ("scbench_kv", "[1, 2", "is no JSON"),
+        ("scbench_kv", "[1, 2]", "item 1 is no scbench_kv item: a field has another form"),
+        ("scbench_kv", "  ", "holds no items"),
+        ("scbench_summary", "{}", "there is no task 'scbench_summary' for local files: choose among longbench-v2"),
+    ],
+)  # fmt: skip
+def test_files_of_another_form_are_refused(tmp_path, task, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        data_documents(task, path)
+    with pytest.raises(UsageError, match="cannot read"):
+        data_documents("scbench_kv", tmp_path / "none")
+
+
+# -- reading and results ---------------------------------------------------------------------------------------------
+
+
+def documents_of(count=2):
+    """Documents of random letters with three questions each."""
+    rng = random.Random(0)
+    for number in range(count):
+        text = "".join(rng.choices("abcdef ", k=700))
+        questions = tuple(Question(str(k), f"\nq{k}?", ("x",), 4, facts={"depth": k / 2}) for k in range(3))
+        yield Document(f"d/{number}", text, questions, {"length": 700 + number})
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    source = resolve("random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2")
+    return source, source.load(dtype=torch.float32, device="cpu", seed=0)
+
+
+def reader_of(tiny, **options):
+    return Reader(tiny[1], byte_tokenizer(), options={"chunk_tokens": 128, **options})
+
+
+def run(tiny, folder, documents, *, compare=True, **about):
+    shape = ModelShape.from_config(tiny[0].config)
+    results = Results.open(folder, {"model": "tiny", "seed": 0, **about})
+    read = []
+    evaluate(
+        reader_of(tiny), documents, results, compare=compare, kv_bytes_per_token=shape.kv_bytes_per_token(4),
+        on_document=lambda document, readings: read.append((document.key, [one.method for one in readings])),
+    )  # fmt: skip
+    return results, read
+
+
+@pytest.mark.parametrize("staging", ["auto", "early"])
+def test_each_question_is_asked_of_the_document_alone_and_both_caches_agree(tiny, staging):
+    document = next(documents_of())
+    reader = reader_of(tiny, staging=staging, device_kv_budget=2**20)
+    pieces = []
+
+    def on_text(question, text):
+        pieces.append((question.key, text))
+
+    both = [reader.read(document, method, on_text) for method in (HEAD_WISE, STANDARD)]
+    ours, theirs = ([answer.token_ids for answer in reading.answers] for reading in both)
+    assert ours == theirs
+    assert len(ours) == 3
+    assert both[0].tokens == both[1].tokens == 700
+    assert both[0].host_kv_bytes > 0 == both[1].host_kv_bytes
+    head, tails = reader.encode(document)
+    for tail, tokens in zip(tails, ours, strict=True):  # the oracle: everything at once, without a cache
+        ids = torch.tensor([head + tail])
+        expected = tiny[1].generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0
+        )
+        assert expected[0, ids.shape[1] :].tolist() == tokens
+    for key in "012":
+        text = "".join(piece for one, piece in pieces[: len(pieces) // 2] if one == key)
+        assert text == both[0].answers[int(key)].text + "\n"
+
+
+def test_results_are_saved_scored_and_taken_up_again(tiny, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def interrupted():
+        yield next(documents_of(3))
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tiny, tmp_path, interrupted())
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert len(kept["answers"]) == 6
+    results, read = run(tiny, tmp_path, documents_of(3))
+    assert read == [("d/0", []), ("d/1", ["head-wise", "standard"]), ("d/2", ["head-wise", "standard"])]
+    summary = json.loads((tmp_path / "results.json").read_text())["summary"]
+    assert summary["questions"] == 9
+    assert summary["compared"]["identical"] == summary["compared"]["questions"] == 9
+    assert summary["compared"]["score_difference"] == 0
+    assert results.differing() == []
+    _, read = run(tiny, tmp_path, documents_of(3))
+    assert all(methods == [] for _, methods in read)
+    fresh, _ = run(tiny, tmp_path / "other", documents_of(3))
+    assert [one["token_ids"] for one in fresh.records] == [one["token_ids"] for one in results.records]
+    with pytest.raises(UsageError, match="holds another evaluation: its seed is 0, not 1; choose another --out"):
+        run(tiny, tmp_path, documents_of(3), seed=1)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(UsageError, match="holds no results of headinfer eval"):
+        run(tiny, tmp_path, documents_of(3))
+
+
+def test_a_difference_is_counted(tiny, tmp_path):
+    results, _ = run(tiny, tmp_path, documents_of(1))
+    results.records[0]["token_ids"] = [1, 2]
+    results.records[0]["score"] = 1.0
+    compared = results.summary()["compared"]
+    assert (compared["identical"], compared["questions"]) == (2, 3)
+    assert compared["score_difference"] == pytest.approx(1 / 3)
+    assert results.differing() == ["d/0/0"]
+
+
+def test_what_the_standard_cache_can_not_hold_is_skipped_with_the_reason(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("headinfer.evals.run.available_host_bytes", lambda: 1000)
+    results, read = run(tiny, tmp_path, documents_of(1))
+    assert read == [("d/0", ["head-wise"])]
+    assert re.match(r"needs .* for its KV and a copy; there are 1,?000 B", results.skipped["d/0"])
+    assert "compared" not in results.summary()
+
+
+def test_a_chat_template_is_split_at_the_documents_end(tiny):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    document = Document("d", "  A text. ", (Question("0", "\nWhat? ", ("x",), 2, lead=" It is"),))
+    head, (tail,) = Reader(tiny[1], tokenizer).encode(document)
+    assert tokenizer.decode(head) == "<user>A text. "
+    assert tokenizer.decode(tail) == "\nWhat?</><assistant> It is"
+    head, (tail,) = Reader(tiny[1], tokenizer, is_raw=True).encode(document)
+    assert (tokenizer.decode(head), tokenizer.decode(tail)) == ("  A text. ", "\nWhat?  It is")
+
+
+def test_the_heatmap_is_a_picture(tiny, tmp_path):
+    results, _ = run(tiny, tmp_path, documents_of(2), compare=False)
+    save_heatmap(results, tmp_path / "niah.png")
+    assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")
+    assert results.scores("length", "depth").keys() == {(n, d) for n in (700, 701) for d in (0.0, 0.5, 1.0)}
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def headinfer(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "headinfer", *map(str, args)], capture_output=True, text=True, timeout=600
+    )
+
+
+TINY = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
+
+
+def test_eval_niah_and_ruler_end_to_end(tmp_path):
+    done = headinfer(
+        "eval", "niah", TINY, "--lengths", "600,900", "--depths", "0..100/3", "--compare", "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 of 6 answers identical, difference in score 0" in " ".join(done.stdout.split())
+    assert (tmp_path / "niah.png").is_file()
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["command"].startswith("headinfer eval niah")
+    assert {one["length"] for one in kept["answers"]} == {600, 900}
+    again = headinfer("eval", "niah", TINY, "--lengths", "600,900", "--depths", "0,50,100", "--out", tmp_path, "--json")
+    assert json.loads(again.stdout)["questions"] == 6
+    other = headinfer("eval", "ruler", TINY, "--lengths", "1K", "--out", tmp_path)
+    assert other.returncode == 2
+    assert "holds another evaluation" in other.stderr
+    tasks = ("--tasks", "vt,niah_single_1", "--samples", 1, "--out", tmp_path / "r")
+    done = headinfer("eval", "ruler", TINY, "--lengths", "4000", *tasks)
+    assert done.returncode == 0, done.stderr
+    assert "vt" in done.stdout
+
+
+def test_eval_data_end_to_end(tmp_path):
+    path = tmp_path / "data.jsonl"
+    items = [{"context": text, "multi_turns": TURNS} for text in ("short " * 20, "long " * 2000)]
+    path.write_text("\n".join(map(json.dumps, items)))
+    options = ("--task", "scbench_kv", "--data", path, "--most-tokens", "2K", "--out", tmp_path / "a")
+    done = headinfer("eval", "data", TINY, *options)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 texts are longer than 2,048 tokens and left out" in done.stderr
+    kept = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert len(kept["answers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("niah", TINY, "--depths", "0..200"), "are no depths: write percents"),
+        (("niah", TINY, "--depths", "deep"), "are no depths: write percents"),
+        (("niah", TINY, "--lengths", "4X"), "is no number of tokens"),
+        (("niah", TINY, "--text", "/nowhere.txt"), "cannot read /nowhere.txt"),
+        (("niah", "no/such-model"), "there is no model 'no/such-model'"),
+        (("niah", TINY, "--lengths", "4000M"), "of host RAM for KV"),
+        (("niah", TINY, "--lengths", "100,4K"), "100 tokens can not hold 11 needles"),
+        (("ruler", TINY, "--lengths", "100,4K"), "100 tokens are too few for RULER's niah_single_1"),
+        (("ruler", TINY, "--tasks", "vt,nope"), "RULER has no task 'nope' here"),
+        (("data", TINY, "--task", "scbench_kv", "--data", "/nowhere"), "cannot read /nowhere"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, args, message):
+    done = headinfer("eval", *args, "--out", tmp_path)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert done.stderr.startswith("headinfer: error: "), "before anything is loaded or read"
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_ruler_without_its_words_says_what_to_install(monkeypatch):
+    from headinfer.evals import ruler
+
+    ruler._word_lists.cache_clear()
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    with pytest.raises(UsageError, match=re.escape("pip install 'headinfer[eval]'")):
+        next(ruler_documents("cwe", [2000], 1, ESSAY, count, 0))
+    ruler._word_lists.cache_clear()

@@ -1,0 +1,51 @@
+"""Measure the embedded model as published: `python training/evaluate.py`, into docs/measurements/embedded.json.
+
+Held-out words in held-out text, a needle at each depth; all the others of a text are distractors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+# Tokens, depths (so many needles in a text), texts.
+PLAN = (("1K", 8, 40), ("4K", 16, 25), ("16K", 32, 8), ("64K", 50, 4), ("128K", 100, 2), ("256K", 100, 1))
+
+
+def main(out: Path, work: Path, longest: int) -> None:
+    """Run the evaluation of each length and gather the scores."""
+    rows = []
+    for length, depths, samples in PLAN[:longest]:
+        arguments = ["eval", "niah", "embedded", "--lengths", length, "--depths", f"0..100/{depths}"]
+        arguments += ["--samples", str(samples), "--dtype", "float32", "--seed", "1"]
+        folder = work / length
+        command = [sys.executable, "-m", "headinfer", *arguments, "--out", str(folder), "--json"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        summary = json.loads(done.stdout)
+        rows.append(
+            {
+                "tokens": length,
+                "needles_in_a_text": depths,
+                "questions": summary["questions"],
+                "exact": summary["score"],
+                "command": "headinfer " + " ".join(arguments),
+                "machine": found["machine"],
+            }
+        )
+        print(f"{length:>5}: {summary['score']:.2%} of {summary['questions']}", flush=True)
+    out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/measurements/embedded.json"))
+    parser.add_argument("--work", type=Path, default=Path("results/embedded"), help="results of the single lengths")
+    parser.add_argument(
+        "--lengths", type=int, default=len(PLAN), help="only so many of the lengths, the shortest first"
+    )
+    chosen = parser.parse_args()
+    main(chosen.out, chosen.work, chosen.lengths)
