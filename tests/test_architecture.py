@@ -30,10 +30,11 @@ class Room:
 
 
 ROOMS = (
-    Room("the errors", 0, ("errors.py", "ranks.py"), frozenset()),
+    Room("the errors", 0, ("errors.py", "ranks.py", "files.py", "embedded/"), frozenset()),
     Room("the model's shape", 0, ("model_shape.py",), frozenset()),
     Room("attention/", 1, ("attention/",), frozenset({"torch"})),
-    Room("kv/", 1, ("kv/",), frozenset({"torch"})),
+    Room("kv/", 1, ("kv/",), frozenset({"torch", "xxhash"})),
+    Room("sessions/", 1, ("sessions/",), frozenset({"xxhash"})),
     Room("plan/", 1, ("plan/",), frozenset({"psutil"})),
     Room("the loop", 2, ("streaming.py", "engine.py", "machine.py", "run_plan.py"), frozenset({"torch", "psutil"})),
     Room("hf/", 3, ("hf/",), ANYTHING),

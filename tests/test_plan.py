@@ -314,7 +314,10 @@ def test_more_of_what_bounds_makes_it_faster():
     on_disk = make_plan(dataclasses.replace(base, host_bytes=10 * GIB, disk_bytes=200 * GIB))
     assert on_disk.decode_cost.bound == "disk"
     assert on_disk.footprint.disk_kv_bytes == 120 * GIB
-    assert "prediction only" in on_disk.explain()[-1]
+    assert "--disk-tier" in on_disk.explain()[-1]
+    budgeted = make_plan(dataclasses.replace(base, host_kv_budget_bytes=32 * GIB, disk_bytes=200 * GIB))
+    assert budgeted.footprint.host_kv_bytes == 32 * GIB
+    assert budgeted.footprint.disk_kv_bytes == 96 * GIB
     early = make_plan(dataclasses.replace(base, prefetches_next_layer=True))
     assert early.total_s < make_plan(base).total_s
 

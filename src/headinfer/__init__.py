@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headinfer.engine import Options
-    from headinfer.errors import CapacityError, HeadinferError, StateError, UnsupportedError, UsageError
+    from headinfer.errors import CapacityError, HeadinferError, SessionError, StateError, UnsupportedError, UsageError
     from headinfer.hf.cache import HeadCache, Stats
     from headinfer.hf.enable import Enabled, enable
 
@@ -21,6 +21,7 @@ __all__ = [
     "HeadCache",
     "HeadinferError",
     "Options",
+    "SessionError",
     "StateError",
     "Stats",
     "UnsupportedError",
@@ -32,7 +33,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "headinfer.engine": ("Options",),
-    "headinfer.errors": ("CapacityError", "HeadinferError", "StateError", "UnsupportedError", "UsageError"),
+    "headinfer.errors": (
+        "CapacityError",
+        "HeadinferError",
+        "SessionError",
+        "StateError",
+        "UnsupportedError",
+        "UsageError",
+    ),
     "headinfer.hf.cache": ("HeadCache", "Stats"),
     "headinfer.hf.enable": ("Enabled", "enable"),
 }

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from headinfer.demo_cli import demo
 from headinfer.errors import HeadinferError, UsageError
+from headinfer.eval_cli import app as eval_app
 from headinfer.plan.units import parse_bytes
 from headinfer.plan_cli import plan
 from headinfer.ranks import Ranks
+from headinfer.session_cli import app as session_app
+from headinfer.session_cli import ask, read
 
 if TYPE_CHECKING:
     from headinfer.generation import Prepared, Summary
@@ -34,9 +38,14 @@ app = typer.Typer(
     help="Exact LLM inference over very long contexts on one small GPU: the KV cache lives in host RAM, per head.",
 )
 app.command()(plan)
+app.command()(demo)
+app.command()(read)
+app.command()(ask)
+app.add_typer(session_app, name="session")
+app.add_typer(eval_app, name="eval")
 _stderr = Console(stderr=True)
 
-MODEL_HELP = "A local folder, a hub name, or random:NAME?layers=2 (a known shape with seeded random weights)."
+MODEL_HELP = "A local folder, a hub name, embedded, or random:NAME?layers=2 (a known shape, seeded random weights)."
 
 
 @app.command()
@@ -51,6 +60,10 @@ def generate(
     device_kv_budget: Annotated[
         str | None, typer.Option(help="KV bytes on the device at any context length, e.g. 256MiB; else planned.")
     ] = None,
+    host_kv_budget: Annotated[
+        str | None, typer.Option(help="KV bytes in host RAM, e.g. 32GB; the rest goes to --disk-tier.")
+    ] = None,
+    disk_tier: Annotated[Path | None, typer.Option(help="A folder on a fast disk for KV beyond the budget.")] = None,
     heads_per_group: Annotated[
         int | None, typer.Option(help="KV heads streamed together; chosen before each pass where not given.")
     ] = None,
@@ -83,6 +96,8 @@ def generate(
             raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
         options = Options(
             device_kv_budget=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
+            host_kv_budget=parse_bytes(host_kv_budget) if host_kv_budget is not None else None,
+            disk_tier=str(disk_tier) if disk_tier is not None else None,
             heads_per_group=heads_per_group,
             tile_tokens=tile_tokens,
             backend=backend,
@@ -177,59 +192,6 @@ def info(
 
 
 @app.command()
-def demo(
-    context: Annotated[int, typer.Option(help="Tokens to read: bytes of the Python language reference.")] = 32768,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Read a real text with the head-wise cache and with transformers' own, and show that they agree."""
-    import torch
-
-    from headinfer.demo import run_demo
-    from headinfer.plan.memory import format_bytes
-    from headinfer.report import columns_table
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = run_demo(context, new_tokens, device, on_stage=_say)
-    runs = (result.standard, result.head_wise)
-    if as_json:
-        fields = ("name", "token_ids", "prefill_s", "decode_s", "device_kv_bytes", "host_kv_bytes")
-        print(
-            json.dumps(
-                {
-                    "tokens_in": result.tokens_in,
-                    "identical": result.identical,
-                    "logits_difference": result.logits_difference,
-                    "runs": [{name: getattr(run, name) for name in fields} for run in runs],
-                }
-            )
-        )
-    else:
-        console = Console()
-        pairs = zip(result.standard.token_ids, result.head_wise.token_ids, strict=True)
-        console.print("token by token, standard = head-wise:", highlight=False)
-        marks = (f"{one}={two}" if one == two else f"[red]{one}≠{two}[/red]" for one, two in pairs)
-        console.print("  " + "  ".join(marks), highlight=False)
-        written = len(result.standard.token_ids) - 1
-        rows = [
-            ("KV on the device" + (" (ring, tails, write-back)"), *(format_bytes(run.device_kv_bytes) for run in runs)),
-            ("KV on the host", *(format_bytes(run.host_kv_bytes) for run in runs)),
-            (f"reading {result.tokens_in:,} tokens", *(f"{run.prefill_s:.1f} s" for run in runs)),
-            ("tokens/s read", *(f"{result.tokens_in / run.prefill_s:,.0f}" for run in runs)),
-            ("tokens/s written", *(f"{written / run.decode_s:.1f}" for run in runs)),
-        ]
-        console.print(columns_table("", ("", *(run.name for run in runs)), rows))
-        verdict = "all tokens are identical" if result.identical else "THE TOKENS DIFFER"
-        console.print(
-            f"{verdict}; the logits differ by {result.logits_difference:.1e} of their spread", highlight=False
-        )
-    if not result.identical:
-        raise typer.Exit(1)
-
-
-@app.command()
 def bench(
     suites: Annotated[
         list[str] | None, typer.Argument(help="decode, prefill, memory, device-kv; all of them where none is named.")
@@ -243,13 +205,14 @@ def bench(
 ) -> None:
     """Measure speed and memory on this machine's CPU against transformers' DynamicCache."""
     from headinfer.bench.check import rows_of
-    from headinfer.bench.run import check_table, markdown_table, result_json, run_check, run_suites, save
+    from headinfer.bench.run import check_table, markdown_table, result_json, run_check, run_suites
+    from headinfer.files import write_text
     from headinfer.report import columns_table
 
     if check_plan:
         found = run_check(quick=quick, on_stage=_say)
         if output is not None:
-            save(output, result_json(found, sys.argv[1:]))
+            write_text(output, result_json(found, sys.argv[1:]))
         if markdown:
             print(check_table(found))
         else:
@@ -260,7 +223,7 @@ def bench(
         return
     measures = run_suites(suites or [], quick=quick, on_stage=_say)
     if output is not None:
-        save(output, result_json(measures, sys.argv[1:]))
+        write_text(output, result_json(measures, sys.argv[1:]))
     if markdown:
         print(markdown_table(measures))
     else:

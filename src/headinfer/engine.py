@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from headinfer.attention.backends import backend_names
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
-from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore, Runs
+from headinfer.kv.disk import FarPiece
+from headinfer.kv.disk_tier import DiskTier, ReadAhead, read_slot_bytes
+from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore, Runs, first_of
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.segments import Segment
 from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import Ring, Staging, StagingWriter, Writer, make_ring, write_in_place
+from headinfer.kv.transfer import InPlace, Ring, Staging, StagingWriter, Writer, make_ring, write_in_place
 from headinfer.machine import this_machine
 from headinfer.model_shape import ModelShape
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
-from headinfer.streaming import attend_streaming
+from headinfer.streaming import Tile, attend_streaming, tiles_of
 
 __all__ = ["Engine", "Options"]
 
@@ -32,7 +39,8 @@ class Options:
     heads_per_group, tile_tokens: the tile. backend: the attention kernel to try first.
     staging: "auto" reads segments in place on the CPU and streams through a ring on CUDA; "early" and "late"
     force the ring's CPU twins (see kv/transfer.py). expected_tokens: the final length, where it is known. rates: what
-    tiles are chosen for. The same options give the same tiles, merges and kernels, so the same bits on one machine.
+    tiles are chosen for. host_kv_budget, disk_tier: bytes of KV in host memory, and the folder where what exceeds them
+    goes; both or none. The same options give the same tiles, merges and kernels, so the same bits on one machine.
     """
 
     device_kv_budget: int | None = None
@@ -42,20 +50,31 @@ class Options:
     staging: Literal["auto", "none", "early", "late"] = "auto"
     expected_tokens: int = 0
     rates: TileRates | None = None
+    host_kv_budget: int | None = None
+    disk_tier: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rates, dict):  # from JSON
             object.__setattr__(self, "rates", TileRates(**self.rates))
-        for name in ("device_kv_budget", "heads_per_group", "tile_tokens"):
+        for name in ("device_kv_budget", "heads_per_group", "tile_tokens", "host_kv_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: it must be a positive number")
         if self.expected_tokens < 0:
             raise UsageError(f"expected_tokens is {self.expected_tokens}: it must not be negative")
+        if (self.host_kv_budget is None) != (self.disk_tier is None):
+            raise UsageError(
+                "host_kv_budget and disk_tier go together: so much KV in host memory, the rest in a folder on a disk"
+            )
         if self.backend is not None and self.backend not in backend_names():
             raise UsageError(f"no attention backend {self.backend!r}: choose one of {', '.join(backend_names())}")
         if self.staging not in ("auto", "none", "early", "late"):
             raise UsageError(f"staging is {self.staging!r}: it must be auto, none, early or late")
+
+    def arithmetic(self) -> dict[str, Any]:
+        """What a session keeps, for JSON: all but where KV lies, which is another matter on another day."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in ("host_kv_budget", "disk_tier")}
 
 
 class Engine:
@@ -76,6 +95,8 @@ class Engine:
         self._rates = options.rates
         self._device: torch.device | None = None
         self._staging: Staging = "none"
+        self._disk: DiskTier | None = None
+        self._order: tuple[list[weakref.ref[HeadStore]], list[weakref.ref[HeadStore]]] = ([], [])
         self._stream: torch.cuda.Stream | None = None
 
     def check_budget(self, shape: ModelShape, element_bytes: int, chunk_tokens: int, total_tokens: int) -> None:
@@ -105,7 +126,7 @@ class Engine:
     def new_store(self, k: torch.Tensor, v: torch.Tensor) -> HeadStore:
         """An empty store with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         if self._device is None:
-            self._open(k.device, k.dtype)
+            self._open(k, v)
         if k.device != self._device:
             raise UnsupportedError(
                 f"the model's layers lie on {self._device} and {k.device}: this version serves models on one device, "
@@ -119,26 +140,18 @@ class Engine:
             ledger=self.ledger,
             write=self._write,
             expected_tokens=self.options.expected_tokens,
+            on_full=self.on_full,
         )
 
     def begin(self, store: HeadStore, query_heads: int, query_tokens: int) -> None:
         """Before a forward pass: fit the ring to the budget and choose the tile for this pass."""
         head_token_bytes = (store.key_dim + store.value_dim) * store.dtype.itemsize
-        slot_bytes = None
-        if self._staging != "none":
-            budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
-            # One more than there are layers, since reordering rows copies a tail; and forks have tails too.
-            tails = max(
-                (self.layers + 1) * store.tail_bytes * self.row_copies,
-                self.ledger.device_bytes["tail"] + store.tail_bytes,
-            )
-            fixed = tails + self.ledger.device_bytes["staging"]
-            slot_bytes = ring_slot_bytes(budget, fixed)
-            if self._ring is None or self._ring.slot_bytes != slot_bytes:  # the batch has changed, or a fork
-                if self._ring is not None:
-                    self._ring.close()
-                assert self._device is not None
-                self._ring = make_ring(self._staging, RING_SLOTS, slot_bytes, self._device, self.ledger, self._stream)
+        slot_bytes = self._ring_slot_bytes(store) if self._staging != "none" else None
+        if self._ring is None or (slot_bytes is not None and self._ring.slot_bytes != slot_bytes):
+            self._make_ring(slot_bytes)  # the first, or the batch has changed, or there is a fork
+        if self._disk is not None:
+            slot_bytes = min(slot_bytes or sys.maxsize, read_slot_bytes(self._disk.host_budget))
+        self._order = ([], self._order[0])
         self.plan = choose_tiles(
             kv_heads=store.heads,
             group_queries=query_heads // store.heads,
@@ -152,6 +165,27 @@ class Engine:
             heads_per_group=self.options.heads_per_group,
             tile_tokens=self.options.tile_tokens,
         )
+
+    def _ring_slot_bytes(self, store: HeadStore) -> int:
+        budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
+        # One more than there are layers, since reordering rows copies a tail; and forks have tails too.
+        tails = max(
+            (self.layers + 1) * store.tail_bytes * self.row_copies,
+            self.ledger.device_bytes["tail"] + store.tail_bytes,
+        )
+        return ring_slot_bytes(budget, tails + self.ledger.device_bytes["staging"])
+
+    def _make_ring(self, slot_bytes: int | None) -> None:
+        if self._ring is not None:
+            self._ring.close()
+        assert self._device is not None
+        assert self._tier is not None
+        if slot_bytes is None:
+            self._ring = InPlace()
+        else:
+            self._ring = make_ring(self._staging, RING_SLOTS, slot_bytes, self._device, self.ledger, self._stream)
+        if self._disk is not None:
+            self._ring = ReadAhead(self._ring, self._tier, read_slot_bytes(self._disk.host_budget))
 
     def attend(
         self,
@@ -171,7 +205,7 @@ class Engine:
         assert self.plan is not None
         held = sum(self.ledger.device_bytes.values())
         budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
-        if self._ring is not None and held > budget:
+        if self._staging != "none" and held > budget:
             raise CapacityError(
                 f"the KV cache holds {held} device bytes, over its budget of {budget}: raise the budget"
             )
@@ -189,7 +223,40 @@ class Engine:
             past_tokens=past_tokens,
             backend=self.options.backend,
             used=self.backends_used,
+            following=self._following(store, runs),
         )
+
+    def _following(self, store: HeadStore, runs: Sequence[Runs] | None) -> Iterable[Tile]:
+        """The first tiles on disk of the store that was attended to after this one in the pass before."""
+        now, before = self._order
+        place = len(now)
+        now.append(weakref.ref(store))
+        if self._disk is None or place >= len(before) or before[place]() is not store:
+            return ()
+        coming = before[(place + 1) % len(before)]()
+        if coming is None or coming.rows != store.rows or (coming is before[0]() and runs is not None):
+            return ()
+        assert self.plan is not None
+        heads = slice(0, min(self.plan.heads_per_group, coming.heads))
+        seen = first_of(runs, coming.tokens, coming.rows) if runs is not None else None
+        tiles = tiles_of(coming, heads, self.plan.tile_tokens, seen)
+        return (tile for tile in tiles if any(isinstance(piece, FarPiece) for piece in tile.pieces))
+
+    def settle(self) -> None:
+        """Wait until all that was written back is in host memory."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    @property
+    def segment_tier(self) -> HostTier | None:
+        """Memory that segments of a file must be copied to; None where they can be read where they are mapped."""
+        is_needed = self._staging == "cuda" or (self._disk is not None and self._staging != "none")
+        return self._tier if is_needed else None
+
+    @property
+    def on_full(self) -> Callable[[Sequence[Segment]], None] | None:
+        """What wants to know of segments that will not be written to any more."""
+        return self._disk.full if self._disk is not None else None
 
     def abandon(self) -> None:
         """After an error in the middle of a forward pass: nothing is under way any more."""
@@ -197,7 +264,8 @@ class Engine:
         if self._ring is not None:
             self._ring.abandon()
 
-    def _open(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _open(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        device, dtype = k.device, k.dtype
         self._device = device
         if device.type == "cuda":
             self._staging = "cuda"
@@ -213,6 +281,20 @@ class Engine:
         if self._staging != "none":
             budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
             self._write = StagingWriter(_write_back_bytes(budget), device, self.ledger, self._stream)
+        if self.options.host_kv_budget is not None and self.options.disk_tier is not None:
+            token_bytes = self.layers * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * dtype.itemsize
+            reserve = self.options.expected_tokens * token_bytes  # all of it: read buffers take a part of the budget
+            folder, budget = Path(self.options.disk_tier), self.options.host_kv_budget
+            self._disk = DiskTier(folder, budget, reserve, self.ledger, self._written_back)
+            self._tier.make_room = self._disk.make_room
+
+    def _written_back(self) -> Callable[[], None]:
+        """What waits until all that was written back so far is in host memory."""
+        if self._stream is None:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event.synchronize
 
 
 def _write_back_bytes(budget: int) -> int:

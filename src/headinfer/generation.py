@@ -26,7 +26,18 @@ from headinfer.plan.planner import Plan
 from headinfer.ranks import Ranks
 from headinfer.run_plan import fixed_fields, plan_run, planned
 
-__all__ = ["DTYPES", "Job", "Prepared", "Summary", "checked_device", "prepare", "read_text", "run"]
+__all__ = [
+    "DTYPES",
+    "Job",
+    "Prepared",
+    "Streamer",
+    "Summary",
+    "checked_device",
+    "chosen_dtype",
+    "prepare",
+    "read_text",
+    "run",
+]
 
 _WINDOW_TOKENS = 8
 _LONGEST_CHARACTER_BYTES = 4
@@ -125,6 +136,21 @@ def checked_device(name: str) -> str:
     return device
 
 
+def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:
+    """The dtype that a --dtype option names. auto: the checkpoint's; random models run in float32 on the CPU and in
+    bfloat16 elsewhere. Raises UsageError.
+    """
+    if name not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {name}: choose auto, {', '.join(DTYPES)}")
+    if name != "auto":
+        return DTYPES[name]
+    own = getattr(source.config, "dtype", None)
+    if source.is_random or own not in DTYPES.values():
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    assert isinstance(own, torch.dtype)
+    return own
+
+
 def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     """Check a job against the model, this machine and itself, without loading weights.
 
@@ -138,10 +164,8 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
     ranks = ranks or Ranks()
     device = rank_device(ranks, job.device) if ranks.world > 1 else checked_device(job.device)
-    if job.dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype {job.dtype}: choose auto, {', '.join(DTYPES)}")
     source = resolve(job.model)
-    dtype = DTYPES[job.dtype] if job.dtype != "auto" else _own_dtype(source, device)
+    dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()
     input_ids = _encode(job, tokenizer)
     shape = ModelShape.from_config(source.config)
@@ -155,6 +179,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         shape.kv_bytes_per_token(dtype.itemsize),
         weight_bytes,
         available=available_host_bytes() // ranks.local_world,
+        kv_budget=job.options.host_kv_budget,
     )
     plan = plan_run(
         shape,
@@ -199,7 +224,7 @@ def run(
     if prepared.device == "cpu":
         native.why_not()  # compiles the decode kernel where that was never done here, which is no part of the timing
     start = time.perf_counter()
-    streamer = _Streamer(prepared.tokenizer, on_text, summary, start)
+    streamer = Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)
     try:
         with enable(model, chunk_tokens=chunk_tokens, on_forward=on_forward):
@@ -237,7 +262,7 @@ def _load(prepared: Prepared) -> PreTrainedModel:
     return load_shard(source.name, ranks, dtype=dtype)
 
 
-class _Streamer(BaseStreamer):  # type: ignore[misc]
+class Streamer(BaseStreamer):  # type: ignore[misc]
     """Passes text on as soon as its characters are whole, and notes tokens and times.
 
     transformers' TextStreamer decodes everything since the last newline again at each token; this decodes a window
@@ -280,15 +305,6 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
-
-
-def _own_dtype(source: ModelSource, device: str) -> torch.dtype:
-    """The checkpoint's dtype; random models run in float32 on the CPU and bfloat16 elsewhere."""
-    own = getattr(source.config, "dtype", None)
-    if source.is_random or own not in DTYPES.values():
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    assert isinstance(own, torch.dtype)
-    return own
 
 
 def _encode(job: Job, tokenizer: Any) -> torch.Tensor:

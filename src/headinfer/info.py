@@ -14,9 +14,9 @@ import headinfer
 from headinfer.attention import native
 from headinfer.attention.backends import BACKENDS, Problem
 from headinfer.hf.families import SUPPORTED_FAMILIES
-from headinfer.plan.memory import available_host_bytes
+from headinfer.plan.memory import available_host_bytes, format_bytes
 
-__all__ = ["gather_info"]
+__all__ = ["gather_info", "machine"]
 
 
 def gather_info() -> dict[str, Any]:
@@ -43,6 +43,16 @@ def gather_info() -> dict[str, Any]:
         "attention_backends": [_backend(backend) for backend in BACKENDS],
         "families": list(SUPPORTED_FAMILIES),
     }
+
+
+def machine() -> str:
+    """One line that names the machine and the versions."""
+    found = gather_info()
+    return (
+        f"{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}, "
+        f"{format_bytes(found['memory']['host_total_bytes'])} RAM, {platform.system()}, "
+        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}"
+    )
 
 
 def _backend(backend: Any) -> dict[str, str]:

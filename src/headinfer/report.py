@@ -26,9 +26,18 @@ class GenerationProgress:
     """
 
     def __init__(
-        self, console: Console, shape: ModelShape, prompt_tokens: int, new_tokens: int, *, show_decode: bool
+        self,
+        console: Console,
+        shape: ModelShape,
+        prompt_tokens: int,
+        new_tokens: int,
+        *,
+        show_decode: bool,
+        read_before: int = 0,
     ) -> None:
+        """read_before: tokens of the prompt that need not be read."""
         self._shape, self._prompt_tokens, self._new_tokens = shape, prompt_tokens, new_tokens
+        self._read_before = read_before
         self._show_decode = show_decode
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -62,7 +71,7 @@ class GenerationProgress:
         assert self._prefill is not None
         if self._decode is None:
             done = min(tokens, self._prompt_tokens)
-            rate = done / (now - self._start)
+            rate = (done - self._read_before) / (now - self._start)
             self._progress.update(
                 self._prefill,
                 completed=self._shape.prefill_flops(done),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from headinfer.engine import Options
 from headinfer.machine import this_machine
 from headinfer.model_shape import ModelShape
 from headinfer.plan.footprint import weight_bytes
-from headinfer.plan.memory import available_host_bytes
+from headinfer.plan.memory import available_host_bytes, free_disk_bytes
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 
@@ -35,7 +36,7 @@ def plan_run(
     """The plan for reading `context_tokens` tokens on a device of this machine, with the memory that is free now.
 
     is_loaded: the weights lie there already. ranks_on_host: processes that share the host's memory. fixed: fields of
-    Request that the user chose. Raises CapacityError with what would fit.
+    Request that the user chose, and disk_tier. Raises CapacityError with what would fit.
     """
     machine, name = this_machine(device), str(dtype).removeprefix("torch.")
     if name not in machine.flops_per_s:  # a device without bfloat16 computes in float32
@@ -48,16 +49,19 @@ def plan_run(
         machine, host_bytes = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES), host_bytes + loaded
     else:
         device_bytes = torch.cuda.mem_get_info(device)[0] + loaded
+    fixed = dict(fixed or {})
+    folder = fixed.pop("disk_tier", None)
     request = Request(
         shape=shape,
         hardware=machine,
         context_tokens=context_tokens,
         host_bytes=max(host_bytes, 1),
+        disk_bytes=free_disk_bytes(Path(folder)) if folder is not None else 0,
         device_bytes=device_bytes,
         rows=rows,
         dtype=name,
         keeps_resident=False,
-        **(fixed or {}),
+        **fixed,
     )
     return make_plan(request)
 
@@ -69,6 +73,8 @@ def fixed_fields(options: Options, chunk_tokens: int | None) -> dict[str, Any]:
         "heads_per_group": options.heads_per_group,
         "tile_tokens": options.tile_tokens,
         "device_kv_budget_bytes": options.device_kv_budget,
+        "host_kv_budget_bytes": options.host_kv_budget,
+        "disk_tier": options.disk_tier,
     }
 
 

@@ -13,13 +13,16 @@ Where the host is the compute device (CPU) nothing moves: a tile is the segments
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from headinfer.attention.backends import Backend, Problem, choose
 from headinfer.attention.state import AttentionState
+from headinfer.kv.disk import FarPiece
 from headinfer.kv.head_store import HeadStore, Runs, first_of
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import TilePlan
@@ -32,7 +35,7 @@ class Tile:
     """Some tokens of one head group, for the rows that share them."""
 
     rows: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | FarPiece, ...]
 
 
 @dataclass
@@ -76,13 +79,15 @@ def attend_streaming(
     past_tokens: int | None = None,
     backend: str | None = None,
     used: set[str] | None = None,
+    following: Iterable[Tile] = (),
 ) -> torch.Tensor:
     """Causal attention of a chunk on the store's first past_tokens tokens (None: all of them) and on itself.
 
     q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv]. sinks [Hq]: scores of a key with value 0. runs: for each
     row the half-open token ranges that are seen, over the past tokens and the chunk's; None: all of them.
     ring None: the segments lie on the compute device and are read in place. Returns [B, T, Hq, Dv] in q's dtype;
-    query rows that see no key give 0. `used` collects the names of the kernels that ran.
+    query rows that see no key give 0. `used` collects the names of the kernels that ran. following: the first tiles of
+    the layer after this one, for a ring that reads ahead from a disk.
     """
     q = q.contiguous()  # packed once, not per tile
     past = store.tokens if past_tokens is None else past_tokens
@@ -92,18 +97,21 @@ def attend_streaming(
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
     work = [(heads, tile) for heads in groups for tile in tiles_of(store, heads, plan.tile_tokens, past_runs)]
-    ring = ring if ring is not None else InPlace()
-    coming = iter(work[1:])
-    ticket = ring.fetch(work[0][1].pieces) if work else 0
+    way: Ring = ring if ring is not None else InPlace()
+    coming, after = iter(work), iter(following)
+    tickets = deque(way.fetch(tile.pieces) for _, tile in itertools.islice(coming, way.depth))
     for heads in groups:
         state, resident = _own_state(layer, heads, runs, past_runs)
         for tile in (tile for its_heads, tile in work if its_heads is heads):
-            following = next(coming, None)
-            next_ticket = ring.fetch(following[1].pieces) if following is not None else 0
+            later = next(coming, None)
+            if later is not None:
+                tickets.append(way.fetch(later[1].pieces))
+            elif (expected := next(after, None)) is not None:
+                way.expect(expected.pieces)
+            ticket = tickets.popleft()
             near = resident.pop(tile.rows[0], ()) if len(tile.rows) == 1 else ()
-            _attend_tile(layer, heads, state, tile.rows, (*ring.wait(ticket), *near))
-            ring.release(ticket)
-            ticket = next_ticket
+            _attend_tile(layer, heads, state, tile.rows, (*way.wait(ticket), *near))
+            way.release(ticket)
         for row, near in resident.items():
             _attend_tile(layer, heads, state, (row,), near)
         queries = slice(heads.start * group, heads.stop * group)
@@ -115,13 +123,13 @@ def attend_streaming(
 def tiles_of(store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None) -> Iterator[Tile]:
     """The host part of a head group as tiles of at most tile_tokens tokens."""
     for lane in store.lanes(runs):
-        pieces: list[Piece] = []
+        pieces: list[Piece | FarPiece] = []
         room = tile_tokens
         for span in lane.spans:
             start = span.start
             while start < span.stop:
                 stop = min(span.stop, start + room)
-                pieces.append((span.segment.k[heads, start:stop], span.segment.v[heads, start:stop]))
+                pieces.append(span.segment.piece(heads, start, stop))
                 room, start = room - (stop - start), stop
                 if room == 0:
                     yield Tile(lane.rows, tuple(pieces))

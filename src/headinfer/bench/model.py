@@ -6,7 +6,6 @@ are measured at an offset. The MLP and the vocabulary are small, so that attenti
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,6 @@ import torch
 
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.models import resolve
-from headinfer.info import gather_info
-from headinfer.plan.memory import format_bytes
 
 __all__ = [
     "BENCH_MODEL",
@@ -26,7 +23,6 @@ __all__ = [
     "fill_head_wise",
     "kv_bytes",
     "load_model",
-    "machine",
     "timed",
 ]
 
@@ -38,16 +34,6 @@ DRAM_BUFFER_BYTES = 1 << 30
 def load_model() -> Any:
     """The benchmark model, bfloat16 on the CPU, seeded."""
     return resolve(BENCH_MODEL).load(dtype=torch.bfloat16, device="cpu", seed=0)
-
-
-def machine() -> str:
-    """One line that names the machine and the versions."""
-    found = gather_info()
-    return (
-        f"{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}, "
-        f"{format_bytes(found['memory']['host_total_bytes'])} RAM, {platform.system()}, "
-        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}"
-    )
 
 
 def kv_bytes(config: Any, tokens: int) -> int:

@@ -6,17 +6,17 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from headinfer.bench.check import Comparison, check_plan, rows_of
-from headinfer.bench.model import BENCH_MODEL, machine
+from headinfer.bench.model import BENCH_MODEL
 from headinfer.bench.suites import SUITES, Measure, Sizes
 from headinfer.errors import UsageError
+from headinfer.info import machine
 from headinfer.probe import probe
 
-__all__ = ["check_table", "markdown_table", "result_json", "run_check", "run_suites", "save"]
+__all__ = ["check_table", "markdown_table", "result_json", "run_check", "run_suites"]
 
 _QUICK = Sizes(
     short_tokens=256,
@@ -47,13 +47,6 @@ def run_check(*, quick: bool, on_stage: Callable[[str], None]) -> list[Compariso
     They are made from a probe in the same run: on a shared machine a stored one would tell of its load at that time.
     """
     return check_plan(probe(torch.device("cpu"), on_stage), quick=quick, on_stage=on_stage)
-
-
-def save(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def result_json(found: Sequence[Measure] | Sequence[Comparison], arguments: Sequence[str]) -> str:

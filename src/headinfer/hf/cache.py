@@ -6,24 +6,31 @@ Layers whose state does not grow with the context (sliding windows, linear atten
 from __future__ import annotations
 
 import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from headinfer.engine import Engine, Options
 from headinfer.errors import StateError, UnsupportedError
+from headinfer.hf import session
 from headinfer.hf.compat import (
     Cache,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     PreTrainedConfig,
+    PreTrainedModel,
     check_version,
     default_layers,
     is_constant_size,
     shared_full_layers,
 )
 from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, why_not_croppable
+from headinfer.sessions.manifest import Manifest
 
 __all__ = ["HeadCache", "Stats"]
 
@@ -42,6 +49,8 @@ class Stats:
     device_staging_bytes: int
     host_kv_bytes: int
     host_kv_peak_bytes: int
+    disk_kv_bytes: int
+    disk_to_host_bytes: int
     link_to_device_bytes: int
     link_to_host_bytes: int
     tail_moved_bytes: int
@@ -89,6 +98,9 @@ class HeadCache(Cache):  # type: ignore[misc]
             layers[index] = HybridHeadLayer(self.engine, leads, states) if hybrid else HeadLayer(self.engine, leads)
         self.attentions_per_forward = len(full) + shared_full_layers(config)
         self.copies = 1  # rows that one row of the layers stands for: see copies.py
+        self.model: Callable[[], PreTrainedModel | None] = lambda: None  # who filled it: a weak reference
+        self.saved: session.Saved | None = None
+        self.token_ids: torch.Tensor | None = None  # [rows, tokens]: those that load() found
         super().__init__(layers=layers)
 
     @property
@@ -110,6 +122,8 @@ class HeadCache(Cache):  # type: ignore[misc]
             device_staging_bytes=ledger.device_bytes["staging"],
             host_kv_bytes=ledger.host_bytes,
             host_kv_peak_bytes=ledger.host_peak_bytes,
+            disk_kv_bytes=ledger.disk_bytes,
+            disk_to_host_bytes=ledger.disk_to_host_bytes,
             link_to_device_bytes=ledger.host_to_device_bytes,
             link_to_host_bytes=ledger.device_to_host_bytes,
             tail_moved_bytes=ledger.tail_moved_bytes,
@@ -170,7 +184,40 @@ class HeadCache(Cache):  # type: ignore[misc]
             if isinstance(layer, HeadLayer) and layer.store is not None:
                 copied.store = layer.store.fork()
             twin.layers.append(copied)
+        twin.saved = self.saved.copy() if self.saved is not None else None
         return twin
+
+    def save(
+        self, folder: str | Path, token_ids: torch.Tensor | None = None, about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep all of it in a folder, as docs/session-format.md describes; saved again, only what is new is written.
+
+        token_ids [rows, tokens] or longer: of all tokens that it holds, so that load() can give them back. about: facts
+        of your own, for JSON. Raises SessionError where the folder holds another session or is being written,
+        CapacityError where the disk is full; then what was saved before is still there.
+        """
+        model = self.model()
+        if model is None:
+            raise StateError("an enabled model must have filled the cache, and still be there, before it can be saved")
+        arithmetic = self.engine.options.arithmetic()
+        with session.SessionWriter(Path(folder), model, arithmetic, dict(about or {})) as writer:
+            writer.checkpoint(self, token_ids)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: PreTrainedModel, **options: Any) -> HeadCache:
+        """What save() kept, for the model that made it. K and V are read from the folder when they are first needed.
+
+        options: fields of `headinfer.Options` to change; with none of them the same machine computes the same bits as
+        the cache that was saved. `token_ids` are those that save() was given. Raises SessionError where the session is
+        damaged, or of another model.
+        """
+        manifest = Manifest.read(Path(folder))
+        known = {one.name for one in dataclasses.fields(Options)}
+        kept = {name: value for name, value in manifest.arithmetic.items() if name in known}
+        cache = cls(model.config, **(kept | options))
+        cache.model = weakref.ref(model)
+        session.load(Path(folder), model, cache, manifest)
+        return cache
 
     def checkpoint(self) -> list[dict[str, Any]]:
         """What rollback() needs: the length of each offloaded layer, references and small copies for the others."""

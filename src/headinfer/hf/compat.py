@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -60,6 +62,7 @@ __all__ = [
     "takes_attention_interface",
     "tensor_parallel_plan",
     "unfit_cache",
+    "versions",
 ]
 
 _OLDEST = "5.17"
@@ -71,6 +74,15 @@ def check_version() -> None:
         raise UnsupportedError(
             f"transformers {transformers.__version__} is installed: headinfer needs {_OLDEST} or newer"
         )
+
+
+def versions() -> dict[str, str]:
+    """What a session was written with."""
+    return {
+        "headinfer": version("headinfer"),
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+    }
 
 
 def default_layers(config: PreTrainedConfig) -> list[Any]:

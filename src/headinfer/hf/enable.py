@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -137,6 +138,7 @@ class Enabled:
                 else:
                     inputs = one
             cache.engine.row_copies = cache.copies
+            cache.model = weakref.ref(self.model)
             before, result = cache.checkpoint(), None
             try:
                 for part in chunks_of(inputs, functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1)):

@@ -13,61 +13,23 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from headinfer.errors import StateError
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.segments import Lane, Runs, Segment, Span, clip, group, seal
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Segment", "Span", "first_of"]
+__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Runs", "Segment", "Span", "first_of"]
 
 TAIL_UNIT_TOKENS = 128
 _SMALL_SEGMENT_TOKENS = 256
 _LARGE_SEGMENT_TOKENS = 16_384
+_LEAVING_SEGMENT_TOKENS = 2048  # where segments go to a disk when they are full
 _SLACK = 16  # a new segment is at most 1/16 of the row: the last one is all that can be partly empty
 
 Writer = Callable[[torch.Tensor, torch.Tensor], None]
-Runs = Sequence[tuple[int, int]]
-
-
-class Segment:
-    """Host memory for K and V of some tokens of one row: k [Hkv, tokens, Dk], v [Hkv, tokens, Dv].
-
-    One allocation [Hkv, tokens * (Dk + Dv)]: each head's K and V are contiguous and next to each other.
-    """
-
-    def __init__(
-        self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
-    ) -> None:
-        memory = tier.allocate((heads, tokens * (key_dim + value_dim)), dtype)
-        self.k = memory[:, : tokens * key_dim].unflatten(1, (tokens, key_dim))
-        self.v = memory[:, tokens * key_dim :].unflatten(1, (tokens, value_dim))
-        self.tokens = tokens
-        self.sealed = False
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens [start, stop) of a segment."""
-
-    segment: Segment
-    start: int
-    stop: int
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in the span."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Lane:
-    """Rows of the batch that see the same spans: one pass over these K and V serves all of them."""
-
-    rows: tuple[int, ...]
-    spans: tuple[Span, ...]
 
 
 class HeadStore:
@@ -86,10 +48,15 @@ class HeadStore:
         ledger: Ledger,
         write: Writer,
         expected_tokens: int = 0,
+        on_full: Callable[[Sequence[Segment]], None] | None = None,
     ) -> None:
-        """An empty store with the batch, heads, dims, dtype and device of k and v (which may have no tokens)."""
+        """An empty store with the batch, heads, dims, dtype and device of k and v (which may have no tokens).
+
+        on_full: called with segments that will not be written to any more; they are smaller then.
+        """
         self.tier, self.ledger, self.write = tier, ledger, write
-        self.expected_tokens = expected_tokens
+        self.expected_tokens = expected_tokens if on_full is None else 0
+        self.on_full = on_full
         self.heads, self.key_dim, self.value_dim = k.shape[1], k.shape[3], v.shape[3]
         self.dtype, self.device = k.dtype, k.device
         self.host_tokens = 0
@@ -119,9 +86,9 @@ class HeadStore:
         """
         if runs is None:
             if self._whole_lanes is None:
-                self._whole_lanes = _group(self._tables)
+                self._whole_lanes = group(self._tables)
             return self._whole_lanes
-        return _group([_clip(table, row_runs) for table, row_runs in zip(self._tables, runs, strict=True)])
+        return group([clip(table, row_runs) for table, row_runs in zip(self._tables, runs, strict=True)])
 
     def tail(self, row: int, runs: Runs | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The tail of a row as views k [Hkv, T, Dk] and v [Hkv, T, Dv], one pair per visible range."""
@@ -138,11 +105,29 @@ class HeadStore:
         """Everything, copied: k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] in host memory. For tests."""
         rows_k, rows_v = [], []
         for row, table in enumerate(self._tables):
-            spans = [(span.segment.k[:, : span.stop], span.segment.v[:, : span.stop]) for span in table]
+            whole = [(span.segment.dense(), span.stop) for span in table]
+            spans = [(k[:, :stop], v[:, :stop]) for (k, v), stop in whole]
             pairs = spans + [(k.cpu(), v.cpu()) for k, v in self.tail(row)]
             rows_k.append(torch.cat([k for k, _ in pairs] or [self._tail_k[row, :, :0].cpu()], dim=1))
             rows_v.append(torch.cat([v for _, v in pairs] or [self._tail_v[row, :, :0].cpu()], dim=1))
         return torch.stack(rows_k), torch.stack(rows_v)
+
+    def saved_tables(self) -> list[list[Span]]:
+        """The host part of each row. Its segments are sealed: they will never be written again."""
+        for table in self._tables:
+            seal(table)
+        return [list(table) for table in self._tables]
+
+    def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tails of all rows as views: k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
+        return self._tail_k[:, :, : self.tail_tokens], self._tail_v[:, :, : self.tail_tokens]
+
+    def restore(self, tables: Sequence[list[Span]], tail_k: torch.Tensor, tail_v: torch.Tensor) -> None:
+        """Fill an empty store with what saved_tables() and tails() gave."""
+        self._tables, self._whole_lanes = [list(table) for table in tables], None
+        self.host_tokens, self.tail_tokens = sum(span.tokens for span in tables[0]), tail_k.shape[2]
+        self._tail_k[:, :, : self.tail_tokens] = tail_k
+        self._tail_v[:, :, : self.tail_tokens] = tail_v
 
     # -- growing and shrinking -------------------------------------------------------------------------------
 
@@ -175,6 +160,9 @@ class HeadStore:
         self.host_tokens += leaving
         self.tail_tokens = total - leaving
         self._whole_lanes = None
+        if self.on_full is not None:
+            full = {s.segment: None for table in tables for s in table if not s.segment.sealed and s.is_to_the_end}
+            self.on_full(list(full))
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` tokens of every row. Rejected tokens of the tail never touch the host."""
@@ -183,7 +171,7 @@ class HeadStore:
         if tokens >= self.host_tokens:
             self.tail_tokens = tokens - self.host_tokens
             return
-        self._tables = [_clip(table, [(0, tokens)]) for table in self._tables]
+        self._tables = [clip(table, [(0, tokens)]) for table in self._tables]
         self.host_tokens, self.tail_tokens = tokens, 0
         self._whole_lanes = None
 
@@ -199,7 +187,7 @@ class HeadStore:
         seen: set[int] = set()
         for index in indices:
             if index in seen:
-                _seal(self._tables[index])
+                seal(self._tables[index])
             seen.add(index)
         self._tables = [list(self._tables[index]) for index in indices]
         chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.device)
@@ -215,10 +203,15 @@ class HeadStore:
     def fork(self) -> HeadStore:
         """A second store with the same content: segments are shared, the tail is copied."""
         twin = HeadStore(
-            self._tail_k[:, :, :0], self._tail_v[:, :, :0], tier=self.tier, ledger=self.ledger, write=self.write
+            self._tail_k[:, :, :0],
+            self._tail_v[:, :, :0],
+            tier=self.tier,
+            ledger=self.ledger,
+            write=self.write,
+            on_full=self.on_full,
         )
         for table in self._tables:
-            _seal(table)
+            seal(table)
         twin._tables = [list(table) for table in self._tables]
         twin.host_tokens, twin.tail_tokens = self.host_tokens, self.tail_tokens
         twin._tail_k.copy_(self._tail_k)
@@ -274,9 +267,10 @@ class HeadStore:
         left = self.expected_tokens - held
         if left > 0 and not (table and table[-1].segment.sealed):
             return min(max(-(-left // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS, tokens), _LARGE_SEGMENT_TOKENS)
+        largest = _LARGE_SEGMENT_TOKENS if self.on_full is None else _LEAVING_SEGMENT_TOKENS
         own = sum(span.tokens for span in itertools.takewhile(lambda s: not s.segment.sealed, reversed(table)))
         size = max(own // _SLACK // _SMALL_SEGMENT_TOKENS * _SMALL_SEGMENT_TOKENS, _SMALL_SEGMENT_TOKENS, tokens)
-        return min(size, _LARGE_SEGMENT_TOKENS)
+        return min(size, largest)
 
     def _fill(self, table: list[Span], k: torch.Tensor, v: torch.Tensor, offset: int) -> None:
         """Write k and v [Hkv, T, D] at the host position host_tokens + offset of a row's (grown) table."""
@@ -308,35 +302,3 @@ class _TailCount:
         """The tail has this many bytes now."""
         self._ledger.hold_device("tail", nbytes - self._nbytes)
         self._nbytes = nbytes
-
-
-def _seal(table: list[Span]) -> None:
-    """Mark a row's segments as shared. Those before the newest sealed one already are."""
-    for span in reversed(table):
-        if span.segment.sealed:
-            return
-        span.segment.sealed = True
-
-
-def _clip(table: list[Span], runs: Runs) -> list[Span]:
-    """The parts of a row's spans that lie in the half-open token ranges."""
-    clipped, at = [], 0
-    for span in table:
-        for start, stop in runs:
-            lo, hi = max(start, at), min(stop, at + span.tokens)
-            if lo < hi:
-                clipped.append(Span(span.segment, span.start + lo - at, span.start + hi - at))
-        at += span.tokens
-    return clipped
-
-
-def _group(tables: Sequence[list[Span]]) -> list[Lane]:
-    """Spans that several rows see become one lane; neighbours with the same rows are joined."""
-    sharers: dict[tuple[int, int, int], tuple[Span, list[int]]] = {}
-    for row, table in enumerate(tables):
-        for span in table:
-            sharers.setdefault((id(span.segment), span.start, span.stop), (span, []))[1].append(row)
-    return [
-        Lane(rows, tuple(span for span, _ in members))
-        for rows, members in itertools.groupby(sharers.values(), key=lambda entry: tuple(entry[1]))
-    ]

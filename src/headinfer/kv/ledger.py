@@ -20,6 +20,8 @@ class Ledger:
     device_peak_bytes: int = 0
     host_bytes: int = 0
     host_peak_bytes: int = 0
+    disk_bytes: int = 0
+    disk_to_host_bytes: int = 0
     host_to_device_bytes: int = 0
     device_to_host_bytes: int = 0
     tail_moved_bytes: int = 0
@@ -34,3 +36,7 @@ class Ledger:
         """Count bytes allocated (negative: freed) in host memory."""
         self.host_bytes += nbytes
         self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
+
+    def hold_disk(self, nbytes: int) -> None:
+        """Count bytes moved to the disk (negative: freed)."""
+        self.disk_bytes += nbytes

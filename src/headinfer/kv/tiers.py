@@ -10,6 +10,7 @@ import math
 import mmap
 import warnings
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -26,6 +27,7 @@ class HostTier:
 
     def __init__(self, ledger: Ledger, *, pin: bool = False) -> None:
         self.ledger = ledger
+        self.make_room: Callable[[int], None] = lambda nbytes: None  # before bytes are taken: see disk_tier.py
         self.pin = pin
         self.pin_refusal = ""
 
@@ -36,6 +38,7 @@ class HostTier:
         refuses the address space.
         """
         nbytes = math.prod(shape) * dtype.itemsize
+        self.make_room(nbytes)
         try:
             pages = mmap.mmap(-1, nbytes)
         except (OSError, ValueError) as error:

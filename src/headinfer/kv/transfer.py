@@ -15,7 +15,7 @@ Every copy is contiguous on both sides: one head's tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -41,15 +41,22 @@ Writer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Ring(Protocol):
-    """What the loop needs of a ring."""
+    """What the loop needs of a ring. depth: how many tiles ahead it is to be told of."""
 
     slot_bytes: int
+    depth: int
 
-    def fetch(self, pieces: Sequence[Piece]) -> int: ...
+    def fetch(self, pieces: Sequence[Any]) -> int: ...
 
     def wait(self, ticket: int) -> Sequence[Piece]: ...
 
     def release(self, ticket: int) -> None: ...
+
+    def copied(self, ticket: int) -> None:
+        """Return when what the ticket was fetched from is not read any more."""
+
+    def expect(self, pieces: Sequence[Any]) -> None:
+        """This will be fetched after all that was, by the next layer."""
 
     def abandon(self) -> None:
         """Forget all tickets, after an error between fetch and release."""
@@ -116,12 +123,13 @@ class InPlace:
     """No ring: the host is the compute device, and a tile is the pieces themselves."""
 
     slot_bytes = 0
+    depth = 1
 
     def __init__(self) -> None:
         self._pieces: dict[int, Sequence[Piece]] = {}
         self._next_ticket = 0
 
-    def fetch(self, pieces: Sequence[Piece]) -> int:
+    def fetch(self, pieces: Sequence[Any]) -> int:
         self._next_ticket += 1
         self._pieces[self._next_ticket] = pieces
         return self._next_ticket
@@ -132,6 +140,12 @@ class InPlace:
     def release(self, ticket: int) -> None:
         del self._pieces[ticket]
 
+    def copied(self, ticket: int) -> None:
+        """Released is read."""
+
+    def expect(self, pieces: Sequence[Any]) -> None:
+        """Nothing to do."""
+
     def abandon(self) -> None:
         self._pieces.clear()
 
@@ -141,6 +155,8 @@ class InPlace:
 
 class EarlyRing:
     """CPU twin that copies at fetch: a slot overwritten while in use gives wrong numbers."""
+
+    depth = 1
 
     def __init__(self, slots: int, slot_bytes: int, device: torch.device, ledger: Ledger) -> None:
         self.slot_bytes = slot_bytes
@@ -156,6 +172,12 @@ class EarlyRing:
 
     def release(self, ticket: int) -> None:
         del self._slots.in_use[ticket]
+
+    def copied(self, ticket: int) -> None:
+        """Released is copied."""
+
+    def expect(self, pieces: Sequence[Any]) -> None:
+        """Nothing to do: the next layer's first tile has its own time."""
 
     def abandon(self) -> None:
         self._slots.in_use.clear()
@@ -180,6 +202,8 @@ class LateRing(EarlyRing):
 
 class CudaRing:
     """Slots in device memory, filled on a copy stream; the host never waits."""
+
+    depth = 1
 
     def __init__(
         self, slots: int, slot_bytes: int, device: torch.device, ledger: Ledger, stream: torch.cuda.Stream
@@ -209,6 +233,13 @@ class CudaRing:
     def release(self, ticket: int) -> None:
         slot, _, _ = self._slots.in_use.pop(ticket)
         self._free[slot].record(torch.cuda.current_stream(self._device))
+
+    def copied(self, ticket: int) -> None:
+        # The slot may have been filled again since: then this waits for that too.
+        self._ready[ticket % len(self._ready)].synchronize()
+
+    def expect(self, pieces: Sequence[Any]) -> None:
+        """Nothing to do yet: the next layer's first tile has its own time."""
 
     def abandon(self) -> None:
         torch.cuda.synchronize(self._device)

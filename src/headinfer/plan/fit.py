@@ -61,7 +61,8 @@ def fitting_footprint(
     if not request.hardware.is_host and budget is not None and found.device_kv_budget_bytes > budget:
         return None
     room = _host_room(request, found)
-    overflow = max(found.host_kv_bytes - room, 0)
+    kept = room if request.host_kv_budget_bytes is None else min(room, request.host_kv_budget_bytes)
+    overflow = max(found.host_kv_bytes - kept, 0)
     if room < 0 or overflow > request.disk_bytes:
         return None
     return dataclasses.replace(found, host_kv_bytes=found.host_kv_bytes - overflow, disk_kv_bytes=overflow)

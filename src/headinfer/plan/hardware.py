@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headinfer.errors import UsageError
+from headinfer.files import write_text
 from headinfer.plan.tiles import TileRates
 
 __all__ = ["HARDWARE", "Hardware", "find_hardware", "probe_path"]
@@ -111,10 +112,7 @@ class Hardware:
 
     def save(self, path: Path) -> None:
         """Write as JSON; the file is whole or not there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Hardware:

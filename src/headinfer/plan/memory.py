@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import psutil
 
 from headinfer.errors import CapacityError
 
-__all__ = ["available_host_bytes", "check_host_memory", "format_bytes"]
+__all__ = ["available_host_bytes", "check_host_memory", "format_bytes", "free_disk_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -38,18 +39,38 @@ def available_host_bytes(cgroup: Path = _CGROUP) -> int:
     return available
 
 
+def free_disk_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(place).free
+
+
 def check_host_memory(
-    tokens: int, token_bytes: int, other_bytes: int, *, available: int | None = None, other_name: str = "weights"
+    tokens: int,
+    token_bytes: int,
+    other_bytes: int,
+    *,
+    available: int | None = None,
+    other_name: str = "weights",
+    kv_budget: int | None = None,
 ) -> None:
     """Raise CapacityError where `tokens` tokens of KV and `other_bytes` do not fit the host's memory.
 
     token_bytes: KV bytes per token over all offloaded layers and rows. available: in bytes, measured where None.
+    kv_budget: of the KV in host memory, where the rest goes to a disk.
     """
     room = available_host_bytes() if available is None else available
-    if tokens * token_bytes + other_bytes <= room:
+    if kv_budget is not None and min(kv_budget, tokens * token_bytes) + other_bytes > room:
+        beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""
+        raise CapacityError(
+            f"a host KV budget of {format_bytes(kv_budget)}{beside} exceeds the {format_bytes(room)} of host memory "
+            "that are available: lower it"
+        )
+    if kv_budget is not None or tokens * token_bytes + other_bytes <= room:
         return
     fits = max(room - other_bytes, 0) // max(token_bytes, 1)
     advice = f"at most {fits:,} tokens fit" if fits else "free some memory, or use a machine with more"
+    advice += "; --host-kv-budget with --disk-tier keeps the rest on a disk"
     beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""
     raise CapacityError(
         f"{tokens:,} tokens need {format_bytes(tokens * token_bytes)} of host memory for their KV cache{beside}, "

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from headinfer.embedded import EMBEDDED, embedded_model
 from headinfer.errors import UsageError
 from headinfer.model_shape import ModelShape
 
@@ -64,7 +65,7 @@ def find_shape(model: str) -> ModelShape:
 
     Raises UsageError with the nearest names where there is none, or with what is wrong in the file.
     """
-    path = Path(model)
+    path = embedded_model() if model == EMBEDDED else Path(model)
     built_in = BUILT_IN_CONFIGS.get(_short(model))
     if path.is_dir():
         path = path / "config.json"

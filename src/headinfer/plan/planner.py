@@ -94,7 +94,7 @@ class Plan:
         if resident and not request.hardware.is_host:
             lines.append("Resident KV is a prediction only: this version streams all but the newest tokens.")
         if memory.disk_kv_bytes:
-            lines.append("KV on disk is a prediction only: this version keeps all KV in RAM.")
+            lines.append("KV on disk needs --host-kv-budget and --disk-tier: each token reads all of it once.")
         return lines
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class Request:
     """What is to be planned. Bytes are what the job may use; device_bytes None is all of the device.
 
     chunk_tokens, heads_per_group, tile_tokens, device_kv_budget_bytes: fixed by the user, or None to choose.
+    host_kv_budget_bytes: of host RAM for KV, where that is less than there is room for; the rest lies on disk.
     device_kv_budget_bytes bounds ring, tails, write-back and resident KV together. keeps_resident: whether KV heads
     may stay on the device; this version's engine streams them all.
     """
@@ -26,6 +27,7 @@ class Request:
     host_bytes: int
     device_bytes: int | None = None
     disk_bytes: int = 0
+    host_kv_budget_bytes: int | None = None
     new_tokens: int = 256
     rows: int = 1
     dtype: str = "bfloat16"
@@ -38,7 +40,7 @@ class Request:
     keeps_resident: bool = True
 
     def __post_init__(self) -> None:
-        optional = ("device_bytes", "weight_bits", "chunk_tokens", "device_kv_budget_bytes")
+        optional = ("device_bytes", "weight_bits", "chunk_tokens", "device_kv_budget_bytes", "host_kv_budget_bytes")
         for name in ("context_tokens", "host_bytes", "new_tokens", "rows", *optional):
             value = getattr(self, name)
             if (value is not None and value < 1) or (value is None and name not in optional):

@@ -1,0 +1,103 @@
+"""Files that are whole or not there, and what a system call refused, said in a sentence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from headinfer.errors import CapacityError
+
+__all__ = ["FileEntry", "link_or_copy", "remove", "replace_text", "sync_folder", "write_new", "write_text"]
+
+_PART_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What is known of a file of tensors without opening it: its name, its bytes, and the checksum of its header, which
+    holds those of the tensors (kv/tensor_file.py).
+    """
+
+    name: str
+    nbytes: int
+    header: str
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then move it there; its folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As write_text, for files that must outlive a power cut: after it the new text is on the disk, and at any instant
+    before it the old one. Raises CapacityError where the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    write_new(partial, [text.encode("utf-8")])
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def write_new(path: Path, parts: Iterable[memoryview | bytes]) -> None:
+    """Write a new file and bring it to the disk. What was there before under this name is let go of, not written to:
+    it may have other names. Raises CapacityError where the disk is full; then nothing is left of the file.
+    """
+    remove(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        with _told(path):
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[os.write(descriptor, view[:_PART_BYTES]) :]
+            os.fsync(descriptor)
+    except CapacityError:
+        remove(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that is never written again; a copy where the file system has no links."""
+    remove(target)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        with open(source, "rb") as file:
+            write_new(target, iter(lambda: file.read(_PART_BYTES), b""))
+
+
+def remove(path: Path) -> None:
+    """Remove a file where there is one."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CapacityError(
+            f"cannot write {path} ({error.strerror or error}): free some space on this disk, or use another folder"
+        ) from error

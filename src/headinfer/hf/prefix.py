@@ -1,0 +1,107 @@
+"""A new session takes over what an earlier one holds of the same beginning: its files get a second name, not a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headinfer.errors import SessionError
+from headinfer.files import FileEntry, link_or_copy, remove, sync_folder
+from headinfer.hf.compat import versions
+from headinfer.kv.tensor_file import TensorFile, write_tensors
+from headinfer.sessions.folder import session_names
+from headinfer.sessions.manifest import Manifest, first_chain
+
+__all__ = ["Prefix", "find_prefix", "take_over"]
+
+_IDS = "token_ids"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first blocks of a session, and its end too where is_whole."""
+
+    name: str
+    manifest: Manifest
+    blocks: int
+    tokens: int
+    is_whole: bool
+
+
+def find_prefix(root: Path, model: dict[str, Any], token_ids: torch.Tensor, *, whole_only: bool) -> Prefix | None:
+    """What the sessions of a root hold of the longest beginning of token_ids [T], made by the same model.
+
+    whole_only: only all of a session will do, since layers of the model have a state that can not go back.
+    """
+    best: Prefix | None = None
+    for name in session_names(root):
+        try:
+            found = _match(root, name, Manifest.read(root / name), model, token_ids)
+        except SessionError:
+            continue  # damaged: of no use here, and `session list` says so
+        if found is None or (whole_only and not found.is_whole):
+            continue
+        if best is None or found.tokens > best.tokens:
+            best = found
+    return best
+
+
+def _match(root: Path, name: str, manifest: Manifest, model: dict[str, Any], token_ids: torch.Tensor) -> Prefix | None:
+    if manifest.model != model or len(manifest.rows) != 1:
+        return None
+    chain, blocks, tokens = first_chain(model), 0, 0
+    for index, start, stop in manifest.rows[0]:
+        block = manifest.blocks[index]
+        if (start, stop) != (0, block.tokens) or index != blocks or tokens + stop > token_ids.shape[0]:
+            break
+        chain.update(token_ids[tokens : tokens + stop].contiguous().numpy().data)
+        if chain.hexdigest() != block.chain:
+            break
+        blocks, tokens = blocks + 1, tokens + stop
+    if blocks == len(manifest.rows[0]) and manifest.tokens <= token_ids.shape[0]:
+        end = TensorFile(root / name, manifest.end)
+        if _IDS in end.names() and torch.equal(end.read(_IDS)[0], token_ids[tokens : manifest.tokens]):
+            return Prefix(name, manifest, blocks, manifest.tokens, is_whole=True)
+    return Prefix(name, manifest, blocks, tokens, is_whole=False) if blocks else None
+
+
+def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, Any], about: dict[str, Any]) -> None:
+    """Make `folder`, whose lock is held, a session that holds the prefix. Raises SessionError where it is gone."""
+    source, manifest = root / prefix.name, prefix.manifest
+    blocks = manifest.blocks[: prefix.blocks]
+    try:
+        for block in blocks:
+            link_or_copy(source / block.file.name, folder / block.file.name)
+        end = _end(source, folder, manifest, is_whole=prefix.is_whole)
+    except FileNotFoundError as error:
+        raise SessionError(f"the session {source} was removed in this moment: run the same command again") from error
+    sync_folder(folder)
+    rows = [[(index, 0, block.tokens) for index, block in enumerate(blocks)]]
+    Manifest(
+        1,
+        prefix.tokens,
+        model=manifest.model,
+        arithmetic=arithmetic,
+        blocks=blocks,
+        rows=rows,
+        end=end,
+        layers=manifest.layers,
+        about=about,
+        versions=versions(),
+    ).write(folder)
+    kept = {entry.name for entry in (*(block.file for block in blocks), end)}
+    for path in folder.glob("*.safetensors"):
+        if path.name not in kept:
+            remove(path)
+
+
+def _end(source: Path, folder: Path, manifest: Manifest, *, is_whole: bool) -> FileEntry:
+    """The end of the source, or one without tokens."""
+    file = TensorFile(source, manifest.end)
+    tensors = {name: file.read(name) for name in file.names()}
+    if not is_whole:
+        tensors = {name: tensor[..., :0] if name == _IDS else tensor[:, :, :0] for name, tensor in tensors.items()}
+    return write_tensors(folder / "end-000001.safetensors", tensors)

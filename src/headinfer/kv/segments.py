@@ -1,0 +1,135 @@
+"""Segments of host memory, the spans of them that a row sees, and the lanes of rows that see the same."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headinfer.kv.disk import DiskFile, FarPiece, Place
+from headinfer.kv.tiers import HostTier
+
+__all__ = ["Lane", "Piece", "Runs", "Segment", "Span", "clip", "group", "seal"]
+
+Runs = Sequence[tuple[int, int]]
+Piece = tuple[torch.Tensor, torch.Tensor]
+
+
+class Segment:
+    """Memory for K and V of some tokens of one row: k [Hkv, tokens, Dk], v [Hkv, tokens, Dv] in host memory.
+
+    One allocation [Hkv, tokens * (Dk + Dv)]: each head's K and V are contiguous and next to each other. Where host
+    memory is short a full segment moves to a disk (disk_tier.py): then it has a place there instead.
+    """
+
+    place: Place | None = None
+
+    def __init__(
+        self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
+    ) -> None:
+        self._memory = tier.allocate((heads, tokens * (key_dim + value_dim)), dtype)
+        k = self._memory[:, : tokens * key_dim].unflatten(1, (tokens, key_dim))
+        v = self._memory[:, tokens * key_dim :].unflatten(1, (tokens, value_dim))
+        self._pair: Piece = (k, v)
+        self.tokens = tokens
+        self.sealed = False
+
+    @property
+    def k(self) -> torch.Tensor:
+        """K in host memory."""
+        return self._pair[0]
+
+    @property
+    def v(self) -> torch.Tensor:
+        """V in host memory."""
+        return self._pair[1]
+
+    def piece(self, heads: slice, start: int, stop: int) -> Piece | FarPiece:
+        """Some heads of the tokens [start, stop), to be read; a segment that lies in a session comes in here."""
+        if self.place is not None:
+            return FarPiece(self.place, heads.start, heads.stop, start, stop)
+        return self.k[heads, start:stop], self.v[heads, start:stop]
+
+    def dense(self) -> Piece:
+        """K and V in host memory, from the disk where they lie there: a copy then."""
+        if self.place is None:
+            return self.k, self.v
+        whole = FarPiece(self.place, 0, self.place.heads, 0, self.tokens)
+        reads, piece = whole.into(torch.empty(whole.nbytes, dtype=torch.uint8))
+        self.place.file.read(reads)
+        return piece
+
+    def bytes(self) -> memoryview:
+        """All of it, as it lies in memory."""
+        data: memoryview = self._memory.view(torch.uint8).reshape(-1).numpy().data
+        return data
+
+    def move_to(self, file: DiskFile, start: int) -> None:
+        """It lies in the file from now on, and its memory is let go of."""
+        (k, v), dtype = self._pair, self._memory.dtype
+        heads, sizes = k.shape[0], (k.shape[2] * dtype.itemsize, v.shape[2] * dtype.itemsize)
+        self.place = Place(file, start, heads, self.tokens, *sizes, dtype)
+        weakref.finalize(self, file.free, start, self._memory.numel() * dtype.itemsize).atexit = False
+        del self._memory, self._pair
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens [start, stop) of a segment."""
+
+    segment: Segment
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the span."""
+        return self.stop - self.start
+
+    @property
+    def is_to_the_end(self) -> bool:
+        """Whether nothing of the segment comes after it."""
+        return self.stop == self.segment.tokens
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Rows of the batch that see the same spans: one pass over these K and V serves all of them."""
+
+    rows: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+
+def seal(table: list[Span]) -> None:
+    """Mark a row's segments as shared. Those before the newest sealed one already are."""
+    for span in reversed(table):
+        if span.segment.sealed:
+            return
+        span.segment.sealed = True
+
+
+def clip(table: list[Span], runs: Runs) -> list[Span]:
+    """The parts of a row's spans that lie in the half-open token ranges."""
+    clipped, at = [], 0
+    for span in table:
+        for start, stop in runs:
+            lo, hi = max(start, at), min(stop, at + span.tokens)
+            if lo < hi:
+                clipped.append(Span(span.segment, span.start + lo - at, span.start + hi - at))
+        at += span.tokens
+    return clipped
+
+
+def group(tables: Sequence[list[Span]]) -> list[Lane]:
+    """Spans that several rows see become one lane; neighbours with the same rows are joined."""
+    sharers: dict[tuple[int, int, int], tuple[Span, list[int]]] = {}
+    for row, table in enumerate(tables):
+        for span in table:
+            sharers.setdefault((id(span.segment), span.start, span.stop), (span, []))[1].append(row)
+    return [
+        Lane(rows, tuple(span for span, _ in members))
+        for rows, members in itertools.groupby(sharers.values(), key=lambda entry: tuple(entry[1]))
+    ]

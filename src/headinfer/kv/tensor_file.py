@@ -1,0 +1,147 @@
+"""Tensors in a file that is written once: safetensors whose data begin at a multiple of 4096 bytes, with checksums.
+
+A file's header holds the checksum of each tensor, and whoever keeps the file's FileEntry holds that of the header: so a
+tensor is verified on its own, when it is first needed. Checksums are XXH3 with 128 bits, in hexadecimal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+
+from headinfer.errors import SessionError
+from headinfer.files import FileEntry, write_new
+
+__all__ = ["TensorFile", "write_tensors"]
+
+_PAGE_BYTES = 4096
+_LENGTH_BYTES = 8
+_CHECKSUM = "xxh3:"  # before a tensor's name, in the header's __metadata__
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ADVICE = "it is damaged; `headinfer session verify` lists what is, and reading the document again makes it anew"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
+    """Write tensors of any strides and device, those with larger elements first, so that all are aligned.
+
+    Raises CapacityError where the disk is full.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    parts = {name: [_bytes(part) for part in _contiguous_parts(tensor)] for name, tensor in tensors.items()}
+    header: dict[str, object] = {}
+    sums, at = {}, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        place = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + nbytes]}
+        header[name], at = place, at + nbytes
+        sums[_CHECKSUM + name] = _checksum(parts[name])
+    text = json.dumps({"__metadata__": sums, **header}, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _PAGE_BYTES)
+    head = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    write_new(path, [head, *(part for name in tensors for part in parts[name])])
+    return FileEntry(path.name, len(head) + at, xxhash.xxh3_128_hexdigest(head))
+
+
+class TensorFile:
+    """A file of tensors, opened and its header verified; the tensors are mapped, and read when they are touched.
+
+    Raises SessionError where the file is missing or not what its entry says.
+    """
+
+    def __init__(self, folder: Path, entry: FileEntry) -> None:
+        self.path = folder / entry.name
+        try:
+            with open(self.path, "rb") as file:
+                nbytes = os.fstat(file.fileno()).st_size
+                if nbytes != entry.nbytes:
+                    raise SessionError(
+                        f"{self.path} has {nbytes:,} bytes and was written with {entry.nbytes:,}: {_ADVICE}"
+                    )
+                self._map = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY)
+        except SessionError:
+            raise
+        except OSError as error:
+            raise SessionError(f"cannot open {self.path} ({error.strerror}): {_ADVICE}") from error
+        length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
+        head = self._map[: _LENGTH_BYTES + length] if length < nbytes else b""
+        if xxhash.xxh3_128_hexdigest(head) != entry.header:
+            raise SessionError(f"the header of {self.path} is not as it was written: {_ADVICE}")
+        self._places = json.loads(head[_LENGTH_BYTES:])
+        self._sums: dict[str, str] = self._places.pop("__metadata__")
+        self._data = len(head)
+
+    def names(self) -> list[str]:
+        """The tensors, in the order of the file."""
+        return list(self._places)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor lies: its first byte in the file, and its bytes."""
+        begin, end = self._places[name]["data_offsets"]
+        return self._data + begin, end - begin
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor on the mapped file, not verified; writing to it does not change the file."""
+        begin, nbytes = self.place(name)
+        dtype, shape = _DTYPES[self._places[name]["dtype"]], self._places[name]["shape"]
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+
+    def verify(self, name: str) -> None:
+        """Read a tensor and compare its checksum. Raises SessionError where it differs."""
+        begin, nbytes = self.place(name)
+        if xxhash.xxh3_128_hexdigest(memoryview(self._map)[begin : begin + nbytes]) != self._sums[_CHECKSUM + name]:
+            raise SessionError(f"{name} in {self.path} is not as it was written: {_ADVICE}")
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of its own memory, verified."""
+        self.verify(name)
+        return self.tensor(name).clone()
+
+    def expect(self, name: str) -> None:
+        """Ask the system to bring a tensor in before long."""
+        begin, nbytes = self.place(name)
+        if nbytes and hasattr(mmap, "MADV_WILLNEED"):
+            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, first, begin + nbytes - first)
+
+
+def _checksum(parts: list[memoryview]) -> str:
+    whole = xxhash.xxh3_128()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if tensor.is_contiguous() or tensor.ndim == 0:
+        yield tensor
+    else:
+        for part in tensor.unbind(0):
+            yield from _contiguous_parts(part)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    flat = tensor.detach().cpu().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # a single element may come with any stride
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data

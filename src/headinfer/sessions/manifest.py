@@ -1,0 +1,110 @@
+"""The manifest of a session: what the folder holds, who made it, and how the arithmetic was fixed.
+
+docs/session-format.md describes it for other programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from headinfer.errors import SessionError
+from headinfer.files import FileEntry, replace_text
+
+__all__ = ["FORMAT", "MANIFEST", "VERSION", "Block", "Manifest", "first_chain"]
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "headinfer session", 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """K and V of consecutive tokens in all offloaded layers, in a file that is never written again.
+
+    chain: SHA-256 of the model and of all token ids to the block's end (see first_chain), empty where they are unknown.
+    Blocks with equal chains hold the KV of the same tokens after the same tokens.
+    """
+
+    file: FileEntry
+    tokens: int
+    chain: str = ""
+
+
+@dataclass
+class Manifest:
+    """One checkpoint of a session.
+
+    rows: for each row of the batch its spans [block, first token, token after the last]. end: the file of what is newer
+    than the blocks: the tails, and the states of the layers that transformers keeps, whose plain values are in layers.
+    model: see hf/fingerprint.py. arithmetic: Options and chunk_tokens; the same give the same bits. about: the maker's
+    own facts.
+    """
+
+    generation: int
+    tokens: int
+    model: dict[str, Any]
+    arithmetic: dict[str, Any]
+    blocks: list[Block]
+    rows: list[list[tuple[int, int, int]]]
+    end: FileEntry
+    layers: list[Any]
+    about: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data files."""
+        return self.end.nbytes + sum(block.file.nbytes for block in self.blocks)
+
+    def files(self) -> list[FileEntry]:
+        """All data files."""
+        return [*(block.file for block in self.blocks), self.end]
+
+    def write(self, folder: Path) -> None:
+        """Replace the folder's manifest: at any instant the old one or this one is there, whole."""
+        body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        replace_text(folder / MANIFEST, json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """The folder's manifest. Raises SessionError where there is none, or one that is damaged, foreign or newer."""
+        path = folder / MANIFEST
+        try:
+            body = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise SessionError(f"{folder} is no session: it has no {MANIFEST}") from None
+        except OSError as error:
+            raise SessionError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise SessionError(f"{path} is damaged ({error}): read the document again to make it anew") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise SessionError(f"{path} is not a manifest of headinfer: choose another folder")
+        if body.get("version") != VERSION:
+            raise SessionError(
+                f"{path} has version {body.get('version')} of the format, and this headinfer reads version {VERSION}: "
+                "use the headinfer that wrote it, or read the document again"
+            )
+        if body.pop("checksum", None) != _checksum(body):
+            raise SessionError(
+                f"{path} is damaged (its checksum is not right): read the document again to make it anew"
+            )
+        del body["format"], body["version"]
+        body["blocks"] = [Block(FileEntry(**block.pop("file")), **block) for block in body["blocks"]]
+        body["end"] = FileEntry(**body["end"])
+        body["rows"] = [[(block, start, stop) for block, start, stop in row] for row in body["rows"]]
+        return Manifest(**body)
+
+
+def first_chain(model: dict[str, Any]) -> hashlib._Hash:
+    """A chain before any token: update it with token ids as int64, least byte first."""
+    return hashlib.sha256(json.dumps(model, sort_keys=True, separators=(",", ":")).encode("utf-8"))
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode("utf-8"))

@@ -1,0 +1,267 @@
+"""KV beyond a host budget on a disk: exact, within the budget, and nothing left behind."""
+
+import errno
+import gc
+import itertools
+import os
+
+import pytest
+import torch
+from families import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import headinfer
+from headinfer import CapacityError, HeadCache, UsageError
+from headinfer.kv.disk import DiskFile, FarPiece, Place
+from headinfer.kv.disk_tier import READ_SLOTS, ReadAhead, read_slot_bytes
+
+CHUNK = 256
+BUDGET = 3 * 2**20 // 2
+
+
+def forward(model, cache, ids):
+    with torch.inference_mode():
+        parts = ids.split(CHUNK, dim=1)
+        return torch.cat([model(input_ids=ids, past_key_values=cache, use_cache=True).logits for ids in parts], dim=1)
+
+
+def token_ids(tokens, rows=1, seed=0):
+    return torch.randint(0, 90, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def read_and_write(model, ids, steps=4, **options):
+    """Logits of a prefill's last token and of some single steps, and the cache."""
+    with headinfer.enable(model, chunk_tokens=CHUNK, **options) as enabled:
+        cache = enabled.new_cache()
+        found = [forward(model, cache, ids)[:, -1]]
+        found += [forward(model, cache, ids[:, step : step + 1])[:, 0] for step in range(steps)]
+    return torch.stack(found), cache
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+# -- exact, and bounded -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staging", ["auto", "early", "late"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "falcon_h1", "mimo_v2_flash"])
+def test_what_lies_on_disk_is_attended_to(family, staging, tmp_path):
+    model, ids = tiny_model(family), token_ids(5000)
+    expected, plain = read_and_write(model, ids)
+    budget = plain.stats().host_kv_bytes // 3
+    found, cache = read_and_write(model, ids, staging=staging, host_kv_budget=budget, disk_tier=str(tmp_path))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    stats = cache.stats()
+    assert stats.host_kv_peak_bytes <= budget
+    assert stats.disk_kv_bytes > plain.stats().host_kv_bytes // 2
+    assert stats.disk_to_host_bytes > 5 * stats.disk_kv_bytes, "read again for each chunk and each token"
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    tokens=st.integers(2500, 4000),
+    rows=st.integers(1, 2),
+    heads=st.sampled_from([None, 1, 2]),
+    tile=st.sampled_from([None, 33, 128, 250]),
+    keep=st.integers(400, 2400),
+)
+def test_forks_crops_rows_and_odd_tiles(model, tmp_path_factory, tokens, rows, heads, tile, keep):
+    folder, ids, more = tmp_path_factory.mktemp("tier"), token_ids(tokens, rows), token_ids(300, rows, seed=1)
+    logits = []
+    for options in (
+        {},
+        {"host_kv_budget": BUDGET * rows, "disk_tier": str(folder), "heads_per_group": heads, "tile_tokens": tile},
+    ):
+        with headinfer.enable(model, chunk_tokens=CHUNK, staging="late", **options) as enabled:
+            cache = enabled.new_cache()
+            forward(model, cache, ids)
+            fork = cache.fork()
+            one = forward(model, fork, more)
+            cache.crop(-keep)
+            cache.reorder_cache(torch.arange(rows).flip(0))
+            two = forward(model, cache, more)
+            logits.append(torch.cat([one, two]))
+    torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=2e-5)
+
+
+def test_the_dense_form_is_the_same(model, tmp_path):
+    ids = token_ids(4000)
+    _, plain = read_and_write(model, ids)
+    _, cache = read_and_write(model, ids, host_kv_budget=BUDGET, disk_tier=str(tmp_path))
+    for ours, theirs in zip(cache.head_layers, plain.head_layers, strict=True):
+        for side, expected in zip(ours.store.dense(), theirs.store.dense(), strict=True):
+            torch.testing.assert_close(side, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sessions_and_a_disk_tier_go_together(model, tmp_path):
+    ids, question = token_ids(4000), token_ids(20, seed=1)
+    tier = {"host_kv_budget": BUDGET, "disk_tier": str(tmp_path / "tier")}
+    expected = {}
+    for staging in ("auto", "early"):
+        with headinfer.enable(model, chunk_tokens=CHUNK, staging=staging, **tier) as enabled:
+            cache = enabled.new_cache()
+            for part in ids.split(1000, dim=1):
+                forward(model, cache, part)
+                cache.save(tmp_path / staging, ids)
+                assert cache.stats().host_kv_peak_bytes <= BUDGET
+            expected[staging] = forward(model, cache, question)
+            loaded = HeadCache.load(tmp_path / staging, model, **tier)
+            found = forward(model, loaded, question)
+            torch.testing.assert_close(found, expected[staging], atol=2e-5, rtol=2e-5)
+            if staging == "early":
+                assert loaded.stats().disk_kv_bytes > 0
+            assert loaded.stats().host_kv_peak_bytes <= BUDGET
+            assert torch.equal(loaded.token_ids, ids)
+
+
+def test_tiles_are_read_ahead_of_their_use(model, tmp_path, monkeypatch):
+    """Each tile once, up to four before it is waited for, the next layer's and the next token's first ones too."""
+    events = []
+    begin, wait = ReadAhead._begin, ReadAhead.wait
+
+    def note_begin(ring, pieces):
+        if is_far := any(isinstance(piece, FarPiece) for piece in pieces):
+            events.append(1)
+        tile = begin(ring, pieces)
+        assert bool(tile.reads) == is_far
+        return tile
+
+    def note_wait(ring, ticket):
+        if ring._tiles[ticket].slot is not None:
+            events.append(-1)
+        return wait(ring, ticket)
+
+    monkeypatch.setattr(ReadAhead, "_begin", note_begin)
+    monkeypatch.setattr(ReadAhead, "wait", note_wait)
+    _, cache = read_and_write(model, token_ids(4000), 0, host_kv_budget=BUDGET, disk_tier=str(tmp_path))
+    with headinfer.enable(model):
+        forward(model, cache, token_ids(1))
+        events.clear()
+        for _ in range(5):
+            forward(model, cache, token_ids(1))
+    ahead = list(itertools.accumulate(events, initial=READ_SLOTS - 1))  # from the token before
+    assert max(ahead) <= READ_SLOTS
+    assert min(ahead) >= 1, "begun before it is waited for"
+    assert events.count(1) == events.count(-1) > 50, "nothing is read in vain"
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_piece_comes_back_from_the_file(tmp_path_factory, data):
+    heads, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 300))
+    key_dim, value_dim = data.draw(st.sampled_from([1, 3, 16, 64])), data.draw(st.sampled_from([1, 8, 64]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    file = DiskFile(tmp_path_factory.mktemp("file"), data.draw(st.sampled_from([0, 10_000])))
+    k, v = torch.rand(heads, tokens, key_dim).to(dtype), torch.rand(heads, tokens, value_dim).to(dtype)
+    memory = torch.cat([k.flatten(1), v.flatten(1)], dim=1).contiguous()
+    before = file.allocate(data.draw(st.sampled_from([1, 4096, 5000])))
+    start = file.allocate(memory.numel() * dtype.itemsize)
+    assert start > before
+    file.write(start, [memory.view(torch.uint8).reshape(-1).numpy().data])
+    place = Place(file, start, heads, tokens, key_dim * dtype.itemsize, value_dim * dtype.itemsize, dtype)
+    first = data.draw(st.integers(0, heads - 1))
+    last = data.draw(st.integers(first + 1, heads))
+    begin = data.draw(st.integers(0, tokens - 1))
+    stop = data.draw(st.integers(begin + 1, tokens))
+    piece = FarPiece(place, first, last, begin, stop)
+    reads, (found_k, found_v) = piece.into(torch.zeros(piece.nbytes + 64, dtype=torch.uint8))
+    file.read(reads)
+    assert torch.equal(found_k, k[first:last, begin:stop])
+    assert torch.equal(found_v, v[first:last, begin:stop])
+
+
+def test_nothing_has_a_name_and_space_is_used_again(model, tmp_path):
+    _, cache = read_and_write(model, token_ids(4000), host_kv_budget=BUDGET, disk_tier=str(tmp_path / "new" / "tier"))
+    assert list((tmp_path / "new" / "tier").iterdir()) == [], "a crash leaves nothing behind"
+    file, used = cache.engine._disk.file, cache.engine._disk.file._used
+    assert cache.stats().disk_kv_bytes > 0
+    cache.reset()
+    gc.collect()
+    assert cache.stats().disk_kv_bytes == 0
+    with headinfer.enable(model, chunk_tokens=CHUNK):
+        forward(model, cache, token_ids(4000))
+    assert cache.engine._disk.file is file
+    assert file._used <= 1.1 * used
+
+
+def test_space_is_reserved_before_the_start(model, tmp_path, monkeypatch):
+    asked = []
+    original = os.posix_fallocate
+
+    def fallocate(descriptor, offset, length):
+        asked.append(length)
+        return original(descriptor, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget=BUDGET, disk_tier=str(tmp_path)) as enabled:
+        cache = enabled.new_cache(expected_tokens=4000)
+        forward(model, cache, token_ids(100))
+        token_bytes = sum(2 * layer.store.heads * layer.store.key_dim * 4 for layer in cache.head_layers)
+        assert asked == [4000 * token_bytes]
+        forward(model, cache, token_ids(3900))
+    assert len(asked) == 1, "and that was enough"
+
+
+def test_a_full_disk_is_said_before_the_start(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with (
+        headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget=BUDGET, disk_tier=str(tmp_path)) as enabled,
+        pytest.raises(CapacityError, match=r"has no room for .* of KV \(No space left on device\): free some"),
+    ):
+        forward(model, enabled.new_cache(expected_tokens=10**6), token_ids(100))
+
+
+@pytest.mark.parametrize("call", ["pwrite", "preadv"])
+def test_a_disk_that_fails_leaves_the_cache_as_it_was(model, tmp_path, monkeypatch, call):
+    ids = token_ids(4000)
+    with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget=BUDGET, disk_tier=str(tmp_path)) as enabled:
+        cache = enabled.new_cache()
+        forward(model, cache, ids)
+
+        def fail(*_):
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with (
+                pytest.raises(OSError, match="Input/output error")
+                if call == "preadv"
+                else pytest.raises(CapacityError, match="cannot write KV")
+            ):
+                for _ in range(20):
+                    forward(model, cache, ids[:, :CHUNK])
+
+
+def test_options_that_cannot_be(model, tmp_path):
+    with pytest.raises(UsageError, match="host_kv_budget and disk_tier go together"):
+        HeadCache(model.config, host_kv_budget=2**30)
+    with pytest.raises(UsageError, match="host_kv_budget and disk_tier go together"):
+        HeadCache(model.config, disk_tier=str(tmp_path))
+    with pytest.raises(UsageError, match="host_kv_budget is 0"):
+        HeadCache(model.config, host_kv_budget=0, disk_tier=str(tmp_path))
+    (tmp_path / "file").write_text("")
+    for budget, folder, message in (
+        (BUDGET, tmp_path / "file" / "x", "name another folder for the disk tier"),
+        (2**18, tmp_path, r"a host KV budget of 0\.2 MiB is used up .*: raise it"),
+    ):
+        with (
+            headinfer.enable(model, host_kv_budget=budget, disk_tier=str(folder)) as enabled,
+            pytest.raises(CapacityError, match=message),
+        ):
+            forward(model, enabled.new_cache(), token_ids(1000))
+
+
+def test_slots_are_a_share_of_the_budget():
+    assert read_slot_bytes(1) == 64 * 1024
+    assert read_slot_bytes(32 * 2**20) == 2**20
+    assert read_slot_bytes(2**40) == 32 * 2**20
