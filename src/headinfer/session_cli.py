@@ -56,11 +56,11 @@ def read(
     as_json: Json = False,
 ) -> None:
     """Read a document and keep its KV on disk, to ask it again and again; goes on where it was interrupted."""
-    from headinfer import documents, generation, report
+    from headinfer import generation, reading, report
     from headinfer.engine import Options
 
     options = Options(**_placed(device_kv_budget, host_kv_budget, disk_tier))
-    job = documents.ReadJob(
+    job = reading.ReadJob(
         model=model,
         document=generation.read_text(file),
         name=session,
@@ -72,13 +72,13 @@ def read(
         raw=raw,
         options=options,
     )
-    prepared = documents.prepare_read(job)
+    prepared = reading.prepare_read(job)
     tokens = prepared.input_ids.shape[1]
     progress = report.GenerationProgress(
         _stderr, prepared.shape, tokens, 0, show_decode=False, read_before=prepared.done
     )
     with progress:
-        result = documents.read(prepared, on_forward=progress.on_forward, on_resumed=_resumed)
+        result = reading.read(prepared, on_forward=progress.on_forward, on_resumed=_resumed)
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     elif not result.interrupted:
@@ -113,14 +113,14 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask a document that was read before. Questions know nothing of each other, and leave no trace without --keep."""
-    from headinfer import documents
+    from headinfer import asking
     from headinfer.engine import Options
     from headinfer.report import columns_table
 
     placed = _placed(device_kv_budget, host_kv_budget, disk_tier)
     Options(**placed)  # refuses what cannot be, before all else
     changed = {name: value for name, value in placed.items() if value is not None or name != "device_kv_budget"}
-    job = documents.AskJob(
+    job = asking.AskJob(
         name=session,
         root=sessions or default_root(),
         questions=questions,
@@ -133,17 +133,26 @@ def ask(
         options=changed,
     )
     started = time.perf_counter()
-    prepared = documents.prepare_ask(job)
-    tokens, nbytes = prepared.manifest.tokens, prepared.manifest.nbytes
-    _say(f"{tokens:,} tokens, {format_bytes(nbytes)} on disk; the first question brings them in, later ones need not")
+    prepared = asking.prepare_ask(job)
+    _say(f"{prepared.manifest.tokens:,} tokens are read, {format_bytes(prepared.manifest.nbytes)} on disk")
+    for line in prepared.slow:
+        _say(line)
     loaded_s: list[float] = []
-    summaries = documents.ask(
+    summaries = asking.ask(
         prepared,
         on_text=(lambda _: None) if as_json else _write,
         on_loaded=lambda _: loaded_s.append(time.perf_counter() - started),
     )
     if as_json:
-        print(json.dumps({"model_load_s": loaded_s[0], "answers": [one.as_dict() for one in summaries]}))
+        print(
+            json.dumps(
+                {
+                    "slow": prepared.slow,
+                    "model_load_s": loaded_s[0],
+                    "answers": [one.as_dict() for one in summaries],
+                }
+            )
+        )
     else:
         print(flush=True)
         rows = [_row(number, summary) for number, summary in enumerate(summaries, 1)]

@@ -6,7 +6,6 @@ Layers whose state does not grow with the context (sliding windows, linear atten
 from __future__ import annotations
 
 import copy
-import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from headinfer.hf.compat import (
     shared_full_layers,
 )
 from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, why_not_croppable
+from headinfer.sessions.folder import at_rest
 from headinfer.sessions.manifest import Manifest
 
 __all__ = ["HeadCache", "Stats"]
@@ -211,13 +211,14 @@ class HeadCache(Cache):  # type: ignore[misc]
         the cache that was saved. `token_ids` are those that save() was given. Raises SessionError where the session is
         damaged, or of another model.
         """
-        manifest = Manifest.read(Path(folder))
-        known = {one.name for one in dataclasses.fields(Options)}
-        kept = {name: value for name, value in manifest.arithmetic.items() if name in known}
-        cache = cls(model.config, **(kept | options))
-        cache.model = weakref.ref(model)
-        session.load(Path(folder), model, cache, manifest)
-        return cache
+
+        def loaded(manifest: Manifest) -> HeadCache:
+            cache = cls(model.config, **(session.kept_options(manifest) | options))
+            cache.model = weakref.ref(model)
+            session.load(Path(folder), model, cache, manifest)
+            return cache
+
+        return at_rest(Path(folder), loaded)
 
     def checkpoint(self) -> list[dict[str, Any]]:
         """What rollback() needs: the length of each offloaded layer, references and small copies for the others."""

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from headinfer.engine import Options
 from headinfer.errors import SessionError, StateError, UsageError
 from headinfer.files import remove, sync_folder
 from headinfer.hf.compat import PreTrainedModel, versions
@@ -34,7 +35,7 @@ from headinfer.sessions.manifest import Block, Manifest, first_chain
 if TYPE_CHECKING:
     from headinfer.hf.cache import HeadCache
 
-__all__ = ["Saved", "SessionWriter", "load", "saved_ids"]
+__all__ = ["Saved", "SessionWriter", "kept_options", "load", "saved_ids"]
 
 _IDS = "token_ids"
 
@@ -246,6 +247,12 @@ def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manif
         before = segments
     cache.saved = saved
     cache.token_ids = _token_ids(manifest, files, end)
+
+
+def kept_options(manifest: Manifest) -> dict[str, Any]:
+    """The fields of Options that fix a session's arithmetic; what only another version knows is left out."""
+    known = {one.name for one in dataclasses.fields(Options)}
+    return {name: value for name, value in manifest.arithmetic.items() if name in known}
 
 
 def saved_ids(folder: Path, manifest: Manifest) -> torch.Tensor | None:

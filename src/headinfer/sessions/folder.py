@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from headinfer.errors import SessionError, UsageError
-from headinfer.sessions.manifest import MANIFEST
+from headinfer.sessions.manifest import MANIFEST, Manifest
 
-__all__ = ["Lock", "default_root", "remove_session", "session_folder", "session_names"]
+__all__ = ["Lock", "at_rest", "default_root", "remove_session", "session_folder", "session_names"]
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LOCK = "lock"
@@ -43,6 +47,19 @@ def session_names(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}") if _NAME.fullmatch(path.parent.name))
+
+
+def at_rest(folder: Path, look: Callable[[Manifest], T]) -> T:
+    """look() at the folder's checkpoint, which needs no lock: once more where a writer has replaced it meanwhile, and
+    removed a file of it. Raises SessionError as Manifest.read() and look() do.
+    """
+    while True:
+        manifest = Manifest.read(folder)
+        try:
+            return look(manifest)
+        except SessionError:
+            if Manifest.read(folder).generation == manifest.generation:
+                raise
 
 
 def remove_session(folder: Path) -> None:

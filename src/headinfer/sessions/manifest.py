@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = ["FORMAT", "MANIFEST", "VERSION", "Block", "Manifest", "first_chain"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "headinfer session", 1
+_FILE_NAME = re.compile(r"(block|end)-\d{6,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,16 @@ class Manifest:
                 f"{path} is damaged (its checksum is not right): read the document again to make it anew"
             )
         del body["format"], body["version"]
-        body["blocks"] = [Block(FileEntry(**block.pop("file")), **block) for block in body["blocks"]]
-        body["end"] = FileEntry(**body["end"])
-        body["rows"] = [[(block, start, stop) for block, start, stop in row] for row in body["rows"]]
-        return Manifest(**body)
+        try:
+            body["blocks"] = [Block(FileEntry(**block.pop("file")), **block) for block in body["blocks"]]
+            body["end"] = FileEntry(**body["end"])
+            body["rows"] = [[(block, start, stop) for block, start, stop in row] for row in body["rows"]]
+            found = Manifest(**body)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SessionError(f"{path} has other fields than version {VERSION} of the format: {error}") from error
+        if outside := [entry.name for entry in found.files() if not _FILE_NAME.fullmatch(entry.name)]:
+            raise SessionError(f"{path} names {outside[0]!r}, which is no file of a session: do not use it")
+        return found
 
 
 def first_chain(model: dict[str, Any]) -> hashlib._Hash:

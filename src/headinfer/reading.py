@@ -1,10 +1,10 @@
-"""Documents that stay read: read one into a session on disk, a checkpoint after each chunk, and ask it questions."""
+"""Read a document into a session on disk, a checkpoint after each chunk."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from headinfer.attention import native
 from headinfer.engine import Options
 from headinfer.errors import CapacityError, SessionError, UsageError
-from headinfer.generation import Streamer, Summary, checked_device, chosen_dtype
+from headinfer.generation import checked_device, chosen_dtype
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import enable
@@ -22,15 +22,15 @@ from headinfer.hf.fingerprint import check_config, fingerprint
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.prefix import find_prefix, take_over
-from headinfer.hf.prompts import document_ids, frame
+from headinfer.hf.prompts import document_ids
 from headinfer.hf.session import SessionWriter, saved_ids
 from headinfer.model_shape import ModelShape
 from headinfer.plan.memory import format_bytes, free_disk_bytes
 from headinfer.run_plan import fixed_fields, plan_run, planned
-from headinfer.sessions.folder import Lock, session_folder
+from headinfer.sessions.folder import Lock, at_rest, session_folder
 from headinfer.sessions.manifest import MANIFEST, Manifest
 
-__all__ = ["AskJob", "Asked", "ReadJob", "ReadResult", "ToRead", "ask", "prepare_ask", "prepare_read", "read"]
+__all__ = ["ReadJob", "ReadResult", "ToRead", "prepare_read", "read"]
 
 OnForward = Callable[[HeadCache], None]
 
@@ -95,21 +95,23 @@ def prepare_read(job: ReadJob) -> ToRead:
     tokenizer = source.tokenizer()
     input_ids = torch.tensor([list(document_ids(tokenizer, job.document, is_raw=job.raw))])
     shape, tokens = ModelShape.from_config(source.config), input_ids.shape[1]
-    arithmetic, done = None, 0
-    if (folder / MANIFEST).exists():
-        found = Manifest.read(folder)
+    found, done = (Manifest.read(folder) if (folder / MANIFEST).exists() else None), 0
+    if found is not None:
         check_config(found.model, source.config, folder)
         done = _held_tokens(folder, found, input_ids)
-        arithmetic = found.arithmetic
+        _check_same(job, folder, found)
         dtype = getattr(torch, found.model["dtype"])
     fixed = fixed_fields(job.options, job.chunk_tokens)
     plan = plan_run(shape, torch.device(device), dtype, tokens, fixed=fixed)
     _check_disk(job.root, (tokens - done) * shape.kv_bytes_per_token(dtype.itemsize))
-    if arithmetic is None:
+    if found is not None:
+        arithmetic = found.arithmetic
+    else:
         options = planned(job.options, plan)
         HeadCache(source.config, **vars(options)).engine.check_budget(shape, dtype.itemsize, plan.chunk_tokens, tokens)
         arithmetic = options.arithmetic() | {"chunk_tokens": plan.chunk_tokens}
     about = {"model": job.model, "seed": job.seed, "raw": job.raw, "document_tokens": tokens, "answers": 0}
+    about["asked_for"] = _asked_for(job) if found is None else found.about.get("asked_for", {})
     return ToRead(job, source, folder, input_ids, dtype, device, arithmetic, about, shape, done)
 
 
@@ -118,9 +120,26 @@ def _where(options: Options) -> dict[str, Any]:
     return {"host_kv_budget": options.host_kv_budget, "disk_tier": options.disk_tier}
 
 
+def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
+    """Raise UsageError for options that would go on with another arithmetic than the session was begun with."""
+    kept, before = found.arithmetic | {"dtype": found.model["dtype"]}, found.about.get("asked_for", {})
+    for name, value in _asked_for(job).items():
+        if value is not None and value not in (kept[name], before.get(name)):
+            raise UsageError(
+                f"the session {folder} was begun with {name} {kept[name]}, and goes on with the same: leave out "
+                f"--{name.replace('_', '-')}, or choose another name"
+            )
+
+
+def _asked_for(job: ReadJob) -> dict[str, Any]:
+    """Options that fix the arithmetic, as the user gave them; a plan may have made other values of them."""
+    dtype = job.dtype if job.dtype != "auto" else None
+    return {"chunk_tokens": job.chunk_tokens, "device_kv_budget": job.options.device_kv_budget, "dtype": dtype}
+
+
 def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
     """Tokens of the session, which must be the beginning of the document."""
-    held = saved_ids(folder, found)
+    held = at_rest(folder, lambda now: saved_ids(folder, now))
     if held is None or held.shape[0] != 1 or found.about.get("answers"):
         raise SessionError(f"the session {folder} holds more than a document's beginning: choose another name")
     common = min(held.shape[1], input_ids.shape[1])
@@ -134,6 +153,9 @@ def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
 
 
 def _check_disk(root: Path, nbytes: int) -> None:
+    place = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UsageError(f"cannot keep sessions in {root}: {place} is no folder that you may write into")
     free = free_disk_bytes(root)
     if nbytes > free:
         raise CapacityError(
@@ -205,129 +227,3 @@ def _read_rest(prepared: ToRead, model: PreTrainedModel, done: int, lock: Lock, 
             keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
             rest = prepared.input_ids[:, done:].to(prepared.device)
             model(input_ids=rest, past_key_values=cache, use_cache=True, **keep)
-
-
-@dataclass(frozen=True)
-class AskJob:
-    """Questions to a session. keep: questions and answers become part of it, each the next one's past."""
-
-    name: str
-    root: Path
-    questions: Sequence[str]
-    model: str | None = None
-    max_new_tokens: int = 256
-    device: str = "auto"
-    seed: int = 0
-    keep: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """An AskJob that has passed all checks; no weights are loaded yet."""
-
-    job: AskJob
-    folder: Path
-    manifest: Manifest
-    source: ModelSource
-    device: str
-
-
-def prepare_ask(job: AskJob) -> Asked:
-    """Check questions and session without loading weights. Raises UsageError or SessionError."""
-    folder = session_folder(job.root, job.name)
-    if not job.questions or not all(question.strip() for question in job.questions):
-        raise UsageError("the question is empty: write it after the session's name")
-    if job.max_new_tokens < 1:
-        raise UsageError(f"max-new-tokens is {job.max_new_tokens}: it must be a positive number")
-    manifest = Manifest.read(folder)
-    name = job.model or manifest.about.get("model")
-    if name is None:
-        raise UsageError(f"the session {folder} does not say which model made it: name it with --model")
-    wanted = manifest.about.get("document_tokens", manifest.tokens)
-    if manifest.tokens < wanted:
-        raise SessionError(
-            f"the session {folder} holds {manifest.tokens:,} of the document's {wanted:,} tokens: run the same "
-            "`headinfer read` again, which goes on from there"
-        )
-    if saved_ids(folder, manifest) is None:
-        raise SessionError(f"the session {folder} does not hold its token ids: save it with token_ids to ask it here")
-    source = resolve(name)
-    check_config(manifest.model, source.config, folder)
-    return Asked(job, folder, manifest, source, checked_device(job.device))
-
-
-def ask(
-    prepared: Asked, *, on_text: Callable[[str], None], on_loaded: Callable[[HeadCache], None] = lambda cache: None
-) -> list[Summary]:
-    """Load the model and the session, and answer each question; text comes as in generate.
-
-    Each question is asked on a fork of the document, and the session is not written; with keep it is.
-    """
-    job, about = prepared.job, prepared.manifest.about
-    tokenizer = prepared.source.tokenizer()
-    summaries: list[Summary] = []
-    with ExitStack() as held:
-        lock = held.enter_context(Lock(prepared.folder)) if job.keep else None
-        dtype = getattr(torch, prepared.manifest.model["dtype"])
-        model = prepared.source.load(dtype=dtype, device=prepared.device, seed=about.get("seed", 0))
-        native.why_not()
-        with enable(model, chunk_tokens=prepared.manifest.arithmetic.get("chunk_tokens")), torch.inference_mode():
-            cache = HeadCache.load(prepared.folder, model, **job.options)
-            on_loaded(cache)
-            ids, answers = cache.token_ids, about.get("answers", 0)
-            assert ids is not None
-            for question in job.questions:
-                if summaries:
-                    on_text("\n")
-                torch.manual_seed(job.seed)
-                text = ("\n\n" if not answers else "\n") + question
-                _, after = frame(tokenizer, text, is_raw=about.get("raw", False), is_later=bool(answers))
-                tail = torch.tensor([tokenizer(after, add_special_tokens=False).input_ids], dtype=torch.long)
-                summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
-                summaries.append(summary)
-                used = cache if job.keep else cache.fork()
-                whole = torch.cat([ids, tail], dim=1)
-                written = _answer(model, tokenizer, used, whole, job, summary, on_text)
-                if job.keep and lock is not None:
-                    answers += 1
-                    ids = written[:, : used.get_seq_length()]
-                    facts = about | {"answers": answers}
-                    with SessionWriter(prepared.folder, model, prepared.manifest.arithmetic, facts, lock) as writer:
-                        writer.checkpoint(used, ids)
-                if summary.interrupted:
-                    break
-    return summaries
-
-
-def _answer(
-    model: Any,
-    tokenizer: Any,
-    cache: HeadCache,
-    whole: torch.Tensor,
-    job: AskJob,
-    summary: Summary,
-    on_text: Callable[[str], None],
-) -> torch.Tensor:
-    """Generate after `whole` [1, T], of which the cache holds the beginning; returns all token ids [1, T + n]."""
-    start = time.perf_counter()
-    streamer = Streamer(tokenizer, on_text, summary, start)
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    try:
-        model.generate(
-            whole.to(model.device),
-            attention_mask=torch.ones_like(whole, device=model.device),
-            past_key_values=cache,
-            max_new_tokens=job.max_new_tokens,
-            streamer=streamer,
-            pad_token_id=next(one for one in pads if one is not None),
-            **({"do_sample": False} | job.sampling),
-        )
-    except KeyboardInterrupt:
-        summary.interrupted = True
-        streamer.end()
-    summary.total_s = time.perf_counter() - start
-    summary.stats = cache.stats()
-    new = torch.tensor([summary.token_ids], dtype=torch.long).view(1, -1)
-    return torch.cat([whole, new], dim=1)

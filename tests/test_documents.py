@@ -1,0 +1,359 @@
+"""`headinfer read`, `ask` and `session` as a person meets them, with generate() as the oracle of every answer."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+import torch
+
+from headinfer import enable
+from headinfer.errors import SessionError
+from headinfer.hf.models import byte_tokenizer, resolve
+
+MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
+WINDOWED = "random:gemma-3-4b?layers=6&hidden=64&intermediate=64&heads=4&kv_heads=2&head_dim=16&sliding_window=64"
+CHUNK = 300
+WORDS = "It was a bright cold day in April, and the clocks were striking thirteen.\n"
+
+
+@pytest.fixture
+def headinfer(capsys, monkeypatch, tmp_path):
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+    from headinfer import cli
+
+    monkeypatch.setenv("HEADINFER_SESSIONS", str(tmp_path / "sessions"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["headinfer", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        return code, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(WORDS * 20, encoding="utf-8")
+    return path
+
+
+def read(headinfer, book, *more, model=MODEL, name="mybook"):
+    code, out, err = headinfer("read", model, "--file", book, "--session", name, "--json", *more)
+    assert code == 0, err
+    return json.loads(out), err
+
+
+def ask(headinfer, *questions, name="mybook", more=()):
+    code, out, err = headinfer("ask", "--session", name, "--max-new-tokens", 8, "--json", *more, "--", *questions)
+    assert code == 0, err
+    return json.loads(out)["answers"]
+
+
+def generate(headinfer, book, question, model=MODEL):
+    code, out, err = headinfer("generate", model, "--file", book, "--prompt", question, "--max-new-tokens", 8, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_each_question_is_answered_as_generate_would(headinfer, book, tmp_path):
+    result, _ = read(headinfer, book, "--chunk-tokens", CHUNK)
+    assert result["tokens"] == result["document_tokens"] == len(book.read_bytes())
+    assert result["disk_bytes"] > result["tokens"] * 2 * 2 * 2 * 16 * 4
+    before = files_of(tmp_path / "sessions" / "mybook")
+    questions = ["When?", "And where was it?", "When?"]
+    answers = ask(headinfer, *questions)
+    expected = [generate(headinfer, book, question)["token_ids"] for question in questions]
+    assert [answer["token_ids"] for answer in answers] == expected
+    assert files_of(tmp_path / "sessions" / "mybook") == before  # no question leaves a trace
+    placed = ("--host-kv-budget", "4MiB", "--disk-tier", tmp_path / "tier")
+    assert ask(headinfer, questions[1], more=placed)[0]["token_ids"] == expected[1]
+
+
+def test_text_streams_and_each_question_has_its_seconds(headinfer, book):
+    read(headinfer, book)
+    code, out, err = headinfer("ask", "--session", "mybook", "--max-new-tokens", 4, "When?", "Where?")
+    assert code == 0
+    assert out.count("\n") >= 2
+    assert "first token" in err
+    assert f"{len(book.read_bytes()):,} tokens are read" in err
+
+
+def test_kept_questions_are_the_next_ones_past(headinfer, book, tmp_path):
+    read(headinfer, book)
+    first = ask(headinfer, "When?", more=["--keep"])[0]
+    second = ask(headinfer, "And where?", more=["--keep"])[0]
+    model = resolve(MODEL).load(dtype=torch.float32, device="cpu", seed=0)
+    ids_of = byte_tokenizer()
+    talk = [*ids_of(book.read_text() + "\n\nWhen?").input_ids, *first["token_ids"], *ids_of("\nAnd where?").input_ids]
+    ids = torch.tensor([talk])
+    with enable(model, chunk_tokens=CHUNK):
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert second["token_ids"] == expected[0, len(talk) :].tolist()
+    assert "2 answers kept" in headinfer("session", "list")[1]
+    code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook")
+    assert code == 2
+    assert "choose another name" in err
+
+
+@pytest.mark.parametrize("after_chunks", [1, 3])
+def test_ctrl_c_costs_one_chunk_at_most_and_the_same_command_goes_on(headinfer, book, after_chunks, monkeypatch):
+    from headinfer import report
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    calls = []
+
+    def on_forward(self, cache):
+        calls.append(cache)
+        if len(calls) == after_chunks:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(report.GenerationProgress, "on_forward", on_forward)
+    arguments = ("read", MODEL, "--file", book, "--session", "mybook", "--chunk-tokens", CHUNK, "--json")
+    code, out, err = headinfer(*arguments)
+    signal.signal(signal.SIGINT, before)
+    assert code == 130
+    stopped = json.loads(out)
+    assert stopped["interrupted"]
+    assert stopped["tokens"] == after_chunks * CHUNK
+    assert "goes on from there" in err
+    code, _, err = headinfer("ask", "--session", "mybook", "When?")
+    assert code == 2
+    assert "run the same `headinfer read` again" in err
+    code, out, err = headinfer(*arguments)
+    assert code == 0
+    assert f"{after_chunks * CHUNK:,} tokens are there already" in err
+    resumed = json.loads(out)
+    assert resumed["resumed_at"] == after_chunks * CHUNK
+    assert resumed["tokens"] == len(book.read_bytes())
+    assert ask(headinfer, "When?")[0]["token_ids"] == generate(headinfer, book, "When?")["token_ids"]
+
+
+def test_kill_9_at_any_moment_leaves_a_checkpoint(headinfer, tmp_path):
+    book = tmp_path / "long.txt"
+    book.write_text(WORDS * 150, encoding="utf-8")
+    root = tmp_path / "sessions"
+    arguments = ("read", MODEL, "--file", book, "--session", "mybook", "--chunk-tokens", "256", "--sessions", root)
+    manifest = root / "mybook" / "manifest.json"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headinfer", *map(str, arguments)], env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not manifest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    process.kill()
+    process.wait()
+    kept = json.loads(manifest.read_text())["tokens"]
+    assert 0 < kept < len(book.read_bytes())
+    assert headinfer("session", "verify", "mybook")[0] == 0
+    resumed, err = read(headinfer, book, "--chunk-tokens", 256)
+    assert resumed["resumed_at"] == kept
+    assert f"{kept:,} tokens are there already (of this session)" in err
+    assert ask(headinfer, "When?")[0]["token_ids"] == generate(headinfer, book, "When?")["token_ids"]
+
+
+def test_a_longer_document_goes_on_where_the_shorter_one_ended(headinfer, book, tmp_path):
+    read(headinfer, book, "--chunk-tokens", CHUNK)
+    tokens = len(book.read_bytes())
+    book.write_text(book.read_text() + "The end is new.\n" * 30, encoding="utf-8")
+    again, err = read(headinfer, book)
+    assert again["resumed_at"] == tokens
+    assert "of this session" in err
+    assert ask(headinfer, "When?")[0]["token_ids"] == generate(headinfer, book, "When?")["token_ids"]
+
+
+def test_the_same_beginning_is_taken_from_another_session(headinfer, book, tmp_path):
+    read(headinfer, book, "--chunk-tokens", CHUNK, name="first")
+    tokens = len(book.read_bytes())
+    other = tmp_path / "other.txt"
+    other.write_text(book.read_text()[:1200] + "From here on it is another book.\n" * 20, encoding="utf-8")
+    result, err = read(headinfer, other, name="second")
+    assert 0 < result["resumed_at"] <= 1200
+    assert "of the session first" in err
+    answer = ask(headinfer, "When?", name="second")[0]["token_ids"]
+    assert answer == generate(headinfer, other, "When?")["token_ids"]
+    whole = tmp_path / "whole.txt"
+    whole.write_text(book.read_text() + "And on it goes.\n", encoding="utf-8")
+    assert read(headinfer, whole, name="third")[0]["resumed_at"] == tokens  # the end of a session too
+    headinfer("session", "rm", "first")
+    for name in ("second", "third"):
+        assert headinfer("session", "verify", name)[0] == 0
+    assert ask(headinfer, "When?", name="second")[0]["token_ids"] == answer
+
+
+def test_a_model_with_windows_takes_over_whole_sessions_only(headinfer, book, tmp_path):
+    model = WINDOWED
+    read(headinfer, book, "--chunk-tokens", CHUNK, model=model, name="first")
+    other = tmp_path / "other.txt"
+    other.write_text(book.read_text()[:1200] + "From here on it is another book.\n", encoding="utf-8")
+    assert read(headinfer, other, model=model, name="second")[0]["resumed_at"] == 0
+    other.write_text(book.read_text() + "And on it goes.\n", encoding="utf-8")
+    assert read(headinfer, other, model=model, name="third")[0]["resumed_at"] == len(book.read_bytes())
+    assert (
+        ask(headinfer, "When?", name="third")[0]["token_ids"]
+        == generate(headinfer, other, "When?", model=model)["token_ids"]
+    )
+
+
+def test_sessions_are_listed_described_verified_moved_and_removed(headinfer, book, tmp_path):
+    assert "no sessions" in headinfer("session", "list")[2]
+    read(headinfer, book, "--chunk-tokens", CHUNK)
+    folder = tmp_path / "sessions" / "mybook"
+    listed = json.loads(headinfer("session", "list", "--json")[1])
+    assert [one["name"] for one in listed] == ["mybook"]
+    tokens = len(book.read_bytes())
+    assert listed[0]["tokens"] == tokens
+    assert f"{tokens:,}" in headinfer("session", "list")[1]
+    facts = json.loads(headinfer("session", "info", "mybook", "--json")[1])
+    assert facts["arithmetic"]["chunk_tokens"] == CHUNK
+    assert facts["model_config"]["num_hidden_layers"] == 2
+    assert "document tokens" in headinfer("session", "info", "mybook")[1]
+    code, out, _ = headinfer("session", "verify", "mybook")
+    assert (code, "nothing wrong" in out) == (0, True)
+
+    archive = tmp_path / "mybook.tar"
+    assert headinfer("session", "export", "mybook", archive)[0] == 0
+    answer = ask(headinfer, "When?")
+    assert headinfer("session", "rm", "mybook")[0] == 0
+    assert not folder.exists()
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "sessions", filter="data")
+    assert ask(headinfer, "When?")[0]["token_ids"] == answer[0]["token_ids"]
+
+    block = sorted(folder.glob("block-*"))[0]
+    damaged = bytearray(block.read_bytes())
+    damaged[-5] ^= 16
+    block.write_bytes(damaged)
+    code, out, _ = headinfer("session", "verify", "mybook")
+    assert code == 1
+    assert "1 wrong" in out
+    assert block.name in out
+    code, _, err = headinfer("ask", "--session", "mybook", "When?")
+    assert code == 2
+    assert "is not as it was written" in err
+    (folder / "manifest.json").write_text("{}")
+    assert "damaged" in headinfer("session", "list")[1]
+
+
+MISTAKES = {
+    "no such session": (["ask", "--session", "nobody", "When?"], "is no session"),
+    "a name that leads elsewhere": (["ask", "--session", "../mybook", "When?"], "is no name for a session"),
+    "an empty question": (["ask", "--session", "mybook", " "], "the question is empty"),
+    "no new tokens": (["ask", "--session", "mybook", "--max-new-tokens", "0", "When?"], "must be a positive number"),
+    "another model": (
+        ["ask", "--session", "mybook", "--model", MODEL + "&max_position_embeddings=999", "When?"],
+        "another model",
+    ),
+    "another shape": (["ask", "--session", "mybook", "--model", "random:tiny-llama", "When?"], "another model"),
+    "half a tier": (["ask", "--session", "mybook", "--host-kv-budget", "4MiB", "When?"], "go together"),
+    "another chunk": (["read", MODEL, "--file", "BOOK", "--session", "mybook", "--chunk-tokens", "77"], "goes on with"),
+    "another dtype": (["read", MODEL, "--file", "BOOK", "--session", "mybook", "--dtype", "float16"], "goes on with"),
+    "another text": (["read", MODEL, "--file", "OTHER", "--session", "mybook"], "holds another text"),
+    "no text": (["read", MODEL, "--file", "EMPTY", "--session", "new"], "the document is empty"),
+    "zero chunk": (["read", MODEL, "--file", "BOOK", "--session", "new", "--chunk-tokens", "0"], "positive number"),
+    "nothing to remove": (["session", "rm", "nobody"], "there is no session"),
+    "nothing to verify": (["session", "verify", "nobody"], "is no session"),
+    "no place for an archive": (["session", "export", "mybook", "/no/such/folder/x.tar"], "cannot write"),
+    "sessions in a file": (
+        ["read", MODEL, "--file", "BOOK", "--session", "new", "--sessions", "BOOK"],
+        "no folder that you may write into",
+    ),
+}
+
+
+def test_mistakes_get_one_sentence_load_nothing_and_change_nothing(headinfer, book, tmp_path, monkeypatch):
+    from headinfer.hf.models import ModelSource
+
+    read(headinfer, book, "--chunk-tokens", CHUNK)
+    places = {name: tmp_path / f"{name}.txt" for name in ("OTHER", "EMPTY")} | {"BOOK": book}
+    places["OTHER"].write_text("Another text. " * 10)
+    places["EMPTY"].write_text("  \n")
+    before = files_of(tmp_path / "sessions" / "mybook")
+    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded first"))
+    for name, (arguments, says) in MISTAKES.items():
+        code, out, err = headinfer(*(places.get(argument, argument) for argument in arguments))
+        assert (code, out) == (2, ""), name
+        assert err.startswith("headinfer: error: "), name
+        assert says in err, name
+        assert err.count("\n") == 1, name
+    assert files_of(tmp_path / "sessions" / "mybook") == before
+    assert [path.name for path in (tmp_path / "sessions").iterdir()] == ["mybook"]
+
+
+def test_other_weights_are_refused_once_they_are_known(headinfer, book):
+    read(headinfer, book)
+    code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook", "--seed", 3)
+    assert code == 0  # it is read already: nothing to do
+    book.write_text(book.read_text() + "more", encoding="utf-8")
+    code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook", "--seed", 3)
+    assert code == 2
+    assert "other weights" in err
+
+
+def test_what_will_be_slow_is_said_before(headinfer, book, monkeypatch):
+    from headinfer import asking
+
+    read(headinfer, book)
+    machine = asking.this_machine
+
+    def slow(device):
+        import dataclasses
+
+        return dataclasses.replace(machine(device), disk_read_bytes_per_s=1e5)
+
+    monkeypatch.setattr(asking, "this_machine", slow)
+    monkeypatch.setattr(asking, "available_host_bytes", lambda: 700_000)
+    code, _, err = headinfer("ask", "--session", "mybook", "--max-new-tokens", 2, "When?")
+    assert code == 0
+    assert "the first token waits for" in err
+    assert "each token reads" in err
+    assert "a token" in err
+
+
+def test_a_reader_looks_again_where_a_writer_was_quicker(headinfer, book, tmp_path, monkeypatch):
+    """Between the manifest and the file that it names, another process replaces both."""
+    from headinfer.kv.tensor_file import TensorFile
+
+    read(headinfer, book)
+    folder = tmp_path / "sessions" / "mybook"
+    newer = tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    ask(headinfer, "When?", more=["--keep"])
+    # Now `folder` is the newer one: go back to the older, and let the newer replace it when its end is opened.
+    older, folder_now = newer, tmp_path / "now"
+    folder.rename(folder_now)
+    older.rename(folder)
+    opened = TensorFile.__init__
+
+    def meanwhile(self, where, entry):
+        if entry.name.startswith("end-") and (folder_now).exists():
+            shutil.rmtree(folder)
+            folder_now.rename(folder)
+        opened(self, where, entry)
+
+    monkeypatch.setattr(TensorFile, "__init__", meanwhile)
+    from headinfer.hf.session import saved_ids
+    from headinfer.sessions.folder import at_rest
+
+    assert at_rest(folder, lambda found: saved_ids(folder, found)).shape[1] > len(book.read_bytes())
+    next(folder.glob("end-*")).unlink()
+    with pytest.raises(SessionError, match="cannot open"):
+        at_rest(folder, lambda found: saved_ids(folder, found))
