@@ -45,7 +45,7 @@ def test_what_ships():
     assert sum(len(tokenizer.tokenize(f" {word}")) == 3 for word in words) >= 495
 
 
-@pytest.mark.parametrize(("tokens", "texts", "floor"), [(1024, 8, 0.95), (4096, 5, 0.95)])
+@pytest.mark.parametrize(("tokens", "texts", "floor"), [(1024, 8, 0.98), (4096, 5, 0.97)])
 def test_it_finds_needles_that_it_was_not_trained_on(reader, tokens, texts, floor):
     depths = [0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1]
     scores = []

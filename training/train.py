@@ -89,11 +89,11 @@ RUNS = (
     ),
     # And the word that was asked for, said again without a mistake.
     Run(
-        (Stage(400, 512, far_keys=512, most_weight=2048.0),),
+        (Stage(800, 512, far_keys=512, most_weight=2048.0),),
         digit_weights=(4.0, 4.0, 4.0, 4.0, 4.0),
-        lead_weight=2.0,
+        lead_weight=4.0,
         alike_share=0.5,
-        first_rate=7e-4,
+        first_rate=8e-4,
         last_rate=2e-5,
         constant_share=0.2,
     ),

@@ -9,7 +9,7 @@ import bisect
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 __all__ = ["SYLLABLES", "Needle", "build_haystack", "hide", "is_held_out", "random_needles", "random_words"]
@@ -47,12 +47,14 @@ class Needle:
         return f"{self.lead} {self.number}."
 
 
-def random_words(count: int, rng: random.Random, *, held_out: bool, absent_from: str = "") -> list[str]:
-    """Different made-up words of three syllables, all held out from training or none, that a text does not hold."""
+def random_words(
+    count: int, rng: random.Random, *, held_out: bool, suits: Callable[[str], bool] = lambda word: True
+) -> list[str]:
+    """Different made-up words of three syllables that suit, all held out from training or none."""
     words: dict[str, None] = {}
     while len(words) < count:
         word = "".join(rng.choices(SYLLABLES, k=_WORD_SYLLABLES))
-        if is_held_out(word) == held_out and word not in absent_from:
+        if is_held_out(word) == held_out and suits(word):
             words[word] = None
     return list(words)
 
@@ -62,10 +64,12 @@ def is_held_out(word: str) -> bool:
     return zlib.crc32(word.encode()) % _HELD_OUT_SHARE == 0
 
 
-def random_needles(count: int, rng: random.Random, *, held_out: bool, absent_from: str = "") -> list[Needle]:
-    """Needles with different words, which a text does not hold, and different numbers."""
+def random_needles(
+    count: int, rng: random.Random, *, held_out: bool, suits: Callable[[str], bool] = lambda word: True
+) -> list[Needle]:
+    """Needles with different words that suit, and different numbers."""
     numbers = rng.sample(range(10**NUMBER_DIGITS), count)
-    words = random_words(count, rng, held_out=held_out, absent_from=absent_from)
+    words = random_words(count, rng, held_out=held_out, suits=suits)
     return [Needle(word, f"{number:0{NUMBER_DIGITS}}") for word, number in zip(words, numbers, strict=True)]
 
 

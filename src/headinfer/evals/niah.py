@@ -6,7 +6,7 @@ The needles of all depths lie in one text, so that it is read once; those not as
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from headinfer.errors import UsageError
 from headinfer.evals.needles import build_haystack, random_needles
@@ -28,15 +28,22 @@ def niah_documents(
 
 
 def niah_document(
-    length: int, depths: Sequence[float], sample: int, text: str, count: CountTokens, seed: int
+    length: int,
+    depths: Sequence[float],
+    sample: int,
+    text: str,
+    count: CountTokens,
+    seed: int,
+    suits: Callable[[str], bool] = lambda word: True,
 ) -> Document:
     """A text of `length` tokens, question and answer included, with a needle at each depth (shares of the text).
 
-    The text starts anywhere and is repeated where it is too short. Raises UsageError for a length that cannot hold the
-    needles.
+    The text starts anywhere and is repeated where it is too short; the needles' words are none of its own, and suit.
+    Raises UsageError for a length that cannot hold the needles.
     """
     rng = random.Random(f"{seed}/niah/{length}/{sample}")
-    needles = random_needles(len(depths), rng, held_out=True, absent_from=text + text)
+    doubled = text + text
+    needles = random_needles(len(depths), rng, held_out=True, suits=lambda word: word not in doubled and suits(word))
     start = rng.randrange(len(text))
     questions = tuple(
         Question(
