@@ -298,6 +298,28 @@ def test_mistakes_get_one_sentence_load_nothing_and_change_nothing(headinfer, bo
     assert [path.name for path in (tmp_path / "sessions").iterdir()] == ["mybook"]
 
 
+def test_another_tokenizer_is_refused(headinfer, book, tmp_path):
+    folder = tmp_path / "model"
+    source = resolve(MODEL)
+    source.load(dtype=torch.float32, device="cpu", seed=0).save_pretrained(folder)
+    tokenizer = source.tokenizer()
+    tokenizer.save_pretrained(folder)
+    read(headinfer, book, model=folder)
+    answer = ask(headinfer, "When?")[0]["token_ids"]
+    assert answer == generate(headinfer, book, "When?")["token_ids"]
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    code, _, err = headinfer("ask", "--session", "mybook", "When?")
+    assert (code, "there is no model" in err) == (2, True)
+    assert ask(headinfer, "When?", more=["--model", moved])[0]["token_ids"] == answer
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(moved)
+    for arguments in (["ask", "When?", "--model", moved], ["read", moved, "--file", book]):
+        code, _, err = headinfer(*arguments, "--session", "mybook")
+        assert code == 2
+        assert "another tokenizer" in err
+
+
 def test_other_weights_are_refused_once_they_are_known(headinfer, book):
     read(headinfer, book)
     code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook", "--seed", 3)

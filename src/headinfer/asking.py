@@ -16,7 +16,7 @@ from headinfer.errors import SessionError, UsageError
 from headinfer.generation import Streamer, Summary, checked_device
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
-from headinfer.hf.fingerprint import check_config
+from headinfer.hf.fingerprint import check_config, check_tokenizer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.prompts import frame
 from headinfer.hf.session import SessionWriter, kept_options, saved_ids
@@ -52,6 +52,7 @@ class Asked:
     folder: Path
     manifest: Manifest
     source: ModelSource
+    tokenizer: Any
     device: str
     slow: list[str]
 
@@ -80,9 +81,10 @@ def prepare_ask(job: AskJob) -> Asked:
         raise SessionError(f"the session {folder} does not hold its token ids: save it with token_ids to ask it here")
     source = resolve(name)
     check_config(manifest.model, source.config, folder)
-    device = checked_device(job.device)
+    tokenizer, device = source.tokenizer(), checked_device(job.device)
+    check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
     HeadCache(source.config, **(kept_options(manifest) | job.options))  # refuses options that cannot be
-    return Asked(job, folder, manifest, source, device, _slow(job, manifest, source, device))
+    return Asked(job, folder, manifest, source, tokenizer, device, _slow(job, manifest, source, device))
 
 
 def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> list[str]:
@@ -119,7 +121,7 @@ def ask(
     Each question is asked on a fork of the document, and the session is not written; with keep it is.
     """
     job, about = prepared.job, prepared.manifest.about
-    tokenizer = prepared.source.tokenizer()
+    tokenizer = prepared.tokenizer
     summaries: list[Summary] = []
     with ExitStack() as held:
         lock = held.enter_context(Lock(prepared.folder)) if job.keep else None

@@ -18,7 +18,7 @@ from headinfer.generation import checked_device, chosen_dtype
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import enable
-from headinfer.hf.fingerprint import check_config, fingerprint
+from headinfer.hf.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.prefix import find_prefix, take_over
@@ -98,6 +98,7 @@ def prepare_read(job: ReadJob) -> ToRead:
     found, done = (Manifest.read(folder) if (folder / MANIFEST).exists() else None), 0
     if found is not None:
         check_config(found.model, source.config, folder)
+        check_tokenizer(found.about.get("tokenizer"), tokenizer, folder)
         done = _held_tokens(folder, found, input_ids)
         _check_same(job, folder, found)
         dtype = getattr(torch, found.model["dtype"])
@@ -111,6 +112,7 @@ def prepare_read(job: ReadJob) -> ToRead:
         HeadCache(source.config, **vars(options)).engine.check_budget(shape, dtype.itemsize, plan.chunk_tokens, tokens)
         arithmetic = options.arithmetic() | {"chunk_tokens": plan.chunk_tokens}
     about = {"model": job.model, "seed": job.seed, "raw": job.raw, "document_tokens": tokens, "answers": 0}
+    about["tokenizer"] = tokenizer_fingerprint(tokenizer)
     about["asked_for"] = _asked_for(job) if found is None else found.about.get("asked_for", {})
     return ToRead(job, source, folder, input_ids, dtype, device, arithmetic, about, shape, done)
 

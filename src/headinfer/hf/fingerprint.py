@@ -1,4 +1,4 @@
-"""Who a model is, so that KV made by one is never read by another."""
+"""Who a model and its tokenizer are, so that KV made by one is never read by another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import xxhash
 from headinfer.errors import SessionError
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_config", "check_fingerprint", "config_fingerprint", "fingerprint"]
+__all__ = [
+    "check_config",
+    "check_fingerprint",
+    "check_tokenizer",
+    "config_fingerprint",
+    "fingerprint",
+    "tokenizer_fingerprint",
+]
 
 _SAMPLES = 4096
 # What says how the model is run or where it came from, not what it computes.
@@ -39,7 +46,7 @@ def config_fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """The config's, and dtype and weights of a loaded model.
+    """The config's, and architecture, dtype and weights of a loaded model.
 
     weights: a checksum of up to 4,096 evenly spaced elements of each parameter, with names and shapes. Another
     checkpoint or fine-tuning differs in them; single changed elements may not, so it is no proof against tampering.
@@ -52,7 +59,20 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
             step = max(-(-flat.numel() // _SAMPLES), 1)
             whole.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy().data)
     dtype = str(model.dtype).removeprefix("torch.")
-    return {**config_fingerprint(model.config), "dtype": dtype, "weights": whole.hexdigest()}
+    return {
+        **config_fingerprint(model.config),
+        "architecture": type(model).__name__,
+        "dtype": dtype,
+        "weights": whole.hexdigest(),
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A checksum of what a tokenizer makes of texts: its vocabulary and rules, and its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    parts = [backend.to_str() if backend is not None else "", vocabulary, getattr(tokenizer, "chat_template", None)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode("utf-8"))
 
 
 def check_config(found: dict[str, Any], config: PreTrainedConfig, where: object) -> None:
@@ -63,6 +83,15 @@ def check_config(found: dict[str, Any], config: PreTrainedConfig, where: object)
 def check_fingerprint(found: dict[str, Any], model: PreTrainedModel, where: object) -> None:
     """Raise SessionError where KV of one model would be read by another."""
     _compare(found, fingerprint(model), where)
+
+
+def check_tokenizer(found: str | None, tokenizer: Any, where: object) -> None:
+    """Raise SessionError where a text would become other tokens than those of the session. found: None is unknown."""
+    if found is not None and found != tokenizer_fingerprint(tokenizer):
+        raise SessionError(
+            f"the session {where} was made with another tokenizer or chat template: give it the model that read it, or "
+            "read the document again"
+        )
 
 
 def _compare(found: Any, ours: dict[str, Any], where: object) -> None:
