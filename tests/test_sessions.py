@@ -2,13 +2,17 @@
 
 import copy
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -202,6 +206,35 @@ def test_another_program_can_read_it(model, saved):
     assert torch.equal(torch.cat(ids), token_ids(500)[0])
     k, _ = HeadCache.load(saved, model).head_layers[1].store.dense()
     assert torch.equal(torch.cat(parts, dim=1), k[0])
+
+
+def test_the_format_is_as_its_document_says(model, saved):
+    """docs/session-format.md: its program, its checksums and its chains."""
+    text = (Path(__file__).parents[1] / "docs" / "session-format.md").read_text()
+    program: dict = {}
+    exec(textwrap.dedent(text.split("ten lines\n", 1)[1]), program)
+    stores = [layer.store for layer in HeadCache.load(saved, model).head_layers]
+    for layer, store in enumerate(stores):
+        assert torch.equal(program["keys"](saved, layer, 0), store.dense()[0][0])
+    manifest = json.loads((saved / "manifest.json").read_text())
+    checksum = manifest.pop("checksum")
+    plain = {"sort_keys": True, "separators": (",", ":")}
+    assert checksum == xxhash.xxh3_128_hexdigest(json.dumps(manifest, **plain).encode())
+    stop = 0
+    for block in manifest["blocks"]:
+        stop += block["tokens"]
+        chain = hashlib.sha256(json.dumps(manifest["model"], **plain).encode())
+        chain.update(token_ids(500)[0, :stop].contiguous().numpy().tobytes())
+        assert block["chain"] == chain.hexdigest()
+    for entry in [*(block["file"] for block in manifest["blocks"]), manifest["end"]]:
+        raw = (saved / entry["name"]).read_bytes()
+        data = 8 + int.from_bytes(raw[:8], "little")
+        assert (len(raw), xxhash.xxh3_128_hexdigest(raw[:data])) == (entry["nbytes"], entry["header"])
+        header = json.loads(raw[8:data])
+        sums = header.pop("__metadata__")
+        for name, place in header.items():
+            begin, end = place["data_offsets"]
+            assert sums[f"xxh3:{name}"] == xxhash.xxh3_128_hexdigest(raw[data + begin : data + end])
 
 
 @settings(max_examples=30, deadline=None)
