@@ -320,6 +320,27 @@ def test_foreign_newer_and_broken_manifests_are_refused(model, saved, change, me
         HeadCache.load(saved, model)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"end": {"name": "../../secret.safetensors", "nbytes": 1, "header": ""}}, "is no file of a session"),
+        ({"end": {"name": "/etc/passwd", "nbytes": 1, "header": ""}}, "is no file of a session"),
+        ({"blocks": [{"tokens": 1}]}, "has other fields than version 1"),
+        ({"rows": [[1]]}, "has other fields than version 1"),
+        ({"surprise": 1}, "has other fields than version 1"),
+        ({"end": None}, "has other fields than version 1"),
+    ],
+)
+def test_a_manifest_with_a_right_checksum_is_still_not_trusted(model, saved, change, message):
+    body = json.loads((saved / "manifest.json").read_text()) | change
+    del body["checksum"]
+    plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(body | {"checksum": xxhash.xxh3_128_hexdigest(plain.encode())})
+    (saved / "manifest.json").write_text(text)
+    with pytest.raises(SessionError, match=message):
+        HeadCache.load(saved, model)
+
+
 def test_another_model_is_refused(model, saved):
     fine_tuned = copy.deepcopy(model)
     with torch.no_grad():
