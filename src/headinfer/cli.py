@@ -194,9 +194,11 @@ def info(
 @app.command()
 def bench(
     suites: Annotated[
-        list[str] | None, typer.Argument(help="decode, prefill, memory, device-kv; all of them where none is named.")
+        list[str] | None,
+        typer.Argument(help="decode, prefill, memory, device-kv (where none is named); session, disk-tier."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the measures to this file, as JSON.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="On the disk for session and disk-tier.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
     check_plan: Annotated[
@@ -221,7 +223,7 @@ def bench(
         if not all(one.is_right for one in found if one.unit == "bytes"):
             raise typer.Exit(1)
         return
-    measures = run_suites(suites or [], quick=quick, on_stage=_say)
+    measures = run_suites(suites or [], quick=quick, on_stage=_say, folder=folder)
     if output is not None:
         write_text(output, result_json(measures, sys.argv[1:]))
     if markdown:

@@ -134,6 +134,7 @@ def ask(
     )
     started = time.perf_counter()
     prepared = asking.prepare_ask(job)
+    checked = time.perf_counter()
     _say(f"{prepared.manifest.tokens:,} tokens are read, {format_bytes(prepared.manifest.nbytes)} on disk")
     for line in prepared.slow:
         _say(line)
@@ -141,13 +142,14 @@ def ask(
     summaries = asking.ask(
         prepared,
         on_text=(lambda _: None) if as_json else _write,
-        on_loaded=lambda _: loaded_s.append(time.perf_counter() - started),
+        on_loaded=lambda _: loaded_s.append(time.perf_counter() - checked),
     )
     if as_json:
         print(
             json.dumps(
                 {
                     "slow": prepared.slow,
+                    "checks_s": checked - started,
                     "model_load_s": loaded_s[0],
                     "answers": [one.as_dict() for one in summaries],
                 }

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from headinfer.bench.model import fill_head_wise, timed
+from headinfer.bench.measure import timed
+from headinfer.bench.model import fill_head_wise
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.hf.models import resolve

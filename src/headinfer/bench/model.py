@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model of Llama-3-8B's attention, noise for its stores, and clocks.
+"""What the benchmarks share: a model of Llama-3-8B's attention, and noise for its stores.
 
 Two cores cannot prefill 128K tokens in reasonable time, so stores are filled with seeded noise and single passes
 are measured at an offset. The MLP and the vocabulary are small, so that attention is what is measured.
@@ -6,7 +6,6 @@ are measured at an offset. The MLP and the vocabulary are small, so that attenti
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,6 @@ __all__ = [
     "fill_head_wise",
     "kv_bytes",
     "load_model",
-    "timed",
 ]
 
 BENCH_MODEL = "random:llama-3-8b?layers=2&intermediate=256&vocab=256&context=1048576"
@@ -67,13 +65,6 @@ def fill_dynamic(cache: Any, config: Any, tokens: int) -> None:
     k, v = (torch.cat(sides, dim=2) for sides in zip(*chunks, strict=True))
     for layer in cache.layers:
         layer.update(k, v)
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Wall seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def dram_reader() -> Callable[[], None]:

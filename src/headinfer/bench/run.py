@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from headinfer.bench.check import Comparison, check_plan, rows_of
+from headinfer.bench.disk import DISK_SUITES
+from headinfer.bench.measure import Measure, Sizes
 from headinfer.bench.model import BENCH_MODEL
-from headinfer.bench.suites import SUITES, Measure, Sizes
+from headinfer.bench.suites import SUITES
 from headinfer.errors import UsageError
 from headinfer.info import machine
 from headinfer.probe import probe
@@ -27,17 +31,28 @@ _QUICK = Sizes(
     long_steps=2,
     short_steps=2,
     chunks=1,
+    checkpoint_tokens=1024,
+    disk_rounds=1,
 )
 
 
-def run_suites(names: Sequence[str], *, quick: bool, on_stage: Callable[[str], None]) -> list[Measure]:
-    """The measures of the named suites, all where none is named. Raises UsageError for an unknown name."""
-    if unknown := [name for name in names if name not in SUITES]:
-        raise UsageError(f"there is no suite {unknown[0]!r}: choose among {', '.join(SUITES)}")
+def run_suites(
+    names: Sequence[str], *, quick: bool, on_stage: Callable[[str], None], folder: Path | None = None
+) -> list[Measure]:
+    """The measures of the named suites; where none is named, of all that write nothing to a disk.
+
+    folder: of the disk to measure, else the system's for temporary files. Raises UsageError for an unknown name.
+    """
+    if unknown := [name for name in names if name not in (*SUITES, *DISK_SUITES)]:
+        raise UsageError(f"there is no suite {unknown[0]!r}: choose among {', '.join((*SUITES, *DISK_SUITES))}")
+    place = folder or Path(tempfile.gettempdir())
+    if not place.is_dir():
+        raise UsageError(f"there is no folder {place}: name one on the disk that is to be measured")
+    sizes = _QUICK if quick else Sizes()
     measures: list[Measure] = []
     for name in names or SUITES:
         on_stage(f"measuring {name} ...")
-        measures += SUITES[name](_QUICK if quick else Sizes())
+        measures += SUITES[name](sizes) if name in SUITES else DISK_SUITES[name](sizes, place)
     return measures
 
 
