@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from headinfer.bench.disk import DISK_SUITES
 from headinfer.bench.run import markdown_table, result_json, run_suites
 from headinfer.bench.suites import SUITES
 from headinfer.errors import UsageError
@@ -44,3 +45,20 @@ def test_results_name_command_machine_and_model(measures):
 def test_an_unknown_suite_is_refused():
     with pytest.raises(UsageError, match="no suite"):
         run_suites(["speed"], quick=True, on_stage=print)
+
+
+def test_the_disk_suites_measure_and_leave_nothing(tmp_path):
+    found = run_suites(list(DISK_SUITES), quick=True, on_stage=print, folder=tmp_path)
+    assert {measure.suite for measure in found} == set(DISK_SUITES)
+    assert all(measure.value > 0 for measure in found)
+    asked = [measure.details for measure in found if "total_s" in measure.details]
+    assert len(asked) == 2
+    for parts in asked:
+        names = ("process_start_s", "checks_s", "model_load_s", "kv_read_s", "compute_s")
+        assert all(parts[name] > 0 for name in names)
+        assert parts["total_s"] == pytest.approx(sum(parts[name] for name in names))
+    (memory,) = (measure.details for measure in found if "budget_bytes" in measure.details)
+    assert 0 < memory["held_bytes"] <= memory["budget_bytes"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="there is no folder"):
+        run_suites(["disk-tier"], quick=True, on_stage=print, folder=tmp_path / "none")

@@ -30,7 +30,7 @@ class Sizes:
     short_steps: int = 200
     chunks: int = 3
     checkpoint_tokens: int = 16_384
-    disk_rounds: int = 3
+    disk_rounds: int = 5
 
 
 @dataclass(frozen=True)

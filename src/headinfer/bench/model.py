@@ -17,6 +17,7 @@ from headinfer.hf.models import resolve
 __all__ = [
     "BENCH_MODEL",
     "DRAM_BUFFER_BYTES",
+    "append_noise",
     "dram_reader",
     "fill_dynamic",
     "fill_head_wise",
@@ -51,12 +52,21 @@ def _noise(config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> lis
 
 def fill_head_wise(cache: HeadCache, config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Put noise into every layer of an empty HeadCache."""
+    for k, v in _noise(config, tokens, dtype):
+        _append(cache, k, v)
+
+
+def append_noise(cache: HeadCache, config: Any, tokens: int) -> None:
+    """The same in one piece, as a chunk of so many tokens would."""
+    _append(cache, *(torch.cat(sides, dim=2) for sides in zip(*_noise(config, tokens), strict=True)))
+
+
+def _append(cache: HeadCache, k: torch.Tensor, v: torch.Tensor) -> None:
     for layer in cache.head_layers:
-        for k, v in _noise(config, tokens, dtype):
-            if layer.store is None:
-                layer.lazy_initialization(k, v)
-            assert layer.store is not None
-            layer.store.append(k, v)
+        if layer.store is None:
+            layer.lazy_initialization(k, v)
+        assert layer.store is not None
+        layer.store.append(k, v)
 
 
 def fill_dynamic(cache: Any, config: Any, tokens: int) -> None:
