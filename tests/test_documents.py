@@ -62,8 +62,9 @@ def ask(headinfer, *questions, name="mybook", more=()):
     return json.loads(out)["answers"]
 
 
-def generate(headinfer, book, question, model=MODEL):
-    code, out, err = headinfer("generate", model, "--file", book, "--prompt", question, "--max-new-tokens", 8, "--json")
+def generate(headinfer, book, question, model=MODEL, more=()):
+    arguments = ("--file", book, "--prompt", question, "--max-new-tokens", 8, "--json", *more)
+    code, out, err = headinfer("generate", model, *arguments)
     assert code == 0, err
     return json.loads(out)
 
@@ -84,6 +85,25 @@ def test_each_question_is_answered_as_generate_would(headinfer, book, tmp_path):
     assert files_of(tmp_path / "sessions" / "mybook") == before  # no question leaves a trace
     placed = ("--host-kv-budget", "4MiB", "--disk-tier", tmp_path / "tier")
     assert ask(headinfer, questions[1], more=placed)[0]["token_ids"] == expected[1]
+
+
+def test_a_document_larger_than_its_budget_of_memory(headinfer, tmp_path):
+    book = tmp_path / "long.txt"
+    book.write_text(WORDS * 200, encoding="utf-8")
+    budget = 4 * 2**20
+    tier = ("--host-kv-budget", "4MiB", "--disk-tier", tmp_path / "tier")
+    plain = generate(headinfer, book, "When?")
+    assert plain["stats"]["host_kv_peak_bytes"] > budget
+    for staging in ("auto", "early"):
+        far = generate(headinfer, book, "When?", more=(*tier, "--chunk-tokens", "1024", "--staging", staging))
+        assert far["token_ids"] == plain["token_ids"]
+        assert far["stats"]["host_kv_peak_bytes"] <= budget
+        assert far["stats"]["disk_kv_bytes"] > 0
+        assert far["stats"]["disk_to_host_bytes"] > far["stats"]["disk_kv_bytes"]
+    read(headinfer, book, *tier, "--chunk-tokens", "1024")
+    (answer,) = ask(headinfer, "When?", more=tier)
+    assert answer["token_ids"] == plain["token_ids"]
+    assert not list((tmp_path / "tier").iterdir())
 
 
 def test_text_streams_and_each_question_has_its_seconds(headinfer, book):
@@ -264,6 +284,14 @@ MISTAKES = {
     ),
     "another shape": (["ask", "--session", "mybook", "--model", "random:tiny-llama", "When?"], "another model"),
     "half a tier": (["ask", "--session", "mybook", "--host-kv-budget", "4MiB", "When?"], "go together"),
+    "a tier that is no folder": (
+        ["ask", "--session", "mybook", "--host-kv-budget", "4MiB", "--disk-tier", "BOOK", "When?"],
+        "cannot keep KV in",
+    ),
+    "a tier that is no folder, reading": (
+        ["read", MODEL, "--file", "BOOK", "--session", "n", "--host-kv-budget", "4MiB", "--disk-tier", "BOOK"],
+        "cannot keep KV in",
+    ),
     "another chunk": (["read", MODEL, "--file", "BOOK", "--session", "mybook", "--chunk-tokens", "77"], "goes on with"),
     "another dtype": (["read", MODEL, "--file", "BOOK", "--session", "mybook", "--dtype", "float16"], "goes on with"),
     "another text": (["read", MODEL, "--file", "OTHER", "--session", "mybook"], "holds another text"),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from headinfer.attention import native
-from headinfer.errors import SessionError, UsageError
+from headinfer.errors import CapacityError, SessionError, UsageError
+from headinfer.files import check_folder
 from headinfer.generation import Streamer, Summary, checked_device
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
@@ -21,7 +22,7 @@ from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.prompts import frame
 from headinfer.hf.session import SessionWriter, kept_options, saved_ids
 from headinfer.machine import this_machine
-from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes
+from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes, free_disk_bytes
 from headinfer.sessions.folder import Lock, at_rest, session_folder
 from headinfer.sessions.manifest import Manifest
 
@@ -95,6 +96,8 @@ def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> 
     token_bytes = -(-manifest.nbytes // manifest.tokens)
     if device != "cpu" or budget is not None:  # else the system reads what does not stay in memory again
         check_host_memory(manifest.tokens, token_bytes, weights, available=room, kv_budget=budget)
+    if budget is not None:
+        _check_tier(Path(job.options["disk_tier"]), manifest.nbytes - budget)
     disk_bytes_per_s = this_machine(torch.device(device)).disk_read_bytes_per_s
     first_s = manifest.nbytes / disk_bytes_per_s
     lines = []
@@ -111,6 +114,16 @@ def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> 
             f"{format_bytes(max(kept, 0))} of memory hold the rest: about {again_s:,.1f} s a token"
         )
     return lines
+
+
+def _check_tier(folder: Path, nbytes: int) -> None:
+    check_folder(folder, "keep KV")
+    free = free_disk_bytes(folder)
+    if nbytes > free:
+        raise CapacityError(
+            f"{format_bytes(nbytes)} of KV exceed the host budget and {folder} has {format_bytes(free)} free: raise "
+            "--host-kv-budget, or name another folder with --disk-tier"
+        )
 
 
 def ask(

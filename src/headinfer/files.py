@@ -10,9 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from headinfer.errors import CapacityError
+from headinfer.errors import CapacityError, UsageError
 
-__all__ = ["FileEntry", "link_or_copy", "remove", "replace_text", "sync_folder", "write_new", "write_text"]
+__all__ = [
+    "FileEntry",
+    "check_folder",
+    "link_or_copy",
+    "remove",
+    "replace_text",
+    "sync_folder",
+    "write_new",
+    "write_text",
+]
 
 _PART_BYTES = 8 * 1024 * 1024
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
@@ -27,6 +36,16 @@ class FileEntry:
     name: str
     nbytes: int
     header: str
+
+
+def check_folder(folder: Path, purpose: str) -> None:
+    """Raise UsageError where a folder, which need not be there yet, cannot be written to.
+
+    purpose: such as "keep KV".
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UsageError(f"cannot {purpose} in {folder}: {place} is no folder that you may write into")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from headinfer.attention import native
 from headinfer.engine import Options
 from headinfer.errors import CapacityError, SessionError, UsageError
+from headinfer.files import check_folder
 from headinfer.generation import checked_device, chosen_dtype
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel
@@ -155,9 +155,7 @@ def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
 
 
 def _check_disk(root: Path, nbytes: int) -> None:
-    place = next(path for path in (root, *root.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UsageError(f"cannot keep sessions in {root}: {place} is no folder that you may write into")
+    check_folder(root, "keep sessions")
     free = free_disk_bytes(root)
     if nbytes > free:
         raise CapacityError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from headinfer.engine import Options
+from headinfer.files import check_folder
 from headinfer.machine import this_machine
 from headinfer.model_shape import ModelShape
 from headinfer.plan.footprint import weight_bytes
@@ -36,7 +37,8 @@ def plan_run(
     """The plan for reading `context_tokens` tokens on a device of this machine, with the memory that is free now.
 
     is_loaded: the weights lie there already. ranks_on_host: processes that share the host's memory. fixed: fields of
-    Request that the user chose, and disk_tier. Raises CapacityError with what would fit.
+    Request that the user chose, and disk_tier. Raises CapacityError with what would fit, and UsageError for a
+    disk_tier that cannot be written to.
     """
     machine, name = this_machine(device), str(dtype).removeprefix("torch.")
     if name not in machine.flops_per_s:  # a device without bfloat16 computes in float32
@@ -51,6 +53,8 @@ def plan_run(
         device_bytes = torch.cuda.mem_get_info(device)[0] + loaded
     fixed = dict(fixed or {})
     folder = fixed.pop("disk_tier", None)
+    if folder is not None:
+        check_folder(Path(folder), "keep KV")
     request = Request(
         shape=shape,
         hardware=machine,
