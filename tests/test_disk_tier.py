@@ -250,15 +250,17 @@ def test_options_that_cannot_be(model, tmp_path):
     with pytest.raises(UsageError, match="host_kv_budget is 0"):
         HeadCache(model.config, host_kv_budget=0, disk_tier=str(tmp_path))
     (tmp_path / "file").write_text("")
-    for budget, folder, message in (
-        (BUDGET, tmp_path / "file" / "x", "name another folder for the disk tier"),
-        (2**18, tmp_path, r"a host KV budget of 0\.2 MiB is used up .*: raise it"),
-    ):
-        with (
-            headinfer.enable(model, host_kv_budget=budget, disk_tier=str(folder)) as enabled,
-            pytest.raises(CapacityError, match=message),
-        ):
+    with headinfer.enable(model, host_kv_budget=2**18, disk_tier=str(tmp_path)) as enabled:
+        with pytest.raises(CapacityError, match=r"a host KV budget of 0\.2 MiB is used up .*: raise it"):
             forward(model, enabled.new_cache(), token_ids(1000))
+        nowhere = HeadCache(model.config, host_kv_budget=BUDGET, disk_tier=str(tmp_path / "file" / "x"))
+        with pytest.raises(CapacityError, match="name another folder for the disk tier"):
+            forward(model, nowhere, token_ids(1000))
+    with (
+        headinfer.enable(model, host_kv_budget=BUDGET, disk_tier=str(tmp_path / "file")) as enabled,
+        pytest.raises(UsageError, match="no folder that you may write into"),
+    ):
+        enabled.new_cache()
 
 
 def test_slots_are_a_share_of_the_budget():
