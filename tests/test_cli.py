@@ -116,11 +116,11 @@ def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch
 
 @pytest.mark.parametrize("text", ["Grüße, 世界 🌍! " * 5, "plain words", "\x80 half"])
 def test_the_streamer_shows_whole_characters_and_loses_none(text):
-    from headinfer.generation import Summary, _Streamer
+    from headinfer.generation import Streamer, Summary
     from headinfer.hf.models import byte_tokenizer
 
     pieces, summary = [], Summary("m")
-    streamer = _Streamer(byte_tokenizer(), pieces.append, summary, time.perf_counter())
+    streamer = Streamer(byte_tokenizer(), pieces.append, summary, time.perf_counter())
     streamer.put(torch.tensor([[1, 2, 3]]))
     for token in byte_tokenizer()(text).input_ids:
         streamer.put(torch.tensor([token]))
