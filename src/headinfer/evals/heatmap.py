@@ -24,7 +24,8 @@ def save_heatmap(results: Results, path: Path) -> None:
     scores: dict[Any, float] = dict(results.scores("length", "depth"))
     lengths = sorted({length for length, _ in scores})
     depths = sorted({depth for _, depth in scores})
-    figure = Figure(figsize=(2.4 + 0.75 * max(len(lengths), 5), 1.8 + 0.34 * max(len(depths), 4)), dpi=110)
+    width, height = 2.4 + 0.75 * min(max(len(lengths), 5), 12), 1.8 + 0.34 * min(max(len(depths), 4), 16)
+    figure = Figure(figsize=(width, height), dpi=110)
     axes = figure.add_subplot()
     grid = [[scores.get((length, depth), float("nan")) for length in lengths] for depth in depths]
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
