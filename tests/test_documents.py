@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import pytest
@@ -254,8 +253,7 @@ def test_sessions_are_listed_described_verified_moved_and_removed(headinfer, boo
     answer = ask(headinfer, "When?")
     assert headinfer("session", "rm", "mybook")[0] == 0
     assert not folder.exists()
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / "sessions", filter="data")
+    subprocess.run(["tar", "xf", archive, "-C", tmp_path / "sessions"], check=True)
     assert ask(headinfer, "When?")[0]["token_ids"] == answer[0]["token_ids"]
 
     block = sorted(folder.glob("block-*"))[0]
