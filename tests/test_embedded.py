@@ -79,7 +79,7 @@ def test_the_demo_end_to_end():
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("What is the magic number for") == 4
     assert "tokens are identical; all answers are right" in done.stdout
-    assert "reading with the head-wise cache" in done.stderr
+    assert "reading, head-wise cache" in done.stderr
     done = subprocess.run([*command, "--json", "--questions", "2"], capture_output=True, text=True, timeout=600)
     result = json.loads(done.stdout)
     assert result["identical"] and result["right"]  # noqa: PT018

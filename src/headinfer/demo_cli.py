@@ -47,8 +47,8 @@ def demo(
     document = made.document(tokens, questions, seed)
     if not as_json:
         _introduce(document, tokens)
-    head_wise = shown.read(made, document, HEAD_WISE, "the head-wise cache", None if as_json else _answers())
-    standard = shown.read(made, document, STANDARD, "transformers' DynamicCache", None)
+    head_wise = shown.read(made, document, HEAD_WISE, "head-wise cache", None if as_json else _answers())
+    standard = shown.read(made, document, STANDARD, "standard cache", None)
     result = DemoResult(document, head_wise, standard)
     if as_json:
         print(json.dumps(_as_dict(result)))
@@ -73,12 +73,12 @@ class _Progress:
         total, flops = made.reader.count(document.text), made.shape.prefill_flops
         columns = (BarColumn(), TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("left"))
         progress = Progress(TextColumn("{task.description}"), *columns, TimeRemainingColumn(), console=_stderr)
-        bar = progress.add_task(f"reading with {name}", total=flops(total), shown="")
+        bar = progress.add_task(f"reading, {name}", total=flops(total), shown="")
 
         def update(tokens: int) -> None:
             if not progress.finished:
                 done = min(tokens, total)
-                progress.update(bar, completed=flops(done), shown=f"{done:,}/{total:,} tokens")
+                progress.update(bar, completed=flops(done), shown=f"{done:,}/{total:,}")
                 if done == total:
                     progress.stop()
 
