@@ -180,14 +180,14 @@ def test_any_piece_comes_back_from_the_file(tmp_path_factory, data):
 def test_nothing_has_a_name_and_space_is_used_again(model, tmp_path):
     _, cache = read_and_write(model, token_ids(4000), host_kv_budget=BUDGET, disk_tier=str(tmp_path / "new" / "tier"))
     assert list((tmp_path / "new" / "tier").iterdir()) == [], "a crash leaves nothing behind"
-    file, used = cache.engine._disk.file, cache.engine._disk.file._used
+    file, used = cache.engine.disk.file, cache.engine.disk.file._used
     assert cache.stats().disk_kv_bytes > 0
     cache.reset()
     gc.collect()
     assert cache.stats().disk_kv_bytes == 0
     with headinfer.enable(model, chunk_tokens=CHUNK):
         forward(model, cache, token_ids(4000))
-    assert cache.engine._disk.file is file
+    assert cache.engine.disk.file is file
     assert file._used <= 1.1 * used
 
 

@@ -95,7 +95,7 @@ class Engine:
         self._rates = options.rates
         self._device: torch.device | None = None
         self._staging: Staging = "none"
-        self._disk: DiskTier | None = None
+        self.disk: DiskTier | None = None
         self._order: tuple[list[weakref.ref[HeadStore]], list[weakref.ref[HeadStore]]] = ([], [])
         self._stream: torch.cuda.Stream | None = None
 
@@ -149,8 +149,8 @@ class Engine:
         slot_bytes = self._ring_slot_bytes(store) if self._staging != "none" else None
         if self._ring is None or (slot_bytes is not None and self._ring.slot_bytes != slot_bytes):
             self._make_ring(slot_bytes)  # the first, or the batch has changed, or there is a fork
-        if self._disk is not None:
-            slot_bytes = min(slot_bytes or sys.maxsize, read_slot_bytes(self._disk.host_budget))
+        if self.disk is not None:
+            slot_bytes = min(slot_bytes or sys.maxsize, read_slot_bytes(self.disk.host_budget))
         self._order = ([], self._order[0])
         self.plan = choose_tiles(
             kv_heads=store.heads,
@@ -184,8 +184,8 @@ class Engine:
             self._ring = InPlace()
         else:
             self._ring = make_ring(self._staging, RING_SLOTS, slot_bytes, self._device, self.ledger, self._stream)
-        if self._disk is not None:
-            self._ring = ReadAhead(self._ring, self._tier, read_slot_bytes(self._disk.host_budget))
+        if self.disk is not None:
+            self._ring = ReadAhead(self._ring, self._tier, read_slot_bytes(self.disk.host_budget))
 
     def attend(
         self,
@@ -231,7 +231,7 @@ class Engine:
         now, before = self._order
         place = len(now)
         now.append(weakref.ref(store))
-        if self._disk is None or place >= len(before) or before[place]() is not store:
+        if self.disk is None or place >= len(before) or before[place]() is not store:
             return ()
         coming = before[(place + 1) % len(before)]()
         if coming is None or coming.rows != store.rows or (coming is before[0]() and runs is not None):
@@ -250,13 +250,13 @@ class Engine:
     @property
     def segment_tier(self) -> HostTier | None:
         """Memory that segments of a file must be copied to; None where they can be read where they are mapped."""
-        is_needed = self._staging == "cuda" or (self._disk is not None and self._staging != "none")
+        is_needed = self._staging == "cuda" or (self.disk is not None and self._staging != "none")
         return self._tier if is_needed else None
 
     @property
     def on_full(self) -> Callable[[Sequence[Segment]], None] | None:
         """What wants to know of segments that will not be written to any more."""
-        return self._disk.full if self._disk is not None else None
+        return self.disk.full if self.disk is not None else None
 
     def abandon(self) -> None:
         """After an error in the middle of a forward pass: nothing is under way any more."""
@@ -285,8 +285,8 @@ class Engine:
             token_bytes = self.layers * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * dtype.itemsize
             reserve = self.options.expected_tokens * token_bytes  # all of it: read buffers take a part of the budget
             folder, budget = Path(self.options.disk_tier), self.options.host_kv_budget
-            self._disk = DiskTier(folder, budget, reserve, self.ledger, self._written_back)
-            self._tier.make_room = self._disk.make_room
+            self.disk = DiskTier(folder, budget, reserve, self.ledger, self._written_back)
+            self._tier.make_room = self.disk.make_room
 
     def _written_back(self) -> Callable[[], None]:
         """What waits until all that was written back so far is in host memory."""

@@ -20,6 +20,8 @@ from headinfer.kv.ledger import Ledger
 __all__ = ["HostTier"]
 
 _HUGE_PAGES_FROM_BYTES = 4 * 1024 * 1024
+# The default is shared memory, which most systems do not give huge pages; a disk fills those twice as fast too.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class HostTier:
@@ -40,7 +42,7 @@ class HostTier:
         nbytes = math.prod(shape) * dtype.itemsize
         self.make_room(nbytes)
         try:
-            pages = mmap.mmap(-1, nbytes)
+            pages = mmap.mmap(-1, nbytes, **_PRIVATE)
         except (OSError, ValueError) as error:
             raise CapacityError(
                 f"the system refused {nbytes / 2**20:.0f} MiB of host memory for the KV cache ({error}): "
