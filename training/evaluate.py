@@ -11,17 +11,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Tokens, depths (so many needles in a text), texts.
-PLAN = (("1K", 8, 40), ("4K", 16, 25), ("16K", 32, 8), ("64K", 50, 4), ("128K", 100, 2), ("256K", 100, 1))
+# Tokens, depths (so many needles in a text), texts, and whether the beginning of the answer is given.
+PLAN = (
+    ("1K", 8, 40, False),
+    ("4K", 16, 25, False),
+    ("1K", 8, 40, True),
+    ("4K", 16, 25, True),
+    ("16K", 32, 8, True),
+    ("64K", 50, 4, True),
+    ("128K", 100, 2, True),
+    ("256K", 100, 1, True),
+)
 
 
-def main(out: Path, work: Path, longest: int) -> None:
+def main(out: Path, work: Path, most: int) -> None:
     """Run the evaluation of each length and gather the scores."""
     rows = []
-    for length, depths, samples in PLAN[:longest]:
+    for length, depths, samples, gives_lead in PLAN[:most]:
         arguments = ["eval", "niah", "embedded", "--lengths", length, "--depths", f"0..100/{depths}"]
         arguments += ["--samples", str(samples), "--dtype", "float32", "--seed", "1"]
-        folder = work / length
+        arguments += [] if gives_lead else ["--no-lead"]
+        folder = work / (length if gives_lead else f"{length}-no-lead")
         command = [sys.executable, "-m", "headinfer", *arguments, "--out", str(folder), "--json"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -29,6 +39,7 @@ def main(out: Path, work: Path, longest: int) -> None:
         rows.append(
             {
                 "tokens": length,
+                "lead_given": gives_lead,
                 "needles_in_a_text": depths,
                 "questions": summary["questions"],
                 "exact": summary["score"],
@@ -36,7 +47,7 @@ def main(out: Path, work: Path, longest: int) -> None:
                 "machine": found["machine"],
             }
         )
-        print(f"{length:>5}: {summary['score']:.2%} of {summary['questions']}", flush=True)
+        print(f"{folder.name:>12}: {summary['score']:.2%} of {summary['questions']}", flush=True)
     out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
@@ -44,8 +55,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/measurements/embedded.json"))
     parser.add_argument("--work", type=Path, default=Path("results/embedded"), help="results of the single lengths")
-    parser.add_argument(
-        "--lengths", type=int, default=len(PLAN), help="only so many of the lengths, the shortest first"
-    )
+    parser.add_argument("--most", type=int, default=len(PLAN), help="only so many of the measures, the first ones")
     chosen = parser.parse_args()
-    main(chosen.out, chosen.work, chosen.lengths)
+    main(chosen.out, chosen.work, chosen.most)

@@ -19,7 +19,7 @@ from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.hf.fingerprint import check_config, check_tokenizer
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.hf.prompts import frame
+from headinfer.hf.prompts import frame, pad_id
 from headinfer.hf.session import SessionWriter, kept_options, saved_ids
 from headinfer.machine import this_machine
 from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes, free_disk_bytes
@@ -190,7 +190,6 @@ def _answer(
     """Generate after `whole` [1, T], of which the cache holds the beginning; returns all token ids [1, T + n]."""
     start = time.perf_counter()
     streamer = Streamer(tokenizer, on_text, summary, start)
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     try:
         model.generate(
             whole.to(model.device),
@@ -198,7 +197,7 @@ def _answer(
             past_key_values=cache,
             max_new_tokens=job.max_new_tokens,
             streamer=streamer,
-            pad_token_id=next(one for one in pads if one is not None),
+            pad_token_id=pad_id(tokenizer),
             **({"do_sample": False} | job.sampling),
         )
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from headinfer.embedded import EMBEDDED, embedded_text
 from headinfer.errors import UsageError
 from headinfer.evals.niah import niah_document
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, OnText, Reader, Reading
-from headinfer.evals.tasks import Document, Question
+from headinfer.evals.tasks import Document
 from headinfer.hf.models import resolve
 from headinfer.model_shape import ModelShape
 
@@ -81,9 +81,9 @@ class Demo:
         if tokens < 1 or questions < 1:
             raise UsageError(f"the demo needs at least 1 token and 1 question, not {tokens} and {questions}")
         depths = [(index + 0.5) / questions for index in range(questions)]
-        found = niah_document(tokens, depths, 0, embedded_text(), self.reader.count, seed, self._is_spelt)
-        asked = tuple(Question(one.key, one.text, one.references, 24, facts=one.facts) for one in found.questions)
-        return Document(found.key, found.text, asked, found.facts)
+        return niah_document(
+            tokens, depths, 0, embedded_text(), self.reader.count, seed, gives_lead=False, suits=self._is_spelt
+        )
 
     def _is_spelt(self, word: str) -> bool:
         pieces: list[str] = self.reader.tokenizer.tokenize(f" {word}")

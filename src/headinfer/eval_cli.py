@@ -51,6 +51,9 @@ def niah(
         str, typer.Option(help="Depths in percent: 0,50,100; or 0..100 for 11 of them; or 0..100/5 for 5.")
     ] = "0..100",
     samples: Annotated[int, typer.Option(help="Documents of each length.", min=1)] = 1,
+    lead: Annotated[
+        bool, typer.Option("--lead/--no-lead", help="Whether the answer's beginning, up to the number, is given.")
+    ] = True,
     out: Out = Path("results"),
     compare: Compare = False,
     seed: Seed = 0,
@@ -66,10 +69,12 @@ def niah(
 
     wanted, chosen = _lengths(lengths), _depths(depths)
     job = _Job(model, raw, dtype, device, device_kv_budget, seed, as_json)
-    job.prepare(max(wanted), {"evaluation": "niah", "depths": chosen, "text": str(text or "shipped")}, out)
+    about = {"evaluation": "niah", "depths": chosen, "text": str(text or "shipped")}
+    job.prepare(max(wanted), about if lead else about | {"lead": False}, out)
     hay = _text(text)
-    niah_document(min(wanted), chosen, 0, hay, job.count, seed)  # refuses a length that is too short, before all else
-    documents = niah_documents(wanted, chosen, samples, hay, job.count, seed)
+    # Refuses a length that is too short, before all else.
+    niah_document(min(wanted), chosen, 0, hay, job.count, seed, gives_lead=lead)
+    documents = niah_documents(wanted, chosen, samples, hay, job.count, seed, gives_lead=lead)
     results = job.run(documents, [length for length in wanted for _ in range(samples)], compare=compare)
     _draw(results, out / "niah.png")
     scores = results.scores("length")

@@ -16,7 +16,7 @@ from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.files import check_folder
 from headinfer.generation import checked_device, chosen_dtype
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.compat import PreTrainedModel
+from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import enable
 from headinfer.hf.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.hf.layers import HeadLayer
@@ -224,6 +224,5 @@ def _read_rest(prepared: ToRead, model: PreTrainedModel, done: int, lock: Lock, 
         with enable(model, chunk_tokens=chunk, on_forward=after_chunk), torch.inference_mode():
             options |= _where(prepared.job.options)
             cache = HeadCache.load(prepared.folder, model, **options) if done else HeadCache(model.config, **options)
-            keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
             rest = prepared.input_ids[:, done:].to(prepared.device)
-            model(input_ids=rest, past_key_values=cache, use_cache=True, **keep)
+            model(input_ids=rest, past_key_values=cache, use_cache=True, **last_logits_only(model))

@@ -49,14 +49,14 @@ def session(sizes: Sizes, folder: Path) -> list[Measure]:
 def _saving(model: Any, sizes: Sizes, work: Path) -> Measure:
     """Checkpoints, each of one chunk. 16,384 tokens of two layers have the bytes of 1,024 tokens of all 32."""
     nbytes = kv_bytes(model.config, sizes.long_tokens)
-    shares, details = [], {"bytes": float(nbytes), "file_s": 0.0, "session_s": 0.0}
+    file_s, session_s = [], []
     for _ in range(sizes.disk_rounds):
-        details["file_s"] = timed(lambda: _write_file(work / "plain", nbytes))
-        details["session_s"] = _write_session(model, work / _NAME, sizes)
-        shares.append(100 * details["file_s"] / details["session_s"])
+        file_s.append(timed(lambda: _write_file(work / "plain", nbytes)))
+        session_s.append(_write_session(model, work / _NAME, sizes))
     (work / "plain").unlink()
     tokens = f"{sizes.long_tokens:,} tokens in checkpoints of {sizes.checkpoint_tokens:,}"
-    share = statistics.median(shares)
+    details = {"bytes": nbytes, "file_s": statistics.median(file_s), "session_s": statistics.median(session_s)}
+    share = 100 * ratio(file_s, session_s)
     return Measure("session", f"saving {tokens}: bytes per second / a file's", share, "%", ">= 80", details)
 
 
@@ -67,7 +67,6 @@ def _beside_prefill(model: Any, sizes: Sizes, work: Path) -> Measure:
     def read(writes: bool) -> None:
         cache = HeadCache(model.config)
         fill_head_wise(cache, model.config, sizes.chunk_offset)
-        at = sizes.chunk_offset
         with tempfile.TemporaryDirectory(dir=work) as folder:
             writer = SessionWriter(Path(folder) / "s", model, {}, {})
             if writes:
@@ -76,7 +75,6 @@ def _beside_prefill(model: Any, sizes: Sizes, work: Path) -> Measure:
             start = time.perf_counter()
             for chunk in ids.split(sizes.chunk_tokens, dim=1):
                 model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                at += chunk.shape[1]
                 if writes:
                     writer.checkpoint(cache)
             writer.finish()
@@ -96,7 +94,7 @@ def _ask(sizes: Sizes, root: Path, nbytes: int) -> list[Measure]:
     """A question as a process of its own, with the session's files out of the page cache and in it."""
     files = sorted((root / _NAME).glob("*.safetensors"))
     measures = []
-    for state, prepare in (("from the disk", _forget), ("from the page cache", _touch)):
+    for state, prepare in (("from the disk", _forget), ("from the page cache", _read_files)):
         found, rates = [], []
         for _ in range(sizes.disk_rounds):
             prepare(files)
@@ -266,10 +264,6 @@ def _forget(paths: list[Path]) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _touch(paths: list[Path]) -> None:
-    _read_files(paths)
 
 
 @contextmanager

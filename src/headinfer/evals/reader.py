@@ -18,9 +18,9 @@ from transformers import DynamicCache, TextStreamer
 
 from headinfer.evals.tasks import Document, Question
 from headinfer.hf.cache import HeadCache, Stats
-from headinfer.hf.compat import PreTrainedModel
+from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import enable
-from headinfer.hf.prompts import document_ids, frame
+from headinfer.hf.prompts import document_ids, frame, pad_id
 
 __all__ = ["HEAD_WISE", "STANDARD", "Answer", "Method", "Reader", "Reading"]
 
@@ -119,8 +119,7 @@ class Reader:
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, cache: Any) -> None:
-        keep = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, **last_logits_only(self.model))
 
     def _ask(
         self,
@@ -140,7 +139,7 @@ class Reader:
                 past_key_values=fork(),
                 max_new_tokens=question.new_tokens,
                 do_sample=False,
-                pad_token_id=self._pad_id(),
+                pad_token_id=pad_id(self.tokenizer),
                 streamer=_Streamer(self.tokenizer, functools.partial(on_text, question))
                 if on_text is not None
                 else None,
@@ -148,10 +147,6 @@ class Reader:
             new_ids = written[0, whole.shape[1] :].tolist()
             text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
             reading.answers.append(Answer(text, new_ids, time.perf_counter() - start))
-
-    def _pad_id(self) -> int:
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(one for one in ids if one is not None)
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]

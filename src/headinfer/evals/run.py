@@ -108,11 +108,6 @@ class Results:
             tokens[record["key"]][record["method"]] = record["token_ids"]
         return [key for key, by in tokens.items() if len(by) == 2 and by[HEAD_WISE] != by[STANDARD]]
 
-    def compared(self) -> int:
-        """Questions that both methods answered."""
-        keys = [record["key"] for record in self.records]
-        return len(keys) - len(set(keys))
-
     def summary(self) -> dict[str, Any]:
         """Scores of both methods, and whether their answers are the same."""
         both = {one["key"] for one in self.records if one["method"] == STANDARD}

@@ -56,6 +56,7 @@ __all__ = [
     "default_layers",
     "flash_attention_mask",
     "is_constant_size",
+    "last_logits_only",
     "sdpa_attention_forward",
     "sdpa_mask",
     "shared_full_layers",
@@ -74,6 +75,11 @@ def check_version() -> None:
         raise UnsupportedError(
             f"transformers {transformers.__version__} is installed: headinfer needs {_OLDEST} or newer"
         )
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
+    """Arguments of a forward pass of which only the last token's logits are wanted; none for models without them."""
+    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
 
 def versions() -> dict[str, str]:

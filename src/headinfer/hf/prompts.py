@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["document_ids", "frame"]
+__all__ = ["document_ids", "frame", "pad_id"]
 
 _MARK = "\N{SYMBOL FOR START OF TEXT}document\N{SYMBOL FOR END OF TEXT}"
 _ANSWER_MARK = "\N{SYMBOL FOR START OF TEXT}answer\N{SYMBOL FOR END OF TEXT}"
@@ -36,3 +36,8 @@ def document_ids(tokenizer: Any, document: str, *, is_raw: bool) -> Sequence[int
     if not is_chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]  # a tokenizer that ends every text
     return ids
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What generate() is to pad with; it warns where it has to choose."""
+    return next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)

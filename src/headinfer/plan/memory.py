@@ -60,8 +60,8 @@ def check_host_memory(
     kv_budget: of the KV in host memory, where the rest goes to a disk.
     """
     room = available_host_bytes() if available is None else available
+    beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""
     if kv_budget is not None and min(kv_budget, tokens * token_bytes) + other_bytes > room:
-        beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""
         raise CapacityError(
             f"a host KV budget of {format_bytes(kv_budget)}{beside} exceeds the {format_bytes(room)} of host memory "
             "that are available: lower it"
@@ -71,7 +71,6 @@ def check_host_memory(
     fits = max(room - other_bytes, 0) // max(token_bytes, 1)
     advice = f"at most {fits:,} tokens fit" if fits else "free some memory, or use a machine with more"
     advice += "; --host-kv-budget with --disk-tier keeps the rest on a disk"
-    beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""
     raise CapacityError(
         f"{tokens:,} tokens need {format_bytes(tokens * token_bytes)} of host memory for their KV cache{beside}, "
         f"and {format_bytes(room)} are available: {advice}"
