@@ -35,7 +35,8 @@ _WRITE_BACK_BYTES = 4 * 1024 * 1024
 class Options:
     """What a user can fix; None leaves the choice to the engine.
 
-    device_kv_budget: bytes of KV on the device, ring + tails + write-back buffers, at any context length.
+    device_kv_budget: bytes of KV on the device, ring + tails + write-back buffers + resident KV, at any context length.
+    streaming_budget: the part of it for all but resident KV; None: the device_kv_budget, but at most 256 MiB.
     heads_per_group, tile_tokens: the tile. backend: the attention kernel to try first.
     staging: "auto" reads segments in place on the CPU and streams through a ring on CUDA; "early" and "late"
     force the ring's CPU twins (see kv/transfer.py). expected_tokens: the final length, where it is known. rates: what
@@ -44,6 +45,7 @@ class Options:
     """
 
     device_kv_budget: int | None = None
+    streaming_budget: int | None = None
     heads_per_group: int | None = None
     tile_tokens: int | None = None
     backend: str | None = None
@@ -56,7 +58,7 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.rates, dict):  # from JSON
             object.__setattr__(self, "rates", TileRates(**self.rates))
-        for name in ("device_kv_budget", "heads_per_group", "tile_tokens", "host_kv_budget"):
+        for name in ("device_kv_budget", "streaming_budget", "heads_per_group", "tile_tokens", "host_kv_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: it must be a positive number")
