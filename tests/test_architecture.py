@@ -36,7 +36,12 @@ ROOMS = (
     Room("kv/", 1, ("kv/",), frozenset({"torch", "xxhash"})),
     Room("sessions/", 1, ("sessions/",), frozenset({"xxhash"})),
     Room("plan/", 1, ("plan/",), frozenset({"psutil"})),
-    Room("the loop", 2, ("streaming.py", "engine.py", "machine.py", "run_plan.py"), frozenset({"torch", "psutil"})),
+    Room(
+        "the loop",
+        2,
+        ("streaming.py", "device_kv.py", "engine.py", "machine.py", "run_plan.py"),
+        frozenset({"torch", "psutil"}),
+    ),
     Room("hf/", 3, ("hf/",), ANYTHING),
 )
 TOP = Room("the top floor", 4, (), ANYTHING)

@@ -20,7 +20,7 @@ from headinfer.errors import UsageError
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import write_in_place
+from headinfer.kv.write_back import WriteInPlace
 from headinfer.plan.tiles import TilePlan
 from headinfer.streaming import attend_streaming
 
@@ -585,7 +585,7 @@ def decode_error(dtype=torch.float32):
     rng, ledger, used = seeded(21), Ledger(), set()
     k, v = (torch.randn(2, 2, 701, 32, generator=rng).to(dtype) for _ in range(2))
     q = torch.randn(2, 6, 1, 32, generator=rng).to(dtype)
-    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=write_in_place)
+    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
     store.append(k[:, :, :700], v[:, :, :700])
     plan = TilePlan(2, 701, "")
     out = attend_streaming(
