@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from headinfer.attention.backends import backend_names
+from headinfer.attention.backends import preferences
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.kv.disk import FarPiece
 from headinfer.kv.disk_tier import DiskTier, ReadAhead, read_slot_bytes
@@ -36,7 +36,7 @@ class Options:
     """What a user can fix; None leaves the choice to the engine.
 
     device_kv_budget: bytes of KV on the device, ring + tails + write-back buffers, at any context length.
-    heads_per_group, tile_tokens: the tile. backend: the attention kernel to try first.
+    heads_per_group, tile_tokens: the tile. backend: the attention kernels to try first.
     staging: "auto" reads segments in place on the CPU and streams through a ring on CUDA; "early" and "late"
     force the ring's CPU twins (see kv/transfer.py). expected_tokens: the final length, where it is known. rates: what
     tiles are chosen for. host_kv_budget, disk_tier: bytes of KV in host memory, and the folder where what exceeds them
@@ -66,8 +66,7 @@ class Options:
             raise UsageError(
                 "host_kv_budget and disk_tier go together: so much KV in host memory, the rest in a folder on a disk"
             )
-        if self.backend is not None and self.backend not in backend_names():
-            raise UsageError(f"no attention backend {self.backend!r}: choose one of {', '.join(backend_names())}")
+        preferences(self.backend)  # raises where a name is unknown
         if self.staging not in ("auto", "none", "early", "late"):
             raise UsageError(f"staging is {self.staging!r}: it must be auto, none, early or late")
 
