@@ -271,7 +271,11 @@ MODULES = modules_of(
         ("attention/backends.py", "from . import reference", "tests and bench/ only"),
         ("attention/backends.py", "import numpy as np", "it may import torch besides"),
         ("attention/backends.py", "import triton", "it may import torch besides"),
-        ("attention/state.py", "from headinfer.attention import triton_kernels", "never imports headinfer.attention.triton_k"),
+        (
+            "attention/state.py",
+            "from headinfer.attention import triton_kernels",
+            "never imports headinfer.attention.triton_k",
+        ),
         ("kv/head_store.py", "from headinfer.kv.transfer import Ring", "never imports headinfer.kv.transfer"),
         ("kv/head_store.py", "from .transfer import Ring", "never imports headinfer.kv.transfer"),
         ("kv/head_store.py", "import headinfer.kv.transfer", "never imports headinfer.kv.transfer"),

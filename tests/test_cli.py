@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from headinfer.attention.backends import backend_names
 from headinfer.cli import parse_bytes
 from headinfer.errors import UsageError
 

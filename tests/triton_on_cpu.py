@@ -17,7 +17,7 @@ from headinfer.attention.state import AttentionState
 
 assert os.environ["TRITON_INTERPRET"] == "1", "run by test_triton.py"
 
-from triton.runtime import interpreter
+from triton.runtime import interpreter  # noqa: E402
 
 # numpy warns of infinities and NaN, which the kernels expect.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -107,7 +107,10 @@ def test_square_is_causal_attention_of_a_chunk_on_itself(data):
 @pytest.mark.parametrize("dims", [(256, 256), (192, 128), (96, 250)])
 def test_wide_heads(dtype, dims):
     rng = seeded(4)
-    q, k, v = (torch.randn(2, tokens, dim, generator=rng).to(dtype) for tokens, dim in zip((5, 300, 300), (dims[0], *dims), strict=True))
+    q, k, v = (
+        torch.randn(2, tokens, dim, generator=rng).to(dtype)
+        for tokens, dim in zip((5, 300, 300), (dims[0], *dims), strict=True)
+    )
     wanted = attend_reference(q[None], k[None], v[None], scale=0.05, softcap=50.0)[0]
     assert_matches(TRITON.past(q, [(k, v)], 0.05, 50.0), wanted, 300, dtype)
 
@@ -210,7 +213,10 @@ def test_merge_is_that_of_torch(shape, dim, seed, dtype):
 @given(shapes, st.sampled_from([1, 8, 33]), st.integers(0, 2**31 - 1))
 def test_empty_is_the_identity_and_empty_with_empty_stays_empty(shape, dim, seed):
     state = random_state(shape, dim, seeded(seed), dtype=torch.float32)
-    for mine, other in ((state, AttentionState.empty(shape, dim, "cpu")), (AttentionState.empty(shape, dim, "cpu"), state)):
+    for mine, other in (
+        (state, AttentionState.empty(shape, dim, "cpu")),
+        (AttentionState.empty(shape, dim, "cpu"), state),
+    ):
         found = copy_of(mine)
         assert triton_calls.merge_(found.out, found.lse, other.out, other.lse)
         assert torch.equal(found.out, state.out)
@@ -221,7 +227,9 @@ def test_a_view_of_a_state_takes_a_part_in_the_layout_of_a_kernel():
     """The part lies as flash attention leaves it, tokens before heads; the state is a slice of a larger one."""
     rng = seeded(4)
     state = random_state((2, 6, 9), 8, rng, dtype=torch.float32)
-    part = AttentionState(torch.randn(5, 6, 8, generator=rng).to(torch.bfloat16).transpose(0, 1), torch.randn(6, 5, generator=rng))
+    part = AttentionState(
+        torch.randn(5, 6, 8, generator=rng).to(torch.bfloat16).transpose(0, 1), torch.randn(6, 5, generator=rng)
+    )
     wanted, before = copy_of(state), copy_of(state)
     wanted[1, :, 3:8].merge_(part)
     view = state[1, :, 3:8]

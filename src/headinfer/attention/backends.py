@@ -127,9 +127,7 @@ BACKENDS: tuple[Backend, ...] = (
         cuda.triton_past,
         cuda.triton_square,
     ),
-    Backend(
-        "eager", "any", "float32 matrix products: soft cap, any width", lambda _: None, eager.past, eager.square
-    ),
+    Backend("eager", "any", "float32 matrix products: soft cap, any width", lambda _: None, eager.past, eager.square),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
@@ -170,9 +168,7 @@ TABLE: tuple[Rule, ...] = (
     # Flash attention splits the keys among the multiprocessors itself where there are few query rows. varlen is the
     # public door to the same kernel; it packs offsets on the way, so it is for a torch that has closed the other door.
     # The rest is for heads wider than 256: efficient attention, then matrix products.
-    Rule(
-        ("cuda-flash", "cuda-varlen", "cuda-efficient", "cuda-triton", "eager"), "cuda", decode=True, dtypes=HALVES
-    ),
+    Rule(("cuda-flash", "cuda-varlen", "cuda-efficient", "cuda-triton", "eager"), "cuda", decode=True, dtypes=HALVES),
     # On Hopper cuDNN uses the tensor cores' own instructions (wgmma) and asynchronous copies, torch's flash attention
     # does not. It plans anew for each shape, so it refuses tiles that are not full, and flash attention takes those.
     Rule(

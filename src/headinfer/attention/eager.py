@@ -45,9 +45,7 @@ def past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float 
     return state
 
 
-def square(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
-) -> AttentionState:
+def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
     k, v, tokens = expand_heads(q, k), expand_heads(q, v), q.shape[2]
     state = AttentionState.empty(q.shape[:-1], v.shape[-1], q.device)

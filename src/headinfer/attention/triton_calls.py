@@ -53,6 +53,10 @@ def why_not() -> str:
     return ""
 
 
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _padded(dim: int) -> int:
     """The next power of two, as a tile needs it; at least 16, as tl.dot does."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -89,16 +93,14 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
     return True
 
 
-def _merge(
-    kernels: Any, out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> None:
+def _merge(kernels: Any, out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """out [A, R, D], lse [A, R]."""
     rows, dim = lse.numel(), out.shape[-1]
     width = 1 << (dim - 1).bit_length()
     block = max(1, _MERGE_ELEMENTS // width)
     strides = [stride for x in (out, lse, part, part_lse) for stride in x.stride()[:2]]
     with torch.cuda.device_of(out):
-        kernels.merge[(-(-rows // block),)](
+        kernels.merge[(_ceil_div(rows, block),)](
             out, lse, part, part_lse, rows, lse.shape[1], *strides, DIM=dim, WIDTH=width, BLOCK_ROWS=block
         )
 
@@ -118,9 +120,9 @@ def _launches(rows: int, width: int, is_half: bool) -> Iterator[tuple[int, int, 
 
 def _split(blocks: int, keys: int, block_keys: int) -> tuple[int, int]:
     """(splits, keys of each): the last may have fewer, none is empty."""
-    wanted = max(1, min(-(-_PROGRAMS // blocks), keys // _SPLIT_KEYS))
-    each = -(-(-(-keys // wanted)) // block_keys) * block_keys
-    return -(-keys // each), each
+    wanted = max(1, min(_ceil_div(_PROGRAMS, blocks), keys // _SPLIT_KEYS))
+    each = _ceil_div(_ceil_div(keys, wanted), block_keys) * block_keys
+    return _ceil_div(keys, each), each
 
 
 def attend(
@@ -137,7 +139,7 @@ def attend(
     widths = _padded(key_dim), _padded(value_dim)
     width = max(widths)
     block_keys = (64 if is_half else 32) // (2 if width > 128 else 1)
-    blocks = batch * heads * -(-rows // 128)
+    blocks = batch * heads * _ceil_div(rows, 128)
     splits, split_keys = (1, keys) if causal else _split(blocks, keys, block_keys)
     parts = torch.empty(splits, batch, heads, rows, value_dim, device=q.device)
     parts_lse = torch.empty(splits, batch, heads, rows, device=q.device)
@@ -159,12 +161,10 @@ def attend(
     with torch.cuda.device_of(q):
         for index in range(_fitting.get(about, 0), len(launches)):
             block_rows, warps, stages = launches[index]
-            grid = (-(-rows // block_rows), batch * heads, splits)
+            grid = (_ceil_div(rows, block_rows), batch * heads, splits)
             arguments = (q, k, v, parts, parts_lse, *strides, heads, rows, keys, split_keys, unit, cap)
             try:
-                kernels.attend[grid](
-                    *arguments, **constants, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages
-                )
+                kernels.attend[grid](*arguments, **constants, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages)
             except kernels.triton.OutOfResources:
                 if index + 1 == len(launches):
                     raise

@@ -157,7 +157,7 @@ def merge(
     out_outer, out_inner, lse_outer, lse_inner, part_outer, part_inner, part_lse_outer, part_lse_inner,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Merge part [rows / inner, inner, DIM] (float32 or a half type) into out (float32) in place; lse, part_lse float32.
+    """Merge part [rows / inner, inner, DIM], float32 or a half type, into out in place; the others are float32.
 
     Equal to AttentionState.merge_: empty with empty stays empty, empty takes over the other's bits.
     """
