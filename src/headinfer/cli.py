@@ -70,7 +70,9 @@ def generate(
     tile_tokens: Annotated[
         int | None, typer.Option(help="Tokens streamed together; chosen before each pass where not given.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="The attention kernel to try first; see headinfer info.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Attention kernels to try first, with commas between; see headinfer info.")
+    ] = None,
     staging: Annotated[
         str, typer.Option(help="auto; or early / late: force the ring on a CPU, as on a GPU, for tests.")
     ] = "auto",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from headinfer.attention.backends import backend_names
+from headinfer.attention.backends import preferences
 from headinfer.device_kv import DeviceKV
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.kv.disk import FarPiece
@@ -44,9 +44,9 @@ class Options:
     device_kv_budget: bytes of KV on a device, at any context length: resident tokens, ring, tails, write-back buffers;
     by default what is free there, less a reserve. streaming_budget: the part of it for the last three, by default
     256 MiB; the rest keeps the first tokens on the device.
-    heads_per_group, tile_tokens: the tile. backend: the attention kernel to try first.
+    heads_per_group, tile_tokens: the tile. backend: attention kernels to try first, names with commas between.
     staging: "auto" reads segments in place on the CPU and streams through a ring on CUDA; "early" and "late"
-    force the ring's CPU twins (see kv/transfer.py). expected_tokens: the final length, where it is known. rates: what
+    force the ring's CPU twins (see kv/streams.py). expected_tokens: the final length, where it is known. rates: what
     tiles are chosen for. host_kv_budget, disk_tier: bytes of KV in host memory, and the folder where what exceeds them
     goes; both or none. The same options give the same tiles, merges and kernels, so the same bits on one machine.
     """
@@ -75,8 +75,7 @@ class Options:
             raise UsageError(
                 "host_kv_budget and disk_tier go together: so much KV in host memory, the rest in a folder on a disk"
             )
-        if self.backend is not None and self.backend not in backend_names():
-            raise UsageError(f"no attention backend {self.backend!r}: choose one of {', '.join(backend_names())}")
+        preferences(self.backend)  # raises where a name is unknown
         if self.staging not in ("auto", "none", "early", "late"):
             raise UsageError(f"staging is {self.staging!r}: it must be auto, none, early or late")
 

@@ -13,7 +13,7 @@ import transformers
 
 import headinfer
 from headinfer.attention import native
-from headinfer.attention.backends import BACKENDS, Problem
+from headinfer.attention.backends import BACKENDS, Problem, capability_of
 from headinfer.hf.families import SUPPORTED_FAMILIES
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.numa import node_of
@@ -64,9 +64,11 @@ def machine() -> str:
 def _backend(backend: Any) -> dict[str, str]:
     device_type = "cpu" if backend.device_type == "any" else backend.device_type
     dtype = torch.bfloat16 if device_type == "cuda" and backend.name != "cuda-efficient" else torch.float32
-    reason = backend.refuses(Problem(device_type, dtype, 1, 128, 128))
     if device_type == "cuda" and not torch.cuda.is_available():
-        reason = "no CUDA device"
+        reason: str | None = "no CUDA device"
+    else:  # on CUDA the chunk on itself, which every kernel there does; on CPUs decode, which has a kernel of its own
+        rows, capability = (0, capability_of(torch.device("cuda"))) if device_type == "cuda" else (1, (0, 0))
+        reason = backend.refuses(Problem(device_type, dtype, rows, 128, 128, capability=capability))
     return {
         "name": backend.name,
         "device": backend.device_type,

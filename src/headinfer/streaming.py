@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from headinfer.attention.backends import Backend, Problem, choose
+from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.disk import FarPiece, LoosePiece
 from headinfer.kv.head_store import HeadStore, Runs, first_of
@@ -60,15 +60,25 @@ class Layer:
     backend: str | None
     past_tokens: int
     used: set[str] = field(default_factory=set)
+    tile_tokens: int = 0
 
-    def problem(self, query_rows: int) -> Problem:
+    def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
         """What a kernel must do for this many query rows per KV head (0: the chunk on itself)."""
-        dims = self.k.shape[3], self.v.shape[3]
-        return Problem(self.q.device.type, self.q.dtype, query_rows, *dims, self.softcap is not None)
+        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), 0 < key_tokens == self.tile_tokens
+        return Problem(
+            device.type,
+            self.q.dtype,
+            query_rows,
+            *dims,
+            self.softcap is not None,
+            capability_of(device),
+            key_tokens,
+            is_full,
+        )
 
-    def kernel(self, query_rows: int) -> Backend:
-        """The backend for a problem; its name is noted."""
-        backend = choose(self.problem(query_rows), self.backend)
+    def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
+        """The backend for a problem; its name is noted. key_tokens: of one piece; 0: of several, or any number."""
+        backend = choose(self.problem(query_rows, key_tokens), self.backend)
         self.used.add(backend.name)
         return backend
 
@@ -100,7 +110,7 @@ def attend_streaming(
     """
     q = q.contiguous()  # packed once, not per tile
     past = store.tokens if past_tokens is None else past_tokens
-    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set())
+    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set(), plan.tile_tokens)
     past_runs = runs if past == store.tokens else first_of(runs, past, q.shape[0])
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -198,7 +208,8 @@ def _attend_tile(
         layer.q[row, heads.start * group : heads.stop * group].reshape(kv_heads, -1, layer.q.shape[3]) for row in rows
     ]
     q = packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
-    part = layer.kernel(q.shape[1]).past(q, pieces, layer.scale, layer.softcap)
+    key_tokens = pieces[0][0].shape[1] if len(pieces) == 1 else 0
+    part = layer.kernel(q.shape[1], key_tokens).past(q, pieces, layer.scale, layer.softcap)
     share = q.shape[1] // len(rows)
     for index, row in enumerate(rows):
         mine = part[:, index * share : (index + 1) * share]
@@ -251,4 +262,4 @@ def _run_in_chunk(
             later, [(k[row, :, lo:hi], v[row, :, lo:hi])], layer.scale, layer.softcap
         )
         shape = (q.shape[1], q.shape[2] - hi)
-        state[row, :, hi:].merge_(AttentionState(part.out.view(*shape, -1), part.lse.reshape(shape)))
+        state[row, :, hi:].merge_(AttentionState(part.out.reshape(*shape, -1), part.lse.reshape(shape)))

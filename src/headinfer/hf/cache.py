@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from headinfer.attention.backends import recorded
 from headinfer.engine import Engine, Options
 from headinfer.errors import StateError, UnsupportedError
 from headinfer.hf import session
@@ -137,7 +138,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             heads_per_group=plan.heads_per_group if plan else 0,
             tile_tokens=plan.tile_tokens if plan else 0,
             tile_reason=plan.why if plan else "",
-            attention_backends=tuple(sorted(self.engine.backends_used)),
+            attention_backends=recorded(self.engine.backends_used, self.engine.options.backend),
         )
 
     def crop(self, tokens_to_remove: int) -> None:
