@@ -138,3 +138,48 @@ def test_a_launch_that_does_not_fit_makes_way_for_a_smaller_one_once(monkeypatch
     for _ in range(2):
         triton_calls.attend(q, q, q, scale=1.0, softcap=None, causal=True)
     assert kernel.tried == [(128, 3), (128, 2), (64, 2), (64, 1), (32, 1), (32, 1)]
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from headinfer.attention import triton_kernels as kernels
+
+HALF, SINGLE = "*bf16", "*fp32"
+
+
+def build(kernel, capability, half, constants, **options):
+    pointers = {"q": half, "k": half, "v": half, "part": HALF}
+    pointers |= dict.fromkeys(("out", "lse", "parts", "parts_lse", "part_lse"), SINGLE)
+    types = {**pointers, "unit": "fp32", "cap": "fp32", **dict.fromkeys(constants, "constexpr")}
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel, {x: types.get(x, "i32") for x in names}, {(names.index(x),): y for x, y in constants.items()}
+    )
+    assert compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+
+
+for capability in (80, 90):
+    build(kernels.merge, capability, HALF, {"DIM": 128, "WIDTH": 128, "BLOCK_ROWS": 16})
+    build(kernels.join, capability, HALF, {"BLOCK_SPLITS": 16, "VALUE_DIM": 96, "VALUE_WIDTH": 128})
+    shapes = ((HALF, 128, 64, True, 8), (HALF, 16, 64, False, 4), (SINGLE, 32, 32, True, 4))
+    for half, rows, keys, causal, warps in shapes:
+        dims = {"KEY_DIM": 96, "KEY_WIDTH": 128, "VALUE_DIM": 128, "VALUE_WIDTH": 128}
+        flags = {"GROUP": 2, "CAUSAL": causal, "CAPPED": True, "PRECISE": half == SINGLE}
+        blocks = {"BLOCK_ROWS": rows, "BLOCK_KEYS": keys}
+        build(kernels.attend, capability, half, {**dims, **flags, **blocks}, num_warps=warps, num_stages=3)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    (tmp_path / "build.py").write_text(COMPILE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "build.py")],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
