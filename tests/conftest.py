@@ -12,6 +12,13 @@ torch.set_num_threads(1)  # the models are tiny: waking a second thread costs mo
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -32,17 +32,26 @@ class Room:
 ROOMS = (
     Room("the errors", 0, ("errors.py", "ranks.py", "files.py", "embedded/"), frozenset()),
     Room("the model's shape", 0, ("model_shape.py",), frozenset()),
-    Room("attention/", 1, ("attention/",), frozenset({"torch"})),
+    Room("attention/", 1, ("attention/",), frozenset({"torch", "triton"})),
     Room("kv/", 1, ("kv/",), frozenset({"torch", "xxhash"})),
     Room("sessions/", 1, ("sessions/",), frozenset({"xxhash"})),
     Room("plan/", 1, ("plan/",), frozenset({"psutil"})),
-    Room("the loop", 2, ("streaming.py", "engine.py", "machine.py", "run_plan.py"), frozenset({"torch", "psutil"})),
+    Room(
+        "the loop",
+        2,
+        ("streaming.py", "device_kv.py", "engine.py", "machine.py", "run_plan.py"),
+        frozenset({"torch", "psutil"}),
+    ),
     Room("hf/", 3, ("hf/",), ANYTHING),
 )
 TOP = Room("the top floor", 4, (), ANYTHING)
 
+# triton is not everywhere: only the file of its kernels imports it, and nothing but triton_calls.py loads that file.
+TORCH_ONLY = ("backends", "cpu", "cuda", "eager", "native", "problem", "reference", "state", "triton_calls")
+
 # Files stricter than their room: the third parties that they may import.
 THIRD_PARTIES = {
+    **{f"attention/{name}.py": frozenset({"torch"}) for name in TORCH_ONLY},
     "hf/cache.py": frozenset({"torch"}),
     "hf/attention.py": frozenset({"torch"}),
     "hf/enable.py": frozenset({"torch"}),
@@ -56,6 +65,7 @@ NEVER = (
     ("attention/state.py", "headinfer.attention.backends"),
     ("attention/state.py", "headinfer.attention.cuda"),
     ("attention/state.py", "headinfer.attention.native"),
+    *((f"attention/{name}.py", "headinfer.attention.triton_kernels") for name in TORCH_ONLY[:-1]),
     ("attention/reference.py", "headinfer.attention.backends"),
     ("kv/head_store.py", "headinfer.kv.transfer"),
     ("kv/transfer.py", "headinfer.kv.head_store"),
@@ -224,6 +234,7 @@ MODULES = modules_of(
         "attention/state.py",
         "attention/backends.py",
         "attention/reference.py",
+        "attention/triton_kernels.py",
         "kv/__init__.py",
         "kv/head_store.py",
         "kv/transfer.py",
@@ -264,6 +275,12 @@ MODULES = modules_of(
         ("attention/backends.py", "from headinfer.attention import reference", "tests and bench/ only"),
         ("attention/backends.py", "from . import reference", "tests and bench/ only"),
         ("attention/backends.py", "import numpy as np", "it may import torch besides"),
+        ("attention/backends.py", "import triton", "it may import torch besides"),
+        (
+            "attention/state.py",
+            "from headinfer.attention import triton_kernels",
+            "never imports headinfer.attention.triton_k",
+        ),
         ("kv/head_store.py", "from headinfer.kv.transfer import Ring", "never imports headinfer.kv.transfer"),
         ("kv/head_store.py", "from .transfer import Ring", "never imports headinfer.kv.transfer"),
         ("kv/head_store.py", "import headinfer.kv.transfer", "never imports headinfer.kv.transfer"),
@@ -300,6 +317,7 @@ def test_the_checker_sees_a_violation(path, source, rule):
         ("errors.py", "import dataclasses\nfrom collections.abc import Sequence"),
         ("attention/backends.py", "import torch\nfrom headinfer.attention.state import AttentionState"),
         ("attention/backends.py", "from headinfer.errors import UsageError\nfrom . import state"),
+        ("attention/triton_kernels.py", "import triton.language as tl"),
         ("kv/head_store.py", "from headinfer.kv.tiers import HostTier\nfrom .ledger import Ledger"),
         ("plan/tiles.py", "import psutil\nfrom headinfer.model_shape import ModelShape"),
         ("streaming.py", "import torch\nfrom headinfer.kv.transfer import Ring\nfrom headinfer.plan import tiles"),

@@ -1,10 +1,13 @@
 """Every backend that a CPU can run against the float64 oracle, and how one is chosen."""
 
+import dataclasses
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +15,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headinfer.attention import cuda, native
-from headinfer.attention.backends import BACKENDS, Problem, backend_names, choose
+from headinfer.attention import cuda, native, triton_calls
+from headinfer.attention.backends import BACKENDS, TABLE, Problem, backend_names, choose, recorded
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
 from headinfer.errors import UsageError
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import write_in_place
+from headinfer.kv.write_back import WriteInPlace
 from headinfer.plan.tiles import TilePlan
 from headinfer.streaming import attend_streaming
 
@@ -382,18 +385,117 @@ def test_the_order_on_a_cpu(monkeypatch):
         assert choose(other).name == "cpu-flash"
 
 
-def test_the_order_on_a_gpu(monkeypatch):
-    decode = Problem("cuda", torch.bfloat16, 4, 128, 128)
-    wide, single = Problem("cuda", torch.bfloat16, 4, 320, 128), Problem("cuda", torch.float32, 0, 128, 128)
-    capped = Problem("cuda", torch.bfloat16, 0, 128, 128, softcap=True)
-    assert choose(decode).name == ("cuda-varlen" if cuda._varlen() else "cuda-flash")
-    monkeypatch.setattr(cuda, "_varlen", lambda: None)
-    assert [choose(p).name for p in (decode, wide, single, capped)] == [
-        "cuda-flash",
-        "cuda-efficient",
-        "cuda-efficient",
-        "eager",
-    ]
+@pytest.fixture
+def triton_builds(monkeypatch):
+    """Choices as on a machine where triton works."""
+    monkeypatch.setattr(triton_calls, "why_not", lambda: "")
+
+
+HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
+
+
+@pytest.mark.usefixtures("triton_builds")
+def test_the_order_on_a_gpu():
+    half, single = torch.bfloat16, torch.float32
+    for capability in (AMPERE, HOPPER, (10, 0), (12, 0), (0, 0)):
+        for problem, name in (
+            (Problem("cuda", half, 4, 128, 128), "cuda-flash"),
+            (Problem("cuda", half, 4096, 256, 256), "cuda-flash"),
+            (Problem("cuda", half, 4, 320, 128), "cuda-efficient"),
+            (Problem("cuda", half, 4096, 128, 512), "cuda-efficient"),
+            (Problem("cuda", single, 0, 128, 128), "cuda-efficient"),
+            (Problem("cuda", single, 4, 128, 128), "cuda-efficient"),
+            (Problem("cuda", half, 0, 256, 256, softcap=True), "cuda-triton"),
+            (Problem("cuda", single, 4, 64, 64, softcap=True), "cuda-triton"),
+            (Problem("cuda", half, 0, 320, 320, softcap=True), "eager"),
+            (Problem("cuda", torch.float64, 0, 64, 64), "eager"),
+        ):
+            assert choose(dataclasses.replace(problem, capability=capability)).name == name
+
+
+def test_cudnn_takes_the_full_tiles_of_hopper():
+    tile = Problem("cuda", torch.bfloat16, 4096, 128, 128, capability=HOPPER, key_tokens=16384)
+    assert choose(tile).name == "cuda-cudnn"
+    for change in (
+        {"is_full": False},
+        {"query_rows": 64},
+        {"key_dim": 256},
+        {"key_tokens": 1023},
+        {"capability": AMPERE},
+        {"capability": (10, 0)},
+    ):
+        other = dataclasses.replace(tile, **change)
+        assert choose(other).name == "cuda-flash"
+        wanted = "cuda-cudnn" if "capability" in change else "cuda-flash"
+        assert choose(other, "cuda-cudnn").name == wanted
+    assert choose(dataclasses.replace(tile, query_rows=0)).name == "cuda-cudnn"
+    assert "soft cap" in cuda.cudnn_refuses(dataclasses.replace(tile, softcap=True))
+    assert "bfloat16" in cuda.cudnn_refuses(dataclasses.replace(tile, dtype=torch.float32))
+    assert "8.0" in cuda.cudnn_refuses(dataclasses.replace(tile, capability=TURING))
+
+
+@pytest.mark.usefixtures("triton_builds")
+def test_what_the_triton_kernel_refuses(monkeypatch):
+    problem = Problem("cuda", torch.float32, 4, 256, 17, softcap=True)
+    assert cuda.triton_refuses(problem) is None
+    assert "256" in cuda.triton_refuses(dataclasses.replace(problem, value_dim=257))
+    assert "float64" in cuda.triton_refuses(dataclasses.replace(problem, dtype=torch.float64))
+    assert "8.0" in cuda.triton_refuses(dataclasses.replace(problem, capability=TURING))
+    monkeypatch.setattr(triton_calls, "why_not", lambda: "no compiler")
+    assert cuda.triton_refuses(problem) == "no compiler"
+
+
+def test_every_row_of_the_table_has_the_backends_order():
+    """What makes recorded names repeat every choice."""
+    assert all(backend in backend_names() for rule in TABLE for backend in rule.names)
+    for rule in TABLE:
+        assert list(rule.names) == [name for name in backend_names() if name in rule.names]
+        assert rule.names[-1] == "eager"
+
+
+def test_a_list_is_tried_in_its_order():
+    half, single = Problem("cuda", torch.bfloat16, 4096, 64, 64), Problem("cuda", torch.float32, 4096, 64, 64)
+    assert choose(half, "cuda-flash,cuda-efficient").name == "cuda-flash"
+    assert choose(half, "cuda-efficient, cuda-flash").name == "cuda-efficient"
+    assert choose(single, "cuda-flash,cuda-efficient").name == "cuda-efficient"
+    assert choose(single, "cuda-flash,eager").name == "eager"
+    for unknown in ("cuda-flash,fastest", "cuda-flash,", ""):
+        with pytest.raises(UsageError, match="no attention backend"):
+            choose(half, unknown)
+
+
+problems = st.builds(
+    Problem,
+    st.sampled_from(["cpu", "cuda"]),
+    st.sampled_from([*DTYPES, torch.float64]),
+    st.sampled_from([0, 1, 32, 33, 64, 65, 4096]),
+    st.sampled_from([64, 128, 129, 256, 320]),
+    st.sampled_from([64, 128, 129, 256, 320]),
+    st.booleans(),
+    st.sampled_from([(0, 0), TURING, AMPERE, HOPPER, (12, 0)]),
+    st.sampled_from([0, 100, 8192]),
+    st.booleans(),
+)
+
+
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(problems, min_size=1, max_size=8),
+    st.lists(st.sampled_from(backend_names()), max_size=3, unique=True),
+)
+@pytest.mark.usefixtures("triton_builds")
+def test_recorded_names_given_back_repeat_every_choice(run, names):
+    preferred = ",".join(names) if names else None
+    chosen = [choose(problem, preferred).name for problem in run]
+    again = ",".join(recorded(set(chosen), preferred))
+    assert [choose(problem, again).name for problem in run] == chosen
+
+
+def test_a_run_is_repeated_by_its_recorded_names():
+    error, used = decode_error()
+    names = recorded(used)
+    assert set(names) == used
+    assert decode_error(backend=",".join(names)) == (error, used)
 
 
 @pytest.mark.parametrize("name", ["cpu-flash", "eager"])
@@ -417,7 +519,9 @@ def test_an_unknown_name_is_refused():
 def test_a_soft_cap_goes_to_a_backend_that_has_it(device, rows):
     problem = Problem(device, torch.bfloat16, rows, 64, 64, softcap=True)
     backend = choose(problem)
-    assert backend.name == "eager"
+    assert backend.name in (("cuda-triton", "eager") if device == "cuda" else ("eager",))
+    if backend.name == "cuda-triton":
+        return  # its numbers: test_triton.py
     rng = seeded(2)
     q, k, v = (torch.randn(1, 2, 9, 64, generator=rng) for _ in range(3))
     capped = backend.past(q[0], [(k[0], v[0])], 4.0, 5.0)
@@ -427,10 +531,11 @@ def test_a_soft_cap_goes_to_a_backend_that_has_it(device, rows):
 
 # -- CUDA: what a CPU can prove ----------------------------------------------------------------------------------
 
-PIECES = {"varlen": cuda.varlen_piece, "flash": cuda.flash_piece, "efficient": cuda.efficient_piece}
-SQUARES = {"varlen": cuda.varlen_square, "flash": cuda.flash_square, "efficient": cuda.efficient_square}
+NAMES = ("varlen", "flash", "efficient", "cudnn")
+PIECES = {name: getattr(cuda, f"{name}_piece") for name in NAMES}
+SQUARES = {name: getattr(cuda, f"{name}_square") for name in NAMES}
 needs_varlen = pytest.mark.skipif(cuda._varlen() is None, reason="this torch's varlen_attn has no grouped heads")
-on_cuda = pytest.mark.parametrize("name", [pytest.param("varlen", marks=needs_varlen), "flash", "efficient"])
+on_cuda = pytest.mark.parametrize("name", [pytest.param("varlen", marks=needs_varlen), *NAMES[1:]])
 
 
 @pytest.mark.parametrize("refuses", [cuda.flash_refuses, cuda.varlen_refuses])
@@ -479,20 +584,67 @@ def test_varlen_s_signature_has_the_arguments_used():
     assert cuda._varlen().AuxRequest(lse=True).lse is True
 
 
-def test_the_aten_ops_have_the_arguments_used():
-    for op, names in (
-        (
-            torch.ops.aten._scaled_dot_product_flash_attention,
-            ["query", "key", "value", "dropout_p", "is_causal", "return_debug_mask", "scale"],
-        ),
-        (
-            torch.ops.aten._scaled_dot_product_efficient_attention,
-            ["query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale"],
-        ),
-    ):
-        schema = op.default._schema
-        assert [argument.name for argument in schema.arguments] == names
-        assert [result.type.kind() for result in schema.returns[:2]] == ["TensorType", "TensorType"]
+ATEN_OPS = {
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        {"query": "Tensor", "key": "Tensor", "value": "Tensor", "dropout_p": "float", "is_causal": "bool"},
+        2,
+    ),
+    "_scaled_dot_product_flash_attention": (
+        {
+            "query": "Tensor",
+            "key": "Tensor",
+            "value": "Tensor",
+            "dropout_p": "float",
+            "is_causal": "bool",
+            "return_debug_mask": "bool",
+        },
+        9,
+    ),
+    "_scaled_dot_product_efficient_attention": (
+        {
+            "query": "Tensor",
+            "key": "Tensor",
+            "value": "Tensor",
+            "attn_bias": "Optional[Tensor]",
+            "compute_log_sumexp": "bool",
+            "dropout_p": "float",
+            "is_causal": "bool",
+        },
+        4,
+    ),
+    "_scaled_dot_product_cudnn_attention": (
+        {
+            "query": "Tensor",
+            "key": "Tensor",
+            "value": "Tensor",
+            "attn_bias": "Optional[Tensor]",
+            "compute_log_sumexp": "bool",
+            "dropout_p": "float",
+            "is_causal": "bool",
+            "return_debug_mask": "bool",
+        },
+        9,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATEN_OPS)
+def test_the_aten_ops_have_the_arguments_used(name):
+    """A torch with other arguments is seen here, without a GPU."""
+    schema, (positional, returns) = getattr(torch.ops.aten, name).default._schema, ATEN_OPS[name]
+    assert {x.name: str(x.type) for x in schema.arguments if not x.kwarg_only} == positional
+    assert list(positional) == [x.name for x in schema.arguments if not x.kwarg_only]
+    scale = next(x for x in schema.arguments if x.name == "scale")
+    assert scale.kwarg_only
+    assert str(scale.type) == "Optional[float]"
+    assert len(schema.returns) == returns
+    assert [str(x.type) for x in schema.returns[:2]] == ["Tensor", "Tensor"]
+
+
+def test_every_aten_op_that_is_called_is_held_to_its_schema():
+    folder = Path(cuda.__file__).parent
+    called = {name for path in folder.glob("*.py") for name in re.findall(r"torch\.ops\.aten\.(\w+)", path.read_text())}
+    assert called == ATEN_OPS.keys()
 
 
 @on_cuda
@@ -510,10 +662,24 @@ def test_cuda_kernels_take_these_calls_and_give_these_shapes(name, dims):
     square = SQUARES[name](q, k, v, 0.1, None)
     assert square.out.shape == (3, 8, 11, dims[1])
     assert square.lse.shape == (3, 8, 11)
-    for state in (piece, square):
-        assert state.out.dtype == state.lse.dtype == torch.float32
-        assert state.out.is_contiguous()
-        assert state.lse.is_contiguous()
+    assert piece.out.dtype == torch.bfloat16  # as the kernel gives it: merging widens it
+    assert piece.lse.dtype == square.out.dtype == square.lse.dtype == torch.float32
+    assert square.out.is_contiguous()
+    assert square.lse.is_contiguous()
+
+
+def fake_cudnn(lse_dims):
+    """A CPU stand-in for aten's cuDNN attention; its log-sum-exp has a last dim of 1 in some versions."""
+    aten = fake_aten(False)
+
+    def attend(q, k, v, bias, with_lse, dropout, causal, debug, *, scale):
+        assert bias is None
+        assert with_lse
+        assert q.shape[1] == k.shape[1]
+        out, lse, *_ = aten(q, k, v, dropout, causal, debug, scale=scale)
+        return out, lse if lse_dims == 3 else lse.unsqueeze(-1), None, None
+
+    return attend
 
 
 def fake_aten(wants_equal_heads):
@@ -552,14 +718,16 @@ def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, scale, win
     return out, lse
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash", "efficient"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dims", [(64, 64), (33, 48), (128, 7)])
-def test_cuda_calls_pack_pad_and_unpack_as_the_kernels_want(name, dims, monkeypatch):
+@pytest.mark.parametrize("lse_dims", [3, 4])
+def test_cuda_calls_pack_pad_and_unpack_as_the_kernels_want(name, dims, lse_dims, monkeypatch):
     """The real kernels do not run here: stand-ins with their layouts show that nothing is lost around them."""
     module = SimpleNamespace(varlen_attn=fake_varlen, AuxRequest=lambda lse: SimpleNamespace(lse=lse))
     monkeypatch.setattr(cuda, "_varlen", lambda: module)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", fake_aten(False))
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", fake_aten(True))
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", fake_cudnn(lse_dims))
     rng = seeded(31)
     q, k, v = (
         torch.randn(3, heads, 11, dim, generator=rng).to(torch.bfloat16)
@@ -577,19 +745,38 @@ def test_cuda_calls_pack_pad_and_unpack_as_the_kernels_want(name, dims, monkeypa
     assert relative_error(past.lse[None], wanted.lse) < BOUND
 
 
+@pytest.mark.parametrize("tokens", [2047, 2048, 3500])
+@pytest.mark.parametrize("rows", [3, 64, 65])
+def test_efficient_attention_gets_the_keys_split_for_few_query_rows(tokens, rows, monkeypatch):
+    batches, exact = [], fake_aten(True)
+
+    def attend(q, *rest, **options):
+        batches.append(q.shape[0])
+        return exact(q, *rest, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", attend)
+    rng = seeded(tokens)
+    q, k, v = (torch.randn(2, count, 16, generator=rng) for count in (rows, tokens, tokens))
+    found = cuda.efficient_piece(q, k, v, 0.3)
+    wanted = attend_reference(q[None], k[None], v[None], scale=0.3)[0]
+    assert batches == ([1] if rows > 64 or tokens < 2048 else [2] if tokens == 2048 else [3, 1])
+    assert relative_error(found.out, wanted.out) < BOUND
+    assert relative_error(found.lse, wanted.lse) < BOUND
+
+
 # -- without the native kernel ---------------------------------------------------------------------------------
 
 
-def decode_error(dtype=torch.float32):
+def decode_error(dtype=torch.float32, backend=None):
     """A decode step over 700 tokens through the loop: its error against the oracle, and the kernels that ran."""
     rng, ledger, used = seeded(21), Ledger(), set()
     k, v = (torch.randn(2, 2, 701, 32, generator=rng).to(dtype) for _ in range(2))
     q = torch.randn(2, 6, 1, 32, generator=rng).to(dtype)
-    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=write_in_place)
+    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
     store.append(k[:, :, :700], v[:, :, :700])
     plan = TilePlan(2, 701, "")
     out = attend_streaming(
-        q, k[:, :, 700:], v[:, :, 700:], store, plan=plan, ring=None, scale=0.3, backend=None, used=used
+        q, k[:, :, 700:], v[:, :, 700:], store, plan=plan, ring=None, scale=0.3, backend=backend, used=used
     )
     return relative_error(out, attend_reference(q, k, v, scale=0.3).out.transpose(1, 2)), used
 

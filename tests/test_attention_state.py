@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.attention.state import AttentionState, merge
+from headinfer.attention.state import AttentionState, join, merge
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -109,6 +109,31 @@ def test_a_part_of_a_state_is_a_view_that_merges_in_place():
     inside[index] = True
     assert torch.equal(state.lse, torch.where(inside, wanted.lse, before.lse))
     assert torch.equal(state.out, torch.where(inside.unsqueeze(-1), wanted.out, before.out))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_part_may_be_of_a_half_type_and_a_running_state_is_float32(dtype):
+    rng = seeded(8)
+    state, part = (random_state((3, 5), 8, rng, dtype=torch.float32) for _ in range(2))
+    half = AttentionState(part.out.to(dtype).transpose(0, 1).contiguous().transpose(0, 1), part.lse)
+    running = half.running()
+    assert running.out.dtype == torch.float32
+    assert running.out.is_contiguous()
+    assert torch.equal(running.out, half.out.float())
+    found, wanted = merge(state, half), merge(state, running)
+    assert torch.equal(found.out, wanted.out)
+    assert torch.equal(found.lse, wanted.lse)
+    same = state.running()
+    assert same.out is state.out
+    assert same.lse is state.lse
+
+
+def test_join_is_merging_all_parts():
+    parts = random_state((4, 3, 5), 8, seeded(9), dtype=torch.float32, spread=5.0, empty=0.0)
+    wanted = parts[0].running()
+    for index in range(1, 4):
+        wanted = merge(wanted, parts[index])
+    assert_close(join(parts), wanted, 2e-6)
 
 
 @st.composite

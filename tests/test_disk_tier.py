@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import headinfer
 from headinfer import CapacityError, HeadCache, UsageError
 from headinfer.kv.disk import DiskFile, FarPiece, Place
-from headinfer.kv.disk_tier import READ_SLOTS, ReadAhead, read_slot_bytes
+from headinfer.kv.read_ahead import READ_SLOTS, ReadAhead, read_slot_bytes
 
 CHUNK = 256
 BUDGET = 3 * 2**20 // 2
@@ -123,10 +123,10 @@ def test_tiles_are_read_ahead_of_their_use(model, tmp_path, monkeypatch):
     events = []
     begin, wait = ReadAhead._begin, ReadAhead.wait
 
-    def note_begin(ring, pieces):
+    def note_begin(ring, pieces, after):
         if is_far := any(isinstance(piece, FarPiece) for piece in pieces):
             events.append(1)
-        tile = begin(ring, pieces)
+        tile = begin(ring, pieces, after)
         assert bool(tile.reads) == is_far
         return tile
 

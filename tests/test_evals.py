@@ -108,6 +108,12 @@ def test_needles_at_all_depths_of_one_text():
         assert abs(document.text.index(number) / len(document.text) - depth) < 0.05
     used = max(count(document.text + question.text + question.lead) for question in document.questions)
     assert 1900 <= used + 16 <= 2000
+    bare = niah_document(2000, depths, 1, ESSAY, count, seed=5, gives_lead=False)
+    assert [one.references for one in bare.questions] == [one.references for one in document.questions]
+    assert {one.lead for one in bare.questions} == {""}, "the model has to say the answer's beginning itself"
+    assert bare.questions[0].new_tokens > document.questions[0].new_tokens
+    used = max(count(bare.text + question.text) for question in bare.questions)
+    assert used + bare.questions[0].new_tokens <= 2000
     long = niah_document(60_000, depths, 0, ESSAY, count, seed=5)
     assert count(long.text) > 3 * count(ESSAY), "the text is repeated where it is too short"
 
@@ -380,6 +386,10 @@ def test_eval_niah_and_ruler_end_to_end(tmp_path):
     assert {one["length"] for one in kept["answers"]} == {600, 900}
     again = headinfer("eval", "niah", TINY, "--lengths", "600,900", "--depths", "0,50,100", "--out", tmp_path, "--json")
     assert json.loads(again.stdout)["questions"] == 6
+    bare = headinfer("eval", "niah", TINY, "--lengths", "600", "--depths", "50", "--no-lead", "--json")
+    assert json.loads(bare.stdout)["questions"] == 1
+    mixed = headinfer("eval", "niah", TINY, "--lengths", "600", "--depths", "50", "--no-lead", "--out", tmp_path)
+    assert "holds another evaluation" in mixed.stderr
     other = headinfer("eval", "ruler", TINY, "--lengths", "1K", "--out", tmp_path)
     assert other.returncode == 2
     assert "holds another evaluation" in other.stderr

@@ -20,7 +20,7 @@ from headinfer.errors import CapacityError, StateError
 from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import write_in_place
+from headinfer.kv.write_back import WriteInPlace
 
 UNIT = TAIL_UNIT_TOKENS
 HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5
@@ -48,17 +48,17 @@ class LimitedTier(HostTier):
         return super().allocate(shape, dtype)
 
 
-class CountingWriter:
+class CountingWriter(WriteInPlace):
     """Writes in place and counts what it wrote."""
 
     def __init__(self):
         self.calls = self.nbytes = 0
 
-    def __call__(self, destination, source):
+    def __call__(self, destination, source, landed):
         assert destination.shape == source.shape
         self.calls += 1
         self.nbytes += source.numel() * source.element_size()
-        write_in_place(destination, source)
+        super().__call__(destination, source, landed)
 
 
 class Bench:
@@ -284,7 +284,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert ledger.host_bytes == held
         assert ledger.host_peak_bytes >= held
         tails = sum(store.rows * 2 * UNIT * self.bench.token_bytes for store in stores)
-        assert ledger.device_bytes == {"ring": 0, "tail": tails, "staging": 0}
+        assert ledger.device_bytes == {"ring": 0, "tail": tails, "staging": 0, "resident": 0}
         assert sum(store.tail_bytes for store in stores) == tails
 
     def teardown(self):
@@ -522,7 +522,7 @@ def test_all_memory_comes_back_on_close():
     twin.close()
     gc.collect()
     assert bench.ledger.host_bytes == 0
-    assert bench.ledger.device_bytes == {"ring": 0, "tail": 0, "staging": 0}
+    assert bench.ledger.device_bytes == {"ring": 0, "tail": 0, "staging": 0, "resident": 0}
     assert bench.ledger.host_peak_bytes >= 2 * 2800 * bench.token_bytes
 
 
@@ -585,12 +585,13 @@ def test_a_failed_write_leaves_the_store_as_it_was(allowed):
     store, k, v = bench.filled(400, rows=2)
     lanes, count = store.lanes(), itertools.count()
 
-    def write(destination, source):
-        if next(count) >= allowed:
-            raise CapacityError("no write-back buffer, on purpose")
-        write_in_place(destination, source)
+    class Failing(WriteInPlace):
+        def __call__(self, destination, source, landed):
+            if next(count) >= allowed:
+                raise CapacityError("no write-back buffer, on purpose")
+            super().__call__(destination, source, landed)
 
-    store.write = write
+    store.write = Failing()
     with pytest.raises(CapacityError):
         store.append(*bench.new(2, 900))
     assert store.lanes() == lanes

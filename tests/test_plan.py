@@ -9,7 +9,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import headinfer
-from headinfer import engine
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.hf.models import resolve
 from headinfer.kv import head_store
@@ -332,8 +331,6 @@ def test_transfer_hides_from_so_many_tokens_of_a_chunk_on():
 def test_constants_are_those_of_the_engine():
     assert footprint.TAIL_UNIT_TOKENS == head_store.TAIL_UNIT_TOKENS
     assert footprint.SEGMENT_TOKENS == head_store._LARGE_SEGMENT_TOKENS
-    for budget in (MIB, 32 * MIB, 100 * MIB, GIB):
-        assert footprint.write_back_bytes(budget) == engine._write_back_bytes(budget)
 
 
 @pytest.mark.parametrize("tokens", [200, 256, 257, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])

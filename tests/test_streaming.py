@@ -1,5 +1,6 @@
 """The loop against the float64 oracle, for any past, chunk, tile and padding; and how many bytes it moves."""
 
+import gc
 import math
 from dataclasses import dataclass
 
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.resident import Residency, Share
+from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import StagingWriter, make_ring, write_in_place
+from headinfer.kv.transfer import SlotRing
+from headinfer.kv.write_back import StagingWriter, WriteInPlace
 from headinfer.plan.tiles import TilePlan
 from headinfer.streaming import attend_streaming, tiles_of
 
@@ -53,17 +57,21 @@ class Shape:
 class Bench:
     """One layer: a store, a ring, and everything it was ever given, for the oracle."""
 
-    def __init__(self, shape, staging="none", heads_per_group=None, tile_tokens=512, seed=0, model_layout=True):
+    def __init__(
+        self, shape, staging="none", heads_per_group=None, tile_tokens=512, seed=0, model_layout=True, resident_tokens=0
+    ):
         self.shape, self.plan = shape, TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "")
         self.rng, self.ledger, self.model_layout = torch.Generator().manual_seed(seed), Ledger(), model_layout
-        write, self.ring = write_in_place, None
-        if staging != "none":
-            write = StagingWriter(64 * shape.token_bytes, CPU, self.ledger, None)
+        write, self.ring, share, streams = WriteInPlace(), None, None, open_streams(staging, CPU)
+        if streams is not None:
+            write = StagingWriter(64 * shape.token_bytes, CPU, self.ledger, streams)
             head_token_bytes = shape.token_bytes // shape.kv_heads
             slot_bytes = -(-self.plan.heads_per_group * tile_tokens * head_token_bytes // 256) * 256
-            self.ring = make_ring(staging, 2, slot_bytes, CPU, self.ledger, None)
+            self.ring = SlotRing(2, slot_bytes, CPU, self.ledger, streams)
+            room = resident_tokens * shape.token_bytes * shape.rows
+            share = Share(Residency(room, CPU, self.ledger, streams), room, 0)
         _, self.k, self.v = self.chunk(0)
-        self.store = HeadStore(self.k, self.v, tier=HostTier(self.ledger), ledger=self.ledger, write=write)
+        self.store = HeadStore(self.k, self.v, tier=HostTier(self.ledger), ledger=self.ledger, write=write, share=share)
         self.used = set()
 
     def chunk(self, tokens):
@@ -156,6 +164,7 @@ def benches(draw):
         heads_per_group=draw(st.integers(1, shape.kv_heads)),
         tile_tokens=draw(st.sampled_from([1000, 128, 100, 37, 16])),
         seed=draw(st.integers(0, 2**31 - 1)),
+        resident_tokens=draw(st.sampled_from([0, 0, 128, 256, 640, 10_000])),
     )
 
 
@@ -273,10 +282,11 @@ def test_the_same_plan_gives_the_same_bits(tokens, heads_per_group):
 def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
     for tokens in lengths:
         bench.fill(tokens)
-        before, on_host = bench.ledger.host_to_device_bytes, bench.store.host_tokens * bench.shape.rows
+        before, spans = bench.ledger.host_to_device_bytes, [span for table in bench.store._tables for span in table]
         bench.attend(*bench.chunk(3))
         crossed = bench.ledger.host_to_device_bytes - before
-        assert crossed == (on_host * bench.shape.token_bytes if bench.ring else 0)
+        on_host_only = sum(max(span.stop - span.segment.resident_tokens, 0) for span in spans)
+        assert crossed == (on_host_only * bench.shape.token_bytes if bench.ring else 0)
 
 
 @pytest.mark.parametrize("staging", STAGINGS)
@@ -362,3 +372,74 @@ def test_the_kernels_that_ran_are_noted():
     assert bench.used == {"eager"}
     bench.attend(*bench.chunk(1), backend="cpu-flash")
     assert bench.used == {"eager", "cpu-flash"}
+
+
+# -- what stays on the device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staging", ["early", "late"])
+@pytest.mark.parametrize("resident_tokens", range(0, 1281, 128))
+def test_any_split_between_device_and_host_is_the_oracle_s(staging, resident_tokens):
+    bench = Bench(Shape(rows=2, kv_heads=3, group=2), staging, 2, 190, resident_tokens=resident_tokens)
+    for tokens in (300, 600, 1, 1, 200, 3):
+        bench.assert_step(tokens)
+    held = bench.ledger.device_bytes["resident"]
+    assert held <= 2 * resident_tokens * bench.shape.token_bytes
+    on_device = min(resident_tokens, bench.store.host_tokens)
+    for table in bench.store._tables:
+        assert sum(min(span.segment.resident_tokens, span.stop) for span in table) == on_device
+    before = bench.ledger.host_to_device_bytes
+    bench.assert_step(1)
+    crossed = bench.ledger.host_to_device_bytes - before
+    assert (
+        crossed
+        == 2 * (bench.store.host_tokens - min(resident_tokens, bench.store.host_tokens)) * bench.shape.token_bytes
+    )
+
+
+@pytest.mark.parametrize("staging", ["early", "late"])
+def test_letting_go_of_resident_tokens_changes_nothing(staging):
+    bench = Bench(Shape(rows=2), staging, 1, 150, resident_tokens=2000)
+    bench.fill(700)
+    pool, token_bytes = bench.store.share.pool, bench.shape.token_bytes
+    assert bench.store.is_all_resident
+    for tokens in (500, 256, 128, 0):
+        bench.assert_step(2)
+        bench.fill(130)
+        pool.let_go(2 * tokens * token_bytes)
+        gc.collect()
+        assert pool.held_bytes <= 2 * tokens * token_bytes
+        assert not bench.store.is_all_resident
+    bench.assert_step(5)
+    assert pool.held_bytes == 0
+
+
+@pytest.mark.parametrize("staging", ["early", "late"])
+def test_resident_tokens_are_shared_and_written_again_after_a_crop(staging):
+    bench = Bench(Shape(), staging, 1, 150, resident_tokens=4000)
+    bench.fill(900)
+    held = bench.ledger.device_bytes["resident"]
+    bench.select_rows([0, 0, 0])
+    bench.assert_step(3)
+    assert bench.ledger.device_bytes["resident"] == held
+    bench.fill(300)  # the rows go their own ways
+    bench.assert_step(1)
+    for tokens in (800, 130, 0):
+        bench.store.crop(tokens)
+        bench.k, bench.v = bench.k[:, :, :tokens], bench.v[:, :, :tokens]
+        bench.assert_step(400)
+        bench.assert_step(1)
+
+
+def test_a_known_length_is_one_piece_on_the_device():
+    """Then attention on the past is one call, as without offloading."""
+    bench = Bench(Shape(rows=2), "early", resident_tokens=4000)
+    share = bench.store.share
+    bench.store.share, bench.store.expected_tokens = Share(share.pool, share.nbytes, 2048), 2048
+    for tokens in (300, 600, 700):
+        bench.fill(tokens)
+        (first, second) = tiles_of(bench.store, slice(0, 2), 100, None)
+        assert [len(tile.near) for tile in (first, second)] == [1, 1]
+        assert first.near[0][0].shape[1] == bench.store.host_tokens
+    assert bench.ledger.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
+    bench.assert_step(3)

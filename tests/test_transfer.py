@@ -8,25 +8,19 @@ from hypothesis import strategies as st
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import Engine, Options
 from headinfer.errors import CapacityError, StateError
-from headinfer.kv import transfer
+from headinfer.kv import streams
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.streams import AtLast, AtOnce
 from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import (
-    EarlyRing,
-    InPlace,
-    LateRing,
-    StagingWriter,
-    copy_contiguous,
-    make_ring,
-    write_in_place,
-)
+from headinfer.kv.transfer import InPlace, SlotRing
+from headinfer.kv.write_back import StagingWriter, WriteInPlace
 from headinfer.plan.tiles import TilePlan
 from headinfer.streaming import attend_streaming
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")
-both_rings = pytest.mark.parametrize("kind", [EarlyRing, LateRing])
+both_twins = pytest.mark.parametrize("kind", [AtOnce, AtLast])
 
 
 def seeded(seed):
@@ -52,14 +46,14 @@ def nbytes(*tensors):
 # -- the ring --------------------------------------------------------------------------------------------------
 
 
-@both_rings
+@both_twins
 @PROPERTY
 @given(data=st.data())
 def test_tiles_come_out_as_their_pieces_joined(kind, data):
     draw = data.draw
     rng, ledger = seeded(draw(st.integers(0, 2**31 - 1))), Ledger()
     slots = draw(st.integers(2, 4))
-    ring = kind(slots, 4096, CPU, ledger)
+    ring = SlotRing(slots, 4096, CPU, ledger, kind())
     total = copies = 0
     tickets = []
     for _ in range(draw(st.integers(1, 8))):
@@ -87,9 +81,9 @@ def test_tiles_come_out_as_their_pieces_joined(kind, data):
     assert ledger.device_bytes["ring"] == 0
 
 
-@both_rings
+@both_twins
 def test_a_slot_in_use_is_refused(kind):
-    ring, pieces = kind(2, 1024, CPU, Ledger()), random_pieces(seeded(0), 1, [4], (4, 4))
+    ring, pieces = SlotRing(2, 1024, CPU, Ledger(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
     first, second = ring.fetch(pieces), ring.fetch(pieces)
     with pytest.raises(StateError, match="still in use"):
         ring.fetch(pieces)
@@ -100,10 +94,10 @@ def test_a_slot_in_use_is_refused(kind):
     ring.fetch(pieces)
 
 
-@both_rings
+@both_twins
 def test_a_refused_fetch_changes_nothing(kind):
     ledger = Ledger()
-    ring, pieces = kind(2, 1024, CPU, ledger), random_pieces(seeded(0), 1, [4], (4, 4))
+    ring, pieces = SlotRing(2, 1024, CPU, ledger, kind()), random_pieces(seeded(0), 1, [4], (4, 4))
     first, _ = ring.fetch(pieces), ring.fetch(pieces)
     wanted = joined(pieces)
     moved = ledger.host_to_device_bytes
@@ -113,18 +107,18 @@ def test_a_refused_fetch_changes_nothing(kind):
     assert all(map(torch.equal, joined(ring.wait(first)), wanted))
 
 
-@both_rings
+@both_twins
 def test_a_tile_larger_than_a_slot_is_refused(kind):
-    ring = kind(2, 2 * 8 * (4 + 4) * 4, CPU, Ledger())
+    ring = SlotRing(2, 2 * 8 * (4 + 4) * 4, CPU, Ledger(), kind())
     ring.fetch(random_pieces(seeded(0), 2, [5, 3], (4, 4)))  # fills a slot to the last byte
     with pytest.raises(StateError, match="exceeds a slot"):
         ring.fetch(random_pieces(seeded(0), 2, [5, 4], (4, 4)))
     ring.fetch(random_pieces(seeded(0), 2, [16], (4, 4), torch.bfloat16))
 
 
-@both_rings
+@both_twins
 def test_abandon_frees_all_slots(kind):
-    ring, pieces = kind(2, 1024, CPU, Ledger()), random_pieces(seeded(0), 1, [4], (4, 4))
+    ring, pieces = SlotRing(2, 1024, CPU, Ledger(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
     ring.fetch(pieces)
     ring.fetch(pieces)
     ring.abandon()
@@ -134,9 +128,9 @@ def test_abandon_frees_all_slots(kind):
         assert all(map(torch.equal, joined(ring.wait(ticket)), joined(fresh)))
 
 
-@both_rings
+@both_twins
 def test_a_released_ticket_cannot_be_used_again(kind):
-    ring = kind(2, 1024, CPU, Ledger())
+    ring = SlotRing(2, 1024, CPU, Ledger(), kind())
     ticket = ring.fetch(random_pieces(seeded(0), 1, [4], (4, 4)))
     ring.release(ticket)
     with pytest.raises(KeyError):
@@ -144,19 +138,19 @@ def test_a_released_ticket_cannot_be_used_again(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_late_ring_shows_a_missing_wait_as_nan(dtype):
-    ring = LateRing(2, 1024, CPU, Ledger())
+def test_the_late_twin_shows_a_missing_wait_as_nan(dtype):
+    ring = SlotRing(2, 1024, CPU, Ledger(), AtLast())
     pieces = random_pieces(seeded(0), 2, [4, 3], (4, 5), dtype)
     for _ in range(3):  # also where the slot held an older tile
         ticket = ring.fetch(pieces)
-        unwaited = joined(EarlyRing.wait(ring, ticket))  # what a kernel would read that did not wait
+        unwaited = ring._in_use[ticket][0]  # what a kernel would read that did not wait
         assert all(side.isnan().all() for side in unwaited)
         assert all(map(torch.equal, joined(ring.wait(ticket)), joined(pieces)))
         ring.release(ticket)
 
 
-def test_the_early_ring_shows_a_slot_reused_too_early():
-    ring = EarlyRing(2, 1024, CPU, Ledger())
+def test_the_early_twin_shows_a_slot_reused_too_early():
+    ring = SlotRing(2, 1024, CPU, Ledger(), AtOnce())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(3)]
     first, _ = ring.fetch(tiles[0]), ring.fetch(tiles[1])
     ((k, v),) = ring.wait(first)
@@ -167,13 +161,42 @@ def test_the_early_ring_shows_a_slot_reused_too_early():
     assert torch.equal(v, tiles[2][0][1])
 
 
-def test_copies_between_other_layouts_are_refused():
-    contiguous, strided = torch.zeros(4, 6), torch.zeros(6, 4).T
-    copy_contiguous(contiguous, torch.ones(4, 6))
+@both_twins
+def test_what_was_expected_is_fetched_once(kind):
+    ledger = Ledger()
+    ring = SlotRing(2, 1024, CPU, ledger, kind())
+    tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(4)]
+    size = nbytes(*joined(tiles[0]))
+    ticket = ring.fetch(tiles[0], key="0")
+    ring.expect(tiles[1], key="1")
+    ring.expect(tiles[2], key="2")  # no slot is free: nothing happens
+    assert ledger.host_to_device_bytes == 2 * size
+    ring.release(ticket)
+    ticket = ring.fetch(tiles[1], key="1")
+    assert ledger.host_to_device_bytes == 2 * size
+    assert all(map(torch.equal, joined(ring.wait(ticket)), joined(tiles[1])))
+    ring.expect(tiles[2], key="2")
+    ring.release(ticket)
+    for key in ("3", None):  # another tile than was expected, or one without a name
+        ticket = ring.fetch(tiles[3], key=key)
+        assert all(map(torch.equal, joined(ring.wait(ticket)), joined(tiles[3])))
+        ring.expect(tiles[2], key=key)
+        ring.release(ticket)
+    ring.forget()
+    tickets = [ring.fetch(tiles[0]), ring.fetch(tiles[1])]
+    assert all(map(torch.equal, joined(ring.wait(tickets[1])), joined(tiles[1])))
+
+
+@both_twins
+@pytest.mark.parametrize("queue", ["fetch", "back"])
+def test_copies_between_other_layouts_are_refused(kind, queue):
+    contiguous, strided, twin = torch.zeros(4, 6), torch.zeros(6, 4).T, kind()
+    twin.copy([(contiguous, torch.ones(4, 6))], queue)
+    twin.drain()
     assert (contiguous == 1).all()
     for sides in ((contiguous, strided), (strided, contiguous)):
         with pytest.raises(AssertionError, match="contiguous on both sides"):
-            copy_contiguous(*sides)
+            twin.copy([sides], queue)
 
 
 def test_in_place_a_tile_is_the_pieces_themselves():
@@ -191,32 +214,21 @@ def test_in_place_a_tile_is_the_pieces_themselves():
         ring.wait(ticket)
 
 
-def test_make_ring_makes_the_ring_asked_for():
-    for staging, kind in (("early", EarlyRing), ("late", LateRing)):
-        ring = make_ring(staging, 2, 512, CPU, Ledger(), None)
-        assert type(ring) is kind
-        assert ring.slot_bytes == 512
-
-
 # -- mistakes in the loop are seen -----------------------------------------------------------------------------
 
 
-class Overwriting(EarlyRing):
+class Overwriting(SlotRing):
     """A ring that forgets that a slot is in use: the next tile lands in the one that is about to be read."""
 
-    def fetch(self, pieces):
-        tiles = dict(self._slots.in_use)
-        self._slots.in_use.clear()
-        ticket = super().fetch(pieces)
-        self._slots.in_use.update(tiles)
-        return ticket
+    def _is_in_use(self, ticket):
+        return False
 
 
-class Unwaiting(LateRing):
+class Unwaiting(SlotRing):
     """A ring whose wait does not wait."""
 
     def wait(self, ticket):
-        return EarlyRing.wait(self, ticket)
+        return (self._in_use[ticket][0],)
 
 
 def stream_with(ring, ledger, backend):
@@ -224,7 +236,7 @@ def stream_with(ring, ledger, backend):
     rng = seeded(3)
     k, v = (torch.randn(1, 2, 701, 16, generator=rng) for _ in range(2))
     q = torch.randn(1, 4, 1, 16, generator=rng)
-    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=write_in_place)
+    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
     store.append(k[:, :, :700], v[:, :, :700])
     out = attend_streaming(
         q,
@@ -240,23 +252,23 @@ def stream_with(ring, ledger, backend):
     return float((out.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("kind", [EarlyRing, LateRing])
+@both_twins
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_the_loop_keeps_the_protocol(kind, backend):
     ledger = Ledger()
-    assert stream_with(kind(2, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend) < 2e-6
+    assert stream_with(SlotRing(2, 2 * 100 * 32 * 4, CPU, ledger, kind()), ledger, backend) < 2e-6
 
 
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_a_slot_overwritten_in_the_loop_gives_wrong_numbers(backend):
     ledger = Ledger()
-    assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend) > 0.01
+    assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, ledger, AtOnce()), ledger, backend) > 0.01
 
 
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_a_wait_missing_in_the_loop_gives_nan(backend):
     ledger = Ledger()
-    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, ledger), ledger, backend)
+    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, ledger, AtLast()), ledger, backend)
     assert error != error  # NaN
 
 
@@ -271,9 +283,10 @@ LAYOUTS = {
 }
 
 
+@both_twins
 @PROPERTY
 @given(data=st.data())
-def test_write_back_brings_any_layout_home_in_pieces(data):
+def test_write_back_brings_any_layout_home_in_pieces(kind, data):
     draw = data.draw
     rng, ledger = seeded(draw(st.integers(0, 2**31 - 1))), Ledger()
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
@@ -282,8 +295,9 @@ def test_write_back_brings_any_layout_home_in_pieces(data):
     buffer_bytes = row_bytes * draw(st.integers(1, 12)) + draw(st.sampled_from([0, dtype.itemsize]))
     source = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](torch.randn(heads, tokens, dim, generator=rng).to(dtype))
     memory = torch.full((heads, tokens + 7, dim), 99.0, dtype=dtype)
-    write = StagingWriter(buffer_bytes, CPU, ledger, None)
-    write(memory[:, 2 : tokens + 2], source)
+    write = StagingWriter(buffer_bytes, CPU, ledger, kind())
+    write(memory[:, 2 : tokens + 2], source, write.event())
+    write.settle()
     assert torch.equal(memory[:, 2 : tokens + 2], source)
     assert (memory[:, :2] == 99).all()
     assert (memory[:, tokens + 2 :] == 99).all()
@@ -296,14 +310,31 @@ def test_write_back_brings_any_layout_home_in_pieces(data):
 
 
 def test_a_write_back_buffer_too_small_for_a_token_is_refused():
-    write = StagingWriter(31, CPU, Ledger(), None)
+    write = StagingWriter(31, CPU, Ledger(), AtOnce())
     with pytest.raises(CapacityError, match="holds no token of 32 bytes"):
-        write(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+        write(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None)
+
+
+def test_a_write_back_buffer_is_not_packed_again_before_it_is_empty():
+    class Hurrying(AtLast):
+        """Does not make the compute queue wait."""
+
+        def wait(self, event, queue):
+            if queue != "compute":
+                super().wait(event, queue)
+
+    source = torch.randn(2, 9, 4, generator=seeded(0))
+    for kind, is_right in ((AtLast, True), (Hurrying, False)):
+        memory = torch.zeros(2, 9, 4)
+        write = StagingWriter(2 * 4 * 4 * 2, CPU, Ledger(), kind())
+        write(memory, source, write.event())
+        write.settle()
+        assert torch.equal(memory, source) == is_right
 
 
 def test_writing_in_place_is_a_copy():
     destination, source = torch.zeros(2, 3, 4), torch.randn(3, 2, 4, generator=seeded(0)).transpose(0, 1)
-    write_in_place(destination, source)
+    WriteInPlace()(destination, source)
     assert torch.equal(destination, source)
     assert destination.data_ptr() != source.data_ptr()
 
@@ -316,19 +347,20 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(staging, mon
     """Two layers, two rows, chunks as a model gives them; all that crosses the link goes through one function."""
     moved = []
 
-    def spy(destination, source):
-        assert destination.is_contiguous()
-        assert source.is_contiguous()
-        assert destination.dtype == source.dtype
-        assert destination.numel() == source.numel() > 0
-        moved.append(nbytes(source))
-        copy_contiguous(destination, source)
+    checked = streams.check_contiguous
 
-    def refuse(destination, source):
+    def spy(copies):
+        for destination, source in checked(copies):
+            assert destination.dtype == source.dtype
+            assert destination.numel() == source.numel() > 0
+            moved.append(nbytes(source))
+            yield destination, source
+
+    def refuse(*_):
         raise AssertionError("a write that is not staged")
 
-    monkeypatch.setattr(transfer, "copy_contiguous", spy)
-    monkeypatch.setattr("headinfer.engine.write_in_place", refuse)
+    monkeypatch.setattr(streams, "check_contiguous", spy)
+    monkeypatch.setattr(WriteInPlace, "__call__", refuse)
     rng, layers, scale = seeded(1), 2, 0.25
     engine = Engine(Options(staging=staging, device_kv_budget=700_000, tile_tokens=300), layers)
     stores, told = [], [[], []]

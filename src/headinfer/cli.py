@@ -70,7 +70,9 @@ def generate(
     tile_tokens: Annotated[
         int | None, typer.Option(help="Tokens streamed together; chosen before each pass where not given.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="The attention kernel to try first; see headinfer info.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Attention kernels to try first, with commas between; see headinfer info.")
+    ] = None,
     staging: Annotated[
         str, typer.Option(help="auto; or early / late: force the ring on a CPU, as on a GPU, for tests.")
     ] = "auto",
@@ -180,6 +182,7 @@ def info(
         *((name, version) for name, version in found["versions"].items()),
         ("CPU", f"{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}"),
         ("CUDA devices", ", ".join(gpus)),
+        *(("host memory pinned", _pinning_of(gpu)) for gpu in found["cuda_devices"]),
         ("host memory available", format_bytes(memory["host_available_bytes"])),
         ("native decode kernel", found["native_kernel"]),
         ("model families", ", ".join(found["families"])),
@@ -189,6 +192,11 @@ def info(
     console.print(
         columns_table("attention backends, in the order tried", ("name", "device", "what", "here"), backends, "left")
     )
+
+
+def _pinning_of(gpu: dict[str, Any]) -> str:
+    near = "" if gpu["numa_node"] is None else f", on NUMA node {gpu['numa_node']} where there is room"
+    return f"{gpu['pinned_host_memory']} ({gpu['name']}{near})"
 
 
 @app.command()

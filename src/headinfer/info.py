@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from typing import Any
 
 import psutil
@@ -12,11 +13,16 @@ import transformers
 
 import headinfer
 from headinfer.attention import native
-from headinfer.attention.backends import BACKENDS, Problem
+from headinfer.attention.backends import BACKENDS, Problem, capability_of
 from headinfer.hf.families import SUPPORTED_FAMILIES
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.numa import node_of
+from headinfer.kv.tiers import HostTier
 from headinfer.plan.memory import available_host_bytes, format_bytes
 
-__all__ = ["gather_info", "machine"]
+__all__ = ["gather_info", "machine", "pinning"]
+
+_TRIAL_BYTES = 256 * 2**20
 
 
 def gather_info() -> dict[str, Any]:
@@ -58,9 +64,11 @@ def machine() -> str:
 def _backend(backend: Any) -> dict[str, str]:
     device_type = "cpu" if backend.device_type == "any" else backend.device_type
     dtype = torch.bfloat16 if device_type == "cuda" and backend.name != "cuda-efficient" else torch.float32
-    reason = backend.refuses(Problem(device_type, dtype, 1, 128, 128))
     if device_type == "cuda" and not torch.cuda.is_available():
-        reason = "no CUDA device"
+        reason: str | None = "no CUDA device"
+    else:  # on CUDA the chunk on itself, which every kernel there does; on CPUs decode, which has a kernel of its own
+        rows, capability = (0, capability_of(torch.device("cuda"))) if device_type == "cuda" else (1, (0, 0))
+        reason = backend.refuses(Problem(device_type, dtype, rows, 128, 128, capability=capability))
     return {
         "name": backend.name,
         "device": backend.device_type,
@@ -72,7 +80,26 @@ def _backend(backend: Any) -> dict[str, str]:
 def _cuda_device(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     free_bytes, _ = torch.cuda.mem_get_info(index)
-    return {"name": properties.name, "total_bytes": properties.total_memory, "free_bytes": free_bytes}
+    device = torch.device("cuda", index)
+    return {
+        "name": properties.name,
+        "total_bytes": properties.total_memory,
+        "free_bytes": free_bytes,
+        "capability": f"{properties.major}.{properties.minor}",
+        "numa_node": node_of(device),
+        "pinned_host_memory": pinning(device),
+    }
+
+
+def pinning(device: torch.device) -> str:
+    """Whether the system pins host memory for a device: "yes", or why not and what serves instead."""
+    tier = HostTier(Ledger(), device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is said here
+        tier.allocate((_TRIAL_BYTES,), torch.uint8)
+    if not tier.pin_refusal:
+        return "yes"
+    return f"no, KV goes to the device through a few buffers: {tier.pin_refusal}"
 
 
 def _cpu_name() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from headinfer.attention.backends import Problem, choose
+from headinfer.attention.backends import Problem, capability_of, choose
 from headinfer.machine import device_name, this_machine
 from headinfer.plan.hardware import Hardware
 
@@ -161,7 +161,7 @@ def _attention_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     rows = _GROUP * _CHUNK_TOKENS
     q = _noise(_HEADS, rows, _DIM, dtype=dtype, device=device)
     k, v = (_noise(_HEADS, _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
-    past = choose(Problem(device.type, dtype, rows, _DIM, _DIM)).past
+    past = choose(Problem(device.type, dtype, rows, _DIM, _DIM, capability=capability_of(device))).past
     return 4 * _HEADS * rows * _PAST_TOKENS * _DIM / _seconds(lambda: past(q, [(k, v)], 0.1, None), device)
 
 
@@ -170,7 +170,7 @@ def _kv_bytes_per_s(device: torch.device) -> float:
     dtype = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
     q = _noise(_HEADS, _GROUP, _DIM, dtype=dtype, device=device)
     k, v = (torch.ones(_HEADS, 16 * _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
-    past = choose(Problem(device.type, dtype, _GROUP, _DIM, _DIM)).past
+    past = choose(Problem(device.type, dtype, _GROUP, _DIM, _DIM, capability=capability_of(device))).past
     return (k.nbytes + v.nbytes) / _seconds(lambda: past(q, [(k, v)], 0.1, None), device)
 
 

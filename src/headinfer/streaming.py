@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from headinfer.attention.backends import Backend, Problem, choose
+from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
-from headinfer.kv.disk import FarPiece
+from headinfer.kv.disk import FarPiece, LoosePiece
 from headinfer.kv.head_store import HeadStore, Runs, first_of
+from headinfer.kv.segments import Arena, Lane, Span
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import TilePlan
 
@@ -32,10 +34,17 @@ __all__ = ["Tile", "attend_streaming", "tiles_of"]
 
 @dataclass(frozen=True)
 class Tile:
-    """Some tokens of one head group, for the rows that share them."""
+    """Some tokens of one head group, for the rows that share them.
+
+    near: what lies on the device; else pieces are to be fetched. after: events of their write-back. key: equal for
+    tiles of the same tokens of the same segments, as long as these hold the same.
+    """
 
     rows: tuple[int, ...]
-    pieces: tuple[Piece | FarPiece, ...]
+    pieces: tuple[Piece | FarPiece | LoosePiece, ...] = ()
+    after: tuple[Any, ...] = ()
+    key: Hashable = None
+    near: tuple[Piece, ...] = ()
 
 
 @dataclass
@@ -51,15 +60,25 @@ class Layer:
     backend: str | None
     past_tokens: int
     used: set[str] = field(default_factory=set)
+    tile_tokens: int = 0
 
-    def problem(self, query_rows: int) -> Problem:
+    def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
         """What a kernel must do for this many query rows per KV head (0: the chunk on itself)."""
-        dims = self.k.shape[3], self.v.shape[3]
-        return Problem(self.q.device.type, self.q.dtype, query_rows, *dims, self.softcap is not None)
+        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), 0 < key_tokens == self.tile_tokens
+        return Problem(
+            device.type,
+            self.q.dtype,
+            query_rows,
+            *dims,
+            self.softcap is not None,
+            capability_of(device),
+            key_tokens,
+            is_full,
+        )
 
-    def kernel(self, query_rows: int) -> Backend:
-        """The backend for a problem; its name is noted."""
-        backend = choose(self.problem(query_rows), self.backend)
+    def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
+        """The backend for a problem; its name is noted. key_tokens: of one piece; 0: of several, or any number."""
+        backend = choose(self.problem(query_rows, key_tokens), self.backend)
         self.used.add(backend.name)
         return backend
 
@@ -91,28 +110,31 @@ def attend_streaming(
     """
     q = q.contiguous()  # packed once, not per tile
     past = store.tokens if past_tokens is None else past_tokens
-    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set())
+    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set(), plan.tile_tokens)
     past_runs = runs if past == store.tokens else first_of(runs, past, q.shape[0])
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [(heads, tile) for heads in groups for tile in tiles_of(store, heads, plan.tile_tokens, past_runs)]
+    work = [list(tiles_of(store, heads, plan.tile_tokens, past_runs)) for heads in groups]
     way: Ring = ring if ring is not None else InPlace()
-    coming, after = iter(work), iter(following)
-    tickets = deque(way.fetch(tile.pieces) for _, tile in itertools.islice(coming, way.depth))
-    for heads in groups:
-        state, resident = _own_state(layer, heads, runs, past_runs)
-        for tile in (tile for its_heads, tile in work if its_heads is heads):
-            later = next(coming, None)
-            if later is not None:
-                tickets.append(way.fetch(later[1].pieces))
+    coming = (tile for tiles in work for tile in tiles if not tile.near)
+    after = iter(following)
+    tickets = deque(way.fetch(tile.pieces, tile.after, tile.key) for tile in itertools.islice(coming, way.depth))
+    for heads, tiles in zip(groups, work, strict=True):
+        state, own = _own_state(layer, heads, runs, past_runs)
+        for tile in tiles:
+            near = own.pop(tile.rows[0], ()) if len(tile.rows) == 1 else ()
+            if tile.near:
+                _attend_tile(layer, heads, state, tile.rows, (*tile.near, *near))
+                continue
+            if (later := next(coming, None)) is not None:
+                tickets.append(way.fetch(later.pieces, later.after, later.key))
             elif (expected := next(after, None)) is not None:
-                way.expect(expected.pieces)
+                way.expect(expected.pieces, expected.after, expected.key)
             ticket = tickets.popleft()
-            near = resident.pop(tile.rows[0], ()) if len(tile.rows) == 1 else ()
             _attend_tile(layer, heads, state, tile.rows, (*way.wait(ticket), *near))
             way.release(ticket)
-        for row, near in resident.items():
+        for row, near in own.items():
             _attend_tile(layer, heads, state, (row,), near)
         queries = slice(heads.start * group, heads.stop * group)
         merged = state.out if sinks is None else state.with_sinks(sinks[queries, None])
@@ -121,21 +143,59 @@ def attend_streaming(
 
 
 def tiles_of(store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None) -> Iterator[Tile]:
-    """The host part of a head group as tiles of at most tile_tokens tokens."""
+    """The segments of a head group as tiles: what lies on the device whole, the rest in at most tile_tokens tokens."""
     for lane in store.lanes(runs):
-        pieces: list[Piece | FarPiece] = []
+        resident, far = _by_place(lane)
+        if resident:
+            yield Tile(lane.rows, near=tuple(_joined(resident, heads)))
+        pieces: list[Span] = []
         room = tile_tokens
-        for span in lane.spans:
+        for span in far:
             start = span.start
             while start < span.stop:
                 stop = min(span.stop, start + room)
-                pieces.append(span.segment.piece(heads, start, stop))
+                pieces.append(Span(span.segment, start, stop))
                 room, start = room - (stop - start), stop
                 if room == 0:
-                    yield Tile(lane.rows, tuple(pieces))
+                    yield _tile(lane.rows, heads, pieces)
                     pieces, room = [], tile_tokens
         if pieces:
-            yield Tile(lane.rows, tuple(pieces))
+            yield _tile(lane.rows, heads, pieces)
+
+
+def _by_place(lane: Lane) -> tuple[list[Span], list[Span]]:
+    """The spans of a lane, or parts of them, on the device and on the host only."""
+    near, far = [], []
+    for span in lane.spans:
+        stop = min(max(span.segment.resident_tokens, span.start), span.stop)
+        if span.start < stop:
+            near.append(Span(span.segment, span.start, stop))
+        if stop < span.stop:
+            far.append(Span(span.segment, stop, span.stop))
+    return near, far
+
+
+def _joined(spans: Sequence[Span], heads: slice) -> Iterator[Piece]:
+    """Resident spans as few pieces: neighbours in an arena are one."""
+    arena: Arena | None = None
+    begin = end = 0
+    for span in spans:
+        start = span.segment.arena_start + span.start
+        if span.segment.arena is not arena or start != end:
+            if arena is not None:
+                yield arena.k[heads, begin:end], arena.v[heads, begin:end]
+            arena, begin = span.segment.arena, start
+        end = start + span.tokens
+    if arena is not None:
+        yield arena.k[heads, begin:end], arena.v[heads, begin:end]
+
+
+def _tile(rows: tuple[int, ...], heads: slice, spans: Sequence[Span]) -> Tile:
+    """A tile that has to be fetched."""
+    pieces = tuple(span.segment.piece(heads, span.start, span.stop) for span in spans)
+    after = dict.fromkeys(span.segment.landed for span in spans if span.segment.landed is not None)
+    key = tuple((s.segment, s.segment.rewinds, heads.start, heads.stop, s.start, s.stop) for s in spans)
+    return Tile(rows, pieces, tuple(after), key)
 
 
 def _attend_tile(
@@ -148,7 +208,8 @@ def _attend_tile(
         layer.q[row, heads.start * group : heads.stop * group].reshape(kv_heads, -1, layer.q.shape[3]) for row in rows
     ]
     q = packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
-    part = layer.kernel(q.shape[1]).past(q, pieces, layer.scale, layer.softcap)
+    key_tokens = pieces[0][0].shape[1] if len(pieces) == 1 else 0
+    part = layer.kernel(q.shape[1], key_tokens).past(q, pieces, layer.scale, layer.softcap)
     share = q.shape[1] // len(rows)
     for index, row in enumerate(rows):
         mine = part[:, index * share : (index + 1) * share]
@@ -201,4 +262,4 @@ def _run_in_chunk(
             later, [(k[row, :, lo:hi], v[row, :, lo:hi])], layer.scale, layer.softcap
         )
         shape = (q.shape[1], q.shape[2] - hi)
-        state[row, :, hi:].merge_(AttentionState(part.out.view(*shape, -1), part.lse.reshape(shape)))
+        state[row, :, hi:].merge_(AttentionState(part.out.reshape(*shape, -1), part.lse.reshape(shape)))

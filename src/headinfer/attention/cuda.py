@@ -1,41 +1,51 @@
 """CUDA kernels that return a log-sum-exp. Shapes as in backends.py; nothing here runs at import.
 
-The kernels round each partial output to the input's half type once; the merges are in float32.
+torch's kernels round each partial output to the input's half type once; the merges are in float32. A piece's output
+stays in the kernel's own type and layout, since merging reads it once; a square's is the running state.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from headinfer.attention import triton_calls
+from headinfer.attention.problem import HALVES, Piece, Problem, expand_heads, over_blocks
 from headinfer.attention.state import AttentionState
 
-if TYPE_CHECKING:
-    from headinfer.attention.backends import Problem
-
 __all__ = [
+    "cudnn_piece",
+    "cudnn_refuses",
+    "cudnn_square",
     "efficient_piece",
     "efficient_refuses",
     "efficient_square",
     "flash_piece",
     "flash_refuses",
     "flash_square",
+    "triton_past",
+    "triton_refuses",
+    "triton_square",
     "varlen_piece",
     "varlen_refuses",
     "varlen_square",
 ]
 
-_HALVES = (torch.bfloat16, torch.float16)
+_SPLIT_TOKENS = 1024  # keys of a batch entry, for a kernel that does not split them itself
+_PLANNED_TOKENS = 1024  # keys of a tile from which a plan of cuDNN's is worth making
+_ALL_TYPES = (torch.float32, *HALVES)
 
 
 def _half_up_to_256(problem: Problem) -> str | None:
     if problem.softcap:
         return "no soft cap"
-    if problem.dtype not in _HALVES:
+    if problem.dtype not in HALVES:
         return "for bfloat16 and float16"
     if max(problem.key_dim, problem.value_dim) > 256:
         return "head dims up to 256"
@@ -97,7 +107,7 @@ def varlen_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     dim = v.shape[-1]
     q, k, v = _same_width(q, k, v)
     out, lse = _varlen_call(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale, 1, causal=False)
-    return AttentionState(out.transpose(0, 1)[..., :dim].float().contiguous(), lse.contiguous())
+    return AttentionState(out.transpose(0, 1)[..., :dim], lse)
 
 
 def varlen_square(
@@ -107,8 +117,8 @@ def varlen_square(
     rows, dim = q.shape[0], v.shape[-1]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in _same_width(q, k, v))
     out, lse = _varlen_call(q, k, v, scale, rows, causal=True)
-    out = out.unflatten(0, (rows, -1)).transpose(1, 2)[..., :dim].float().contiguous()
-    return AttentionState(out, lse.unflatten(1, (rows, -1)).transpose(0, 1).contiguous())
+    out, lse = out.unflatten(0, (rows, -1)).transpose(1, 2), lse.unflatten(1, (rows, -1)).transpose(0, 1)
+    return AttentionState(out[..., :dim], lse).running()
 
 
 # -- aten flash ----------------------------------------------------------------------------------------------
@@ -123,7 +133,7 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, caus
     dim = v.shape[-1]
     q, k, v = _same_width(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return AttentionState(out[..., :dim].float().contiguous(), lse.contiguous())
+    return AttentionState(out[..., :dim], lse)
 
 
 def flash_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
@@ -135,7 +145,54 @@ def flash_square(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal; the kernel groups the heads itself."""
-    return _flash(q, k, v, scale, causal=True)
+    return _flash(q, k, v, scale, causal=True).running()
+
+
+# -- cuDNN ---------------------------------------------------------------------------------------------------
+
+
+def cudnn_refuses(problem: Problem) -> str | None:
+    """None where cuDNN's attention serves the problem and is worth a plan, which it makes for every new shape."""
+    if problem.softcap:
+        return "no soft cap"
+    if problem.dtype not in HALVES:
+        return "for bfloat16 and float16"
+    if max(problem.key_dim, problem.value_dim) > 128:
+        return "head dims up to 128"
+    if problem.is_decode or not problem.is_full:
+        return "for full tiles and many query rows"
+    if 0 < problem.key_tokens < _PLANNED_TOKENS:
+        return f"for tiles of {_PLANNED_TOKENS} tokens and more"
+    if (0, 0) < problem.capability < (8, 0):
+        return "for compute capability 8.0 and up"
+    return None if _has_cudnn() else "this torch has no cuDNN"
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Whether it can be called; without any CUDA device, where a choice is a matter of shapes, yes."""
+    return torch.version.hip is None and (not torch.cuda.is_available() or torch.backends.cudnn.is_available())
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> AttentionState:
+    dim = v.shape[-1]
+    q, k, v = _same_width(q, k, v)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return AttentionState(out[..., :dim], lse.reshape(q.shape[:3]))  # [B, H, T] or [B, H, T, 1], by version
+
+
+def cudnn_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
+    """q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]."""
+    return _cudnn(q[None], k[None], v[None], scale, causal=False)[0]
+
+
+def cudnn_square(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
+) -> AttentionState:
+    """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
+    return _cudnn(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True).running()
 
 
 # -- aten memory-efficient -----------------------------------------------------------------------------------
@@ -145,7 +202,7 @@ def efficient_refuses(problem: Problem) -> str | None:
     """None where aten's memory-efficient attention serves the problem."""
     if problem.softcap:
         return "no soft cap"
-    if problem.dtype not in (torch.float32, *_HALVES):
+    if problem.dtype not in _ALL_TYPES:
         return f"no {problem.dtype}"
     return None
 
@@ -154,20 +211,48 @@ def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, 
     dim, queries = v.shape[-1], q.shape[2]
     q, k, v = _same_width(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return AttentionState(
-        out[..., :dim].float().contiguous(), lse[..., :queries].float().contiguous()
-    )  # lse comes padded
+    return AttentionState(out[..., :dim], lse[..., :queries])  # lse comes padded
 
 
 def efficient_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
-    """q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]."""
-    return _efficient(q[None], k[None], v[None], scale, causal=False)[0]
+    """q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]; the kernel does not split the keys itself."""
+    return over_blocks(lambda q, k, v: _efficient(q, k, v, scale, causal=False), q, k, v, _SPLIT_TOKENS)
 
 
 def efficient_square(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return _efficient(q, k, v, scale, causal=True)
+    return _efficient(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True).running()
+
+
+# -- our Triton kernels --------------------------------------------------------------------------------------
+
+
+def triton_refuses(problem: Problem) -> str | None:
+    """None where our Triton kernel serves the problem: soft caps, and whatever else fits a tile."""
+    if problem.dtype not in _ALL_TYPES:
+        return f"no {problem.dtype}"
+    if max(problem.key_dim, problem.value_dim) > 256:
+        return "head dims up to 256"
+    if (0, 0) < problem.capability < (8, 0):
+        return "for compute capability 8.0 and up"
+    return triton_calls.why_not() or None
+
+
+def triton_past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
+    """q [H, N, Dk], pieces of k [H, T, Dk] and v [H, T, Dv]; keys are split where there are few query rows."""
+    state: AttentionState | None = None
+    for k, v in pieces:
+        out, lse = triton_calls.attend(q[None], k[None], v[None], scale=scale, softcap=softcap, causal=False)
+        part = AttentionState(out[0], lse[0])
+        state = part if state is None else state.merge_(part)
+    assert state is not None
+    return state
+
+
+def triton_square(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
+) -> AttentionState:
+    """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal; the kernel groups the heads itself."""
+    return AttentionState(*triton_calls.attend(q, k, v, scale=scale, softcap=softcap, causal=True))

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["AttentionState", "merge"]
+from headinfer.attention import triton_calls
+
+__all__ = ["AttentionState", "join", "merge"]
 
 
 @dataclass
@@ -28,6 +30,9 @@ class AttentionState:
 
     out: [..., D] float32 (float64 in the oracle), 0 where no key was seen.
     lse: [...] of the same dtype, -inf where no key was seen.
+
+    A part that will only be merged into another may have `out` in the half type of the kernel that made it, and any
+    strides; what is merged into is float32: `running()`.
     """
 
     out: torch.Tensor
@@ -47,10 +52,17 @@ class AttentionState:
         """A view of some rows: the same index into the leading dims of both tensors."""
         return AttentionState(self.out[index], self.lse[index])  # type: ignore[index]
 
+    def running(self) -> AttentionState:
+        """A state that others can be merged into: float32 and contiguous; itself where it is that already."""
+        out = self.out.to(torch.float32, memory_format=torch.contiguous_format)  # one pass, not two
+        return AttentionState(out.contiguous(), self.lse.contiguous())
+
     def merge_(self, other: AttentionState) -> AttentionState:
-        """Take in the keys of `other` in place; empty with empty stays empty."""
+        """Take in the keys of `other` in place; empty with empty stays empty. On CUDA it is one kernel."""
+        if self.out.is_cuda and triton_calls.merge_(self.out, self.lse, other.out, other.lse):
+            return self
         weight = torch.sigmoid(other.lse - self.lse).masked_fill_(other.lse == -torch.inf, 0.0)  # not NaN: both empty
-        self.out.lerp_(other.out, weight.unsqueeze(-1))
+        self.out.lerp_(other.out.to(self.out.dtype), weight.unsqueeze(-1))
         torch.logaddexp(self.lse, other.lse, out=self.lse)
         return self
 
@@ -65,3 +77,9 @@ class AttentionState:
 def merge(first: AttentionState, second: AttentionState) -> AttentionState:
     """The state over the keys of both; the arguments are left as they are."""
     return AttentionState(first.out.clone(), first.lse.clone()).merge_(second)
+
+
+def join(parts: AttentionState) -> AttentionState:
+    """The state over the keys of parts [P, ...] that lie in one tensor, each of which saw some key."""
+    weights = torch.softmax(parts.lse, dim=0)
+    return AttentionState((weights.unsqueeze(-1) * parts.out).sum(dim=0), torch.logsumexp(parts.lse, dim=0))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from headinfer.attention.backends import recorded
 from headinfer.engine import Engine, Options
 from headinfer.errors import StateError, UnsupportedError
 from headinfer.hf import session
@@ -47,6 +48,7 @@ class Stats:
     device_ring_bytes: int
     device_tail_bytes: int
     device_staging_bytes: int
+    device_resident_bytes: int
     host_kv_bytes: int
     host_kv_peak_bytes: int
     disk_kv_bytes: int
@@ -110,28 +112,33 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def stats(self) -> Stats:
         """Bytes held and moved so far, and what was chosen for the last forward pass."""
-        ledger, plan = self.engine.ledger, self.engine.plan
+        host, plan, ledgers = self.engine.ledger, self.engine.plan, self.engine.ledgers
+
+        def held(purpose: str) -> int:
+            return sum(ledger.device_bytes[purpose] for ledger in ledgers)
+
         return Stats(
             tokens=self.head_layers[0].get_seq_length(),
             layers_offloaded=len(self.head_layers),
             layers_left_to_transformers=len(self.layers) - len(self.head_layers),
-            device_kv_bytes=sum(ledger.device_bytes.values()),
-            device_kv_peak_bytes=ledger.device_peak_bytes,
-            device_ring_bytes=ledger.device_bytes["ring"],
-            device_tail_bytes=ledger.device_bytes["tail"],
-            device_staging_bytes=ledger.device_bytes["staging"],
-            host_kv_bytes=ledger.host_bytes,
-            host_kv_peak_bytes=ledger.host_peak_bytes,
-            disk_kv_bytes=ledger.disk_bytes,
-            disk_to_host_bytes=ledger.disk_to_host_bytes,
-            link_to_device_bytes=ledger.host_to_device_bytes,
-            link_to_host_bytes=ledger.device_to_host_bytes,
-            tail_moved_bytes=ledger.tail_moved_bytes,
-            copies=ledger.copies,
+            device_kv_bytes=sum(sum(ledger.device_bytes.values()) for ledger in ledgers),
+            device_kv_peak_bytes=sum(ledger.device_peak_bytes for ledger in ledgers),
+            device_ring_bytes=held("ring"),
+            device_tail_bytes=held("tail"),
+            device_staging_bytes=held("staging"),
+            device_resident_bytes=held("resident"),
+            host_kv_bytes=host.host_bytes,
+            host_kv_peak_bytes=host.host_peak_bytes,
+            disk_kv_bytes=host.disk_bytes,
+            disk_to_host_bytes=host.disk_to_host_bytes,
+            link_to_device_bytes=sum(ledger.host_to_device_bytes for ledger in ledgers),
+            link_to_host_bytes=sum(ledger.device_to_host_bytes for ledger in ledgers),
+            tail_moved_bytes=sum(ledger.tail_moved_bytes for ledger in ledgers),
+            copies=sum(ledger.copies for ledger in ledgers),
             heads_per_group=plan.heads_per_group if plan else 0,
             tile_tokens=plan.tile_tokens if plan else 0,
             tile_reason=plan.why if plan else "",
-            attention_backends=tuple(sorted(self.engine.backends_used)),
+            attention_backends=recorded(self.engine.backends_used, self.engine.options.backend),
         )
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -57,6 +57,7 @@ __all__ = [
     "flash_attention_mask",
     "is_constant_size",
     "last_logits_only",
+    "layer_device",
     "sdpa_attention_forward",
     "sdpa_mask",
     "shared_full_layers",
@@ -80,6 +81,14 @@ def check_version() -> None:
 def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
     """Arguments of a forward pass of which only the last token's logits are wanted; none for models without them."""
     return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+
+def layer_device(model: PreTrainedModel, index: int) -> torch.device:
+    """Where a decoder layer computes: its own weights' device, for a model that device_map spread over several."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    weight = next(layers[index].parameters(), None) if layers is not None else None
+    device: torch.device = model.device if weight is None or weight.device.type == "meta" else weight.device
+    return device
 
 
 def versions() -> dict[str, str]:

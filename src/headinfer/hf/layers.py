@@ -149,6 +149,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything and give the memory back."""
         if self.store is not None:
             self.store.close()
+            self.engine.forget_expected()
         if self.pending is not None:
             self.engine.awaiting = None
         self.store, self.pending, self.is_initialized = None, None, False

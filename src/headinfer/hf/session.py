@@ -21,7 +21,7 @@ import torch
 from headinfer.engine import Options
 from headinfer.errors import SessionError, StateError, UsageError
 from headinfer.files import remove, sync_folder
-from headinfer.hf.compat import PreTrainedModel, versions
+from headinfer.hf.compat import PreTrainedModel, layer_device, versions
 from headinfer.hf.fingerprint import check_fingerprint, fingerprint
 from headinfer.hf.layer_state import from_plain, to_plain
 from headinfer.hf.layers import HeadLayer, restore, state_of
@@ -227,17 +227,18 @@ def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manif
     saved = Saved(folder, manifest.generation, _next_number(manifest))
     before: list[StoredSegment] = []
     for index, layer in enumerate(cache.layers):
-        state = from_plain(manifest.layers[index], tensors, model.device)
+        state = from_plain(manifest.layers[index], tensors, layer_device(model, index))
         restore(layer, {"fields": layer.__dict__ | state, "tokens": 0})
         if not isinstance(layer, HeadLayer):
             continue
-        tail_k, tail_v = (tensors[f"layers.{index}.tail_{side}"].to(model.device) for side in "kv")
+        device = layer_device(model, index)
+        tail_k, tail_v = (tensors[f"layers.{index}.tail_{side}"].to(device) for side in "kv")
         layer.lazy_initialization(tail_k[:, :, :0], tail_v[:, :, :0])
         store = layer.store
         assert isinstance(store, HeadStore)
         names = f"layers.{index}.k", f"layers.{index}.v"
         engine = cache.engine
-        segments = [StoredSegment(file, *names, engine.segment_tier, engine.on_full) for file in files]
+        segments = [StoredSegment(file, *names, engine.segment_tier(store), engine.on_full) for file in files]
         tables = [[Span(segments[block], start, stop) for block, start, stop in row] for row in manifest.rows]
         store.restore(tables, tail_k, tail_v)
         if not saved.written:

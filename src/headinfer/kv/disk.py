@@ -1,12 +1,13 @@
-"""KV on disk: a file of reserved space without a name, and the pieces of segments that lie in it."""
+"""KV on disk: a file of reserved space without a name. And pieces of segments that a device can not copy from."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from headinfer.errors import CapacityError
 
-__all__ = ["DiskFile", "FarPiece", "Place", "Read", "split_reads"]
+__all__ = ["DiskFile", "FarPiece", "LoosePiece", "Place", "Read", "split_reads"]
 
 _ALIGN_BYTES = 4096
 _MOST_VIEWS = 512  # of one system call; systems allow 1,024
@@ -184,6 +185,33 @@ class FarPiece:
         k = whole[:, :key].view(place.dtype).unflatten(1, (tokens, place.key_bytes // itemsize))
         v = whole[:, key:].view(place.dtype).unflatten(1, (tokens, place.value_bytes // itemsize))
         return reads, (k, v)
+
+    def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], tuple[torch.Tensor, torch.Tensor]]:
+        """What brings it into the first nbytes of a uint8 tensor, for any thread, and the piece that it makes."""
+        reads, piece = self.into(memory)
+        return [functools.partial(self.place.file.read, part) for part in split_reads(reads)], piece
+
+
+@dataclass(frozen=True)
+class LoosePiece:
+    """K [h, T, Dk] and V [h, T, Dv] in host memory that could not be pinned: they go through a pinned buffer."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
+
+    def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], tuple[torch.Tensor, torch.Tensor]]:
+        """As FarPiece.bring: a copy for each of K and V."""
+        flat = memory[: self.nbytes].view(self.k.dtype)
+        k, v = (
+            part.view(side.shape)
+            for part, side in zip(flat.split([self.k.numel(), self.v.numel()]), (self.k, self.v), strict=True)
+        )
+        return [functools.partial(k.copy_, self.k), functools.partial(v.copy_, self.v)], (k, v)
 
 
 def _open_unnamed(folder: Path) -> tuple[int, int | None]:

@@ -1,4 +1,4 @@
-"""Which segments leave a bounded host memory for a disk, and how their tiles come back ahead of need."""
+"""Which segments leave a bounded host memory for a disk. How they come back: read_ahead.py."""
 
 from __future__ import annotations
 
@@ -6,30 +6,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from headinfer.errors import CapacityError
-from headinfer.kv.disk import DiskFile, FarPiece, split_reads
+from headinfer.kv.disk import DiskFile
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.segments import Piece, Segment
-from headinfer.kv.tiers import HostTier
-from headinfer.kv.transfer import Ring
+from headinfer.kv.segments import Segment
 
-__all__ = ["READ_SLOTS", "DiskTier", "ReadAhead", "read_slot_bytes"]
-
-READ_SLOTS = 5
-_SLOT_SHARE = 32  # of the host budget for one slot
-_LARGEST_SLOT_BYTES = 32 * 1024 * 1024
-_SLOT_ALIGN_BYTES = 64 * 1024
-_READERS = 4
-
-
-def read_slot_bytes(host_budget: int) -> int:
-    """Bytes of one of the READ_SLOTS host buffers that tiles are read into."""
-    return max(min(host_budget // _SLOT_SHARE, _LARGEST_SLOT_BYTES) // _SLOT_ALIGN_BYTES, 1) * _SLOT_ALIGN_BYTES
+__all__ = ["DiskTier"]
 
 
 class DiskTier:
@@ -111,122 +95,3 @@ class DiskTier:
             segment.move_to(self.file, start)
             self.ledger.hold_disk(nbytes)
             weakref.finalize(segment, self.ledger.hold_disk, -nbytes).atexit = False
-
-
-@dataclass
-class _Tile:
-    """One tile on its way: from the disk into a host slot, and from there through the inner ring."""
-
-    pieces: list[Piece]
-    slot: int | None
-    reads: list[Future[None]] = field(default_factory=list)
-    inner: int | None = None
-
-    def come(self) -> list[Piece]:
-        """The tile in host memory."""
-        for read in self.reads:
-            read.result()
-        return self.pieces
-
-
-class ReadAhead:
-    """A ring before a ring: tiles with pieces on disk are read into host slots, `depth` tiles ahead of their use."""
-
-    depth = READ_SLOTS - 1
-
-    def __init__(self, inner: Ring, tier: HostTier, slot_bytes: int) -> None:
-        self.inner, self.slot_bytes, self.ledger = inner, inner.slot_bytes, tier.ledger
-        self._memory = [tier.allocate((slot_bytes,), torch.uint8) for _ in range(READ_SLOTS)]
-        self._readers = ThreadPoolExecutor(_READERS, "headinfer-disk-read")
-        weakref.finalize(self, self._readers.shutdown, wait=False).atexit = False
-        self._free = list(range(READ_SLOTS))
-        self._used_by: dict[int, int] = {}  # the inner ticket that a slot was last copied with
-        self._tiles: dict[int, _Tile] = {}
-        self._expected: dict[object, _Tile] = {}
-        self._next_ticket = 0
-
-    def fetch(self, pieces: Sequence[Piece | FarPiece]) -> int:
-        tile = self._expected.pop(_key(pieces), None) or self._begin(pieces)
-        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        self._tiles[ticket] = tile
-        return ticket
-
-    def expect(self, pieces: Sequence[Piece | FarPiece]) -> None:
-        """This tile will be fetched before long: begin to read it where a slot is free."""
-        key = _key(pieces)
-        if self._free and key not in self._expected:
-            self._expected[key] = self._begin(pieces)
-
-    def wait(self, ticket: int) -> Sequence[Piece]:
-        tile, following = self._tiles[ticket], self._tiles.get(ticket + 1)
-        self._forward(tile)
-        if following is not None and all(read.done() for read in following.reads):
-            self._forward(following)
-        assert tile.inner is not None
-        return self.inner.wait(tile.inner)
-
-    def release(self, ticket: int) -> None:
-        tile = self._tiles.pop(ticket)
-        assert tile.inner is not None
-        self.inner.release(tile.inner)
-        if tile.slot is not None:
-            self._used_by[tile.slot] = tile.inner
-            self._free.append(tile.slot)
-
-    def copied(self, ticket: int) -> None:
-        self.inner.copied(ticket)
-
-    def abandon(self) -> None:
-        for tile in self._tiles.values():
-            self._give_back(tile)
-        self._tiles.clear()
-        self._forget_expected()
-        self.inner.abandon()
-
-    def close(self) -> None:
-        self.abandon()
-        self.inner.close()
-        self._memory = []
-
-    def _begin(self, pieces: Sequence[Piece | FarPiece]) -> _Tile:
-        if not any(isinstance(piece, FarPiece) for piece in pieces):
-            return _Tile([piece for piece in pieces if not isinstance(piece, FarPiece)], None)
-        if not self._free:
-            self._forget_expected()  # the pass went another way than the one before
-        slot = self._free.pop(0)
-        if slot in self._used_by:
-            self.inner.copied(self._used_by.pop(slot))
-        tile, at = _Tile([], slot), 0
-        for piece in pieces:
-            if isinstance(piece, FarPiece):
-                reads, near = piece.into(self._memory[slot][at:])
-                at += piece.nbytes
-                tile.reads += [self._readers.submit(piece.place.file.read, part) for part in split_reads(reads)]
-                tile.pieces.append(near)
-                self.ledger.disk_to_host_bytes += piece.nbytes
-            else:
-                tile.pieces.append(piece)
-        return tile
-
-    def _forward(self, tile: _Tile) -> None:
-        if tile.inner is None:
-            tile.inner = self.inner.fetch(tile.come())
-
-    def _give_back(self, tile: _Tile) -> None:
-        for read in tile.reads:
-            read.exception()  # it must not write into the slot any more; whether it failed is of no interest
-        if tile.slot is not None:
-            self._free.append(tile.slot)
-
-    def _forget_expected(self) -> None:
-        for tile in self._expected.values():
-            self._give_back(tile)
-        self._expected.clear()
-
-
-def _key(pieces: Sequence[Piece | FarPiece]) -> object:
-    """Equal for tiles of the same memory and the same places on disk."""
-    return tuple(
-        piece if isinstance(piece, FarPiece) else tuple((side.data_ptr(), tuple(side.shape)) for side in piece)
-        for piece in pieces
-    )

@@ -18,8 +18,10 @@ import torch
 
 from headinfer.errors import StateError
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.resident import Share
 from headinfer.kv.segments import Lane, Runs, Segment, Span, clip, group, seal
 from headinfer.kv.tiers import HostTier
+from headinfer.kv.write_back import Writer
 
 __all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Runs", "Segment", "Span", "first_of"]
 
@@ -29,14 +31,12 @@ _LARGE_SEGMENT_TOKENS = 16_384
 _LEAVING_SEGMENT_TOKENS = 2048  # where segments go to a disk when they are full
 _SLACK = 16  # a new segment is at most 1/16 of the row: the last one is all that can be partly empty
 
-Writer = Callable[[torch.Tensor, torch.Tensor], None]
-
 
 class HeadStore:
     """K and V of all rows of one layer.
 
-    Tensors come and go as k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] on the compute device. `write(destination,
-    source)` brings new tokens to the host: both [Hkv, T, D].
+    Tensors come and go as k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] on the compute device. `write` brings new tokens to
+    the host (transfer.Writer); share: what may stay on the device as well.
     """
 
     def __init__(
@@ -49,14 +49,21 @@ class HeadStore:
         write: Writer,
         expected_tokens: int = 0,
         on_full: Callable[[Sequence[Segment]], None] | None = None,
+        share: Share | None = None,
+        reserves: bool = False,
     ) -> None:
         """An empty store with the batch, heads, dims, dtype and device of k and v (which may have no tokens).
 
-        on_full: called with segments that will not be written to any more; they are smaller then.
+        on_full: called with segments that will not be written to any more; they are smaller then. reserves: memory for
+        the expected length is taken with the first tokens, since to pin some makes a device wait.
         """
         self.tier, self.ledger, self.write = tier, ledger, write
         self.expected_tokens = expected_tokens if on_full is None else 0
         self.on_full = on_full
+        self.share = share
+        self._is_promoted = True
+        self._reserves = reserves and self.expected_tokens > 0
+        self._reserved: list[Segment] = []
         self.heads, self.key_dim, self.value_dim = k.shape[1], k.shape[3], v.shape[3]
         self.dtype, self.device = k.dtype, k.device
         self.host_tokens = 0
@@ -103,6 +110,7 @@ class HeadStore:
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything, copied: k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] in host memory. For tests."""
+        self.write.settle()
         rows_k, rows_v = [], []
         for row, table in enumerate(self._tables):
             whole = [(span.segment.dense(), span.stop) for span in table]
@@ -128,6 +136,19 @@ class HeadStore:
         self.host_tokens, self.tail_tokens = sum(span.tokens for span in tables[0]), tail_k.shape[2]
         self._tail_k[:, :, : self.tail_tokens] = tail_k
         self._tail_v[:, :, : self.tail_tokens] = tail_v
+        self._is_promoted = False
+
+    def promote(self) -> None:
+        """Bring to the device what of restored segments may stay there; before their first use."""
+        if not self._is_promoted and self.share is not None:
+            for table in self._tables:
+                self.share.promote(table, self.rows)
+        self._is_promoted = True
+
+    @property
+    def is_all_resident(self) -> bool:
+        """Whether nothing has to come from the host."""
+        return all(span.stop <= span.segment.resident_tokens for table in self._tables for span in table)
 
     # -- growing and shrinking -------------------------------------------------------------------------------
 
@@ -171,6 +192,9 @@ class HeadStore:
         if tokens >= self.host_tokens:
             self.tail_tokens = tokens - self.host_tokens
             return
+        for table in self._tables:
+            for span in table:  # what a ring has fetched ahead of them is not theirs any more
+                span.segment.rewinds += 0 if span.segment.sealed else 1
         self._tables = [clip(table, [(0, tokens)]) for table in self._tables]
         self.host_tokens, self.tail_tokens = tokens, 0
         self._whole_lanes = None
@@ -209,7 +233,9 @@ class HeadStore:
             ledger=self.ledger,
             write=self.write,
             on_full=self.on_full,
+            share=self.share,
         )
+        twin._is_promoted = self._is_promoted
         for table in self._tables:
             seal(table)
         twin._tables = [list(table) for table in self._tables]
@@ -221,7 +247,7 @@ class HeadStore:
 
     def close(self) -> None:
         """Let go of all memory; the store is not to be used again."""
-        self._tables, self._whole_lanes = [], None
+        self._tables, self._whole_lanes, self._reserved = [], None, []
         self._tail_k = self._tail_v = torch.empty(0, 0, 0, 0)
         self._tail_count.set(0)
         self.host_tokens = self.tail_tokens = 0
@@ -248,18 +274,28 @@ class HeadStore:
                 taken = min(tokens, last.segment.tokens - last.stop)
                 table[-1] = Span(last.segment, last.start, last.stop + taken)
             else:
-                segment = Segment(
-                    self.tier,
-                    self.heads,
-                    self._next_segment_tokens(table, tokens),
-                    self.key_dim,
-                    self.value_dim,
-                    self.dtype,
-                )
+                segment = self._new_segment(self._next_segment_tokens(table, tokens))
+                if self.share is not None:
+                    start = sum(span.tokens for span in table)
+                    self.share.place(segment, start, last.segment if last is not None else None, self.rows)
                 taken = min(tokens, segment.tokens)
                 table.append(Span(segment, 0, taken))
             tokens -= taken
         return table
+
+    def _new_segment(self, tokens: int) -> Segment:
+        if self._reserves:
+            self._reserves, sizes = False, [tokens]
+            written = (self.expected_tokens // TAIL_UNIT_TOKENS - 1) * TAIL_UNIT_TOKENS  # the rest stays in the tail
+            while sum(sizes) < written:
+                left = self.expected_tokens - sum(sizes)
+                sizes.append(min(-(-left // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS, _LARGE_SEGMENT_TOKENS))
+            self._reserved = [self._allocate(size) for size in sizes * self.rows]
+        at = next((at for at, segment in enumerate(self._reserved) if segment.tokens == tokens), None)
+        return self._reserved.pop(at) if at is not None else self._allocate(tokens)
+
+    def _allocate(self, tokens: int) -> Segment:
+        return Segment(self.tier, self.heads, tokens, self.key_dim, self.value_dim, self.dtype)
 
     def _next_segment_tokens(self, table: list[Span], tokens: int) -> int:
         """Small at first and after a fork, up to 16K later; to the end where the final length is known."""
@@ -279,11 +315,18 @@ class HeadStore:
         for span in table:
             lo, hi = max(begin + done, at), min(begin + k.shape[1], at + span.tokens)
             if lo < hi:
-                here = slice(span.start + lo - at, span.start + hi - at)
-                self.write(span.segment.k[:, here], k[:, done : done + hi - lo])
-                self.write(span.segment.v[:, here], v[:, done : done + hi - lo])
+                self._write(span.segment, span.start + lo - at, *(x[:, done : done + hi - lo] for x in (k, v)))
                 done += hi - lo
             at += span.tokens
+
+    def _write(self, segment: Segment, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v [Hkv, T, D] to a segment, from its token `start` on."""
+        if segment.landed is None:
+            segment.landed = self.write.event()
+        here = slice(start, start + k.shape[1])
+        self.write(segment.k[:, here], k, segment.landed)
+        self.write(segment.v[:, here], v, segment.landed)
+        segment.write_through(start, k, v)
 
 
 def first_of(runs: Sequence[Runs] | None, tokens: int, rows: int) -> list[Runs]:

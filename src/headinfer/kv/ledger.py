@@ -12,11 +12,11 @@ class Ledger:
     """Bytes held and moved by one cache; all figures are exact.
 
     device_bytes holds what the KV cache occupies on the compute device, by purpose: "ring" (the slots that tiles
-    stream through), "tail" (the newest tokens) and "staging" (write-back). Where the host is the compute device
-    and segments are read in place there is no ring, no staging and no link.
+    stream through), "tail" (the newest tokens), "staging" (write-back) and "resident" (what stays there as well). Where
+    the host is the compute device and segments are read in place there is none but tails, and no link.
     """
 
-    device_bytes: dict[str, int] = field(default_factory=lambda: {"ring": 0, "tail": 0, "staging": 0})
+    device_bytes: dict[str, int] = field(default_factory=lambda: {"ring": 0, "tail": 0, "staging": 0, "resident": 0})
     device_peak_bytes: int = 0
     host_bytes: int = 0
     host_peak_bytes: int = 0

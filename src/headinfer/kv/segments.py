@@ -6,13 +6,14 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from headinfer.kv.disk import DiskFile, FarPiece, Place
+from headinfer.kv.disk import DiskFile, FarPiece, LoosePiece, Place
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["Lane", "Piece", "Runs", "Segment", "Span", "clip", "group", "seal"]
+__all__ = ["Arena", "Lane", "Piece", "Runs", "Segment", "Span", "clip", "group", "seal"]
 
 Runs = Sequence[tuple[int, int]]
 Piece = tuple[torch.Tensor, torch.Tensor]
@@ -26,11 +27,18 @@ class Segment:
     """
 
     place: Place | None = None
+    is_loose = False  # a device copies from pinned memory only, and this is not pinned
+    arena: Arena | None = None  # where the first resident_tokens also lie on the device, from arena_start on
+    arena_start = 0
+    resident_tokens = 0
+    landed: Any = None  # the event of the last write to it
+    rewinds = 0  # how often tokens of it were given up, whose places are written again
 
     def __init__(
         self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
     ) -> None:
         self._memory = tier.allocate((heads, tokens * (key_dim + value_dim)), dtype)
+        self.is_loose = tier.is_loose(self._memory)
         k = self._memory[:, : tokens * key_dim].unflatten(1, (tokens, key_dim))
         v = self._memory[:, tokens * key_dim :].unflatten(1, (tokens, value_dim))
         self._pair: Piece = (k, v)
@@ -47,11 +55,25 @@ class Segment:
         """V in host memory."""
         return self._pair[1]
 
-    def piece(self, heads: slice, start: int, stop: int) -> Piece | FarPiece:
+    def piece(self, heads: slice, start: int, stop: int) -> Piece | FarPiece | LoosePiece:
         """Some heads of the tokens [start, stop), to be read; a segment that lies in a session comes in here."""
         if self.place is not None:
             return FarPiece(self.place, heads.start, heads.stop, start, stop)
-        return self.k[heads, start:stop], self.v[heads, start:stop]
+        k, v = self.k[heads, start:stop], self.v[heads, start:stop]
+        return LoosePiece(k, v) if self.is_loose else (k, v)
+
+    def resident(self, heads: slice, start: int, stop: int) -> Piece:
+        """The same, of tokens that also lie on the device."""
+        assert self.arena is not None
+        here = slice(self.arena_start + start, self.arena_start + stop)
+        return self.arena.k[heads, here], self.arena.v[heads, here]
+
+    def write_through(self, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k [Hkv, T, Dk] and v [Hkv, T, Dv] on the device, from token `start` on, as far as it is resident."""
+        tokens = min(k.shape[1], self.resident_tokens - start)
+        if tokens > 0:
+            for own, new in zip(self.resident(slice(None), start, start + tokens), (k, v), strict=True):
+                own.copy_(new[:, :tokens])
 
     def dense(self) -> Piece:
         """K and V in host memory, from the disk where they lie there: a copy then."""
@@ -74,6 +96,24 @@ class Segment:
         self.place = Place(file, start, heads, self.tokens, *sizes, dtype)
         weakref.finalize(self, file.free, start, self._memory.numel() * dtype.itemsize).atexit = False
         del self._memory, self._pair
+
+
+class Arena:
+    """Device memory for a run of tokens of one row: k [Hkv, tokens, Dk], v [Hkv, tokens, Dv]. See resident.py."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v = k, v
+        self.segments: weakref.WeakSet[Segment] = weakref.WeakSet()
+
+    @property
+    def used(self) -> int:
+        """Tokens up to the end of the last segment that lies here."""
+        return max((segment.arena_start + segment.resident_tokens for segment in self.segments), default=0)
+
+    @property
+    def left(self) -> int:
+        """Tokens after that."""
+        return int(self.k.shape[1]) - self.used
 
 
 @dataclass(frozen=True)

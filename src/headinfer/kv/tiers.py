@@ -6,6 +6,7 @@ sizes up to powers of two (179.7 GB became 275 GB in sglang issue 12266).
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import warnings
@@ -16,8 +17,9 @@ import torch
 
 from headinfer.errors import CapacityError
 from headinfer.kv.ledger import Ledger
+from headinfer.kv.numa import prefer
 
-__all__ = ["HostTier"]
+__all__ = ["HostTier", "register"]
 
 _HUGE_PAGES_FROM_BYTES = 4 * 1024 * 1024
 # The default is shared memory, which most systems do not give huge pages; a disk fills those twice as fast too.
@@ -25,18 +27,25 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 
 
 class HostTier:
-    """Allocates host memory and counts it in a ledger; pins it where a CUDA device will copy from it."""
+    """Allocates host memory and counts it in a ledger; pins it where a CUDA device will copy from it.
 
-    def __init__(self, ledger: Ledger, *, pin: bool = False) -> None:
+    Memory is pinned by registering pages that are there, at their exact size. Where the system refuses (limits on
+    locked memory, WSL2), it stays pageable, pin_refusal says why, and nothing more is tried: what lies there goes to
+    the device through a few buffers (read_ahead.py). node: the NUMA node that is preferred.
+    """
+
+    def __init__(self, ledger: Ledger, *, device: torch.device | None = None, node: int | None = None) -> None:
+        """device: that copies from it, where it has to be pinned for that."""
         self.ledger = ledger
         self.make_room: Callable[[int], None] = lambda nbytes: None  # before bytes are taken: see disk_tier.py
-        self.pin = pin
+        self.device, self.node = device, node
         self.pin_refusal = ""
+        self._pinned: set[int] = set()  # addresses
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of zeros in fresh pages: shape and dtype as asked, bytes exact.
 
-        The pages are taken from the system as they are first written. Raises CapacityError where the system
+        The pages are taken from the system as they are first written, or pinned. Raises CapacityError where the system
         refuses the address space.
         """
         nbytes = math.prod(shape) * dtype.itemsize
@@ -53,21 +62,37 @@ class HostTier:
         tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
         self.ledger.hold_host(nbytes)
         # The storage, not this view of it, lives as long as anyone reads the memory.
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr() if self.pin and self._register(storage.data_ptr(), nbytes) else 0
-        weakref.finalize(pages, _release, self.ledger, nbytes, address).atexit = False
+        address = tensor.untyped_storage().data_ptr()
+        if self.node is not None:
+            prefer(address, nbytes, self.node)
+        if self.device is not None and not self.pin_refusal:
+            self.pin_refusal = register(address, nbytes)
+            if self.pin_refusal:
+                warnings.warn(f"host memory stays pageable, transfers will be slower: {self.pin_refusal}", stacklevel=2)
+            else:
+                self._pinned.add(address)
+        release = functools.partial(_unpin, self._pinned, address, self.device) if address in self._pinned else None
+        weakref.finalize(pages, _release, self.ledger, nbytes, release).atexit = False
         return tensor
 
-    def _register(self, address: int, nbytes: int) -> bool:
-        status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
-        if status and not self.pin_refusal:
-            self.pin_refusal = f"cudaHostRegister refused {nbytes} bytes with status {status}"
-            warnings.warn(f"host memory stays pageable, transfers will be slow: {self.pin_refusal}", stacklevel=3)
-        return status == 0
+    def is_loose(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor that allocate() gave should be pinned and is not."""
+        return self.device is not None and tensor.untyped_storage().data_ptr() not in self._pinned
 
 
-def _release(ledger: Ledger, nbytes: int, registered_address: int) -> None:
-    if registered_address:
-        torch.cuda.synchronize()  # a copy stream may still read it
-        torch.cuda.cudart().cudaHostUnregister(registered_address)
+def register(address: int, nbytes: int) -> str:
+    """Pin pages for CUDA; empty, or why that was refused."""
+    status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+    return f"cudaHostRegister refused {nbytes} bytes with status {status}" if status else ""
+
+
+def _unpin(pinned: set[int], address: int, device: torch.device | None) -> None:
+    torch.cuda.synchronize(device)  # a copy may still read it
+    torch.cuda.cudart().cudaHostUnregister(address)
+    pinned.discard(address)
+
+
+def _release(ledger: Ledger, nbytes: int, unpin: Callable[[], None] | None) -> None:
+    if unpin is not None:
+        unpin()
     ledger.hold_host(-nbytes)

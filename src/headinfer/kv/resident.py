@@ -1,0 +1,112 @@
+"""KV that also stays on the device: the first tokens of each row, as far as a budget reaches.
+
+What is resident is written through to the host like all other KV, so letting go of it is free. A row's resident
+tokens lie in arenas, head by head, and neighbours are read as one piece: where all is resident, attention is one kernel
+call on them, as it is without offloading.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.segments import Arena, Segment, Span
+from headinfer.kv.streams import Streams
+
+__all__ = ["RESIDENT_UNIT_TOKENS", "Residency", "Share"]
+
+RESIDENT_UNIT_TOKENS = 128
+_FIRST_ARENA_TOKENS = 4096  # where the final length is not known; later ones double what the row has
+
+
+class Residency:
+    """The room for resident KV on one device."""
+
+    def __init__(self, room_bytes: int, device: torch.device, ledger: Ledger, streams: Streams) -> None:
+        self.room_bytes, self.device, self.streams, self._ledger = room_bytes, device, streams, ledger
+        self._arenas: list[weakref.ref[Arena]] = []
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all arenas."""
+        return self._ledger.device_bytes["resident"]
+
+    def take(self, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Arena | None:
+        """A new arena, or None where there is no room for it."""
+        nbytes = heads * tokens * (key_dim + value_dim) * dtype.itemsize
+        if self.held_bytes + nbytes > self.room_bytes:
+            return None
+        k, v = (torch.empty(heads, tokens, dim, dtype=dtype, device=self.device) for dim in (key_dim, value_dim))
+        arena = Arena(k, v)
+        self._ledger.hold_device("resident", nbytes)
+        weakref.finalize(arena, self._ledger.hold_device, "resident", -nbytes).atexit = False
+        self._arenas = [known for known in self._arenas if known() is not None] + [weakref.ref(arena)]
+        return arena
+
+    def let_go(self, room_bytes: int) -> None:
+        """Keep no more than this from now on; the newest go first. Their tokens stream from the host again."""
+        self.room_bytes = room_bytes
+        while self.held_bytes > room_bytes:
+            arena = self._arenas.pop()()
+            if arena is not None:
+                for segment in list(arena.segments):
+                    segment.arena, segment.resident_tokens = None, 0
+            del arena
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one store may keep of its device's room.
+
+    host_tokens: what a row of the store will hold on the host at its expected length, 0 where that is not known.
+    """
+
+    pool: Residency
+    nbytes: int
+    host_tokens: int
+
+    def most_tokens(self, token_bytes: int, rows: int) -> int:
+        """Resident tokens of a row, at most."""
+        return self.nbytes // (token_bytes * rows) // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
+
+    def place(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:
+        """Give a segment that begins at token `start` of its row a place in an arena, whole or up to the limit.
+
+        before: the row's previous segment; only what follows resident tokens is resident. False where it has none.
+        """
+        heads, _, key_dim = segment.k.shape
+        value_dim, dtype = segment.v.shape[2], segment.k.dtype
+        most = self.most_tokens(heads * (key_dim + value_dim) * dtype.itemsize, rows)
+        is_planned = start < self.host_tokens
+        most = min(most, self.host_tokens) if is_planned else most
+        wanted = min(segment.tokens, most - start)
+        if wanted <= 0 or (before is not None and before.resident_tokens < before.tokens):
+            return False
+        arena = before.arena if before is not None else None
+        if arena is None or before is None or before.arena_start + before.tokens != arena.used or arena.left < wanted:
+            tokens = most - start if is_planned else min(max(wanted, start, _FIRST_ARENA_TOKENS), most - start)
+            arena = self.pool.take(heads, tokens, key_dim, value_dim, dtype)
+        if arena is None:
+            return False
+        segment.arena, segment.arena_start, segment.resident_tokens = arena, arena.used, wanted
+        arena.segments.add(segment)
+        return True
+
+    def promote(self, table: Sequence[Span], rows: int) -> None:
+        """Bring the first segments of a row to the device that were not written through, such as a session's."""
+        start, before = 0, None
+        for span in table:
+            segment = span.segment
+            if segment.resident_tokens == 0:
+                if segment.place is not None or not self.place(segment, start, before, rows):
+                    return
+                if segment.landed is not None:
+                    self.pool.streams.wait(segment.landed, "compute")
+                (k, v), tokens = segment.resident(slice(None), 0, segment.resident_tokens), segment.resident_tokens
+                pairs = [*zip(k, segment.k[:, :tokens], strict=True), *zip(v, segment.v[:, :tokens], strict=True)]
+                self.pool.streams.copy(pairs, "compute")
+            start, before = start + span.tokens, segment

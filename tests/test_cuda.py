@@ -1,0 +1,171 @@
+"""Every kernel on the device it is for, against the float64 oracle: on a GPU all of CUDA's, elsewhere the CPU's.
+
+The criterion is DESIGN's, section 8: in half types a relative Frobenius error of at most 1.5 times that of torch's own
+attention, over at least 10,000 outputs, with flat and peaked softmax.
+"""
+
+import math
+
+import pytest
+import torch
+from test_attention_backends import relative_error, seeded, with_head_stride
+from test_attention_state import copy_of, random_state
+
+from headinfer.attention import triton_calls
+from headinfer.attention.backends import BACKENDS, Problem, capability_of
+from headinfer.attention.reference import attend_reference, causal_mask
+from headinfer.attention.state import AttentionState
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = {"cpu": (), "cuda": (pytest.mark.gpu,)}
+DIMS = {"cpu": ((80, 96),), "cuda": ((64, 64), (128, 128), (80, 96), (256, 256), (320, 64))}
+on_every_device = pytest.mark.parametrize(
+    ("device", "backend", "dims"),
+    [
+        pytest.param(device, backend, dims, marks=marks, id=f"{device}-{backend.name}-{dims[0]}-{dims[1]}")
+        for device, marks in DEVICES.items()
+        for backend in BACKENDS
+        for dims in DIMS[device]
+        if backend.device_type in (device, "any")
+    ],
+)
+with_any_type = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+with_any_softmax = pytest.mark.parametrize("sharpness", [0.05, 6.0], ids=["flat", "peaked"])
+
+
+def problem_of(device, dtype, rows, dims, softcap=None, tokens=0):
+    capability = capability_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    return Problem(device, dtype, rows, *dims, softcap is not None, capability, tokens)
+
+
+def skip_refused(backend, problem):
+    if (reason := backend.refuses(problem)) is not None:
+        pytest.skip(f"{backend.name} refuses: {reason}")
+
+
+def torch_s_attention(q, k, v, scale, softcap, causal):
+    """In q's type: sdpa, or with a soft cap the matrix products that transformers uses."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
+    scores = torch.tanh((q @ k.mT) * scale / softcap) * softcap
+    if causal:
+        scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def assert_as_good_as_torch(out, lse, wanted, theirs):
+    """out in the model's type, against float64; float32 kernels differ by orders of adding: a floor for those."""
+    assert out.shape == wanted.out.shape
+    assert wanted.out.numel() >= 10_000
+    assert out.isfinite().all()
+    floor = 3e-6 if out.dtype == torch.float32 else 0.0
+    assert relative_error(out, wanted.out) <= max(1.5 * relative_error(theirs, wanted.out), floor)
+    assert float((lse.double() - wanted.lse).abs().max()) <= 5e-6 * max(1.0, float(wanted.lse.abs().max()))
+
+
+def past_matches(device, backend, dtype, sharpness, dims, heads, rows, sizes, softcap=None):
+    rng = seeded(rows)
+    q = torch.randn(heads, rows, dims[0], generator=rng).to(dtype).to(device)
+    pieces = [tuple(with_head_stride(heads, size, dim, 8, rng, dtype).to(device) for dim in dims) for size in sizes]
+    k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
+    scale = sharpness / math.sqrt(dims[0])
+    wanted = attend_reference(q[None], k[None], v[None], scale=scale, softcap=softcap)[0]
+    theirs = torch_s_attention(q[None], k[None], v[None], scale, softcap, causal=False)[0]
+    parts = [backend.past(q, [piece], scale, softcap) for piece in pieces]
+    merged = AttentionState.empty((heads, rows), dims[1], device)
+    for part in parts:
+        merged.merge_(part)
+    at_once = backend.past(q, pieces, scale, softcap)
+    for state in (merged, at_once):
+        assert state.out.device.type == device
+        assert_as_good_as_torch(state.out.to(dtype), state.lse, wanted, theirs)
+    again = backend.past(q, pieces, scale, softcap)
+    assert torch.equal(again.out, at_once.out)  # the same call, the same bits
+    assert torch.equal(again.lse, at_once.lse)
+
+
+@on_every_device
+@with_any_type
+@with_any_softmax
+def test_a_chunk_s_queries_on_the_past(device, backend, dtype, sharpness, dims):
+    skip_refused(backend, problem_of(device, dtype, 129, dims, tokens=1024))
+    past_matches(device, backend, dtype, sharpness, dims, 2, 129, (1024, 507))
+
+
+@on_every_device
+@with_any_type
+@with_any_softmax
+@pytest.mark.parametrize("rows", [1, 17])
+def test_decode_on_the_past(device, backend, dtype, sharpness, dims, rows):
+    skip_refused(backend, problem_of(device, dtype, rows, dims, tokens=4099))
+    heads = -(-10_000 // (rows * dims[1]))
+    past_matches(
+        device, backend, dtype, sharpness, dims, min(heads, 160), rows, (4099 if device == "cuda" else 515, 255)
+    )
+
+
+@on_every_device
+@with_any_type
+@with_any_softmax
+@pytest.mark.parametrize("rows", [4, 129])
+def test_soft_caps_on_the_past(device, backend, dtype, sharpness, dims, rows):
+    skip_refused(backend, problem_of(device, dtype, rows, dims, 50.0))
+    heads = -(-10_000 // (rows * dims[1]))
+    past_matches(device, backend, dtype, 4 * sharpness, dims, heads, rows, (1024, 255), softcap=50.0)
+
+
+@on_every_device
+@with_any_type
+@with_any_softmax
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("tokens", [1, 255])
+def test_a_chunk_on_itself(device, backend, dtype, sharpness, dims, softcap, tokens):
+    skip_refused(backend, problem_of(device, dtype, 0, dims, softcap))
+    rng, kv_heads, group = seeded(tokens), 2, 3
+    batch = -(-10_000 // (kv_heads * group * tokens * dims[1]))
+    q, k, v = (
+        torch.randn(batch, tokens, heads, dim, generator=rng).to(dtype).to(device).transpose(1, 2)
+        for heads, dim in ((kv_heads * group, dims[0]), (kv_heads, dims[0]), (kv_heads, dims[1]))
+    )
+    scale = sharpness / math.sqrt(dims[0])
+    wanted = attend_reference(q, k, v, scale=scale, softcap=softcap, mask=causal_mask(tokens, tokens, device))
+    theirs = torch_s_attention(q, k, v, scale, softcap, causal=True)
+    found = backend.square(q, k, v, scale, softcap)
+    assert found.out.dtype == found.lse.dtype == torch.float32
+    assert found.out.is_contiguous()
+    assert_as_good_as_torch(found.out.to(dtype), found.lse, wanted, theirs)
+
+
+@pytest.mark.gpu
+def test_this_device_builds_the_triton_kernels():
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("for compute capability 8.0 and up")
+    assert triton_calls.why_not() == ""
+
+
+@pytest.mark.gpu
+@with_any_type
+@pytest.mark.parametrize("dim", [1, 33, 128, 300])
+@pytest.mark.parametrize("shape", [(7,), (3, 500), (1, 8, 2049)], ids=str)
+def test_a_merge_in_one_kernel_is_torch_s(shape, dim, dtype):
+    state, part = (random_state(shape, dim, seeded(dim), dtype=torch.float32, empty=0.3) for _ in range(2))
+    part.out = part.out.to(dtype)
+    wanted = copy_of(state).merge_(part)
+    mine, other = (AttentionState(x.out.cuda(), x.lse.cuda()) for x in (state, part))
+    assert triton_calls.merge_(mine.out, mine.lse, other.out, other.lse) or triton_calls.why_not()
+    if not triton_calls.why_not():
+        torch.testing.assert_close(mine.out.cpu(), wanted.out, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(mine.lse.cpu(), wanted.lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.gpu
+def test_a_merge_with_empty_keeps_the_bits_on_the_device():
+    state = random_state((3, 100), 128, seeded(1), dtype=torch.float32)
+    state = AttentionState(state.out.cuda(), state.lse.cuda())
+    empty = AttentionState.empty((3, 100), 128, "cuda")
+    for mine, other in ((copy_of(state), empty), (copy_of(empty), state)):
+        mine.merge_(other)
+        assert torch.equal(mine.out, state.out)
+        assert torch.equal(mine.lse, state.lse)

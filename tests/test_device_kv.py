@@ -1,0 +1,314 @@
+"""What stays on a device, what streams to it, and one budget for both; through the CPU twins of a device's queues."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from test_seam import generate, make_model, padded, prompt
+
+import headinfer
+from headinfer import device_kv
+from headinfer.attention.reference import attend_reference, causal_mask
+from headinfer.engine import Engine, Options
+from headinfer.errors import CapacityError
+from headinfer.hf.cache import HeadCache
+from headinfer.kv import numa, tiers
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.read_ahead import ReadAhead
+from headinfer.kv.transfer import SlotRing
+
+TOKEN_BYTES = 2 * 4 * 16 * 4  # of a layer of make_model(): K and V of 4 heads of width 16 in float32
+LAYERS = 4
+STREAMING = 5 << 20
+both_twins = pytest.mark.parametrize("staging", ["early", "late"])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama")
+
+
+def enabled(model, staging, resident_tokens, **options):
+    """resident_tokens: of each layer, for one row."""
+    budget = STREAMING + LAYERS * resident_tokens * TOKEN_BYTES
+    sizes = {"device_kv_budget": budget, "streaming_budget": STREAMING, "heads_per_group": 1, "tile_tokens": 90}
+    return headinfer.enable(model, chunk_tokens=96, staging=staging, **sizes | options)
+
+
+# -- resident tokens ---------------------------------------------------------------------------------------------------
+
+
+@both_twins
+@pytest.mark.parametrize("resident_tokens", [0, 128, 384, 512, 4096])
+@pytest.mark.parametrize(
+    "inputs",
+    [prompt(tokens=900), padded(tokens=900), prompt(tokens=900) | {"num_beams": 3}],
+    ids=["one row", "padded rows", "beams"],
+)
+def test_what_stays_on_the_device_changes_no_token(llama, staging, resident_tokens, inputs):
+    wanted = generate(llama, inputs)[0]
+    with enabled(llama, staging, resident_tokens) as active:
+        found = generate(llama, inputs)[0]
+    assert torch.equal(found, wanted)
+    stats = active.last_cache.stats()
+    assert stats.device_kv_peak_bytes <= STREAMING + LAYERS * resident_tokens * TOKEN_BYTES
+    assert stats.device_resident_bytes <= LAYERS * resident_tokens * TOKEN_BYTES
+    assert (stats.device_resident_bytes > 0) == (resident_tokens // len(inputs["input_ids"]) >= 128)
+    if resident_tokens == 4096:
+        assert stats.device_ring_bytes == stats.link_to_device_bytes == 0, "nothing streams, so there is no ring"
+    else:
+        assert stats.link_to_device_bytes > 0
+    assert stats.link_to_host_bytes > 0, "all of it is on the host too"
+
+
+def test_resident_bytes_are_what_was_asked_for(llama):
+    with enabled(llama, "early", 384) as active:
+        generate(llama, prompt())
+    assert active.last_cache.stats().device_resident_bytes == LAYERS * 384 * TOKEN_BYTES
+
+
+@both_twins
+def test_a_context_that_outgrows_its_device_streams(llama, staging):
+    """A budget that was all for resident tokens: they give way to a ring when it is needed."""
+    budget = 10 * 256 * TOKEN_BYTES + 40 * 128 * TOKEN_BYTES
+    options = {"staging": staging, "device_kv_budget": budget, "streaming_budget": 6 * 256 * TOKEN_BYTES}
+    ids = prompt(tokens=3000)["input_ids"]
+    with torch.no_grad():
+        wanted = llama(ids).logits[:, -1]
+    with headinfer.enable(llama), torch.no_grad():
+        cache = HeadCache(llama.config, **options)
+        was_resident = 0
+        for chunk in ids.split(200, dim=1):
+            found = llama(chunk, past_key_values=cache).logits[:, -1]
+            stats = cache.stats()
+            assert stats.device_kv_peak_bytes <= budget
+            was_resident = max(was_resident, stats.device_resident_bytes)
+    assert was_resident > 0
+    assert stats.device_ring_bytes > 0
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_a_budget_too_small_for_a_ring_is_refused(llama):
+    small = headinfer.enable(llama, staging="early", device_kv_budget=5 * 256 * TOKEN_BYTES, chunk_tokens=96)
+    with small, pytest.raises(CapacityError, match="give at least"):
+        generate(llama, prompt())
+
+
+@both_twins
+def test_a_session_comes_back_to_the_device(llama, staging, tmp_path):
+    ids, question = prompt(tokens=700)["input_ids"], prompt(tokens=5, seed=2)["input_ids"]
+    with torch.no_grad():
+        wanted = llama(torch.cat([ids, question], dim=1)).logits[:, -1]
+    budget = STREAMING + LAYERS * 512 * TOKEN_BYTES
+    options = {"staging": staging, "device_kv_budget": budget, "streaming_budget": STREAMING}
+    with headinfer.enable(llama), torch.no_grad():
+        cache = HeadCache(llama.config, **options)
+        llama(ids, past_key_values=cache)
+        cache.save(tmp_path / "s", ids)
+        loaded = HeadCache.load(tmp_path / "s", llama)
+        assert loaded.stats().device_resident_bytes == 0, "not before it is used"
+        found = [llama(question, past_key_values=one).logits[:, -1] for one in (cache, loaded.fork(), loaded)]
+    assert loaded.stats().device_resident_bytes == cache.stats().device_resident_bytes > 0
+    assert torch.equal(found[0], found[2])
+    for one in found:
+        torch.testing.assert_close(one, wanted, atol=2e-4, rtol=2e-4)
+
+
+# -- tiles that were fetched ahead -------------------------------------------------------------------------------------
+
+
+@both_twins
+def test_what_was_fetched_ahead_is_dropped_when_its_tokens_are_written_again(llama, staging):
+    """After decoding, the first tile waits in the ring for the next token; its tokens are replaced meanwhile."""
+    first, other = (prompt(tokens=700, seed=seed)["input_ids"] for seed in (1, 5))
+    with headinfer.enable(llama), torch.no_grad():
+        cache = HeadCache(llama.config, staging=staging, device_kv_budget=STREAMING, tile_tokens=90, heads_per_group=1)
+        llama(first, past_key_values=cache)
+        for token in (3, 4):
+            llama(torch.tensor([[token]]), past_key_values=cache)
+        ring = next(iter(cache.engine.devices.values())).ring
+        assert isinstance(ring, SlotRing)
+        assert len(ring._expected) == 1
+        cache.crop(-702 + 20)
+        llama(other[:, 20:], past_key_values=cache)
+        found = llama(torch.tensor([[5]]), past_key_values=cache).logits[:, -1]
+        wanted = llama(torch.cat([first[:, :20], other[:, 20:], torch.tensor([[5]])], dim=1)).logits[:, -1]
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+@both_twins
+def test_decoding_fetches_each_byte_once_a_token(llama, staging):
+    with headinfer.enable(llama), torch.no_grad():
+        cache = HeadCache(llama.config, staging=staging, device_kv_budget=STREAMING, tile_tokens=90, heads_per_group=1)
+        llama(prompt(tokens=600)["input_ids"], past_key_values=cache)
+        llama(torch.tensor([[3]]), past_key_values=cache)
+        for _ in range(3):
+            before = cache.stats().link_to_device_bytes
+            llama(torch.tensor([[3]]), past_key_values=cache)
+            on_host = cache.head_layers[0].store.host_tokens
+            assert cache.stats().link_to_device_bytes - before == LAYERS * on_host * TOKEN_BYTES
+
+
+def test_reset_lets_go_of_what_was_fetched_ahead(llama):
+    with headinfer.enable(llama), torch.no_grad():
+        cache = HeadCache(llama.config, staging="early", device_kv_budget=STREAMING, tile_tokens=90)
+        llama(prompt(tokens=600)["input_ids"], past_key_values=cache)
+        for _ in range(2):
+            llama(torch.tensor([[3]]), past_key_values=cache)
+        cache.reset()
+    gc.collect()
+    assert cache.stats().host_kv_bytes == 0
+
+
+# -- memory that cannot be pinned --------------------------------------------------------------------------------------
+
+
+def pageable(monkeypatch, allowed):
+    """A system that pins `allowed` pieces of memory and refuses more; twins that want it as a device does."""
+    count = [0]
+
+    def register(address, nbytes):
+        count[0] += 1
+        return "" if count[0] <= allowed else "the limit on locked memory is reached"
+
+    monkeypatch.setattr(tiers, "register", register)
+    monkeypatch.setattr(tiers, "_unpin", lambda pinned, address, device: pinned.discard(address))
+    make = device_kv.HostTier
+    monkeypatch.setattr(device_kv, "HostTier", lambda ledger, **_: make(ledger, device=torch.device("cpu"), node=0))
+
+
+@both_twins
+@pytest.mark.parametrize("allowed", [0, 2, 10_000])
+def test_memory_that_is_not_pinned_goes_through_buffers(llama, staging, allowed, monkeypatch):
+    wanted = generate(llama, prompt(tokens=900))[0]
+    pageable(monkeypatch, allowed)
+    with warnings.catch_warnings(record=True) as said, enabled(llama, staging, 0) as active:
+        warnings.simplefilter("always")
+        found = generate(llama, prompt(tokens=900))[0]
+    assert torch.equal(found, wanted)
+    kv = next(iter(active.last_cache.engine.devices.values()))
+    messages = [str(one.message) for one in said if "pageable" in str(one.message)]
+    assert isinstance(kv.ring, ReadAhead) == (allowed < 10_000)
+    assert messages == (["host memory stays pageable, transfers will be slower: the limit on locked memory is reached"]
+                        if allowed < 10_000 else [])  # fmt: skip
+
+
+def test_a_tier_says_what_is_not_pinned(monkeypatch):
+    pageable(monkeypatch, 1)
+    ledger = Ledger()
+    tier = tiers.HostTier(ledger, device=torch.device("cpu"))
+    first = tier.allocate((3, 5), torch.float32)
+    with pytest.warns(UserWarning, match="stays pageable"):
+        second = tier.allocate((7,), torch.bfloat16)
+    assert not tier.is_loose(first)
+    assert tier.is_loose(second)
+    assert not tiers.HostTier(ledger).is_loose(second)
+    del first, second
+    gc.collect()
+    assert ledger.host_bytes == 0
+    assert not tier._pinned
+
+
+def test_a_preferred_node_is_asked_for(tmp_path, monkeypatch):
+    import mmap
+
+    pages = mmap.mmap(-1, 1 << 20)
+    address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+    assert numa.prefer(address, 1 << 20, 0) in (True, False)  # as the system has it; the memory is there in any case
+    assert not numa.prefer(address, 1 << 20, 100_000)
+    assert not numa.prefer(address, 1 << 20, -1)
+
+    class Found:
+        pci_domain_id, pci_bus_id, pci_device_id = 0, 0x41, 3
+
+    folder = tmp_path / "0000:41:03.0"
+    folder.mkdir()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Found())
+    for text, node in (("1\n", 1), ("-1\n", None), ("", None)):
+        (folder / "numa_node").write_text(text)
+        assert numa.node_of(torch.device("cuda"), tmp_path) == node
+    assert numa.node_of(torch.device("cuda"), tmp_path / "nowhere") is None
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: object())
+    assert numa.node_of(torch.device("cuda"), tmp_path) is None
+
+
+def test_memory_of_a_known_length_is_taken_with_the_first_tokens(llama, monkeypatch):
+    """As on a CUDA device, which has to wait while memory is pinned."""
+    make = device_kv.HeadStore
+    monkeypatch.setattr(device_kv, "HeadStore", lambda *both, **options: make(*both, **options | {"reserves": True}))
+    ids = prompt(tokens=900)["input_ids"]
+    with torch.no_grad():
+        wanted = llama(ids).logits[:, -1]
+    with headinfer.enable(llama), torch.no_grad():
+        cache = HeadCache(llama.config, staging="late", device_kv_budget=STREAMING, expected_tokens=900)
+        held = []
+        for chunk in ids.split(300, dim=1):
+            found = llama(chunk, past_key_values=cache).logits[:, -1]
+            held.append(cache.stats().host_kv_bytes)
+    assert held[0] == held[-1] == LAYERS * 1024 * TOKEN_BYTES
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+# -- several devices ---------------------------------------------------------------------------------------------------
+
+
+class Spread(Engine):
+    """An engine whose layers lie on several devices, as far as a CPU can have them."""
+
+    def _place(self, what):
+        return what.where
+
+
+@both_twins
+def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
+    layers, rng = 4, torch.Generator().manual_seed(0)
+    engine = Spread(Options(staging=staging, device_kv_budget=700_000, tile_tokens=100), layers)
+    stores, told = [], [[] for _ in range(layers)]
+    for tokens in (300, 400, 1, 5, 1):
+        for layer in range(layers):
+            q, k, v = (torch.randn(1, heads, tokens, 16, generator=rng) for heads in (4, 2, 2))
+            k.where = f"device {layer // 2}"
+            if len(stores) == layer:
+                stores.append(engine.new_store(k, v))
+                stores[layer].where = k.where
+            if layer == 0:
+                engine.begin(stores[0], 4, tokens)
+            told[layer].append((k, v))
+            out = engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, runs=None)
+            stores[layer].append(k, v)
+            all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
+            mask = causal_mask(tokens, all_k.shape[2])
+            wanted = attend_reference(q, all_k, all_v, scale=0.25, mask=mask).out.transpose(1, 2)
+            torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert len(engine.devices) == len(engine.ledgers) == 2
+    rings = {id(kv.ring) for kv in engine.devices.values()}
+    assert len(rings) == 2
+    for ledger in engine.ledgers:
+        assert ledger.host_to_device_bytes > 0
+        assert 0 < ledger.device_peak_bytes <= 700_000
+    assert engine.ledgers[0].host_bytes > 0
+    assert engine.ledgers[1].host_bytes == 0, "host memory is counted once"
+
+
+# -- what headinfer info says ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("allowed", "said"), [(9, "yes"), (0, "no, KV goes to the device through a few buffers")])
+def test_info_says_whether_host_memory_is_pinned(monkeypatch, allowed, said):
+    from typer.testing import CliRunner
+
+    from headinfer import cli, info
+
+    pageable(monkeypatch, allowed)
+
+    class Card:
+        name, total_memory, major, minor = "a card", 24 << 30, 8, 9
+        pci_domain_id, pci_bus_id, pci_device_id = 0, 1, 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 24 << 30))
+    assert info.gather_info()["cuda_devices"][0]["pinned_host_memory"].startswith(said)
+    printed = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["info"]).output
+    assert said in " ".join(printed.split())

@@ -1,0 +1,238 @@
+"""The same exactness on a CUDA device; and on a CPU twin of it, so that these tests themselves are tested.
+
+`pytest -m gpu` runs the first kind only. What they compare with is computed on the CPU, in float64 or by transformers.
+"""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from test_seam import generate, make_model, padded, prompt
+
+import headinfer
+from headinfer.attention.reference import attend_reference, causal_mask
+from headinfer.engine import Engine, Options
+from headinfer.hf.cache import HeadCache
+from headinfer.kv import tiers
+
+TOKEN_BYTES = 2 * 4 * 16 * 4  # of a layer of make_model(): K and V of 4 heads of width 16 in float32
+LAYERS = 4
+STREAMING = 5 << 20
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+RESIDENT = [0, 256, 4096]
+
+
+def options_on(device, resident_tokens=0, **more):
+    return {
+        "device_kv_budget": STREAMING + LAYERS * resident_tokens * TOKEN_BYTES,
+        "streaming_budget": STREAMING,
+        "staging": "late" if device == "cpu" else "auto",
+        "tile_tokens": 90,
+        "heads_per_group": 2,
+    } | more
+
+
+def to(device, inputs):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama")
+
+
+@on_devices
+@pytest.mark.parametrize("resident_tokens", RESIDENT)
+@pytest.mark.parametrize("inputs", [prompt(tokens=900), padded(tokens=900), prompt() | {"num_beams": 3}])
+def test_the_tokens_are_those_of_transformers(llama, device, resident_tokens, inputs):
+    tokens, logits = generate(llama, inputs)
+    model = make_model("llama").to(device)
+    with headinfer.enable(model, chunk_tokens=96, **options_on(device, resident_tokens)) as active:
+        found = generate(model, to(device, inputs))
+    assert torch.equal(found[0].cpu(), tokens)
+    assert (found[1].cpu() - logits).abs().max() < 1e-3 * logits.std()
+    stats = active.last_cache.stats()
+    assert stats.device_kv_peak_bytes <= STREAMING + LAYERS * resident_tokens * TOKEN_BYTES
+    assert stats.link_to_host_bytes > 0
+
+
+@on_devices
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "gemma2", "gpt_oss"])
+def test_windows_soft_caps_and_sinks(device, family):
+    from families import tiny_model
+
+    model = tiny_model(family)
+    ids = torch.randint(0, model.config.vocab_size, (1, 700), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -20:]
+        model = model.to(device)
+        with headinfer.enable(model, **options_on(device, staging="late" if device == "cpu" else "auto")):
+            cache = HeadCache(model.config, **options_on(device))
+            for chunk in ids.to(device).split(250, dim=1):
+                found = model(chunk, past_key_values=cache).logits[:, -20:]
+    assert (found.cpu() - wanted).abs().max() < 2e-3 * wanted.std()
+
+
+def attend_all(device, dtype, lengths, options, dims=(128, 128), rows=1, layers=2):
+    """Forward passes of an engine's layers; the relative error of each output against float64, and the engine."""
+    rng, engine, stores, told, errors = torch.Generator().manual_seed(0), Engine(options, layers), [], [], []
+    for tokens in lengths:
+        for layer in range(layers):
+            shapes = ((8, dims[0]), (2, dims[0]), (2, dims[1]))
+            q, k, v = (torch.randn(rows, heads, tokens, dim, generator=rng).to(dtype) for heads, dim in shapes)
+            here = [x.to(device) for x in (q, k, v)]
+            if len(stores) == layer:
+                stores.append(engine.new_store(*here[1:]))
+                told.append((k, v))
+            else:
+                told[layer] = tuple(torch.cat(both, dim=2) for both in zip(told[layer], (k, v), strict=True))
+            if layer == 0:
+                engine.begin(stores[0], 8, tokens)
+            out = engine.attend(*here, stores[layer], scale=0.1, softcap=None, sinks=None, runs=None)
+            stores[layer].append(*here[1:])
+            mask = causal_mask(tokens, told[layer][0].shape[2])
+            wanted = attend_reference(q, *told[layer], scale=0.1, mask=mask).out.transpose(1, 2)
+            errors.append(float((out.cpu().double() - wanted).norm() / wanted.norm()))
+    return errors, engine, stores
+
+
+@on_devices
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("dims", [(128, 128), (64, 32), (256, 256)])
+def test_the_engine_against_float64(device, dtype, bound, share, dims):
+    token_bytes = 2 * sum(dims) * dtype.itemsize
+    streaming = 8 * 256 * token_bytes
+    options = Options(
+        device_kv_budget=streaming + int(share * 1500) * token_bytes * 2,
+        streaming_budget=streaming,
+        staging="late" if device == "cpu" else "auto",
+        tile_tokens=160,
+    )
+    errors, engine, _ = attend_all(device, dtype, [300, 700, 1, 1, 500, 2], options, dims)
+    assert max(errors) < bound
+    stats = engine.ledgers[0]
+    assert stats.device_peak_bytes <= options.device_kv_budget
+    assert (stats.host_to_device_bytes == 0) == (share == 2.0)
+
+
+@on_devices
+def test_the_same_options_give_the_same_bits(device):
+    options = Options(device_kv_budget=4 << 20, staging="late" if device == "cpu" else "auto")
+
+    def run():
+        torch.manual_seed(0)
+        engine, rng, found = Engine(options, 1), torch.Generator().manual_seed(3), []
+        for tokens in (400, 900, 1, 1):
+            q, k, v = (torch.randn(1, h, tokens, 64, generator=rng).to(device, torch.bfloat16) for h in (8, 2, 2))
+            if not engine.devices:
+                store = engine.new_store(k, v)
+            engine.begin(store, 8, tokens)
+            found.append(engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, runs=None).cpu())
+            store.append(k, v)
+        return found
+
+    assert all(map(torch.equal, run(), run()))
+
+
+@on_devices
+def test_a_session_goes_on_with_the_same_bits(llama, device, tmp_path):
+    model = make_model("llama").to(device)
+    ids, question = (prompt(tokens=tokens, seed=tokens)["input_ids"].to(device) for tokens in (700, 6))
+    with headinfer.enable(model), torch.no_grad():
+        cache = HeadCache(model.config, **options_on(device, 256))
+        model(ids, past_key_values=cache)
+        cache.save(tmp_path / "s", ids)
+        loaded = HeadCache.load(tmp_path / "s", model)
+        found = [model(question, past_key_values=one).logits for one in (cache, loaded)]
+    assert torch.equal(*found)
+
+
+@on_devices
+def test_memory_that_cannot_be_pinned_serves_too(llama, device, monkeypatch):
+    if device == "cuda":
+        monkeypatch.setattr(tiers, "register", lambda address, nbytes: "refused, on purpose")
+    wanted = generate(llama, prompt(tokens=700))[0]
+    model = make_model("llama").to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with headinfer.enable(model, chunk_tokens=96, **options_on(device)):
+            found = generate(model, to(device, prompt(tokens=700)))[0]
+    assert torch.equal(found.cpu(), wanted)
+
+
+@on_devices
+def test_host_memory_is_pinned_exactly_and_given_back(device):
+    errors, engine, stores = attend_all(
+        device, torch.float32, [900, 300], Options(staging="late" if device == "cpu" else "auto")
+    )
+    assert max(errors) < 1e-5
+    segments = {span.segment for store in stores for table in store._tables for span in table}
+    assert engine.ledger.host_bytes == sum(len(segment.bytes()) for segment in segments)
+    assert not any(segment.is_loose for segment in segments)
+    if device == "cuda":
+        assert all(segment.k.is_pinned() for segment in segments)
+    engine.settle()
+    for store in stores:
+        store.close()
+    engine.forget_expected()
+    del segments, store
+    gc.collect()
+    assert engine.ledger.host_bytes == 0
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_for_the_device_in_the_loop():
+    options = Options(device_kv_budget=64 << 20, streaming_budget=64 << 20, tile_tokens=500)
+    _, engine, stores = attend_all("cuda", torch.bfloat16, [3000], options)
+    chunks = [[torch.randn(1, h, t, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)] for t in (1, 64, 1)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for q, k, v in chunks:
+            for store in stores:
+                if store is stores[0]:
+                    engine.begin(store, 8, q.shape[2])
+                engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, runs=None)
+                store.append(k, v)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_device_memory_does_not_grow_with_the_context():
+    options, held = Options(device_kv_budget=64 << 20, streaming_budget=64 << 20), []
+    for past in (4096, 65_536):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        engine, rng = Engine(options, 1), torch.Generator("cuda").manual_seed(0)
+        k, v = (torch.randn(1, 2, 4096, 128, device="cuda", dtype=torch.bfloat16, generator=rng) for _ in range(2))
+        store = engine.new_store(k, v)
+        for _ in range(past // 4096):
+            store.append(k, v)
+        for tokens in (1, 1):
+            q = torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=rng)
+            engine.begin(store, 8, tokens)
+            engine.attend(q, k[:, :, :1], v[:, :, :1], store, scale=0.1, softcap=None, sinks=None, runs=None)
+        held.append((engine.ledger.device_peak_bytes, torch.cuda.max_memory_allocated() - before))
+        store.close()
+        engine.devices.clear()
+    assert held[0][0] == held[1][0] <= 64 << 20
+    assert abs(held[0][1] - held[1][1]) < 4 << 20  # what a longer tile's kernel takes besides
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_two_devices(llama):
+    from accelerate import dispatch_model
+
+    tokens, _ = generate(llama, prompt(tokens=700))
+    model = make_model("llama")
+    places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    places |= {f"model.layers.{index}": index // 2 for index in range(LAYERS)}
+    model = dispatch_model(model, places)
+    with headinfer.enable(model, chunk_tokens=96, **options_on("cuda", 128)) as active:
+        found = generate(model, to("cuda:0", prompt(tokens=700)))[0]
+    assert torch.equal(found.cpu(), tokens)
+    assert len(active.last_cache.engine.devices) == 2

@@ -1,0 +1,262 @@
+"""No order that the queues allow makes the ring or the write-back go wrong; and the check sees it where one does."""
+
+import itertools
+
+import pytest
+import torch
+from orders import Recorded, explore, place, unordered
+
+from headinfer import device_kv, streaming
+from headinfer.engine import Engine, Options
+from headinfer.kv.ledger import Ledger
+from headinfer.kv.transfer import SlotRing
+from headinfer.kv.write_back import StagingWriter
+
+CPU = torch.device("cpu")
+TOKENS = 2
+
+
+class Without(Recorded):
+    """Forgets to wait in one queue for events of another."""
+
+    def __init__(self, waiting, event):
+        super().__init__()
+        self.forgotten = (waiting, event)
+
+    def wait(self, event, queue):
+        if (queue, event.queue) != self.forgotten:
+            super().wait(event, queue)
+
+
+class Unwaiting(SlotRing):
+    def wait(self, ticket):
+        return (self._in_use[ticket][0],)
+
+
+class Loop:
+    """What streaming.py does with a ring and a store, for layers of a few tokens, with values as symbols.
+
+    Each pass reads a layer's tiles and appends one new tile, which later passes read too.
+    """
+
+    def __init__(
+        self,
+        streams,
+        *,
+        slots,
+        layers,
+        tiles,
+        ring=SlotRing,
+        releases_early=False,
+        waits_for_landing=True,
+        expects=True,
+    ):
+        self.streams, self.releases_early, self.waits_for_landing = streams, releases_early, waits_for_landing
+        self.expects = expects
+        self.ring = ring(slots, 2 * TOKENS * 4, CPU, Ledger(), streams)
+        self.write = StagingWriter(TOKENS * 4, CPU, Ledger(), streams)
+        self.start = {}
+        self.host = [[self.segment(f"layer {layer} tile {tile}") for tile in range(tiles)] for layer in range(layers)]
+
+    def segment(self, name, is_there=True):
+        """K and V [1, T, 1] on the host, the values they hold, and the event of their landing."""
+        sides = tuple(torch.zeros(1, TOKENS, 1) for _ in range(2))
+        values = (f"{name} K", f"{name} V")
+        if is_there:
+            self.start |= {place(side): value for side, value in zip(sides, values, strict=True)}
+        return sides, values, None if is_there else self.write.event()
+
+    def fetch(self, tile, key, how):
+        sides, _, landed = tile
+        after = (landed,) if landed is not None and self.waits_for_landing else ()
+        return how([sides], after, key)
+
+    def forward(self, number):
+        for layer, tiles in enumerate(self.host):
+            following = (layer + 1) % len(self.host)
+            tickets = [self.fetch(tiles[0], (layer, 0), self.ring.fetch)]
+            for at, (_, values, _) in enumerate(tiles):
+                if at + 1 < len(tiles):
+                    tickets.append(self.fetch(tiles[at + 1], (layer, at + 1), self.ring.fetch))
+                elif self.expects:
+                    self.fetch(self.host[following][0], (following, 0), self.ring.expect)
+                ticket = tickets.pop(0)
+                ((k, v),) = self.ring.wait(ticket)
+                if self.releases_early:
+                    self.ring.release(ticket)
+                self.streams.read([k, v], values)
+                if not self.releases_early:
+                    self.ring.release(ticket)
+            self.append(layer, f"layer {layer} pass {number}")
+
+    def append(self, layer, name):
+        sides, values, landed = self.segment(name, is_there=False)
+        for side, value in zip(sides, values, strict=True):
+            new = torch.zeros(1, TOKENS, 1)
+            self.streams.write([new], value)
+            self.write(side, new, landed)
+        self.host[layer].append((sides, values, landed))
+
+
+def run(streams, passes, **options):
+    loop = Loop(streams, **options)
+    for number in range(passes):
+        loop.forward(number)
+    return loop
+
+
+# slots, layers, tiles of the first pass, passes
+CASES = [(2, 1, 1, 3), (2, 2, 1, 3), (2, 2, 3, 2), (3, 1, 4, 3), (3, 2, 2, 2), (4, 1, 5, 3), (4, 2, 2, 3)]
+
+
+@pytest.mark.parametrize(("slots", "layers", "tiles", "passes"), CASES)
+@pytest.mark.parametrize("expects", [True, False])
+def test_every_order_is_right(slots, layers, tiles, passes, expects):
+    streams = Recorded()
+    loop = run(streams, passes, slots=slots, layers=layers, tiles=tiles, expects=expects)
+    states, complaints = explore(streams, loop.start)
+    assert not complaints
+    assert states > 200
+    assert not unordered(streams)
+
+
+FAULTS = {
+    "a missing wait for a tile": (lambda: Recorded(), {"ring": Unwaiting}),
+    "an early release": (lambda: Recorded(), {"releases_early": True}),
+    "a slot filled while it is read": (lambda: Without("fetch", "compute"), {}),
+    "a fetch before the write-back landed": (lambda: Recorded(), {"waits_for_landing": False}),
+    "a write-back buffer packed before it is empty": (lambda: Without("compute", "back"), {"layers": 2, "tiles": 1}),
+    "a write-back buffer read before it is packed": (lambda: Without("back", "compute"), {}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_a_fault_is_seen(fault, slots):
+    make, options = FAULTS[fault]
+    streams = make()
+    loop = run(streams, 2, **({"slots": slots, "layers": 1, "tiles": slots} | options))
+    assert explore(streams, loop.start)[1]
+    assert unordered(streams)
+
+
+def test_nothing_is_read_that_was_not_written():
+    """The checker itself: a kernel that reads memory nobody filled, and one that reads it while it is filled."""
+    streams, memory, source = Recorded(), torch.zeros(4), torch.zeros(4)
+    streams.read([memory], "x")
+    assert explore(streams)[1] == ["kernel 0 read ['nothing'] and not x"]
+    streams.copy([(memory, source)], "fetch")
+    states, complaints = explore(streams, {place(source): "x"})
+    assert states > 3
+    assert any(TORN_IN in complaint for complaint in complaints)
+    assert unordered(streams) == [("compute", 0, "kernel reads", "fetch", 0, "copy")]
+
+
+TORN_IN = "torn"
+
+
+# -- the engine itself -------------------------------------------------------------------------------------------------
+
+
+def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, events=()):
+    """The engine's forward passes over three layers on queues that only note; kernels are what reads ring slots."""
+    monkeypatch.setattr(device_kv, "open_streams", lambda *_: streams)
+    attend_tile = streaming._attend_tile
+
+    def note(layer, heads, state, of_rows, pieces):
+        streams.read([side for piece in pieces for side in piece])
+        attend_tile(layer, heads, state, of_rows, pieces)
+
+    monkeypatch.setattr(streaming, "_attend_tile", note)
+    layers, token_bytes, streaming_budget = 3, 2 * 32 * 4, 900_000 * rows
+    budget = streaming_budget + layers * resident_tokens * token_bytes * rows
+    options = Options(staging="late", device_kv_budget=budget, streaming_budget=streaming_budget, tile_tokens=200)
+    engine = Engine(options, layers)
+    rng, stores = torch.Generator().manual_seed(0), []
+    for tokens, event in itertools.zip_longest(lengths, events):
+        for layer in range(layers):
+            q, k, v = (torch.randn(rows, heads, tokens, 16, generator=rng) for heads in (4, 2, 2))
+            if len(stores) == layer:
+                stores.append(engine.new_store(k, v))
+            if layer == 0:
+                engine.begin(stores[0], 4, tokens)
+            streams.write([k, v], "new")
+            engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, runs=None)
+            stores[layer].append(k, v)
+        for store in stores:
+            if event is not None:
+                event(store)
+    return engine, stores
+
+
+def crop(store):
+    store.crop(450)
+
+
+def swap(store):
+    store.select_rows([1, 0])
+
+
+PASSES = [300, 500, 1, 1, 130, 1, 200, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rows": 2, "events": [None, swap]}, {"events": [None, None, None, crop]}, {"resident_tokens": 256}],
+    ids=["plain", "rows", "crop", "resident"],
+)
+def test_a_forward_pass_leaves_nothing_to_chance(monkeypatch, options):
+    streams = Recorded()
+    engine, stores = record_engine(monkeypatch, streams, PASSES, **options)
+    assert all(len(streams.jobs[queue]) > 30 for queue in ("compute", "fetch", "back"))
+    assert not unordered(streams)
+    if "resident_tokens" in options:
+        assert engine.ledger.device_bytes["resident"] == 3 * 256 * 2 * 32 * 4
+        assert all(span.segment.resident_tokens for store in stores for span in store._tables[0][:1])
+
+
+@pytest.mark.parametrize("forgotten", [("compute", "fetch"), ("fetch", "compute"), ("fetch", "back"),
+                                       ("compute", "back"), ("back", "compute")])  # fmt: skip
+def test_each_event_of_a_forward_pass_is_needed(monkeypatch, forgotten):
+    streams = Without(*forgotten)
+    record_engine(monkeypatch, streams, PASSES)
+    assert unordered(streams)
+
+
+def test_the_host_never_waits_in_the_loop(monkeypatch):
+    class Unwaited(Recorded):
+        def finish(self, event):
+            raise AssertionError("the host waits")
+
+        def drain(self):
+            raise AssertionError("the host waits")
+
+    monkeypatch.setattr(SlotRing, "close", lambda ring: None)
+    record_engine(monkeypatch, Unwaited(), PASSES)
+
+
+def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch):
+    """In the fetch queue, its copies stand before what waits for the layer's last kernel."""
+    streams = Recorded()
+    engine, stores = record_engine(monkeypatch, streams, [300, 600])
+    before = engine.ledger.host_to_device_bytes
+    order = []
+    begin = SlotRing._begin
+    monkeypatch.setattr(SlotRing, "_begin", lambda ring, *more: order.append("fetch") or begin(ring, *more))
+    attend_tile = streaming._attend_tile
+    monkeypatch.setattr(streaming, "_attend_tile", lambda *more: order.append("kernel") or attend_tile(*more))
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(3):  # decode: each pass fetches what it reads, once, and the last layer the next token's first tile
+        order.clear()
+        for layer, store in enumerate(stores):
+            q, k, v = (torch.randn(1, heads, 1, 16, generator=rng) for heads in (4, 2, 2))
+            if layer == 0:
+                engine.begin(store, 4, 1)
+            order.append(f"layer {layer}")
+            engine.attend(q, k, v, store, scale=0.25, softcap=None, sinks=None, runs=None)
+            store.append(k, v)
+    tiles = -(-stores[0].host_tokens // 200)
+    assert order == [step for layer in range(3) for step in (f"layer {layer}", *["fetch", "kernel"] * tiles)]
+    host_bytes = sum(store.host_tokens for store in stores) * 2 * 32 * 4
+    first_tile_bytes = 200 * 2 * 32 * 4
+    assert engine.ledger.host_to_device_bytes - before == 3 * host_bytes + first_tile_bytes
