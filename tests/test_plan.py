@@ -333,7 +333,7 @@ def test_constants_are_those_of_the_engine():
     assert footprint.SEGMENT_TOKENS == head_store._LARGE_SEGMENT_TOKENS
 
 
-@pytest.mark.parametrize("tokens", [200, 256, 257, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
+@pytest.mark.parametrize("tokens", [200, 256, 258, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
 def test_the_footprint_is_what_the_engine_holds(tokens):
     """Ring, tails, write-back and host bytes of a cache that is really filled."""
     source = resolve("random:tiny-llama?layers=3&hidden=64&heads=4&kv_heads=2")
@@ -348,7 +348,9 @@ def test_the_footprint_is_what_the_engine_holds(tokens):
         stats = cache.stats()
     del enabled
     shape = ModelShape.from_config(source.config)
-    found = streaming_footprint(shape, tokens, chunk_tokens=1000, streaming_bytes=budget, element_bytes=4)
+    found = streaming_footprint(
+        shape, tokens, chunk_tokens=1000, streaming_bytes=budget, resident_tokens=(0, 0, 0), element_bytes=4
+    )
     assert (found.ring_bytes, found.staging_bytes) == (stats.device_ring_bytes, stats.device_staging_bytes)
     assert (found.tail_bytes, found.spare_tail_bytes) == (stats.device_tail_bytes, stats.device_tail_bytes // 3)
     assert found.host_kv_bytes == stats.host_kv_bytes

@@ -128,12 +128,12 @@ def test_prefill_takes_few_heads_and_long_tiles(past_tokens):
 
 @pytest.mark.parametrize("query_tokens", [4096, 16_384])
 def test_an_rtx_4090_with_256_mib_at_1m_tokens(query_tokens):
-    """33 MiB of tails and 8 of write-back leave slots of 107 MiB: few heads x long tiles, and all heads in decode."""
-    problem = {**LLAMA_8B, "slot_bytes": 107 * MIB, "rates": TileRates(), "past_tokens": 2**20}
+    """33 MiB of tails and 32 of write-back leave slots of 95 MiB: few heads x long tiles, and all heads in decode."""
+    problem = {**LLAMA_8B, "slot_bytes": 95 * MIB, "rates": TileRates(), "past_tokens": 2**20}
     prefill = choose_tiles(**problem, query_tokens=query_tokens)
     # 4 x 4096 query rows are 128 blocks of 128, half of what fills 128 multiprocessors.
     assert prefill.heads_per_group == (2 if query_tokens == 4096 else 1)
-    assert prefill.tile_tokens >= 50_000
+    assert prefill.tile_tokens >= 45_000
     decode = choose_tiles(**problem, query_tokens=1)
     assert decode.heads_per_group == 8
     assert decode.tile_tokens * 256 >= 2**20, "copies of K and of V are not small"

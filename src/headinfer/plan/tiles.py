@@ -100,9 +100,9 @@ def choose_tiles(
 
     Of the tiles that fit a slot (the KV heads split evenly; as long as the slot, or a half, a quarter or an eighth of
     it) the one that takes the least seconds, see `layer_seconds`; of about equal ones the longest: in decode with the
-    most heads, which are queued together, in prefill with the fewest, whose float32 state is smallest (the paper's
-    section 3.3 adapts the heads only). Raises UsageError for a number out of range and CapacityError where a slot
-    holds no tile.
+    most heads, which are queued together, in prefill with the fewest that fill the device, whose float32 state is
+    smallest (the paper's section 3.3 adapts the heads only). Raises UsageError for a number out of range and
+    CapacityError where a slot holds no tile.
     """
     for name, value, most in (("heads_per_group", heads_per_group, kv_heads), ("tile_tokens", tile_tokens, None)):
         if value is not None and (value < 1 or (most is not None and value > most)):
@@ -114,9 +114,16 @@ def choose_tiles(
     def longest(heads: int) -> int:
         return min(slot_bytes // (heads * head_token_bytes), past)
 
+    rates = rates or TileRates()
+    is_prefill = query_tokens > FEW_QUERY_TOKENS
+
+    def preference(heads: int) -> tuple[bool, int]:
+        fills = is_prefill and filled_share(rates, rows * heads * group_queries, query_tokens) == 1.0
+        return not fills, heads if fills else -heads
+
     def seconds(heads: int, tokens: int) -> float:
         return layer_seconds(
-            rates or TileRates(),
+            rates,
             heads=heads,
             tile_tokens=tokens,
             kv_heads=kv_heads,
@@ -139,7 +146,7 @@ def choose_tiles(
         )
     shapes = [
         (heads, tokens)
-        for heads in (fitting if query_tokens <= FEW_QUERY_TOKENS else fitting[::-1])
+        for heads in sorted(fitting, key=preference)
         for tokens in ([needed] if tile_tokens is not None else [-(-longest(heads) // part) for part in _SHORTENED])
         if tokens >= needed
     ]
@@ -150,6 +157,11 @@ def choose_tiles(
     fixed = [name for name, value in (("heads", heads_per_group), ("tokens", tile_tokens)) if value is not None]
     why = f"{' and '.join(fixed)} fixed by option" if fixed else f"the cheapest of {len(shapes)} by the model of cost"
     return TilePlan(*best, why)
+
+
+def filled_share(rates: TileRates, query_heads: int, query_tokens: int) -> float:
+    """The share of the device that attention in prefill keeps busy: two blocks of queries for each multiprocessor."""
+    return min(1.0, query_heads * math.ceil(query_tokens / _QUERY_BLOCK) / (2 * rates.multiprocessors))
 
 
 def layer_seconds(
@@ -176,8 +188,7 @@ def layer_seconds(
     queries = rows * kv_heads * group_queries * query_tokens
     attention_s = 2 * queries * past_tokens * (head_token_bytes // element_bytes) / rates.flops_per_s
     if query_tokens > FEW_QUERY_TOKENS:
-        blocks = rows * heads * group_queries * math.ceil(query_tokens / _QUERY_BLOCK)
-        attention_s /= min(1.0, blocks / (2 * rates.multiprocessors))
+        attention_s /= filled_share(rates, rows * heads * group_queries, query_tokens)
     attention_s = max(attention_s, kv_bytes / rates.device_bytes_per_s)
     output_elements = queries * (head_token_bytes // element_bytes / 2)
     merge_s = passes * output_elements * MERGE_BYTES / rates.device_bytes_per_s
