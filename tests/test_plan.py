@@ -16,12 +16,19 @@ from headinfer.model_shape import LayerShape, ModelShape
 from headinfer.plan import footprint
 from headinfer.plan.compare import METHODS, OURS, Baseline, memory_by_method, seconds_by_method
 from headinfer.plan.fit import CHUNK_TOKENS, HOST_OVERHEAD_BYTES, STREAMING_BYTES, longest_context
-from headinfer.plan.footprint import BASELINES, Footprint, baseline_footprint, streaming_footprint
+from headinfer.plan.footprint import (
+    BASELINES,
+    Footprint,
+    baseline_footprint,
+    host_kv_tokens,
+    resident_tokens,
+    streaming_footprint,
+)
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.planner import candidates, make_plan
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import MERGE_BYTES, Schedule, decode_seconds, prefill_seconds
+from headinfer.plan.roofline import MERGE_BYTES, Schedule, decode_seconds, hiding_chunk_tokens, prefill_seconds
 from headinfer.plan.tiles import choose_tiles
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
@@ -43,6 +50,7 @@ def random_request(rng):
     """Shapes, budgets and contexts far from and near to what fits, on a small GPU or a CPU."""
     layers = [LayerShape("full_attention", *rng.choice([(4, 2, 64, 64), (8, 8, 32, 32), (6, 3, 128, 64)]))]
     layers *= rng.randint(1, 4)
+    layers += [LayerShape("full_attention", 4, 4, 64, 32)] * rng.choice([0, 0, 1])
     layers += [LayerShape("sliding_attention", 4, 2, 64, 64, window_tokens=512)] * rng.randint(0, 2)
     is_host = rng.random() < 0.2
     hardware = dataclasses.replace(
@@ -61,7 +69,9 @@ def random_request(rng):
         dtype=rng.choice(["bfloat16", "float32"]),
         chunk_tokens=rng.choice([None, None, 300]),
         device_kv_budget_bytes=rng.choice([None, None, int(2 ** rng.uniform(20, 32))]),
-        keeps_resident=rng.random() < 0.5,
+        streaming_budget_bytes=rng.choice([None, None, None, int(2 ** rng.uniform(20, 26))]),
+        prefetches_next_layer=rng.random() < 0.5,
+        keeps_resident=rng.random() < 0.7,
     )
 
 
@@ -95,7 +105,11 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
         assert memory.host_bytes + (memory.device_bytes if is_host else 0) <= request.host_bytes
         assert memory.disk_kv_bytes <= request.disk_bytes
         budget = request.device_kv_budget_bytes
-        assert is_host or budget is None or memory.device_kv_budget_bytes <= budget
+        assert is_host or budget is None or memory.device_kv_budget_bytes <= plan.device_kv_budget_bytes <= budget
+        if not is_host:
+            assert memory.device_kv_budget_bytes - memory.resident_bytes <= plan.streaming_bytes
+            assert request.streaming_budget_bytes in (None, plan.streaming_bytes)
+            assert_the_engine_keeps_the_same(plan)
         kept = (
             memory.resident_bytes
             + memory.ring_bytes
@@ -115,6 +129,19 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
         assert plan.explain()
     assert fitted > 500
     assert refused > 200
+
+
+def assert_the_engine_keeps_the_same(plan):
+    """By the rule of the engine: equal parts of the budget that streaming leaves, in whole flush units."""
+    request, kept_bytes = plan.request, 0
+    room, layers = plan.device_kv_budget_bytes - plan.streaming_bytes, request.shape.offloaded_layers
+    for index, layer in enumerate(request.shape.layers):
+        wanted, token_bytes = 0, layer.kv_bytes_per_token(request.element_bytes) * request.rows
+        if index in layers:
+            wanted = min(room // (len(layers) * token_bytes) // 128 * 128, host_kv_tokens(request.context_tokens))
+            kept_bytes += wanted * token_bytes
+        assert plan.resident_tokens[index] == wanted
+    assert plan.footprint.resident_bytes == kept_bytes
 
 
 @PROPERTY
@@ -162,34 +189,29 @@ def test_the_longest_context_fits_and_a_longer_one_does_not(request):
 @settings(PROPERTY, max_examples=60)
 @given(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.floats(22, 30), st.floats(20, 32), st.floats(5, 21))
 def test_the_plan_is_the_best_of_all_that_fit(layers, kv_heads, device_power, host_power, token_power):
-    """All chunks, ring sizes and numbers of resident heads, with bytes counted by hand."""
+    """All chunks, ring sizes and numbers of resident tokens, with bytes counted by hand."""
     shape = shape_of([LayerShape("full_attention", 4, kv_heads, 64, 64)] * layers)
     hardware = dataclasses.replace(HARDWARE["rtx3060"], device_memory_bytes=int(2**device_power), overhead_bytes=0)
     tokens, host_bytes = int(2**token_power), HOST_OVERHEAD_BYTES + int(2**host_power)
     request = Request(shape, hardware, tokens, host_bytes)
-    head_bytes, best = tokens * 128 * 2, None
+    token_bytes, best = kv_heads * 128 * 2, None
     weights = 2 * (layers * (256 * (4 + kv_heads) * 128 + 3 * 256 * 512) + 2 * 256 * 1000)
     host_kv = 0 if tokens <= 256 else -(-tokens // 128) * 128 * layers * kv_heads * 128 * 2
-    tails = (layers + 1) * 256 * kv_heads * 128 * 2
+    host_tokens = host_kv // (layers * token_bytes)
+    tails = (layers + 1) * 256 * token_bytes
     for chunk in CHUNK_TOKENS:
-        token_bytes = max((3 * 512 + 4 * 256) * 2, (2 * 256 + 4 * 128 + kv_heads * 128) * 2 + 2 * 4 * 65 * 4)
-        fixed = weights + min(chunk, tokens) * token_bytes + 1000 * 6 + tails
-        for streaming in (*STREAMING_BYTES, None):
-            staging = 0 if streaming is None else 2 * min(4 * MIB, streaming // 16 // 256 * 256)
-            ring = 0 if streaming is None else 2 * ((streaming - tails - staging) // 2 // 256 * 256)
-            if ring < 0 or (streaming is not None and ring == 0):
+        activations = max((3 * 512 + 4 * 256) * 2, (2 * 256 + 4 * 128 + kv_heads * 128) * 2 + 2 * 4 * 65 * 4)
+        fixed = weights + min(chunk, tokens) * activations + 1000 * 6
+        for streaming in STREAMING_BYTES:
+            staging = 2 * min(4 * MIB, streaming // 16 // 256 * 256)
+            ring = 2 * ((streaming - tails - staging) // 2 // 256 * 256)
+            if ring <= 0 or host_kv + HOST_OVERHEAD_BYTES > host_bytes:
                 continue
-            for resident in range(layers * kv_heads + 1):
-                everything = resident == layers * kv_heads
-                used = fixed + staging + ring + resident * head_bytes
-                if (
-                    everything != (streaming is None)
-                    or used > hardware.device_memory_bytes
-                    or (host_kv + HOST_OVERHEAD_BYTES > host_bytes)
-                ):
-                    continue
-                per_layer = [resident // layers + (index < resident % layers) for index in range(layers)]
-                seconds = seconds_of(request, chunk, ring, per_layer)
+            if fixed + tails + staging + ring > hardware.device_memory_bytes:
+                continue
+            most = (hardware.device_memory_bytes - fixed - streaming) // (layers * token_bytes)
+            for resident in sorted({0, max(0, min(most // 128, host_tokens // 128 // 2)), max(0, most // 128)}):
+                seconds = seconds_of(request, chunk, ring, min(resident * 128, host_tokens), host_tokens)
                 if seconds is not None:
                     best = min(seconds, best or seconds)
     plan = plan_or_none(request)
@@ -198,62 +220,109 @@ def test_the_plan_is_the_best_of_all_that_fit(layers, kv_heads, device_power, ho
         assert plan.total_s == pytest.approx(best)
 
 
-def seconds_of(request, chunk, ring, per_layer):
-    layer = request.layers[0]
-    slot = {"slot_bytes": ring // 2 or None, "rates": request.hardware.tile_rates(request.dtype)}
+def seconds_of(request, chunk, ring, resident, host_tokens):
+    layer, tokens = request.layers[0], request.context_tokens
+    slot = {"slot_bytes": ring // 2, "rates": request.hardware.tile_rates(request.dtype)}
     shape = {"kv_heads": layer.kv_heads, "group_queries": layer.query_heads // layer.kv_heads}
     tiles = []
     for queries in (chunk, 1):
         problem = {**shape, **slot, "head_token_bytes": 256, "rows": 1, "query_tokens": queries}
         try:
-            tiles.append(choose_tiles(**problem, past_tokens=request.context_tokens))
+            tiles.append(choose_tiles(**problem, past_tokens=tokens))
         except CapacityError:
             return None
-    shares = tuple(1 - n / layer.kv_heads for n in per_layer) if ring else ()
     pairs = [(tile.heads_per_group, tile.tile_tokens) for tile in tiles]
-    schedule = Schedule(chunk, shares, *pairs, merges=bool(ring), writes_back=bool(ring))
-    prefill = prefill_seconds(request.shape, request.hardware, request.context_tokens, schedule)
-    return (
-        prefill.total_s
-        + 256 * decode_seconds(request.shape, request.hardware, request.context_tokens, schedule).total_s
-    )
+    if resident == host_tokens:
+        pairs, resident = [(layer.kv_heads, tokens)] * 2, max(resident, tokens)
+    per_layer = (resident,) * len(request.layers)
+    schedule = Schedule(chunk, per_layer, *pairs, merges=True, writes_back=True, prefetches_next_layer=True)
+    prefill = prefill_seconds(request.shape, request.hardware, tokens, schedule)
+    return prefill.total_s + 256 * decode_seconds(request.shape, request.hardware, tokens, schedule).total_s
 
 
-@PROPERTY
+@settings(PROPERTY, max_examples=400)
 @given(
-    st.sampled_from([128, 512, 4096]), st.integers(1, 40), st.floats(0, 1), st.integers(1, 8),
-    st.floats(8, 11.5), st.floats(9, 13), st.booleans(),
+    st.sampled_from([128, 512, 4096]), st.integers(1, 40), st.floats(0, 1.1), st.integers(1, 8), st.floats(1, 6),
+    st.floats(8, 11.5), st.floats(8, 11.5), st.floats(9, 13), st.booleans(), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_closed_forms_are_sums_over_chunks(chunk, chunks, share, heads, link_power, flop_power, merges):
+def test_closed_forms_are_sums_over_chunks(
+    chunk, chunks, share, heads, tile_power, link_power, back_power, flop_power, merges, writes_back, prefetches
+):
     """Prefill chunk by chunk, as the loop runs, against the closed form."""
     hardware = dataclasses.replace(
         RTX4090,
         link_bytes_per_s=10**link_power,
-        link_back_bytes_per_s=10**link_power,
+        link_back_bytes_per_s=10**back_power,
         flops_per_s={"bfloat16": 10**flop_power},
-        launch_s=1e-12,
+        launch_s=1e-15,
         link_share=1,
     )
-    layer = LayerShape("full_attention", 8, 8, 64, 64)
-    tile_tokens = 10**9
-    schedule = Schedule(chunk, (share,), (heads, tile_tokens), (heads, tile_tokens), merges=merges, writes_back=True)
+    layer, tokens, tile_tokens = LayerShape("full_attention", 8, 8, 64, 64), chunk * chunks, int(10**tile_power)
+    resident = int(share * tokens) // 128 * 128
+    pair = (heads, tile_tokens)
+    switches = {"merges": merges, "writes_back": writes_back, "prefetches_next_layer": prefetches}
+    schedule = Schedule(chunk, (resident,), pair, pair, **switches)
     shape = shape_of([layer])
-    found = prefill_seconds(shape, hardware, chunk * chunks, schedule)
+    found = prefill_seconds(shape, hardware, tokens, schedule)
     flops, bandwidth = hardware.attained_flops_per_s("bfloat16"), hardware.attained_device_bytes_per_s
-    link = hardware.attained_link_bytes_per_s
-    busy_s, exposed_s = 0.0, 0.0
-    for index in range(chunks):
-        past = index * chunk
-        attention = 2 * 8 * 128 * chunk * chunk / 2 / flops
-        attention += max(2 * 8 * 128 * chunk * past / flops, past * 8 * 128 * 2 / bandwidth)
-        merge = share * 8 * 64 * chunk * MERGE_BYTES / bandwidth * (1 + past / tile_tokens) if merges and past else 0
-        copies = share * past * 8 * 128 * 2 / link + chunk * 8 * 128 * 2 / 10**link_power
-        busy_s += attention + merge
-        exposed_s += max(0.0, copies - attention - merge)
-    assert found.attention_s + found.merge_s == pytest.approx(busy_s)
-    first_tiles_s = (chunks - 1) * chunk * chunks * heads / 8 * 8 * 128 * 2 / link  # at most, each not hidden
-    assert exposed_s * (1 - 1e-6) - 1e-9 <= found.exposed_transfer_s
-    assert found.exposed_transfer_s <= (exposed_s + (first_tiles_s if merges else 0)) * (1 + 1e-6) + 1e-9
+    token_s = 8 * 128 * 2 / hardware.attained_link_bytes_per_s
+    linear_s = max(2 * shape.active_weights * chunk / flops, 2 * shape.layers[0].weights / bandwidth)
+    tile_s = min(tile_tokens, max(tokens - resident, 0)) * heads / 8 * token_s
+    back_s = chunk * 8 * 128 * 2 / 10**back_power if writes_back else 0.0
+    attention_s = merge_s = exposed_s = transfer_s = 0.0
+    for past in range(0, tokens, chunk):
+        streamed = max(past - resident, 0)
+        square = 2 * 8 * 128 * chunk * chunk / 2 / flops
+        attention = square + max(2 * 8 * 128 * chunk * past / flops, past * 8 * 128 * 2 / bandwidth)
+        passes = streamed / tile_tokens + 1 if merges and past else 0
+        merge = 8 * 64 * chunk * MERGE_BYTES / bandwidth * passes
+        fetch = streamed * token_s
+        early = min(tile_s, linear_s) if prefetches else 0.0
+        exposed_s += max(0.0, fetch - early - attention - merge, back_s - linear_s - attention - merge)
+        if merges and not prefetches and streamed:
+            exposed_s += max(0.0, tile_s - square * heads / 8)
+        attention_s, merge_s, transfer_s = attention_s + attention, merge_s + merge, transfer_s + max(fetch, back_s)
+    assert found.attention_s == pytest.approx(attention_s)
+    assert found.merge_s == pytest.approx(merge_s)
+    assert found.transfer_s == pytest.approx(transfer_s)
+    assert found.exposed_transfer_s == pytest.approx(exposed_s, rel=1e-6, abs=1e-9 * (attention_s + transfer_s))
+
+
+def test_decode_by_hand():
+    """Llama-3-8B at 1M tokens, 64K of them resident: the rest crosses the link, a little of it behind other work."""
+    kept, tile = 64 * 1024, (8, 8192)
+    schedule = Schedule(8192, (kept,) * 32, tile, tile, merges=True, writes_back=True)
+    machine = dataclasses.replace(RTX4090, launch_s=1e-9)
+    link, device = RTX4090.attained_link_bytes_per_s, RTX4090.attained_device_bytes_per_s
+    fetch_s, attention_s = (M - kept) * 4096 / link, M * 4096 / device
+    linear_s = 2 * (LLAMA.active_weights + LLAMA.head_weights) / device / 32
+    last_s, tile_s = 8192 * 4096 / device, 8192 * 4096 / link
+    late = decode_seconds(LLAMA, machine, M, schedule)
+    assert late.exposed_transfer_s == pytest.approx(32 * (fetch_s - attention_s + last_s))
+    assert late.total_s == pytest.approx(32 * (linear_s + fetch_s + last_s))
+    early = decode_seconds(LLAMA, machine, M, dataclasses.replace(schedule, prefetches_next_layer=True))
+    assert early.total_s == pytest.approx(late.total_s - 32 * min(tile_s, linear_s + last_s))
+    assert early.transfer_s == late.transfer_s == pytest.approx(32 * fetch_s)
+    everything = dataclasses.replace(schedule, resident_tokens=(M,) * 32)
+    assert decode_seconds(LLAMA, machine, M, everything).total_s == pytest.approx(32 * (linear_s + attention_s))
+
+
+def test_transfer_hides_from_so_many_tokens_of_a_chunk_on():
+    """Tq >= F * e / (2 * G * W), and at that many tokens both take equally long."""
+    exact = dataclasses.replace(RTX4090, compute_share=1.0, link_bytes_per_s=25e9, link_share=1.0)
+    assert hiding_chunk_tokens(LLAMA.layers[0], exact, "bfloat16") == 1652  # 165.2e12 * 2 / (2 * 4 * 25e9)
+    assert hiding_chunk_tokens(find_shape("llama-2-7b").layers[0], exact, "bfloat16") == 6608
+    assert hiding_chunk_tokens(LLAMA.layers[0], exact, "float32") == 1652  # half the FLOP/s, twice the bytes
+    slow_dram = dataclasses.replace(exact, dram_bytes_per_s=10e9, dram_share=1.0)
+    assert hiding_chunk_tokens(LLAMA.layers[0], slow_dram, "bfloat16") == 4130
+    for layer in (LLAMA.layers[0], find_shape("gemma-2-9b").layers[1]):
+        chunk = hiding_chunk_tokens(layer, RTX4090, "bfloat16")
+        attention_s = layer.flops_per_pair * chunk / RTX4090.attained_attention_flops_per_s("bfloat16")
+        transfer_s = layer.kv_bytes_per_token(2) / RTX4090.attained_link_bytes_per_s
+        assert transfer_s <= attention_s <= transfer_s * (1 + 1 / (chunk - 1))
+    plan = make_plan(Request(LLAMA, RTX4090, M, 1000 * GIB))
+    hiding = hiding_chunk_tokens(LLAMA.layers[0], RTX4090, "bfloat16")
+    assert f"Chunks of {hiding:,} tokens or more hide the transfer behind attention." in plan.explain()
 
 
 # -- golden ---------------------------------------------------------------------------------------------------------
@@ -264,7 +333,7 @@ def test_constants_are_those_of_the_engine():
     assert footprint.SEGMENT_TOKENS == head_store._LARGE_SEGMENT_TOKENS
 
 
-@pytest.mark.parametrize("tokens", [200, 256, 257, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
+@pytest.mark.parametrize("tokens", [200, 256, 258, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
 def test_the_footprint_is_what_the_engine_holds(tokens):
     """Ring, tails, write-back and host bytes of a cache that is really filled."""
     source = resolve("random:tiny-llama?layers=3&hidden=64&heads=4&kv_heads=2")
@@ -279,7 +348,9 @@ def test_the_footprint_is_what_the_engine_holds(tokens):
         stats = cache.stats()
     del enabled
     shape = ModelShape.from_config(source.config)
-    found = streaming_footprint(shape, tokens, chunk_tokens=1000, streaming_bytes=budget, element_bytes=4)
+    found = streaming_footprint(
+        shape, tokens, chunk_tokens=1000, streaming_bytes=budget, resident_tokens=(0, 0, 0), element_bytes=4
+    )
     assert (found.ring_bytes, found.staging_bytes) == (stats.device_ring_bytes, stats.device_staging_bytes)
     assert (found.tail_bytes, found.spare_tail_bytes) == (stats.device_tail_bytes, stats.device_tail_bytes // 3)
     assert found.host_kv_bytes == stats.host_kv_bytes
@@ -287,11 +358,35 @@ def test_the_footprint_is_what_the_engine_holds(tokens):
 
 
 def test_llama_3_8b_needs_256_mib_of_kv_on_the_device_at_any_context():
-    for tokens in (64 * 1024, M, 4 * M):
-        request = Request(LLAMA, RTX4090, tokens, 1000 * GIB, device_kv_budget_bytes=256 * MIB)
+    for tokens in (1, 300, 1024, 64 * 1024, M, 4 * M, 16 * M):
+        request = Request(LLAMA, RTX4090, tokens, 4000 * GIB, device_kv_budget_bytes=256 * MIB)
         plan = make_plan(request)
-        assert plan.footprint.device_kv_bytes <= 256 * MIB
-        assert plan.footprint.host_kv_bytes == tokens * 128 * 1024
+        assert plan.footprint.device_kv_bytes <= plan.device_kv_budget_bytes <= 256 * MIB
+        assert plan.footprint.host_kv_bytes == host_kv_tokens(tokens) * 128 * 1024
+        streamed = make_plan(dataclasses.replace(request, streaming_budget_bytes=256 * MIB))
+        assert streamed.streaming_bytes == streamed.device_kv_budget_bytes == 256 * MIB
+        assert sum(streamed.resident_tokens) == 0
+        assert plan.total_s <= streamed.total_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tokens", [256, 257, 1000, 16_385, 16_600])
+def test_resident_kv_is_counted_to_the_byte(tokens, rows):
+    """Equal bytes in each layer, in whole flush units, no more than the host holds; then no ring."""
+    layers = [LayerShape("full_attention", 4, 2, 64, 64), LayerShape("full_attention", 4, 4, 64, 32)]
+    shape, sizes, host_tokens = shape_of(layers), (2 * 128 * 2, 4 * 96 * 2), host_kv_tokens(tokens)
+    for room in (0, 2 * 128 * sizes[1] * rows - 1, 2 * 128 * sizes[1] * rows, MIB, GIB):
+        kept = [resident_tokens(room, 2, size, rows, host_tokens) for size in sizes]
+        assert kept == [min(room // 2 // (128 * size * rows) * 128, host_tokens) for size in sizes]
+        options = {"chunk_tokens": 512, "streaming_bytes": 4 * MIB, "rows": rows}
+        found = streaming_footprint(shape, tokens, resident_tokens=kept, **options)
+        bare = streaming_footprint(shape, tokens, **options)
+        assert found.resident_bytes == (kept[0] * sizes[0] + kept[1] * sizes[1]) * rows <= room
+        is_all = kept == [host_tokens] * 2
+        assert found == dataclasses.replace(
+            bare, resident_bytes=found.resident_bytes, ring_bytes=0 if is_all else bare.ring_bytes
+        )
+        assert is_all or room < GIB
 
 
 def test_decode_at_1m_tokens_is_bound_by_the_link():
@@ -315,24 +410,29 @@ def test_more_of_what_bounds_makes_it_faster():
     budgeted = make_plan(dataclasses.replace(base, host_kv_budget_bytes=32 * GIB, disk_bytes=200 * GIB))
     assert budgeted.footprint.host_kv_bytes == 32 * GIB
     assert budgeted.footprint.disk_kv_bytes == 96 * GIB
-    early = make_plan(dataclasses.replace(base, prefetches_next_layer=True))
-    assert early.total_s < make_plan(base).total_s
+    late = make_plan(dataclasses.replace(base, prefetches_next_layer=False))
+    assert make_plan(base).total_s < late.total_s
+    streamed = make_plan(dataclasses.replace(base, keeps_resident=False))
+    assert make_plan(base).decode_cost.total_s < 0.96 * streamed.decode_cost.total_s
 
 
 def test_short_contexts_stay_on_the_device():
     plan = make_plan(Request(LLAMA, RTX4090, 8192, 64 * GIB))
-    assert plan.resident_heads == (8,) * 32
+    assert plan.resident_tokens == (8192,) * 32
+    assert plan.footprint.resident_bytes == GIB
     assert plan.footprint.ring_bytes == 0
+    assert plan.footprint.staging_bytes > 0, "written through to the host"
     assert plan.decode_cost.total_s == pytest.approx(Baseline(plan.request, "standard", 8192).decode(8192).total_s)
 
 
-def test_resident_heads_are_those_of_layers_that_are_offloaded():
+def test_resident_tokens_are_those_of_layers_that_are_offloaded():
     gemma = find_shape("gemma-3-4b")
     plan = make_plan(Request(gemma, RTX4090, M, 64 * GIB))
-    assert all(
-        heads == 0 for heads, layer in zip(plan.resident_heads, gemma.layers, strict=True) if layer.window_tokens
-    )
-    assert sum(plan.resident_heads) > 0
+    kept = {tokens for tokens, layer in zip(plan.resident_tokens, gemma.layers, strict=True) if layer.is_offloaded}
+    assert len(kept) == 1
+    assert 0 < min(kept) < M
+    assert sum(plan.resident_tokens) == len(gemma.offloaded_layers) * min(kept)
+    assert f"The first {min(kept):,} tokens" in " ".join(plan.explain())
 
 
 @pytest.mark.parametrize("name", BUILT_IN_CONFIGS)

@@ -52,14 +52,15 @@ def _child_seconds():
 
 
 def test_the_tables_fit_a_terminal_and_say_what_matters():
-    done = run(*JOB, "--resident")
+    done = run(*JOB)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     for words in ("128.00", "weights", "longest context", "prefill of the whole context", "decode, a token",
-                  "roofline", "bound by link", "KV heads resident", "no: GPU", "It streams from host RAM"):  # fmt: skip
+                  "roofline", "bound by link", "tokens resident", "no: GPU", "It streams from host RAM"):  # fmt: skip
         assert words in done.stdout
     assert "1,048,576 tokens exceed the 8,192 that this model was made for" in done.stderr
-    assert "KV heads resident" not in run(*JOB).stdout, "what this version does not do is planned on request only"
+    assert "stay on the device" in done.stdout
+    assert "stay on the device" not in run(*JOB, "--no-resident").stdout
 
 
 def test_json_is_one_object_with_all_tables():
@@ -70,7 +71,10 @@ def test_json_is_one_object_with_all_tables():
     assert found["plan"]["host_bytes"] > found["memory"]["headinfer"]["host_kv_bytes"] == 128 * 2**30
     assert found["plan"]["device_kv_budget_bytes"] <= 256 * 2**20
     assert len(found["decode_s_per_token"]["headinfer"]) == len(found["contexts"])
-    assert len(found["plan"]["resident_heads"]) == 32
+    assert len(found["plan"]["resident_tokens"]) == 32
+    resident_bytes = sum(found["plan"]["resident_tokens"]) * 4096
+    assert found["plan"]["footprint"]["resident_bytes"] == resident_bytes
+    assert found["plan"]["streaming_budget_bytes"] + resident_bytes == found["plan"]["device_kv_budget_bytes"]
     assert found["warnings"]
 
 

@@ -75,31 +75,58 @@ def test_a_gpu_is_found_by_its_name_or_guessed(monkeypatch):
 
 
 def test_a_run_on_a_gpu_is_planned_with_what_is_free(monkeypatch):
-    """The engine gets budget and rates from the plan; nothing is resident, since the engine streams all."""
+    """The engine gets budgets and rates from the plan; what memory is left keeps KV resident."""
     monkeypatch.setattr(run_plan, "this_machine", lambda _: HARDWARE["rtx4090"])
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 256 * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (23 * GIB, 24 * GIB))
     shape = find_shape("llama-3-8b")
     plans = [run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, tokens) for tokens in (2000, 10**5, 10**6)]
     for plan in plans:
-        assert sum(plan.resident_heads) == 0
         assert plan.footprint.device_bytes <= 23 * GIB
         options = run_plan.planned(Options(), plan)
-        assert options.device_kv_budget == plan.streaming_bytes > 0
+        assert options.streaming_budget == plan.streaming_bytes > 0
+        assert options.device_kv_budget == plan.streaming_bytes + plan.footprint.resident_bytes
         assert options.rates == HARDWARE["rtx4090"].tile_rates("bfloat16")
     assert len({(plan.chunk_tokens, plan.streaming_bytes, plan.prefill) for plan in plans}) > 1, "it adapts"
+    assert [plan.is_all_resident for plan in plans] == [True, False, False]
+    assert min(sum(plan.resident_tokens) for plan in plans) > 0
     mine = Options(device_kv_budget=99 * 2**20, heads_per_group=2, rates=RATES[1])
     fixed = run_plan.fixed_fields(mine, 512)
     plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=fixed)
     assert (plan.chunk_tokens, plan.prefill.heads_per_group, plan.decode.heads_per_group) == (512, 2, 2)
-    assert 0 < plan.streaming_bytes <= 99 * 2**20
-    assert run_plan.planned(mine, plan) == dataclasses.replace(mine, device_kv_budget=plan.streaming_bytes)
+    assert 0 < plan.streaming_bytes <= plan.device_kv_budget_bytes <= 99 * 2**20
+    assert run_plan.planned(mine, plan) == dataclasses.replace(
+        mine, device_kv_budget=plan.device_kv_budget_bytes, streaming_budget=plan.streaming_bytes
+    )
+    half = run_plan.fixed_fields(Options(device_kv_budget=8 * GIB, streaming_budget=80 * 2**20), None)
+    plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=half)
+    assert plan.streaming_bytes == 80 * 2**20
+    assert 0 < plan.footprint.resident_bytes <= 8 * GIB - 80 * 2**20
     loaded = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, is_loaded=True)
     assert loaded.request.room_bytes > plan.request.room_bytes
     with pytest.raises(CapacityError, match="host RAM for KV; this machine has 62 GiB for it: at most"):
         run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, ranks_on_host=4)
     with pytest.raises(CapacityError, match=r"newest tokens of 5000 rows alone need .* use fewer"):
         run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 500, rows=5000)
+
+
+def test_what_torch_keeps_and_what_the_cache_holds_is_free_for_its_plan(monkeypatch):
+    monkeypatch.setattr(run_plan, "this_machine", lambda _: HARDWARE["rtx4090"])
+    monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 256 * GIB)
+    shape = find_shape("llama-3-8b")
+    full = {"is_loaded": True, "fixed": {"device_kv_budget_bytes": 4 * GIB}}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 17 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 15 * GIB)
+    before = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, **full)
+    assert before.request.room_bytes == 5 * GIB + before.footprint.weights_bytes, "what torch keeps is free"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 17 * GIB)
+    again = run_plan.plan_run(
+        shape, torch.device("cuda"), torch.bfloat16, 10**6, held_device_bytes=4 * GIB, held_host_bytes=GIB, **full
+    )
+    assert dataclasses.replace(again, request=before.request) == before, "its own KV is not in its way"
+    assert again.request.host_bytes == before.request.host_bytes + GIB
 
 
 def test_generate_and_long_passes_are_read_in_planned_chunks(monkeypatch):

@@ -126,6 +126,19 @@ def test_prefill_takes_few_heads_and_long_tiles(past_tokens):
     assert "cheapest" in wide.why
 
 
+@pytest.mark.parametrize("query_tokens", [4096, 16_384])
+def test_an_rtx_4090_with_256_mib_at_1m_tokens(query_tokens):
+    """33 MiB of tails and 32 of write-back leave slots of 95 MiB: few heads x long tiles, and all heads in decode."""
+    problem = {**LLAMA_8B, "slot_bytes": 95 * MIB, "rates": TileRates(), "past_tokens": 2**20}
+    prefill = choose_tiles(**problem, query_tokens=query_tokens)
+    # 4 x 4096 query rows are 128 blocks of 128, half of what fills 128 multiprocessors.
+    assert prefill.heads_per_group == (2 if query_tokens == 4096 else 1)
+    assert prefill.tile_tokens >= 45_000
+    decode = choose_tiles(**problem, query_tokens=1)
+    assert decode.heads_per_group == 8
+    assert decode.tile_tokens * 256 >= 2**20, "copies of K and of V are not small"
+
+
 def test_a_past_that_fits_a_slot_is_still_cut_where_that_hides_its_copy():
     """One tile for all heads is copied before anything is computed; a group at a time hides behind the one before."""
     plan = choose_tiles(**LLAMA_8B, **SLOT, rates=H100, query_tokens=8192, past_tokens=16_384)

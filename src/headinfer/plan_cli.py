@@ -48,7 +48,9 @@ def plan(
     ] = None,
     disk: Annotated[str | None, typer.Option(help="Disk for KV that RAM cannot hold, e.g. 1TB.")] = None,
     device_memory: Annotated[str | None, typer.Option(help="Use no more of the device than this, e.g. 12GiB.")] = None,
-    device_kv_budget: Annotated[str | None, typer.Option(help="KV bytes on the device, at most.")] = None,
+    device_kv_budget: Annotated[
+        str | None, typer.Option(help="KV bytes on the device, at most, resident KV included.")
+    ] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Fix the tokens of a chunk.")] = None,
     heads_per_group: Annotated[int | None, typer.Option(help="Fix the KV heads streamed together.")] = None,
     tile_tokens: Annotated[int | None, typer.Option(help="Fix the tokens streamed together.")] = None,
@@ -56,8 +58,8 @@ def plan(
     rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     resident: Annotated[
-        bool, typer.Option("--resident", help="Keep KV heads on the device as well: planned, not built yet.")
-    ] = False,
+        bool, typer.Option("--resident/--no-resident", help="Keep on the device as well what KV it has room for.")
+    ] = True,
     weight_bits: Annotated[int | None, typer.Option(help="Bits of a weight, where it is quantised, e.g. 4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
@@ -222,13 +224,13 @@ def _si(value: float) -> str:
 
 
 def _choices(made: Plan) -> Table:
-    heads, heads_kept = sum(layer.kv_heads for layer in made.request.layers), made.request.keeps_resident
+    streams, resident = not made.request.hardware.is_host, f"{made.resident_text} of {made.request.context_tokens:,}"
     tiles = (("prefill", made.prefill), ("decode", made.decode))
     rows = [
         ("chunk", f"{made.chunk_tokens:,} tokens"),
         *((f"tile in {name}, KV heads x tokens", f"{x.heads_per_group} x {x.tile_tokens:,}") for name, x in tiles),
-        *((("KV heads resident on the device", f"{sum(made.resident_heads)} of {heads}"),) if heads_kept else ()),
-        ("device KV budget", format_bytes(made.footprint.device_kv_budget_bytes)),
+        *((("tokens resident on the device", resident),) if streams else ()),
+        ("device KV budget", format_bytes(made.device_kv_budget_bytes)),
         ("prefill", f"{format_seconds(made.prefill_cost.total_s)}, bound by {made.prefill_cost.bound}"),
         ("decode, a token", f"{format_seconds(made.decode_cost.total_s)}, bound by {made.decode_cost.bound}"),
     ]

@@ -102,7 +102,8 @@ def prepare_read(job: ReadJob) -> ToRead:
         done = _held_tokens(folder, found, input_ids)
         _check_same(job, folder, found)
         dtype = getattr(torch, found.model["dtype"])
-    fixed = fixed_fields(job.options, job.chunk_tokens)
+    # Another day has other memory to spare, and the session is to go on with the same bits then: nothing is resident.
+    fixed = fixed_fields(job.options, job.chunk_tokens) | {"keeps_resident": False}
     plan = plan_run(shape, torch.device(device), dtype, tokens, fixed=fixed)
     _check_disk(job.root, (tokens - done) * shape.kv_bytes_per_token(dtype.itemsize))
     if found is not None:

@@ -31,14 +31,17 @@ def plan_run(
     *,
     rows: int = 1,
     ranks_on_host: int = 1,
+    held_device_bytes: int = 0,
+    held_host_bytes: int = 0,
     is_loaded: bool = False,
     fixed: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan for reading `context_tokens` tokens on a device of this machine, with the memory that is free now.
 
-    is_loaded: the weights lie there already. ranks_on_host: processes that share the host's memory. fixed: fields of
-    Request that the user chose, and disk_tier. Raises CapacityError with what would fit, and UsageError for a
-    disk_tier that cannot be written to.
+    is_loaded: the weights lie there already. held_device_bytes, held_host_bytes: KV of these tokens that does too.
+    ranks_on_host: processes that share the host's memory. fixed: fields of Request that the user chose, and disk_tier.
+    What the device has free beside weights, activations and a reserve (Hardware.overhead_bytes) is for KV. Raises
+    CapacityError with what would fit, and UsageError for a disk_tier that cannot be written to.
     """
     machine, name = this_machine(device), str(dtype).removeprefix("torch.")
     if name not in machine.flops_per_s:  # a device without bfloat16 computes in float32
@@ -46,11 +49,12 @@ def plan_run(
             machine, flops_per_s={**machine.flops_per_s, name: machine.flops_per_s["float32"]}
         )
     loaded = weight_bytes(shape, 8 * dtype.itemsize) if is_loaded else 0
-    host_bytes, device_bytes = available_host_bytes() // ranks_on_host, None
+    host_bytes, device_bytes = available_host_bytes() // ranks_on_host + held_host_bytes, None
     if machine.is_host:
-        machine, host_bytes = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES), host_bytes + loaded
+        machine = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES)
+        host_bytes += loaded + held_device_bytes
     else:
-        device_bytes = torch.cuda.mem_get_info(device)[0] + loaded
+        device_bytes = _free_device_bytes(device) + loaded + held_device_bytes
     fixed = dict(fixed or {})
     folder = fixed.pop("disk_tier", None)
     if folder is not None:
@@ -64,10 +68,15 @@ def plan_run(
         device_bytes=device_bytes,
         rows=rows,
         dtype=name,
-        keeps_resident=False,
         **fixed,
     )
     return make_plan(request)
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    """What nobody uses, and what torch has let go of but keeps for itself."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def fixed_fields(options: Options, chunk_tokens: int | None) -> dict[str, Any]:
@@ -77,6 +86,7 @@ def fixed_fields(options: Options, chunk_tokens: int | None) -> dict[str, Any]:
         "heads_per_group": options.heads_per_group,
         "tile_tokens": options.tile_tokens,
         "device_kv_budget_bytes": options.device_kv_budget,
+        "streaming_budget_bytes": options.streaming_budget,
         "host_kv_budget_bytes": options.host_kv_budget,
         "disk_tier": options.disk_tier,
     }
@@ -89,6 +99,7 @@ def planned(options: Options, plan: Plan) -> Options:
         return options  # segments are read in place; a ring that stands for a GPU's keeps its own defaults
     return dataclasses.replace(
         options,
-        device_kv_budget=plan.streaming_bytes,
+        device_kv_budget=plan.device_kv_budget_bytes,
+        streaming_budget=plan.streaming_bytes,
         rates=options.rates or machine.tile_rates(plan.request.dtype),
     )

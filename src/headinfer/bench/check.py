@@ -141,11 +141,13 @@ def _bytes(case: Case, model: Any, *, staged: bool) -> list[Comparison]:
     with enable(model):
         model(torch.full((1, 1), 7), past_key_values=cache, logits_to_keep=1)
     stats = cache.stats()
+    shape = _shape_of(model)
     wanted = streaming_footprint(
-        _shape_of(model),
+        shape,
         tokens,
         chunk_tokens=1,
         streaming_bytes=budget if staged else None,
+        resident_tokens=(0,) * len(shape.offloaded_layers) if staged else None,
         element_bytes=case.dtype.itemsize,
     )
     pairs = {

@@ -24,6 +24,7 @@ from headinfer.hf.chunks import chunks_of
 from headinfer.hf.compat import GenerationMode, PreTrainedModel, check_version, takes_attention_interface, unfit_cache
 from headinfer.hf.copies import one_of_each, repeat_logits
 from headinfer.hf.families import check_family
+from headinfer.kv.ledger import Ledger
 from headinfer.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.run_plan import fixed_fields, plan_run, planned
@@ -76,24 +77,37 @@ class Enabled:
             options = planned(options, self.plan)
         return HeadCache(self.model.config, **vars(options))
 
-    def _make_plan(self, tokens: int, rows: int) -> Plan | None:
-        """The plan for so many tokens with the memory that is free now; None where none fits, since lengths are often
-        only upper bounds here: what does not fit then fails when it is reached.
+    def _make_plan(self, tokens: int, rows: int, cache: HeadCache | None = None) -> Plan | None:
+        """The plan for so many tokens, with the memory that is free now or held by the cache that is to hold them.
+
+        None where none fits, since lengths are often only upper bounds here: what does not fit then fails when it is
+        reached.
         """
         model = self.model
         shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
         device = model.device if model.device.type in ("cpu", "cuda") else torch.device("cpu")
         fixed = fixed_fields(self.options, self.chunk_tokens)
+        held = cache.engine.ledger if cache is not None else Ledger()
         try:
-            return plan_run(shape, device, model.dtype, max(tokens, 1), rows=rows, is_loaded=True, fixed=fixed)
+            return plan_run(
+                shape,
+                device,
+                model.dtype,
+                max(tokens, 1),
+                rows=rows,
+                held_device_bytes=sum(held.device_bytes.values()),
+                held_host_bytes=held.host_bytes,
+                is_loaded=True,
+                fixed=fixed,
+            )
         except CapacityError:
             return None
 
-    def _chunk(self, tokens: int, rows: int) -> int:
+    def _chunk(self, tokens: int, rows: int, cache: HeadCache | None = None) -> int:
         """Tokens of a chunk, for a context that will have `tokens` tokens."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
-        self.plan = self._make_plan(tokens, rows)
+        self.plan = self._make_plan(tokens, rows, cache)
         return self.plan.chunk_tokens if self.plan is not None else _UNPLANNED_CHUNK_TOKENS
 
     def disable(self) -> None:
@@ -141,7 +155,8 @@ class Enabled:
             cache.model = weakref.ref(self.model)
             before, result = cache.checkpoint(), None
             try:
-                for part in chunks_of(inputs, functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1)):
+                chunk = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
+                for part in chunks_of(inputs, chunk):
                     if result is not None:
                         self._after_forward(cache)
                         cache.forget_recorded_past()
@@ -197,7 +212,8 @@ class Enabled:
             held.copies = copies if held.get_seq_length() == 0 else 1
         by_ids = model_kwargs.get("inputs_embeds") is None  # generate() can not cut embeddings: see chunks.py
         if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False and by_ids:
-            generation_config.prefill_chunk_size = self._chunk(max_cache_length, batch_size)
+            own = held if isinstance(held, HeadCache) else None
+            generation_config.prefill_chunk_size = self._chunk(max_cache_length, batch_size, own)
 
 
 def _unfit(what: str) -> UnsupportedError:

@@ -108,8 +108,7 @@ class Baseline:
             group_bytes = self.footprint(tokens).ring_bytes // 2
             head_bytes = max(self._footprint(tokens, 1).ring_bytes // 2, 1)
             heads = max(group_bytes // head_bytes, 1)
-        shares = tuple(1.0 for _ in self.request.layers)
-        return Schedule(chunk_tokens, shares, (heads, tokens), (heads, tokens))
+        return Schedule(chunk_tokens, (0,) * len(self.request.layers), (heads, tokens), (heads, tokens))
 
 
 def _baselines(request: Request, chunk_tokens: int) -> list[Baseline]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from headinfer.errors import CapacityError
-from headinfer.plan.footprint import Footprint, streaming_footprint, tail_bytes, weight_bytes
+from headinfer.plan.footprint import (
+    Footprint,
+    host_kv_tokens,
+    resident_tokens,
+    streaming_footprint,
+    tail_bytes,
+    weight_bytes,
+)
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles
@@ -19,7 +26,9 @@ __all__ = [
     "longest_context",
     "refusal",
     "resident",
+    "resident_room_bytes",
     "streaming_budgets",
+    "tiles",
 ]
 
 CHUNK_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
@@ -39,22 +48,26 @@ def chunks(request: Request) -> list[int]:
 
 
 def streaming_budgets(request: Request) -> list[int | None]:
-    """Candidate budgets for ring, tails and write-back. None: everything is resident, or read in place."""
+    """Candidate budgets for ring, tails and write-back; None where KV is read in place.
+
+    Where everything is resident the ring is planned for as well, since a conversation may outgrow its plan.
+    """
     if request.hardware.is_host:
         return [None]
     most = request.device_kv_budget_bytes
+    if request.streaming_budget_bytes is not None:
+        return [request.streaming_budget_bytes] if most is None or request.streaming_budget_bytes <= most else []
     sizes = list(STREAMING_BYTES)
     if most is not None:  # nearly all of it, or what fits; from a fixed list, so that a larger budget is never worse
         sizes = [size * eighths // 8 for size in STREAMING_BYTES for eighths in range(8, 16)]
-    streaming: list[int | None] = [size for size in sizes if most is None or size <= most]
-    return [*streaming, None] if request.keeps_resident else streaming
+    return [size for size in sizes if most is None or size <= most]
 
 
 def fitting_footprint(
-    request: Request, chunk_tokens: int, streaming_bytes: int | None, resident_heads: list[int] | None = None
+    request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
 ) -> Footprint | None:
-    """The footprint of a candidate, or None where it exceeds a budget. resident_heads None: as few as can be."""
-    found = _footprint(request, chunk_tokens, streaming_bytes, resident_heads)
+    """The footprint of a candidate, or None where it exceeds a budget. resident: tokens by offloaded layer."""
+    found = _footprint(request, chunk_tokens, streaming_bytes, resident)
     if found is None or found.device_bytes > request.room_bytes:
         return None
     budget = request.device_kv_budget_bytes
@@ -86,32 +99,33 @@ def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
     )
 
 
-def resident(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare: Footprint) -> list[int]:
-    """KV heads of each offloaded layer that stay on the device: as many as the memory beside `bare` holds.
+def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> tuple[int, ...]:
+    """Tokens of each offloaded layer that stay on the device: as many as the memory beside `bare` holds.
 
-    The same number in all layers, then one more from the first on: a layer's transfer hides behind its own attention.
+    The same bytes in all layers: a layer's transfer hides behind its own attention.
     """
-    layers = request.layers
-    if request.hardware.is_host or not request.keeps_resident:
-        return [0] * len(layers)
-    if streaming_bytes is None:
-        return [layer.kv_heads for layer in layers]
-    room = request.room_bytes - bare.device_bytes
+    if streaming_bytes is None or not request.keeps_resident:
+        return (0,) * len(request.layers)
+    room = request.room_bytes - (bare.device_bytes - bare.device_kv_budget_bytes)
     if request.device_kv_budget_bytes is not None:
-        room = min(room, request.device_kv_budget_bytes - bare.device_kv_budget_bytes)
-    head_bytes = [
-        request.context_tokens * layer.kv_bytes_per_token(request.element_bytes) // layer.kv_heads * request.rows
-        for layer in layers
-    ]
-    chosen = [0] * len(layers)
-    for wanted in range(1, max(layer.kv_heads for layer in layers) + 1):
-        for index, layer in enumerate(layers):
-            if wanted <= layer.kv_heads:
-                if head_bytes[index] > room:
-                    return chosen
-                chosen[index] = wanted
-                room -= head_bytes[index]
-    return chosen
+        room = min(room, request.device_kv_budget_bytes)
+    found = _resident(request, room - streaming_bytes)
+    return _resident(request, resident_room_bytes(request, found))  # the engine is given no more than is used
+
+
+def resident_room_bytes(request: Request, tokens: tuple[int, ...]) -> int:
+    """The least room for resident KV with which each layer keeps that many tokens: equal parts of the largest's."""
+    return len(tokens) * max(kept * size for kept, size in zip(tokens, _row_bytes(request), strict=True))
+
+
+def _resident(request: Request, room_bytes: int) -> tuple[int, ...]:
+    host_tokens, sizes = host_kv_tokens(request.context_tokens), _row_bytes(request)
+    return tuple(resident_tokens(room_bytes, len(sizes), size, 1, host_tokens) for size in sizes)
+
+
+def _row_bytes(request: Request) -> list[int]:
+    """Bytes of K and V of one token of all rows, by offloaded layer."""
+    return [layer.kv_bytes_per_token(request.element_bytes) * request.rows for layer in request.layers]
 
 
 def longest_context(request: Request) -> int:
@@ -150,9 +164,10 @@ def refusal(request: Request) -> CapacityError:
             f"tile_tokens {request.tile_tokens or 'adaptive'}): lower them, or raise the device KV budget"
         )
     request = free
-    budget, request = request.device_kv_budget_bytes, dataclasses.replace(request, device_kv_budget_bytes=None)
+    budget = request.streaming_budget_bytes or request.device_kv_budget_bytes
+    request = dataclasses.replace(request, device_kv_budget_bytes=None, streaming_budget_bytes=None)
     chunk = chunks(request)[0]
-    candidates = [_footprint(request, chunk, size, None) for size in streaming_budgets(request)]
+    candidates = [_footprint(request, chunk, size) for size in streaming_budgets(request)]
     least = min(
         (found for found in candidates if found is not None), key=lambda found: found.device_bytes, default=None
     )
@@ -184,26 +199,25 @@ def refusal(request: Request) -> CapacityError:
 
 
 def _footprint(
-    request: Request, chunk_tokens: int, streaming_bytes: int | None, resident_heads: list[int] | None
+    request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
 ) -> Footprint | None:
     """The footprint of a candidate, all KV in host RAM; None where a ring slot would hold no tile."""
-    is_host, layers = request.hardware.is_host, request.layers
-    if resident_heads is None:
-        resident_heads = [0 if is_host or streaming_bytes is not None else layer.kv_heads for layer in layers]
+    is_host = request.hardware.is_host
     try:
         found = streaming_footprint(
             request.shape,
             request.context_tokens,
             chunk_tokens=chunk_tokens,
             streaming_bytes=streaming_bytes,
-            resident_heads=resident_heads,
+            resident_tokens=resident,
             element_bytes=request.element_bytes,
             weight_bits=request.bits,
             overhead_bytes=request.hardware.overhead_bytes,
             host_overhead_bytes=0 if is_host else HOST_OVERHEAD_BYTES,
             rows=request.rows,
         )
-        tiles(request, found, 1)  # of all tiles, decode's has the most heads: where it fits, prefill's does
+        if resident is None:
+            tiles(request, found, 1)  # of all tiles, decode's has the most heads: where it fits, prefill's does
     except CapacityError:
         return None
     return found

@@ -1,7 +1,7 @@
 """The Plan: what fits, what it costs and why, before anything is loaded.
 
-Candidates are chunks and streaming budgets from fixed lists; what memory is left keeps KV heads resident. The plan
-is the fastest candidate that fits, so more memory can only help. Planning takes milliseconds: as a context grows,
+Candidates are chunks and streaming budgets from fixed lists; in what memory is left the first tokens stay resident. The
+plan is the fastest candidate that fits, so more memory can only help. Planning takes milliseconds: as a context grows,
 plan again; any plan gives the same tokens.
 """
 
@@ -12,11 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from headinfer.plan.fit import chunks, fitting_footprint, refusal, resident, streaming_budgets, tiles
-from headinfer.plan.footprint import Footprint
+from headinfer.plan.fit import (
+    chunks,
+    fitting_footprint,
+    refusal,
+    resident,
+    resident_room_bytes,
+    streaming_budgets,
+    tiles,
+)
+from headinfer.plan.footprint import Footprint, host_kv_tokens
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, prefill_seconds
+from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, hiding_chunk_tokens, prefill_seconds
 from headinfer.plan.tiles import RING_SLOTS, TilePlan
 from headinfer.plan.units import format_seconds, format_tokens
 
@@ -27,15 +35,18 @@ __all__ = ["Plan", "candidates", "make_plan"]
 class Plan:
     """One way to do a job, with its predicted bytes and seconds.
 
-    prefill, decode: the tiles (for the layer with the most KV). resident_heads: for each layer of the model, KV
-    heads that also stay on the device. kernel: the attention kernel, where one is fixed.
+    prefill, decode: the tiles (for the layer with the most KV). resident_tokens: for each layer of the model, the first
+    tokens of a row that also stay on the device, all KV heads; 0 where nothing is offloaded. streaming_bytes: the
+    engine's streaming_budget, for ring, tails and write-back; None where KV is read in place. kernel: the attention
+    kernel, where one is fixed.
     """
 
     request: Request
     chunk_tokens: int
     prefill: TilePlan
     decode: TilePlan
-    resident_heads: tuple[int, ...]
+    resident_tokens: tuple[int, ...]
+    streaming_bytes: int | None
     footprint: Footprint
     prefill_cost: Seconds
     decode_cost: Seconds
@@ -52,9 +63,17 @@ class Plan:
         return self.prefill.tile_tokens
 
     @property
-    def streaming_bytes(self) -> int:
-        """Device bytes of ring, tails and write-back: the engine's device_kv_budget."""
-        return self.footprint.device_kv_budget_bytes - self.footprint.resident_bytes
+    def device_kv_budget_bytes(self) -> int:
+        """The engine's device_kv_budget: with it, each layer keeps its resident_tokens and no more."""
+        if self.streaming_bytes is None:
+            return self.footprint.device_kv_budget_bytes
+        kept = tuple(self.resident_tokens[index] for index in self.request.shape.offloaded_layers)
+        return self.streaming_bytes + resident_room_bytes(self.request, kept)
+
+    @property
+    def is_all_resident(self) -> bool:
+        """Whether the device keeps all that the host holds: nothing is streamed, and there is no ring."""
+        return self.streaming_bytes is not None and not self.footprint.ring_bytes
 
     @property
     def total_s(self) -> float:
@@ -64,38 +83,46 @@ class Plan:
     def explain(self) -> list[str]:
         """Why the plan is as it is: sentences for people."""
         request, memory = self.request, self.footprint
-        resident, heads = sum(self.resident_heads), sum(layer.kv_heads for layer in request.layers)
+        kept_bytes, kv_bytes = memory.resident_bytes, memory.host_kv_bytes + memory.disk_kv_bytes
         token_bytes = request.shape.kv_bytes_per_token(request.element_bytes) * request.rows
         lines = [
-            f"KV: {format_bytes(token_bytes)} a token, {format_bytes(memory.host_kv_bytes + memory.disk_kv_bytes)} for "
+            f"KV: {format_bytes(token_bytes)} a token, {format_bytes(kv_bytes)} for "
             f"{format_tokens(request.context_tokens)} tokens"
             + (f", {format_bytes(memory.disk_kv_bytes)} of it on disk." if memory.disk_kv_bytes else ".")
         ]
         if request.hardware.is_host:
             lines.append("The host is the compute device: KV is read where it lies, nothing is copied.")
-        elif resident == heads:
-            lines.append(f"All of it fits the device ({format_bytes(memory.resident_bytes)}): nothing is streamed.")
+        elif self.is_all_resident:
+            lines.append("All of it stays on the device: nothing is streamed.")
         else:
             lines.append(
                 f"It streams from host RAM through {RING_SLOTS} slots, {format_bytes(memory.ring_bytes)} in all, "
                 "at any context."
             )
-            if resident:
+            if kept_bytes:
                 lines.append(
-                    f"{resident} of {heads} KV heads ({format_bytes(memory.resident_bytes)}) stay on the device, which "
-                    f"saves {resident / heads:.0%} of the transfer."
+                    f"The first {self.resident_text} tokens ({format_bytes(kept_bytes)}) stay on the device, which "
+                    f"saves {kept_bytes / kv_bytes:.0%} of a new token's transfer."
                 )
             lines.append(f"Tiles of {_tile_text(self.prefill)}; of {_tile_text(self.decode)}.")
+            if not memory.disk_kv_bytes:
+                machine, dtype = request.hardware, request.dtype
+                hiding = max(hiding_chunk_tokens(layer, machine, dtype) for layer in request.layers)
+                lines.append(f"Chunks of {hiding:,} tokens or more hide the transfer behind attention.")
         lines.append(
             f"Chunks of {self.chunk_tokens:,} tokens take {format_bytes(memory.activation_bytes)} of activations. "
             f"Prefill takes {format_seconds(self.prefill_cost.total_s)}, {_bound_text(self.prefill_cost)}."
         )
         lines.append(f"A new token takes {format_seconds(self.decode_cost.total_s)}, {_bound_text(self.decode_cost)}.")
-        if resident and not request.hardware.is_host:
-            lines.append("Resident KV is a prediction only: this version streams all but the newest tokens.")
         if memory.disk_kv_bytes:
             lines.append("KV on disk needs --host-kv-budget and --disk-tier: each token reads all of it once.")
         return lines
+
+    @property
+    def resident_text(self) -> str:
+        """How many tokens of each offloaded layer are resident, for people."""
+        kept = {min(self.resident_tokens[i], self.request.context_tokens) for i in self.request.shape.offloaded_layers}
+        return " to ".join(f"{tokens:,}" for tokens in sorted({min(kept), max(kept)}))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the choices, bytes and seconds."""
@@ -106,9 +133,10 @@ class Plan:
             "chunk_tokens": self.chunk_tokens,
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
-            "resident_heads": list(self.resident_heads),
+            "resident_tokens": list(self.resident_tokens),
             "kernel": self.kernel,
-            "device_kv_budget_bytes": self.footprint.device_kv_budget_bytes,
+            "device_kv_budget_bytes": self.device_kv_budget_bytes,
+            "streaming_budget_bytes": self.streaming_bytes,
             "device_bytes": self.footprint.device_bytes,
             "host_bytes": self.footprint.host_bytes,
             "footprint": dataclasses.asdict(self.footprint),
@@ -133,47 +161,50 @@ def candidates(request: Request) -> Iterator[Plan]:
     for chunk_tokens in chunks(request):
         for streaming_bytes in streaming_budgets(request):
             bare = fitting_footprint(request, chunk_tokens, streaming_bytes)
-            if bare is not None:
-                heads = resident(request, chunk_tokens, streaming_bytes, bare)
-                if streaming_bytes is not None and heads == [layer.kv_heads for layer in request.layers]:
-                    continue  # the candidate without a ring does the same in less memory
-                plan = _plan(request, chunk_tokens, streaming_bytes, heads)
-                if plan is not None:
-                    yield plan
+            if bare is None:
+                continue
+            plan = _plan(request, chunk_tokens, streaming_bytes, bare)
+            yield plan
+            if plan.is_all_resident:
+                break  # a larger ring would not be used either
 
 
-def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, resident_heads: list[int]) -> Plan | None:
-    """The plan of one candidate; None where it does not fit."""
-    footprint = fitting_footprint(request, chunk_tokens, streaming_bytes, resident_heads)
-    if footprint is None:
-        return None
-    prefill, decode = (tiles(request, footprint, query_tokens) for query_tokens in (chunk_tokens, 1))
-    streams, layers = footprint.ring_bytes > 0, request.layers
-    if not streams and not request.hardware.is_host:
-        prefill = decode = dataclasses.replace(prefill, why="all KV is resident: one call per layer")
-    shares = tuple(1 - n / layer.kv_heads for n, layer in zip(resident_heads, layers, strict=True))
-    far = footprint.host_kv_bytes + footprint.disk_kv_bytes
+def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare: Footprint) -> Plan:
+    """The plan of one candidate that fits, with what stays resident beside its `bare` footprint."""
+    kept = resident(request, streaming_bytes, bare)
+    footprint = fitting_footprint(request, chunk_tokens, streaming_bytes, kept)
+    assert footprint is not None, "what is resident has room beside the rest"
+    tokens, is_host = request.context_tokens, request.hardware.is_host
+    is_all_resident = not is_host and footprint.ring_bytes == 0
+    prefill, decode = (tiles(request, bare, query_tokens) for query_tokens in (chunk_tokens, 1))
+    if is_all_resident:
+        heads = max(layer.kv_heads for layer in request.layers)
+        prefill = decode = TilePlan(heads, tokens, "all KV is resident: nothing is streamed")
+    # The newest tokens are in the tail, which does not stream either: all is all.
+    on_device = tuple(max(tokens, n) if n >= host_kv_tokens(tokens) else n for n in kept)
+    streamed_bytes = footprint.host_kv_bytes + footprint.disk_kv_bytes - footprint.resident_bytes
     schedule = Schedule(
         chunk_tokens=chunk_tokens,
-        streamed_share=shares if streams else (),
+        resident_tokens=() if is_host else on_device,
         prefill_tile=(prefill.heads_per_group, prefill.tile_tokens),
         decode_tile=(decode.heads_per_group, decode.tile_tokens),
-        merges=streams,
-        writes_back=streams,
-        disk_share=footprint.disk_kv_bytes / far if far else 0.0,
+        merges=not is_host,
+        writes_back=not is_host,
+        disk_share=min(footprint.disk_kv_bytes / streamed_bytes, 1.0) if streamed_bytes else 0.0,
         prefetches_next_layer=request.prefetches_next_layer,
     )
     more = (schedule, request.dtype, request.bits, request.rows)
-    by_layer = dict(zip(request.shape.offloaded_layers, resident_heads, strict=True))
+    by_layer = dict(zip(request.shape.offloaded_layers, kept, strict=True))
     return Plan(
         request=request,
         chunk_tokens=chunk_tokens,
         prefill=prefill,
         decode=decode,
-        resident_heads=tuple(by_layer.get(index, 0) for index in range(len(request.shape.layers))),
+        resident_tokens=tuple(by_layer.get(index, 0) for index in range(len(request.shape.layers))),
+        streaming_bytes=streaming_bytes,
         footprint=footprint,
-        prefill_cost=prefill_seconds(request.shape, request.hardware, request.context_tokens, *more),
-        decode_cost=decode_seconds(request.shape, request.hardware, request.context_tokens, *more),
+        prefill_cost=prefill_seconds(request.shape, request.hardware, tokens, *more),
+        decode_cost=decode_seconds(request.shape, request.hardware, tokens, *more),
     )
 
 

@@ -17,8 +17,9 @@ class Request:
 
     chunk_tokens, heads_per_group, tile_tokens, device_kv_budget_bytes: fixed by the user, or None to choose.
     host_kv_budget_bytes: of host RAM for KV, where that is less than there is room for; the rest lies on disk.
-    device_kv_budget_bytes bounds ring, tails, write-back and resident KV together. keeps_resident: whether KV heads
-    may stay on the device; this version's engine streams them all.
+    device_kv_budget_bytes bounds ring, tails, write-back and resident KV together, streaming_budget_bytes is the part
+    of it for all but resident KV. keeps_resident: whether the first tokens of each layer may stay on the device too.
+    prefetches_next_layer: whether a layer's first tile comes while the layer before computes, as our engine does it.
     """
 
     shape: ModelShape
@@ -36,11 +37,13 @@ class Request:
     heads_per_group: int | None = None
     tile_tokens: int | None = None
     device_kv_budget_bytes: int | None = None
-    prefetches_next_layer: bool = False
+    streaming_budget_bytes: int | None = None
+    prefetches_next_layer: bool = True
     keeps_resident: bool = True
 
     def __post_init__(self) -> None:
-        optional = ("device_bytes", "weight_bits", "chunk_tokens", "device_kv_budget_bytes", "host_kv_budget_bytes")
+        budgets = ("device_kv_budget_bytes", "streaming_budget_bytes", "host_kv_budget_bytes")
+        optional = ("device_bytes", "weight_bits", "chunk_tokens", *budgets)
         for name in ("context_tokens", "host_bytes", "new_tokens", "rows", *optional):
             value = getattr(self, name)
             if (value is not None and value < 1) or (value is None and name not in optional):

@@ -1,11 +1,14 @@
 """The cost model: seconds of prefill and decode by component, what hides behind what, and what bounds them.
 
-In each layer of each forward pass two things run side by side, and the longer one counts:
+In each layer of each forward pass three things run side by side, and the longest one counts:
 
-    compute stream   linear layers, then attention on the chunk and on the past, and merging tiles
-    copy stream      tiles host -> device, new KV device -> host; only beside attention, as the loop is written
+    compute stream      linear layers, then attention on the chunk and on the past, and merging tiles
+    copy stream         tiles host -> device, of what is not resident: beside attention, and the first tile of a layer
+                        beside the linear layers before it, where that is prefetched
+    write-back stream   new KV device -> host, the link's other direction: beside attention and linear layers
 
-The past grows by one chunk per forward pass, so both are straight lines in it; sums over chunks are closed forms.
+The past grows by one chunk per forward pass, so all are straight lines in it; sums over chunks are closed forms, see
+overlap.py.
 """
 
 from __future__ import annotations
@@ -16,9 +19,18 @@ from dataclasses import dataclass
 
 from headinfer.model_shape import LayerShape, ModelShape
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.overlap import LayerChunks
 from headinfer.plan.tiles import MERGE_BYTES, TILE_LAUNCHES
 
-__all__ = ["OperatingPoint", "Schedule", "Seconds", "decode_seconds", "operating_points", "prefill_seconds"]
+__all__ = [
+    "OperatingPoint",
+    "Schedule",
+    "Seconds",
+    "decode_seconds",
+    "hiding_chunk_tokens",
+    "operating_points",
+    "prefill_seconds",
+]
 
 # Kernels that eager PyTorch queues for one decoder layer of transformers (norms, projections, rotary embedding,
 # MLP, residuals). For a head group that is copied whole: K and V in and out, attention, events.
@@ -30,8 +42,9 @@ GROUP_LAUNCHES = 10
 class Schedule:
     """What a method moves and when.
 
-    chunk_tokens: tokens of one forward pass in prefill. streamed_share: the share of each layer's KV heads that
-    crosses the link, by offloaded layer; empty where nothing does. prefill_tile, decode_tile: (heads, tokens).
+    chunk_tokens: tokens of one forward pass in prefill. resident_tokens: by offloaded layer, the first tokens of a
+    row that do not cross the link in each pass; empty where there is no link to cross. prefill_tile, decode_tile:
+    (heads, tokens).
     merges: whether tiles cut a head's tokens, as headinfer's do; queueing them is taken to run ahead of the device,
     and queueing the paper's whole groups not to, as its table 7 shows. writes_back: whether new KV goes to the
     host. kv_scale: bytes of KV against the model's dtype. disk_share: of the streamed bytes. prefetches_next_layer:
@@ -39,7 +52,7 @@ class Schedule:
     """
 
     chunk_tokens: int
-    streamed_share: tuple[float, ...] = ()
+    resident_tokens: tuple[int, ...] = ()
     prefill_tile: tuple[int, int] = (1, 1)
     decode_tile: tuple[int, int] = (1, 1)
     merges: bool = False
@@ -55,7 +68,8 @@ class Seconds:
 
     linear_s, attention_s and merge_s on the compute stream; exposed_transfer_s, exposed_launch_s: what of the copies
     and of the host's queueing is not hidden behind them. The busy times say how long each resource works in all:
-    compute_s and device_memory_s (kernels, by what bounds them), transfer_s (the copy stream), launch_s (the host).
+    compute_s and device_memory_s (kernels, by what bounds them), transfer_s (copies, whichever direction takes longer),
+    launch_s (the host).
     """
 
     linear_s: float
@@ -132,7 +146,8 @@ def prefill_seconds(
     total.launch_s = launches
     total.exposed_launch_s = launches if hardware.is_host else max(0.0, launches - total.linear_s)
 
-    for layer, count, share in _distinct(shape, schedule):
+    linear_s = max(linear_flop_s, linear_byte_s) / len(shape.layers)
+    for layer, count, resident in _distinct(shape, schedule):
         square_s = layer.flops_per_pair * _own_pairs(layer, chunk, tokens) * rows / attention_flops_per_s
         past_sum = chunk * chunks * (chunks - 1) / 2
         seen_sum = 0.0 if layer.window_tokens else past_sum
@@ -146,32 +161,39 @@ def prefill_seconds(
         else:
             total.compute_s += count * chunks * square_s
             total.device_memory_s += count * byte_slope * seen_sum
-        if share is None:
+        if resident is None:
             continue
         heads, tile_tokens = schedule.prefill_tile
-        output_s = share * rows * layer.query_heads * layer.value_dim * chunk * MERGE_BYTES / bytes_per_s
-        merge_slope = output_s / tile_tokens if schedule.merges else 0.0
-        merge_first = output_s if schedule.merges else 0.0  # at least one tile, as soon as there is a past
-        merge_s = merge_slope * past_sum + merge_first * (chunks - 1)
-        total.merge_s += count * merge_s
-        compute_first, compute_slope = square_s + merge_first, max(flop_slope, byte_slope) + merge_slope
+        output_s = rows * layer.query_heads * layer.value_dim * chunk * MERGE_BYTES / bytes_per_s
+        merge_s = output_s if schedule.merges else 0.0
         back_s = chunk * kv_bytes / (hardware.link_back_bytes_per_s * hardware.link_share)
-        copy_first, copy_slope = (back_s if schedule.writes_back else 0.0), share * kv_bytes * transfer_s_per_byte
-        total.transfer_s += count * (chunks * copy_first + copy_slope * past_sum)
-        steeper = copy_slope - compute_slope  # the first chunk has no past: nothing to fetch or merge
-        exposed_s = max(0.0, copy_first - square_s)
-        exposed_s += _positive_sum(copy_first - compute_first + steeper * chunk, steeper, chunk, chunks - 1)
-        # The first tile of a layer has only the chunk's own attention to hide behind, and what is prefetched.
-        tile_s = min(tile_tokens, tokens) * heads / layer.kv_heads * kv_bytes * transfer_s_per_byte
-        cover_s = square_s * heads / layer.kv_heads
-        cover_s += linear_flop_s / len(shape.layers) if schedule.prefetches_next_layer else 0.0
-        first_s = max(0.0, tile_s - cover_s) * (chunks - 1) if schedule.merges and share else 0.0
-        total.exposed_transfer_s += count * (exposed_s + first_s)
-        groups = math.ceil(share * layer.kv_heads / heads)
-        tiles = groups * (past_sum / tile_tokens + chunks)
-        tile_launch_s = tiles * _tile_launches(schedule, heads) * hardware.launch_s
+        tile_s = min(tile_tokens, max(tokens - resident, 0)) * heads / layer.kv_heads * kv_bytes * transfer_s_per_byte
+        layer_chunks = LayerChunks(
+            chunks=chunks,
+            chunk_tokens=chunk,
+            resident_tokens=resident,
+            attention_first_s=square_s,
+            attention_s_per_token=max(flop_slope, byte_slope),
+            merge_first_s=merge_s,
+            merge_s_per_token=merge_s / tile_tokens,
+            fetch_s_per_token=kv_bytes * transfer_s_per_byte,
+            back_s=back_s if schedule.writes_back else 0.0,
+            early_s=min(tile_s, linear_s) if schedule.prefetches_next_layer else 0.0,
+            back_early_s=linear_s,
+        )
+        total.merge_s += count * layer_chunks.merge_s
+        total.transfer_s += count * layer_chunks.transfer_s
+        exposed_s = layer_chunks.exposed_s
+        if schedule.merges and not schedule.prefetches_next_layer:
+            # The first tile of a layer has only the chunk's own attention to hide behind.
+            exposed_s += max(0.0, tile_s - square_s * heads / layer.kv_heads) * layer_chunks.streaming_chunks
+        total.exposed_transfer_s += count * exposed_s
+        passes = layer_chunks.streamed_tokens / tile_tokens
+        passes += layer_chunks.streaming_chunks if schedule.merges else chunks
+        groups = math.ceil(layer.kv_heads / heads)
+        tile_launch_s = groups * passes * _tile_launches(schedule, heads) * hardware.launch_s
         total.launch_s += count * tile_launch_s
-        covered_s = attention_s + merge_s + exposed_s if schedule.merges else 0.0
+        covered_s = attention_s + layer_chunks.merge_s + exposed_s if schedule.merges else 0.0
         total.exposed_launch_s += count * max(0.0, tile_launch_s - covered_s)
     return total.seconds(transfer_name)
 
@@ -191,7 +213,8 @@ def decode_seconds(
     total.compute_s, total.device_memory_s = (flop_s, 0.0) if flop_s > byte_s else (0.0, byte_s)
     total.launch_s = len(shape.layers) * LAYER_LAUNCHES * hardware.launch_s
     total.exposed_launch_s = total.launch_s if hardware.is_host else max(0.0, total.launch_s - total.linear_s)
-    for layer, count, share in _distinct(shape, schedule):
+    linear_s = total.linear_s / len(shape.layers)
+    for layer, count, resident in _distinct(shape, schedule):
         seen = layer.seen_tokens(past_tokens)
         kv_bytes = seen * layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
         flop_s, byte_s = layer.flops_per_pair * seen * rows / flops_per_s, kv_bytes / hardware.attained_kv_bytes_per_s
@@ -201,20 +224,20 @@ def decode_seconds(
             total.compute_s += count * flop_s
         else:
             total.device_memory_s += count * byte_s
-        if share is None:
+        if resident is None:
+            continue
+        streamed = max(seen - resident, 0)
+        if not streamed:
             continue
         heads, tile_tokens = schedule.decode_tile
-        groups = math.ceil(share * layer.kv_heads / heads)
-        tiles = groups * math.ceil(seen / tile_tokens)
-        transfer_s = share * kv_bytes * transfer_s_per_byte
+        tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed / tile_tokens)
+        transfer_s = streamed / seen * kv_bytes * transfer_s_per_byte
         total.transfer_s += count * transfer_s
-        exposed_s = max(0.0, transfer_s - attention_s)
-        if share and tiles:  # the last tile is computed when nothing comes any more; the first may come early
-            tile_share = min(tile_tokens, seen) / max(seen, 1) * heads / layer.kv_heads
-            exposed_s = max(exposed_s, transfer_s - attention_s * (1 - min(tile_share, share)))
-            if schedule.prefetches_next_layer:
-                early_s = min(transfer_s * min(tile_share / share, 1.0), total.linear_s / len(shape.layers))
-                exposed_s = max(0.0, exposed_s - early_s)
+        # The last tile is computed when nothing comes any more, but the next layer's first one.
+        tile_share = min(tile_tokens, streamed) / streamed * heads / layer.kv_heads
+        last_s = attention_s * streamed / seen * tile_share
+        early_s = min(transfer_s * tile_share, linear_s + last_s) if schedule.prefetches_next_layer else 0.0
+        exposed_s = max(0.0, transfer_s - attention_s + last_s - early_s)
         total.exposed_transfer_s += count * exposed_s
         tile_launch_s = tiles * _tile_launches(schedule, heads) * hardware.launch_s
         total.launch_s += count * tile_launch_s
@@ -227,14 +250,14 @@ def _tile_launches(schedule: Schedule, heads: int) -> int:
     return TILE_LAUNCHES + 2 * heads if schedule.merges else GROUP_LAUNCHES
 
 
-def _distinct(shape: ModelShape, schedule: Schedule) -> list[tuple[LayerShape, int, float | None]]:
-    """Layers with equal shape and streamed share, and how many; the share is None where nothing is offloaded."""
-    shares = iter(schedule.streamed_share)
-    found: dict[tuple[LayerShape, float | None], int] = {}
+def _distinct(shape: ModelShape, schedule: Schedule) -> list[tuple[LayerShape, int, int | None]]:
+    """Layers with equal shape and resident tokens, and how many; None tokens where nothing crosses a link."""
+    residents = iter(schedule.resident_tokens)
+    found: dict[tuple[LayerShape, int | None], int] = {}
     for layer in shape.layers:
-        share = next(shares) if layer.is_offloaded and schedule.streamed_share else None
-        found[layer, share] = found.get((layer, share), 0) + 1
-    return [(layer, count, share) for (layer, share), count in found.items()]
+        resident = next(residents) if layer.is_offloaded and schedule.resident_tokens else None
+        found[layer, resident] = found.get((layer, resident), 0) + 1
+    return [(layer, count, resident) for (layer, resident), count in found.items()]
 
 
 def _transfer(hardware: Hardware, schedule: Schedule) -> tuple[float, str]:
@@ -253,14 +276,15 @@ def _own_pairs(layer: LayerShape, chunk: float, tokens: int) -> float:
     return chunk * (window - window * window / 2 / tokens)
 
 
-def _positive_sum(first: float, slope: float, step: float, count: int) -> float:
-    """Sum of max(0, first + slope * p) for p = 0, step, 2 step, ... (count terms)."""
-    if slope == 0.0:
-        return max(0.0, first) * count
-    crossing = -first / slope / step
-    begin, end = (0, min(count, max(0, math.ceil(crossing)))) if slope < 0 else (max(0, math.ceil(crossing)), count)
-    terms = max(end - begin, 0)
-    return max(0.0, terms * first + slope * step * (begin + end - 1) * terms / 2)
+def hiding_chunk_tokens(layer: LayerShape, hardware: Hardware, dtype: str) -> int:
+    """Tokens of a chunk from which on a layer's streamed KV arrives no later than attention on it takes.
+
+    A token of the past costs flops_per_pair * Tq / F seconds of attention and kv_bytes / W of transfer. With G query
+    heads per KV head and e bytes an element, that is Tq >= F * e / (2 * G * W) (DESIGN, section 3), as attained.
+    """
+    element_bytes = 4 if dtype == "float32" else 2
+    pair_s = layer.flops_per_pair / hardware.attained_attention_flops_per_s(dtype)
+    return math.ceil(layer.kv_bytes_per_token(element_bytes) / hardware.attained_link_bytes_per_s / pair_s)
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,17 @@ __all__ = [
 DEFAULT_BUDGET_BYTES = 256 * 1024 * 1024
 RING_SLOTS = 2
 FEW_QUERY_TOKENS = 16  # up to here a pass is bound by the bytes of K and V: decode, or checking a few guesses
-# Device bytes per element of a tile's output to merge it: read and written as float32 in several eager kernels
-# (DESIGN, section 3: 34; one fused kernel: 10).
-MERGE_BYTES = 34
-# Kernels and events that one tile takes: attention, merge, waiting; two copies per head come on top.
-TILE_LAUNCHES = 12
+# Device bytes per element of a tile's output to merge it in one fused kernel: the tile's in a half type (2) and the
+# running state in float32 (4) are read, the state is written (4).
+MERGE_BYTES = 10
+# What the host queues for one tile: the attention kernel, the merge, and four events (a slot is free, a slot is filled,
+# each recorded and waited for); two copies per head come on top.
+TILE_LAUNCHES = 6
 _QUERY_BLOCK = 128  # query rows that one multiprocessor works on at a time in the flash kernels
 _SMALLEST_TILE_TOKENS = 16
 _SHORTENED = (1, 2, 4, 8)  # a tile may be that much shorter than its slot, so that less of the first one is waited for
 _CLEARLY = 0.98  # fewer heads, or shorter tiles, must save this much, since the model of cost is no exacter
+_FIRST_LAYER = 1 / 32  # a model has about so many
 _AHEAD = 1.5  # queueing must stay ahead of the device
 _ALIGN_BYTES = 256
 
@@ -97,9 +99,10 @@ def choose_tiles(
     to choose.
 
     Of the tiles that fit a slot (the KV heads split evenly; as long as the slot, or a half, a quarter or an eighth of
-    it) the one that takes the least seconds, see `layer_seconds`; of about equal ones, the most heads and the longest
-    (the paper's section 3.3 adapts the heads only). Raises UsageError for a number out of range and CapacityError
-    where a slot holds no tile.
+    it) the one that takes the least seconds, see `layer_seconds`; of about equal ones the longest: in decode with the
+    most heads, which are queued together, in prefill with the fewest that fill the device, whose float32 state is
+    smallest (the paper's section 3.3 adapts the heads only). Raises UsageError for a number out of range and
+    CapacityError where a slot holds no tile.
     """
     for name, value, most in (("heads_per_group", heads_per_group, kv_heads), ("tile_tokens", tile_tokens, None)):
         if value is not None and (value < 1 or (most is not None and value > most)):
@@ -111,9 +114,16 @@ def choose_tiles(
     def longest(heads: int) -> int:
         return min(slot_bytes // (heads * head_token_bytes), past)
 
+    rates = rates or TileRates()
+    is_prefill = query_tokens > FEW_QUERY_TOKENS
+
+    def preference(heads: int) -> tuple[bool, int]:
+        fills = is_prefill and filled_share(rates, rows * heads * group_queries, query_tokens) == 1.0
+        return not fills, heads if fills else -heads
+
     def seconds(heads: int, tokens: int) -> float:
         return layer_seconds(
-            rates or TileRates(),
+            rates,
             heads=heads,
             tile_tokens=tokens,
             kv_heads=kv_heads,
@@ -136,7 +146,7 @@ def choose_tiles(
         )
     shapes = [
         (heads, tokens)
-        for heads in fitting
+        for heads in sorted(fitting, key=preference)
         for tokens in ([needed] if tile_tokens is not None else [-(-longest(heads) // part) for part in _SHORTENED])
         if tokens >= needed
     ]
@@ -147,6 +157,11 @@ def choose_tiles(
     fixed = [name for name, value in (("heads", heads_per_group), ("tokens", tile_tokens)) if value is not None]
     why = f"{' and '.join(fixed)} fixed by option" if fixed else f"the cheapest of {len(shapes)} by the model of cost"
     return TilePlan(*best, why)
+
+
+def filled_share(rates: TileRates, query_heads: int, query_tokens: int) -> float:
+    """The share of the device that attention in prefill keeps busy: two blocks of queries for each multiprocessor."""
+    return min(1.0, query_heads * math.ceil(query_tokens / _QUERY_BLOCK) / (2 * rates.multiprocessors))
 
 
 def layer_seconds(
@@ -164,20 +179,20 @@ def layer_seconds(
 ) -> float:
     """Seconds of one layer's attention on a streamed past, as far as the shape of its tiles matters.
 
-    The longest of computing and merging, copying, and queueing; and the first tile's copy, which nothing hides. Few
-    heads leave a part of the device idle in prefill; short tiles are merged more often.
+    The longest of computing and merging, copying, and queueing; and the copy of the first tile, which comes while the
+    layer before computes, but in a pass's first layer. Few heads leave a part of the device idle in prefill; short
+    tiles are merged more often.
     """
     passes = -(-past_tokens // tile_tokens)
     kv_bytes = rows * kv_heads * past_tokens * head_token_bytes
     queries = rows * kv_heads * group_queries * query_tokens
     attention_s = 2 * queries * past_tokens * (head_token_bytes // element_bytes) / rates.flops_per_s
     if query_tokens > FEW_QUERY_TOKENS:
-        blocks = rows * heads * group_queries * math.ceil(query_tokens / _QUERY_BLOCK)
-        attention_s /= min(1.0, blocks / (2 * rates.multiprocessors))
+        attention_s /= filled_share(rates, rows * heads * group_queries, query_tokens)
     attention_s = max(attention_s, kv_bytes / rates.device_bytes_per_s)
     output_elements = queries * (head_token_bytes // element_bytes / 2)
     merge_s = passes * output_elements * MERGE_BYTES / rates.device_bytes_per_s
     copy_s = kv_bytes / rates.link_bytes_per_s
     launch_s = passes * math.ceil(kv_heads / heads) * (TILE_LAUNCHES + 2 * heads) * rows * rates.launch_s
     first_s = heads * tile_tokens * head_token_bytes / rates.link_bytes_per_s
-    return max(attention_s + merge_s, copy_s, _AHEAD * launch_s) + first_s
+    return max(attention_s + merge_s, copy_s, _AHEAD * launch_s) + _FIRST_LAYER * first_s
