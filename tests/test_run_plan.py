@@ -226,3 +226,27 @@ def _seconds(shape, hardware, phase):
 
     cost = prefill_seconds if phase == "prefill" else decode_seconds
     return cost(shape, hardware, 4096, Schedule(chunk_tokens=512), "float32", 32)
+
+
+def test_a_model_on_several_gpus_is_planned_for_the_one_with_the_least_memory(monkeypatch):
+    planned_for = []
+
+    def plan_run(_shape, device, *_args, **_more):
+        planned_for.append(device)
+        raise CapacityError("nothing fits")
+
+    monkeypatch.setattr("headinfer.hf.enable.plan_run", plan_run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((9, 3, 7)[device.index] * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    model = tiny_model("llama")
+    with headinfer.enable(model) as enabled:
+        enabled.new_cache(100)
+        model.hf_device_map = {
+            "model.embed_tokens": 0,
+            "model.layers.0": 2,
+            "model.layers.1": "cuda:1",
+            "lm_head": "disk",
+        }
+        enabled.new_cache(100)
+    assert planned_for == [torch.device("cpu"), torch.device("cuda:1")]

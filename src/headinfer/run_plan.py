@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from headinfer.plan.memory import available_host_bytes, free_disk_bytes
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 
-__all__ = ["fixed_fields", "plan_run", "planned"]
+__all__ = ["fixed_fields", "plan_run", "planned", "tightest"]
 
 _HOST_OVERHEAD_BYTES = 256 * 2**20  # the process runs already: what is left to come beside weights and KV
 
@@ -71,6 +71,11 @@ def plan_run(
         **fixed,
     )
     return make_plan(request)
+
+
+def tightest(devices: Iterable[torch.device]) -> torch.device | None:
+    """The CUDA device with the least free memory, which a model's plan must fit where it lies on several."""
+    return min(devices, key=_free_device_bytes, default=None)
 
 
 def _free_device_bytes(device: torch.device) -> int:

@@ -53,6 +53,7 @@ __all__ = [
     "PreTrainedModel",
     "causal_mask_function",
     "check_version",
+    "cuda_devices",
     "default_layers",
     "flash_attention_mask",
     "is_constant_size",
@@ -89,6 +90,13 @@ def layer_device(model: PreTrainedModel, index: int) -> torch.device:
     weight = next(layers[index].parameters(), None) if layers is not None else None
     device: torch.device = model.device if weight is None or weight.device.type == "meta" else weight.device
     return device
+
+
+def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The CUDA devices that compute its layers: one, or those that device_map spread it over."""
+    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in places.values()}  # others are "cpu", "disk"
+    return [torch.device(name) for name in sorted(names) if name.startswith("cuda")]
 
 
 def versions() -> dict[str, str]:

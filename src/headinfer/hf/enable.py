@@ -21,13 +21,20 @@ from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageE
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
-from headinfer.hf.compat import GenerationMode, PreTrainedModel, check_version, takes_attention_interface, unfit_cache
+from headinfer.hf.compat import (
+    GenerationMode,
+    PreTrainedModel,
+    check_version,
+    cuda_devices,
+    takes_attention_interface,
+    unfit_cache,
+)
 from headinfer.hf.copies import one_of_each, repeat_logits
 from headinfer.hf.families import check_family
 from headinfer.kv.ledger import Ledger
 from headinfer.model_shape import ModelShape
 from headinfer.plan.planner import Plan
-from headinfer.run_plan import fixed_fields, plan_run, planned
+from headinfer.run_plan import fixed_fields, plan_run, planned, tightest
 
 __all__ = ["Enabled", "check_model", "enable"]
 
@@ -85,9 +92,9 @@ class Enabled:
         """
         model = self.model
         shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
-        device = model.device if model.device.type in ("cpu", "cuda") else torch.device("cpu")
+        device = tightest(cuda_devices(model)) or torch.device("cpu")
         fixed = fixed_fields(self.options, self.chunk_tokens)
-        held = cache.engine.ledger if cache is not None else Ledger()
+        ledgers = cache.engine.ledgers if cache is not None else [Ledger()]
         try:
             return plan_run(
                 shape,
@@ -95,8 +102,8 @@ class Enabled:
                 model.dtype,
                 max(tokens, 1),
                 rows=rows,
-                held_device_bytes=sum(held.device_bytes.values()),
-                held_host_bytes=held.host_bytes,
+                held_device_bytes=min(sum(held.device_bytes.values()) for held in ledgers),
+                held_host_bytes=ledgers[0].host_bytes,
                 is_loaded=True,
                 fixed=fixed,
             )
