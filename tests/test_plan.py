@@ -333,14 +333,16 @@ def test_constants_are_those_of_the_engine():
     assert footprint.SEGMENT_TOKENS == head_store._LARGE_SEGMENT_TOKENS
 
 
+@pytest.mark.parametrize("room", [0, 500_000, 64 * MIB])
 @pytest.mark.parametrize("tokens", [200, 256, 258, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
-def test_the_footprint_is_what_the_engine_holds(tokens):
-    """Ring, tails, write-back and host bytes of a cache that is really filled."""
+def test_the_footprint_is_what_the_engine_holds(tokens, room):
+    """Ring, tails, write-back, resident and host bytes of a cache that is really filled."""
     source = resolve("random:tiny-llama?layers=3&hidden=64&heads=4&kv_heads=2")
     model = source.load(dtype=torch.float32, device="cpu", seed=0)
     budget = 2 * MIB
-    with torch.no_grad(), headinfer.enable(model, device_kv_budget=budget, staging="early") as enabled:
-        cache = headinfer.HeadCache(model.config, device_kv_budget=budget, staging="early", expected_tokens=tokens)
+    options = {"device_kv_budget": budget + room, "streaming_budget": budget, "staging": "early"}
+    with torch.no_grad(), headinfer.enable(model, **options) as enabled:
+        cache = headinfer.HeadCache(model.config, expected_tokens=tokens, **options)
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
         for layer in cache.head_layers:
             layer.store.append(*torch.zeros(2, 1, 2, tokens - 2, 16))
@@ -348,13 +350,15 @@ def test_the_footprint_is_what_the_engine_holds(tokens):
         stats = cache.stats()
     del enabled
     shape = ModelShape.from_config(source.config)
+    kept = resident_tokens(room, 3, shape.layers[0].kv_bytes_per_token(4), 1, host_kv_tokens(tokens))
     found = streaming_footprint(
-        shape, tokens, chunk_tokens=1000, streaming_bytes=budget, resident_tokens=(0, 0, 0), element_bytes=4
+        shape, tokens, chunk_tokens=1000, streaming_bytes=budget, resident_tokens=[kept] * 3, element_bytes=4
     )
+    assert found.resident_bytes == stats.device_resident_bytes
     assert (found.ring_bytes, found.staging_bytes) == (stats.device_ring_bytes, stats.device_staging_bytes)
     assert (found.tail_bytes, found.spare_tail_bytes) == (stats.device_tail_bytes, stats.device_tail_bytes // 3)
     assert found.host_kv_bytes == stats.host_kv_bytes
-    assert found.device_kv_budget_bytes <= budget
+    assert found.device_kv_budget_bytes <= budget + room
 
 
 def test_llama_3_8b_needs_256_mib_of_kv_on_the_device_at_any_context():
