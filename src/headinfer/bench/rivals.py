@@ -1,0 +1,300 @@
+"""Ways of holding a long context that are measured against headinfer's own, each in turns with it.
+
+| name | what it is |
+|---|---|
+| resident store | headinfer's loop over KV that all lies on the device: what streaming would cost if the link were free |
+| what is free | headinfer with all device memory that is free: the first tokens stay there, the rest streams |
+| paper's scheme | one KV head at a time, its whole past in a slot (arXiv 2502.12574) |
+| layer-wise | all KV heads of a layer at a time, its whole past in a slot: pinned, only new KV written back |
+| DynamicCache | transformers' cache, all of it on the device |
+| offloaded cache | transformers' `DynamicCache(offloading=True)`: a layer at a time, written back whole |
+
+The first four are headinfer's engine with other options, over the same host memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache
+
+from headinfer.bench.gpu_job import Job
+from headinfer.bench.stores import Past, noise
+from headinfer.errors import CapacityError
+from headinfer.hf.cache import HeadCache
+from headinfer.hf.enable import enable
+from headinfer.kv.resident import RESIDENT_UNIT_TOKENS
+from headinfer.plan.footprint import tail_bytes, write_back_bytes
+from headinfer.plan.memory import available_host_bytes, format_bytes
+from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS
+
+__all__ = ["HeadRunner", "Outcome", "Rival", "compare", "measure_alone", "rivals_of"]
+
+_SLOT_ALIGN = 256
+_ACTIVATION_SHARE = 8  # of the device memory that is free: for a chunk, where KV takes what is free
+
+
+class Runner(Protocol):
+    """One way, ready to run: forward passes of the same tokens at the end of the same past."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Around run(): the model as this way needs it."""
+
+    def run(self) -> None: ...
+
+    def after(self) -> None:
+        """Make it as it was before run(); not timed."""
+
+    def kv_bytes(self) -> int:
+        """KV on the device, at its peak."""
+
+    def facts(self) -> dict[str, Any]: ...
+
+
+class HeadRunner:
+    """headinfer with some options."""
+
+    def __init__(self, job: Job, cache: HeadCache, tokens: int) -> None:
+        self.job, self.cache, self.tokens = job, cache, tokens
+        self._ids = torch.full((1, tokens), 7, device=job.device)
+
+    def active(self) -> AbstractContextManager[Any]:
+        return enable(self.job.model, chunk_tokens=max(self.tokens, 1))
+
+    def run(self) -> None:
+        self.job.model(self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def after(self) -> None:
+        self.cache.crop(-self.tokens)
+
+    def kv_bytes(self) -> int:
+        return self.cache.stats().device_kv_peak_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """What was chosen for the last pass."""
+        stats = self.cache.stats()
+        return {
+            "heads_per_group": stats.heads_per_group,
+            "tile_tokens": stats.tile_tokens,
+            "attention_backends": list(stats.attention_backends),
+            "device_resident_bytes": stats.device_resident_bytes,
+        }
+
+
+class TransformersRunner:
+    """transformers' own cache; offloaded: every layer goes to the host and comes back in each pass."""
+
+    def __init__(self, job: Job, past_tokens: int, tokens: int, *, offloaded: bool) -> None:
+        self.job, self.tokens, self.offloaded = job, tokens, offloaded
+        self.cache: Any = DynamicCache(config=job.model.config, offloading=offloaded)
+        self._ids = torch.full((1, tokens), 7, device=job.device)
+        for layer in self.cache.layers:
+            layer.update(*noise(job, past_tokens))
+            if offloaded:
+                layer.offload()
+        job.synchronize()
+        self._before = [(layer.keys, layer.values) for layer in self.cache.layers] if offloaded else []
+        self._first_comes_ahead()
+
+    def _first_comes_ahead(self) -> None:
+        """As after any pass: the first layer's KV is on its way for the next one."""
+        if self.offloaded:
+            self.cache.prefetch(0)
+            self.job.synchronize()
+
+    def active(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def run(self) -> None:
+        self.job.model(self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def after(self) -> None:
+        if not self.offloaded:
+            self.cache.crop(-self.tokens)
+            return
+        # A cropped view of pinned memory is not contiguous, and copies of it would wait: give back what was there.
+        for layer, (keys, values) in zip(self.cache.layers, self._before, strict=True):
+            layer.keys, layer.values = keys, values
+        self._first_comes_ahead()
+
+    def kv_bytes(self) -> int:
+        layers = self.cache.layers
+        sizes = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
+        return 2 * max(sizes) if self.offloaded else sum(sizes)  # offloaded: one is read while the next one comes
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A way that may be opened. device_bytes, host_bytes: what it needs; pass_s: about what a pass takes.
+
+    goal: of its time over headinfer's. refusal: why it cannot be opened at all.
+    """
+
+    name: str
+    device_bytes: int
+    pass_s: float
+    open: Callable[[], Runner]
+    host_bytes: int = 0
+    goal: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a way. seconds: of passes in turns with headinfer's own in own_s; note: why there are none."""
+
+    name: str
+    seconds: Sequence[float] = ()
+    own_s: Sequence[float] = ()
+    kv_bytes: int | None = None
+    goal: str = ""
+    note: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """The median over the rounds of its time over headinfer's."""
+        pairs = zip(self.seconds, self.own_s, strict=True)
+        return statistics.median(a / b for a, b in pairs) if self.seconds else None
+
+
+def rivals_of(
+    job: Job, past: Past, tokens: int, pass_s: float, goals: dict[str, str], names: Sequence[str] = ()
+) -> list[Rival]:
+    """The ways for passes of `tokens` tokens after a past; only the named ones, where some are named.
+
+    pass_s: what headinfer takes. goals: by name. The copies that a way makes decide what a pass of it takes, about.
+    """
+    kv, rates, layers = job.kv_bytes(past.tokens), job.rates, len(job.shape.offloaded_layers)
+    floor_bytes = job.sizes.floor_bytes
+    held = 1 if past.is_simulation else layers  # whose KV is really there
+    layer = job.shape.layers[job.shape.offloaded_layers[0]]
+    layer_bytes, heads = kv // layers, layer.kv_heads
+    kv_near_s, kv_far_s = kv / rates.device_bytes_per_s, kv / min(rates.link_bytes_per_s, rates.back_bytes_per_s)
+    near_s = max(pass_s - kv / rates.link_bytes_per_s, 0.0) if tokens == 1 else pass_s
+
+    def whole_past(name: str, group: int) -> Rival:
+        budget = ring_budget_bytes(job, group * layer_bytes // heads)
+        options = {"device_kv_budget": budget, "streaming_budget": budget, "heads_per_group": group}
+        return rival(name, budget, pass_s, tile_tokens=past.tokens, **options)
+
+    def rival(name: str, device_bytes: int, seconds: float, **options: Any) -> Rival:
+        def opened() -> Runner:
+            return HeadRunner(job, past.cache(room_tokens=tokens if tokens > 1 else 0, **options), tokens)
+
+        return Rival(name, device_bytes, seconds, opened)
+
+    def resident() -> Rival:
+        # As if nothing were shared: each layer's part of the budget holds all of its own, and a unit more.
+        each = layer_bytes + layer_bytes // past.tokens * RESIDENT_UNIT_TOKENS
+        options = {"device_kv_budget": floor_bytes + layers * each, "streaming_budget": floor_bytes}
+        return rival("resident store", floor_bytes + held * each, near_s + kv_near_s, **options)
+
+    def what_is_free() -> Rival:
+        free = job.free_device_bytes()
+        if past.is_simulation or resident().device_bytes <= free - free // _ACTIVATION_SHARE:
+            why = "one layer's KV stands for all" if past.is_simulation else "all of it is: see resident store"
+            return Rival("what is free", 0, 0.0, _none, refusal=f"not measured: {why}")
+        budget = free - free // _ACTIVATION_SHARE
+        return rival("what is free", budget, pass_s, device_kv_budget=budget, streaming_budget=floor_bytes)
+
+    def dynamic(name: str, *, offloaded: bool) -> Rival:
+        seconds = near_s + (2 * kv_far_s if offloaded else 3 * kv_near_s)
+        host = (3 if tokens > 1 else 2) * 2 * kv if offloaded else 0  # torch rounds pinned sizes to powers of two
+        refusal = "does not run without a GPU" if offloaded and not job.is_cuda else ""
+        return Rival(
+            name,
+            4 * layer_bytes if offloaded else kv + 2 * layer_bytes,
+            seconds,
+            lambda: TransformersRunner(job, past.tokens, tokens, offloaded=offloaded),
+            host_bytes=host,
+            refusal=refusal,
+        )
+
+    made = [
+        whole_past("paper's scheme", 1),
+        resident(),
+        dynamic("offloaded cache", offloaded=True),
+        dynamic("DynamicCache", offloaded=False),
+        whole_past("layer-wise", heads),
+        what_is_free(),
+    ]
+    chosen = [one for one in made if not names or one.name in names]
+    return [Rival(**{**vars(one), "goal": goals.get(one.name, "")}) for one in chosen]
+
+
+def ring_budget_bytes(job: Job, slot_bytes: int) -> int:
+    """The device KV budget whose ring has slots of so many bytes."""
+    tails = sum(tail_bytes(job.shape, job.sizes.dtype.itemsize))
+    slots = RING_SLOTS * math.ceil(slot_bytes / _SLOT_ALIGN) * _SLOT_ALIGN
+    return slots + tails + 2 * write_back_bytes(DEFAULT_BUDGET_BYTES)
+
+
+def measure_alone(job: Job, runner: Runner) -> float:
+    """Seconds of a pass, after one that warms up."""
+    with runner.active():
+        job.timed(runner.run)
+        runner.after()
+        seconds = job.timed(runner.run)
+        runner.after()
+    return seconds
+
+
+def compare(job: Job, own: Runner, own_s: float, rivals: Sequence[Rival]) -> list[Outcome]:
+    """Each way in turns with headinfer's own, which takes own_s a pass; or why it was not measured."""
+    return [_against(job, own, own_s, rival) for rival in rivals]
+
+
+def _against(job: Job, own: Runner, own_s: float, rival: Rival) -> Outcome:
+    if why := _refusal(job, own_s, rival):
+        return Outcome(rival.name, goal=rival.goal, note=why)
+    seconds: list[float] = []
+    own_seconds: list[float] = []
+    try:
+        runner = rival.open()
+        with runner.active():
+            first_s = job.timed(runner.run)
+            runner.after()
+        rounds = max(1, min(job.sizes.rounds, int(job.sizes.rounds_s / (own_s + first_s))))
+        for _ in range(rounds):
+            for one, found in ((own, own_seconds), (runner, seconds)):
+                with one.active():
+                    found.append(job.timed(one.run))
+                    one.after()
+        return Outcome(rival.name, seconds, own_seconds, runner.kv_bytes(), rival.goal, facts=runner.facts())
+    except (torch.OutOfMemoryError, CapacityError) as error:
+        return Outcome(rival.name, goal=rival.goal, note=f"ran out of memory: {str(error).splitlines()[0]}")
+    finally:
+        runner = None  # type: ignore[assignment]
+        gc.collect()
+        job.clean()
+
+
+def _refusal(job: Job, own_s: float, rival: Rival) -> str:
+    """Why a way is not tried; empty where it is."""
+    if rival.refusal:
+        return rival.refusal
+    free, host = job.free_device_bytes(), available_host_bytes()
+    if rival.device_bytes > free:
+        return f"does not fit: {format_bytes(rival.device_bytes)} of KV, {format_bytes(free)} of device memory are free"
+    if rival.host_bytes > host:
+        return f"does not fit: {format_bytes(rival.host_bytes)} of host memory, {format_bytes(host)} are free"
+    if rival.pass_s > job.sizes.longest_pass_s:
+        return f"not measured: a pass would take about {rival.pass_s:.0f} s"
+    if 2 * rival.pass_s + own_s + 1.0 > job.left_s:
+        return "not measured: out of time"
+    return ""
+
+
+def _none() -> Runner:
+    raise AssertionError("a way that is refused is not opened")
