@@ -58,16 +58,16 @@ def _one(
         job.clean()
     flops, nbytes = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2], 2 * q.nbytes + k.nbytes + v.nbytes
     roofline_s = max(flops / job.rates.flops_per_s, nbytes / job.rates.device_bytes_per_s)
-    error = _error(job, backend, min(q.shape[1], _SMALL_ROWS))
+    distance = _error(job, backend, min(q.shape[1], _SMALL_ROWS))
     details = {
         "roofline_s": roofline_s,
         "share_of_roofline": roofline_s / seconds,
         "flops_per_s": flops / seconds,
         "bytes_per_s": nbytes / seconds,
-        "error_against_float64": error,
+        "error_against_float64": distance,
         "is_preferred": is_preferred,
     }
-    note = f"{100 * roofline_s / seconds:.0f} % of the roofline, error {error:.1e}"
+    note = f"{100 * roofline_s / seconds:.0f} % of the roofline, error {distance:.1e}"
     return Line("attention", point, backend.name, seconds, "s", note=note + (", preferred" if is_preferred else ""),
                 details=details)  # fmt: skip
 

@@ -25,7 +25,7 @@ from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES
 from headinfer.plan.units import format_tokens
 
-__all__ = ["GpuSizes", "Job", "Line", "Rates", "goal_reached"]
+__all__ = ["QUICK", "GpuSizes", "Job", "Line", "Rates", "goal_reached"]
 
 K, M = 2**10, 2**20
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
@@ -167,7 +167,9 @@ class Job:
             return self.sizes.chunk_tokens
         layer = self.shape.layers[self.shape.offloaded_layers[0]]
         group = layer.query_heads // layer.kv_heads
-        needed = _MARGIN * self.rates.flops_per_s * self.sizes.dtype.itemsize / (2 * group * self.rates.link_bytes_per_s)
+        needed = (
+            _MARGIN * self.rates.flops_per_s * self.sizes.dtype.itemsize / (2 * group * self.rates.link_bytes_per_s)
+        )
         return min(math.ceil(needed / 256) * 256, _MOST_CHUNK_TOKENS)
 
     def flops(self, past_tokens: int, tokens: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -36,18 +37,30 @@ def host_tier(job: Job) -> HostTier:
 def measure_rates(job: Job) -> Rates:
     """A big matrix product, a big copy on the device, and one big copy each way of the link."""
     job.say("rates: matrix product, device memory, link ...")
-    size, nbytes = job.sizes.matrix, max(job.sizes.copy_bytes)
-    a = torch.randn(size, size, device=job.device, dtype=job.sizes.dtype)
-    flops_per_s = 2 * size**3 / _median(job, lambda: torch.matmul(a, a))
-    del a
-    here, there = (torch.ones(nbytes, dtype=torch.uint8, device=job.device) for _ in range(2))
-    device_bytes_per_s = 2 * nbytes / _median(job, lambda: there.copy_(here))  # read and written
-    host = host_tier(job).allocate((nbytes,), torch.uint8)
-    to_device = nbytes / _median(job, lambda: here.copy_(host, non_blocking=True))
-    to_host = nbytes / _median(job, lambda: host.copy_(here, non_blocking=True))
-    del here, there, host
+    rates = Rates(_matrix_flops_per_s(job), _device_bytes_per_s(job), *_link_bytes_per_s(job))
     job.clean()
-    return Rates(flops_per_s, device_bytes_per_s, to_device, to_host)
+    return rates
+
+
+def _matrix_flops_per_s(job: Job) -> float:
+    size = job.sizes.matrix
+    square = torch.randn(size, size, device=job.device, dtype=job.sizes.dtype)
+    return 2 * size**3 / _median(job, lambda: torch.matmul(square, square))
+
+
+def _device_bytes_per_s(job: Job) -> float:
+    """Bytes read and bytes written."""
+    here, there = (torch.ones(max(job.sizes.copy_bytes), dtype=torch.uint8, device=job.device) for _ in range(2))
+    return 2 * here.numel() / _median(job, lambda: there.copy_(here))
+
+
+def _link_bytes_per_s(job: Job) -> tuple[float, float]:
+    """To the device and to the host, pinned."""
+    device = torch.ones(max(job.sizes.copy_bytes), dtype=torch.uint8, device=job.device)
+    host = host_tier(job).allocate((device.numel(),), torch.uint8)
+    to_device = _median(job, lambda: device.copy_(host, non_blocking=True))
+    to_host = _median(job, lambda: host.copy_(device, non_blocking=True))
+    return device.numel() / to_device, device.numel() / to_host
 
 
 def link_copy(job: Job) -> tuple[int, Callable[[], object]]:
@@ -109,7 +122,7 @@ def _both_ways(job: Job, device: torch.Tensor, host: torch.Tensor) -> dict[str, 
         "to the host, both at once": (host[half:], device_too[half:]),
     }
     job.synchronize()
-    stamps = {}
+    stamps: dict[str, list[Any]] = {way: [] for way in ways}
     queues = {way: job.stream() for way in ways}
     starts = {way: stamp() for way, (_, stamp) in queues.items()}
     for _ in range(_BOTH_WAYS):
@@ -117,7 +130,7 @@ def _both_ways(job: Job, device: torch.Tensor, host: torch.Tensor) -> dict[str, 
             queue, stamp = queues[way]
             with queue:
                 target.copy_(source, non_blocking=True)
-            stamps.setdefault(way, []).append(stamp())
+            stamps[way].append(stamp())
     job.synchronize()
     ends = {way: [job.between_s(starts[way], stamp) for stamp in found] for way, found in stamps.items()}
     first_end_s = min(found[-1] for found in ends.values())

@@ -2,7 +2,7 @@
 
 | name | what it is |
 |---|---|
-| resident store | headinfer's loop over KV that all lies on the device: what streaming would cost if the link were free |
+| resident store | headinfer's loop over KV that all lies on the device: as if the link were free |
 | what is free | headinfer with all device memory that is free: the first tokens stay there, the rest streams |
 | paper's scheme | one KV head at a time, its whole past in a slot (arXiv 2502.12574) |
 | layer-wise | all KV heads of a layer at a time, its whole past in a slot: pinned, only new KV written back |
