@@ -80,8 +80,8 @@ else
     | tee "$results/sanitizer.txt" >&2
 fi
 
-step bench-gpu 600 "$python" -m headinfer bench --device cuda --limit-s 360 --output "$results"
-step bench-gpu-24gb 400 "$python" -m headinfer bench decode prefill --device cuda --gpu-memory 24GB --limit-s 180 \
+step bench-gpu 600 "$python" -m headinfer bench --device cuda --limit-s 340 --output "$results"
+step bench-gpu-24gb 450 "$python" -m headinfer bench decode prefill --device cuda --gpu-memory 24GB --limit-s 220 \
   --output "$results"
 
 if [ "$(cd "$results" && pwd)" = "$PWD/$own" ]; then # the document that places these figures beside the paper's

@@ -17,7 +17,7 @@ from headinfer.bench.gpu import GPU_SUITES, check_device, run_gpu
 from headinfer.bench.gpu_job import QUICK, GpuSizes, Job, Rates, goal_reached
 from headinfer.bench.gpu_point import OURS
 from headinfer.bench.gpu_report import HEADER, gpu_json, gpu_markdown, result_paths, shown
-from headinfer.bench.rivals import HeadRunner, Rival, compare, ring_budget_bytes, rivals_of
+from headinfer.bench.rivals import HeadRunner, Rival, TransformersRunner, compare, ring_budget_bytes, rivals_of
 from headinfer.bench.stores import Past, noise
 from headinfer.errors import CapacityError, UsageError
 from headinfer.plan import measured, paper
@@ -245,11 +245,49 @@ def test_a_rival_that_runs_out_of_memory_is_a_line(job, error):
     assert slow.note == "not measured: a pass would take about 1000000 s"
 
 
+class NoStream:
+    """transformers' prefetch stream, where there is no device to have one."""
+
+    def wait_stream(self, other):
+        pass
+
+    __enter__ = __exit__ = lambda *_: None
+
+
+@torch.inference_mode()
+def test_transformers_caches_start_each_pass_from_the_same_past(job, monkeypatch):
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: NoStream())
+    for offloaded in (False, True):
+        runner = TransformersRunner(job, 512, 384, offloaded=offloaded)
+        for _ in range(2):
+            assert runner.cache.get_seq_length() == 512
+            runner.run()
+            assert runner.cache.get_seq_length() == 512 + 384
+            runner.after()
+        held = 512 * TOKEN_BYTES * (2 if offloaded else LAYERS)
+        assert runner.kv_bytes() == held
+
+
+def test_a_cap_counts_as_the_device_does(monkeypatch):
+    """CUDA's figures as they come: 140 GiB, of which others hold 20, this process 16 and its allocator 2 more."""
+    one = Job(CPU, SIZES, print)
+    one.is_cuda = True
+    for name, value in (("memory_allocated", 16 << 30), ("memory_reserved", 18 << 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (102 << 30, 140 << 30))
+    spare = 512 << 20
+    assert one.free_device_bytes() == (102 + 2 << 30) - spare
+    one.gpu_memory_bytes = 24 << 30
+    assert one.free_device_bytes() == (24 - 16 << 30) - spare
+    one.gpu_memory_bytes = 16 << 30
+    assert one.free_device_bytes() == 0
+
+
 def test_what_gets_no_turn_is_a_line_that_says_so():
     _, lines = run_gpu(["decode", "prefill"], CPU, SIZES, print, limit_s=1e-6)
     found = [line for line in lines if line.suite != "link"]
-    assert {line.suite for line in found} == {"decode", "prefill"}
-    assert len(found) == 3 + 2 + 2
+    assert [line.suite for line in found] == ["decode"] * 3 + ["prefill"] * (2 + 2)
     assert all(line.value is None and line.note == "not measured: out of time" for line in found)
 
 
@@ -279,9 +317,15 @@ def test_a_chunk_is_long_enough_to_hide_its_copies():
 
 @pytest.mark.parametrize(
     ("goal", "value", "reached"),
-    [(">= 92", 92.0, True), (">= 92", 91.9, False), ("<= 1.03 x", 1.04, False), ("== 0", 0.0, True), ("> 1", 1.0, False),
-     ("", 5.0, None)],
-)  # fmt: skip
+    [
+        (">= 92", 92.0, True),
+        (">= 92", 91.9, False),
+        ("<= 1.03 x", 1.04, False),
+        ("== 0", 0.0, True),
+        ("> 1", 1.0, False),
+        ("", 5.0, None),
+    ],
+)
 def test_goals(goal, value, reached):
     assert goal_reached(goal, value) is reached
 
@@ -362,7 +406,7 @@ MISTAKES = {
     "no suite": (["speed", "--device", "cuda"], "there is no GPU suite 'speed'"),
     "no size": (["--device", "cuda", "--gpu-memory", "much"], "is no size"),
     "no time": (["--device", "cuda", "--limit-s", "0"], "must be a positive number of seconds"),
-    "no place": (["--device", "cuda", "--output", "/proc/results"], "cannot write results in"),
+    "no place": (["--device", "cuda", "--output", f"{__file__}/results"], "cannot write results in"),
     "a card for a CPU": (["--gpu-memory", "24GB"], "give --device cuda as well"),
     "a disk for a GPU": (["--device", "cuda", "--folder", "/tmp"], "leave --device out"),
 }

@@ -48,7 +48,7 @@ class GpuSizes:
     model: str = "random:llama-3-8b?vocab=128256&context=4194304"
     dtype: torch.dtype = torch.bfloat16
     decode_tokens: tuple[int, ...] = (64 * K, 1024 * K, K, 4096 * K, 256 * K, 16 * K, 4 * K)
-    chunk_offsets: tuple[int, ...] = (64 * K, 1024 * K, 256 * K)
+    chunk_offsets: tuple[int, ...] = (64 * K, 1024 * K)
     whole_tokens: tuple[int, ...] = (10 * K, 40 * K, 100 * K, 200 * K)
     chunk_tokens: int | None = None
     floor_bytes: int = DEFAULT_BUDGET_BYTES

@@ -20,7 +20,7 @@ from headinfer.kv.transfer import SlotRing
 from headinfer.machine import this_machine
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.memory import format_bytes
-from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles, ring_slot_bytes
+from headinfer.plan.tiles import RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
 
 __all__ = ["link", "link_copy", "measure_rates", "tile_of"]
 
@@ -154,11 +154,17 @@ def tile_of(job: Job, query_tokens: int, past_tokens: int = _LONG_TOKENS) -> tup
         past_tokens=past_tokens,
         slot_bytes=slot_bytes,
         element_bytes=sizes.dtype.itemsize,
-        rates=this_machine(job.device).tile_rates(str(sizes.dtype).removeprefix("torch.")) if job.is_cuda else None,
+        rates=_tile_rates(job),
     )
     problem = Problem(job.device.type, sizes.dtype, group * query_tokens, layer.key_dim, layer.value_dim,
                       capability=capability_of(job.device), key_tokens=plan.tile_tokens)  # fmt: skip
     return plan, slot_bytes, problem
+
+
+def _tile_rates(job: Job) -> TileRates | None:
+    """What the engine chooses tiles for on this device."""
+    machine, name = this_machine(job.device), str(job.sizes.dtype).removeprefix("torch.")
+    return machine.tile_rates(name) if job.is_cuda and name in machine.flops_per_s else None
 
 
 def _tiles(job: Job, query_tokens: int) -> Line:
