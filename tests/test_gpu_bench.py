@@ -44,9 +44,10 @@ RIVALS = {"paper's scheme", "resident store", "offloaded cache", "DynamicCache",
 
 @pytest.fixture(scope="module")
 def run():
-    stages = []
-    job, lines = run_gpu([], CPU, SIZES, stages.append)
-    assert [stage for stage in stages if stage.startswith("measuring ")]
+    stages, kept = [], []
+    job, lines = run_gpu([], CPU, SIZES, stages.append, keep=lambda job, lines: kept.append(len(lines)))
+    assert sum(stage.startswith("measuring ") for stage in stages) == len(kept) == len(GPU_SUITES)
+    assert kept[-1] == len(lines)
     return job, lines
 
 
@@ -64,7 +65,7 @@ def of(lines, suite, who=None):
 
 def test_all_suites_measure_and_what_they_do_not_is_said(run):
     _, lines = run
-    assert {line.suite for line in lines} == set(GPU_SUITES)
+    assert list(dict.fromkeys(line.suite for line in lines)) == ["rates", *GPU_SUITES]
     for line in lines:
         assert (line.value is None) <= bool(line.note), line
         assert line.value is None or line.value > 0 or line.unit == "bytes", line
@@ -93,9 +94,10 @@ def test_a_simulation_is_called_so_and_holds_one_layer(run):
         for line in of(lines, suite):
             past = line.details.get("past_tokens")
             if past is not None:
-                assert line.details["simulation"] == (past == 8192)
+                is_shared = past == 8192 and line.who != "DynamicCache"
+                assert line.details["simulation"] == is_shared, line
                 if line.value is not None:
-                    assert line.note.startswith("simulation") == (past == 8192), line
+                    assert line.note.startswith("simulation") == is_shared, line
     held = {line.details["past_tokens"]: line.details["host_kv_bytes"] for line in of(lines, "decode", OURS)}
     assert held == {tokens: (tokens - 128) * TOKEN_BYTES * (1 if tokens == 8192 else LAYERS) for tokens in held}
 
@@ -154,8 +156,8 @@ def test_the_link_both_ways_and_as_the_ring_copies(run):
     tiles = [line for line in found if line.who == "pinned, through the ring"]
     assert [line.point for line in tiles] == ["decode's tiles", "prefill's tiles"]
     assert all(line.details["tile_tokens"] > 0 for line in tiles)
-    rates = {line.who: line.value for line in found if line.point == "rates"}
-    assert rates["link_bytes_per_s"] == job.rates.link_bytes_per_s / 1e9
+    rates = {line.who: line.value for line in of(lines, "rates")}
+    assert rates["pinned, to the device"] == job.rates.link_bytes_per_s / 1e9
 
 
 # -- the stores ------------------------------------------------------------------------------------------------------
@@ -237,10 +239,17 @@ def test_a_rival_that_runs_out_of_memory_is_a_line(job, error):
     def opened():
         raise error
 
+    def fails():
+        raise RuntimeError("of our own")
+
     past = Past(job, 512)
     own = HeadRunner(job, past.cache(device_kv_budget=2 << 20), 1)
     (found,) = compare(job, own, 0.01, [Rival("greedy", 0, 0.0, opened)])
     assert found.note == f"ran out of memory: {str(error).splitlines()[0]}"
+    with pytest.raises(RuntimeError, match="of our own"):
+        compare(job, own, 0.01, [Rival("ours", 0, 0.0, fails)])
+    (theirs,) = compare(job, own, 0.01, [Rival("theirs", 0, 0.0, fails, is_foreign=True)])
+    assert theirs.note == "failed: of our own"
     (slow,) = compare(job, own, 0.01, [Rival("slow", 0, 1e6, opened)])
     assert slow.note == "not measured: a pass would take about 1000000 s"
 
@@ -286,7 +295,7 @@ def test_a_cap_counts_as_the_device_does(monkeypatch):
 
 def test_what_gets_no_turn_is_a_line_that_says_so():
     _, lines = run_gpu(["decode", "prefill"], CPU, SIZES, print, limit_s=1e-6)
-    found = [line for line in lines if line.suite != "link"]
+    found = [line for line in lines if line.suite != "rates"]
     assert [line.suite for line in found] == ["decode"] * 3 + ["prefill"] * (2 + 2)
     assert all(line.value is None and line.note == "not measured: out of time" for line in found)
 
@@ -343,7 +352,7 @@ def test_json_and_markdown_say_all_that_was_measured(run, tmp_path):
     assert result["host"]["numa_nodes"] >= 1
     assert len(result["lines"]) == len(lines)
     text = gpu_markdown(job, lines, ["bench"])
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "measured | x headinfer" not in line]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and " measured | x headinfer" not in line]
     assert len(rows) == len(lines)
     assert all(row.count(" | ") == len(HEADER) - 1 for row in rows)
     goals = [line for line in lines if line.reached is not None]
@@ -435,7 +444,12 @@ def test_a_result_is_written_where_it_is_wanted(run, monkeypatch, tmp_path):
 
     from headinfer import bench_cli
 
-    monkeypatch.setattr(gpu, "run_gpu", lambda *_, **__: run)
+    def ran(*_, keep, **__):
+        keep(run[0], run[1][:3])  # after a suite
+        keep(*run)
+        return run
+
+    monkeypatch.setattr(gpu, "run_gpu", ran)
     monkeypatch.setattr(gpu, "check_device", lambda _: CPU)
     app = typer.Typer()
     app.command()(bench_cli.bench)

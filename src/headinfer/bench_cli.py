@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from headinfer.errors import UsageError
 from headinfer.plan.units import parse_bytes
+
+if TYPE_CHECKING:
+    from headinfer.bench.gpu_job import Job, Line
 
 __all__ = ["bench"]
 
@@ -107,15 +111,17 @@ def _gpu(
         check_folder(output.parent if output.suffix == ".json" else output, "write results")
     found = check_device(device)
     sizes = QUICK if quick else GpuSizes()
-    job, lines = run_gpu(suites, found, sizes, _say, limit_s=limit_s, gpu_memory_bytes=cap)
-    text = gpu_markdown(job, lines, sys.argv[1:])
-    if output is not None:
-        json_path, markdown_path = result_paths(output, job)
-        write_text(json_path, gpu_json(job, lines, sys.argv[1:]))
-        write_text(markdown_path, text)
-        _say(f"written to {json_path} and {markdown_path}")
+
+    def keep(job: Job, lines: Sequence[Line]) -> None:
+        if output is not None:
+            json_path, markdown_path = result_paths(output, job)
+            write_text(json_path, gpu_json(job, lines, sys.argv[1:]))
+            write_text(markdown_path, gpu_markdown(job, lines, sys.argv[1:]))
+            _say(f"written to {json_path} and {markdown_path}")
+
+    job, lines = run_gpu(suites, found, sizes, _say, limit_s=limit_s, gpu_memory_bytes=cap, keep=keep)
     if markdown:
-        print(text, end="")
+        print(gpu_markdown(job, lines, sys.argv[1:]), end="")
     else:
         Console().print(columns_table("headinfer bench", HEADER, gpu_rows(lines), "left"))
 

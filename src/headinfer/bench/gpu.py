@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
@@ -10,7 +9,7 @@ import torch
 
 from headinfer.bench.gpu_attention import attention
 from headinfer.bench.gpu_decode import decode
-from headinfer.bench.gpu_job import GpuSizes, Job, Line
+from headinfer.bench.gpu_job import GpuSizes, Job, Line, Rates
 from headinfer.bench.gpu_link import link, measure_rates
 from headinfer.bench.gpu_prefill import prefill
 from headinfer.errors import UsageError
@@ -51,6 +50,17 @@ def check_gpu_suites(names: Sequence[str]) -> None:
         raise UsageError(f"there is no GPU suite {unknown[0]!r}: choose among {', '.join(GPU_SUITES)}")
 
 
+def rate_lines(rates: Rates) -> list[Line]:
+    """What the suites are held against."""
+    figures = (
+        ("matrix product", rates.flops_per_s / 1e12, "TFLOP/s"),
+        ("device memory, read and written", rates.device_bytes_per_s / 1e9, "GB/s"),
+        ("pinned, to the device", rates.link_bytes_per_s / 1e9, "GB/s"),
+        ("pinned, to the host", rates.back_bytes_per_s / 1e9, "GB/s"),
+    )
+    return [Line("rates", "of this run", *figure) for figure in figures]
+
+
 @torch.inference_mode()
 def run_gpu(
     names: Sequence[str],
@@ -60,18 +70,19 @@ def run_gpu(
     *,
     limit_s: float = 480.0,
     gpu_memory_bytes: int | None = None,
+    keep: Callable[[Job, Sequence[Line]], None] = lambda job, lines: None,
 ) -> tuple[Job, list[Line]]:
     """The lines of the named suites, of all where none is named, and the job with the rates that were measured.
 
     What does not get its turn within limit_s is a line that says so. gpu_memory_bytes: of a smaller card that the
-    device stands for. Raises UsageError for an unknown name, before anything is made.
+    device stands for. keep: called with all lines so far after each suite, so that an error in a later one does not
+    cost them. Raises UsageError for an unknown name, before anything is made.
     """
     check_gpu_suites(names)
     job = Job(device, sizes, say, gpu_memory_bytes=gpu_memory_bytes)
     start, chosen = time.monotonic(), {name: GPU_SUITES[name] for name in GPU_SUITES if not names or name in names}
     job.rates = measure_rates(job)
-    lines = [Line("link", "rates", name, value / 1e9, "GFLOP/s" if "flops" in name else "GB/s")
-             for name, value in dataclasses.asdict(job.rates).items()]  # fmt: skip
+    lines = rate_lines(job.rates)
     total, passed = sum(share for _, share in chosen.values()), 0.0
     for name, (suite, share) in chosen.items():
         passed += share
@@ -79,4 +90,5 @@ def run_gpu(
         say(f"measuring {name}, up to {max(job.left_s, 0):.0f} s ...")
         lines += suite(job)
         job.clean()
+        keep(job, lines)
     return job, lines

@@ -66,7 +66,7 @@ class Point:
                 device_kv_bytes=one.kv_bytes,
                 goal=f"{one.goal} x" if one.goal else "",
                 reached=goal_reached(one.goal, one.ratio) if one.ratio is not None else None,
-                note=one.note or self.note,
+                note=one.note or (self.note if one.facts.get("simulation", True) else ""),
                 details={
                     "past_tokens": self.past.tokens,
                     "tokens": self.own.tokens,

@@ -71,6 +71,8 @@ def _with_its_kernels(job: Job, point: Point, found: Outcome, rivals: Sequence[R
         own_s = job.timed(same.run)
         same.after()
     (again,) = compare(job, same, own_s, [rival])
+    if not again.seconds:
+        return dataclasses.replace(found, goal="", note=f"with other kernels than headinfer; with its own {again.note}")
     facts = {**again.facts, "with_the_table's_kernels": found.ratio}
     return Outcome(_SAME_KERNELS, again.seconds, again.own_s, again.kv_bytes, again.goal, again.note, facts)
 

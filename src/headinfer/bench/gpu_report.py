@@ -17,7 +17,7 @@ from headinfer.plan.units import format_seconds
 
 __all__ = ["HEADER", "gpu_json", "gpu_markdown", "gpu_rows", "result_paths"]
 
-HEADER = ("", "way", "measured", "x headinfer's", "KV on the device", "to reach", "", "")
+HEADER = ("", "way", "measured", "x headinfer's", "KV on the device", "to reach", "reached", "note")
 
 
 def result_paths(output: Path, job: Job) -> tuple[Path, Path]:
@@ -57,7 +57,7 @@ def gpu_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             f"{line.ratio:.3f}" if line.ratio is not None else "",
             format_bytes(line.device_kv_bytes) if line.device_kv_bytes is not None else "",
             line.goal,
-            {True: "reached", False: "NOT REACHED", None: ""}[line.reached],
+            {True: "yes", False: "NO", None: ""}[line.reached],
             line.note,
         )
         for line in lines

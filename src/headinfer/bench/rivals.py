@@ -14,6 +14,7 @@ The first four are headinfer's engine with other options, over the same host mem
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -129,14 +130,16 @@ class TransformersRunner:
         return 2 * max(sizes) if self.offloaded else sum(sizes)  # offloaded: one is read while the next one comes
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        """Its KV is its own, whatever headinfer reads."""
+        return {"simulation": False}
 
 
 @dataclass(frozen=True)
 class Rival:
     """A way that may be opened. device_bytes, host_bytes: what it needs; pass_s: about what a pass takes.
 
-    goal: of its time over headinfer's. refusal: why it cannot be opened at all.
+    goal: of its time over headinfer's. refusal: why it cannot be opened at all. is_foreign: none of this project's
+    code, so that its errors are a result.
     """
 
     name: str
@@ -146,6 +149,7 @@ class Rival:
     host_bytes: int = 0
     goal: str = ""
     refusal: str = ""
+    is_foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,8 +206,8 @@ def rivals_of(
     def what_is_free() -> Rival:
         free = job.free_device_bytes()
         if past.is_simulation or resident().device_bytes <= free - free // _ACTIVATION_SHARE:
-            why = "one layer's KV stands for all" if past.is_simulation else "all of it is: see resident store"
-            return Rival("what is free", 0, 0.0, _none, refusal=f"not measured: {why}")
+            why = "one layer's KV stands for all" if past.is_simulation else "all of it fits, see resident store"
+            return Rival("what is free", 0, 0.0, _refused, refusal=f"not measured: {why}")
         budget = free - free // _ACTIVATION_SHARE
         return rival("what is free", budget, pass_s, device_kv_budget=budget, streaming_budget=floor_bytes)
 
@@ -218,6 +222,7 @@ def rivals_of(
             lambda: TransformersRunner(job, past.tokens, tokens, offloaded=offloaded),
             host_bytes=host,
             refusal=refusal,
+            is_foreign=True,
         )
 
     made = [
@@ -229,7 +234,7 @@ def rivals_of(
         what_is_free(),
     ]
     chosen = [one for one in made if not names or one.name in names]
-    return [Rival(**{**vars(one), "goal": goals.get(one.name, "")}) for one in chosen]
+    return [dataclasses.replace(one, goal=goals.get(one.name, "")) for one in chosen]
 
 
 def ring_budget_bytes(job: Job, slot_bytes: int) -> int:
@@ -274,6 +279,10 @@ def _against(job: Job, own: Runner, own_s: float, rival: Rival) -> Outcome:
         return Outcome(rival.name, seconds, own_seconds, runner.kv_bytes(), rival.goal, facts=runner.facts())
     except (torch.OutOfMemoryError, CapacityError) as error:
         return Outcome(rival.name, goal=rival.goal, note=f"ran out of memory: {str(error).splitlines()[0]}")
+    except RuntimeError as error:
+        if not rival.is_foreign:
+            raise
+        return Outcome(rival.name, goal=rival.goal, note=f"failed: {str(error).splitlines()[0]}")
     finally:
         runner = None  # type: ignore[assignment]  # let go of it before memory is given back
         job.clean()
@@ -295,5 +304,5 @@ def _refusal(job: Job, own_s: float, rival: Rival) -> str:
     return ""
 
 
-def _none() -> Runner:
-    raise AssertionError("a way that is refused is not opened")
+def _refused() -> Runner:
+    raise AssertionError("what is refused is not opened")

@@ -113,7 +113,7 @@ def _times(
     """The paper's and the measured seconds at all measured contexts; a dash where either has no figure."""
     if not found:
         return ""
-    header = [f"{method}, {side}" for method in methods for side in ("paper", _WAYS[method])]
+    header = [text for method in methods for text in (f"paper, {method}", f"here, {_WAYS[method]}")]
     lines = [f"Table {table}: {what}\n", f"| context | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
     for tokens in sorted(found):
         cells, simulated = [], False
