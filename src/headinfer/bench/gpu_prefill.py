@@ -13,7 +13,8 @@ import torch
 
 from headinfer.bench.gpu_job import Job, Line, goal_reached
 from headinfer.bench.gpu_point import LONG_TOKENS, OURS, Point, open_point
-from headinfer.bench.rivals import HeadRunner, Outcome, Rival, compare, rivals_of
+from headinfer.bench.rivals import Outcome, Rival, compare, rivals_of
+from headinfer.bench.runners import HeadRunner
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
