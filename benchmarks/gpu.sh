@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh [RESULTS]: all that this project proves and measures on a GPU, in about a quarter of an hour.
+# benchmarks/gpu.sh [RESULTS]: all that this project proves and measures on a GPU, in some twenty minutes at most, the benchmarks in ten.
 #
 #   1. the exactness tests marked gpu             3. headinfer bench, the whole GPU
 #   2. compute-sanitizer, where it is installed   4. headinfer bench, held to 24 GB as a consumer's card
@@ -7,10 +7,11 @@
 # It works from a bare checkout: PYTHON names an interpreter that has torch 2.11+ for CUDA, transformers 5.17+, and
 # the small packages that are checked for below. RESULTS: a folder, benchmarks/results where it is not given.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-own=benchmarks/results
-results=${1:-$own}
+results=${1:+$(realpath -m -- "$1")}
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+own=benchmarks/results # not absolute: commands stand in the results
+results=${results:-$own}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 
 stop() {
@@ -84,7 +85,7 @@ step bench-gpu 600 "$python" -m headinfer bench --device cuda --limit-s 340 --ou
 step bench-gpu-24gb 450 "$python" -m headinfer bench decode prefill --device cuda --gpu-memory 24GB --limit-s 220 \
   --output "$results"
 
-if [ "$(cd "$results" && pwd)" = "$PWD/$own" ]; then # the document that places these figures beside the paper's
+if [ "$results" -ef "$own" ]; then # the document that places these figures beside the paper's
   "$python" -m headinfer plan --paper > docs/paper-comparison.md.new && mv docs/paper-comparison.md.new docs/paper-comparison.md
 fi
 
