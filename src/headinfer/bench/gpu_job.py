@@ -31,9 +31,9 @@ K, M = 2**10, 2**20
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
 _SPARE_DEVICE_BYTES = 512 * M  # activations of a token, libraries' workspaces, the allocator's gaps
 _MARGIN = 1.5  # of a chunk's arithmetic over its copies
-_MOST_CHUNK_TOKENS = 15_872
+_MOST_CHUNK_TOKENS = 15_872  # with two units more it fits a segment of 16,384
 _KERNEL_SHARE = 0.6  # of a matrix product's FLOP/s: about what attention attains
-_SPARE_HOST_SHARE = 0.6  # of the host memory that is free: what else is taken for noise that all layers have their own
+_REAL_KV_SHARE = 0.6  # of the host memory that is free: KV beyond that is one layer's, for all layers
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Job:
     def is_simulated(self, tokens: int) -> bool:
         """Whether host memory is short of the KV of so many tokens, so that all layers read one layer's."""
         room = self.sizes.real_kv_bytes
-        return self.kv_bytes(tokens) > (_SPARE_HOST_SHARE * available_host_bytes() if room is None else room)
+        return self.kv_bytes(tokens) > (_REAL_KV_SHARE * available_host_bytes() if room is None else room)
 
     def clean(self) -> None:
         """Give back what nobody holds any more, on the device and pinned on the host."""

@@ -51,16 +51,14 @@ def _matrix_flops_per_s(job: Job) -> float:
 def _device_bytes_per_s(job: Job) -> float:
     """Bytes read and bytes written."""
     here, there = (torch.ones(max(job.sizes.copy_bytes), dtype=torch.uint8, device=job.device) for _ in range(2))
-    return 2 * here.numel() / _median(job, lambda: there.copy_(here))
+    return 2 * here.numel() / _copy_s(job, there, here)
 
 
 def _link_bytes_per_s(job: Job) -> tuple[float, float]:
     """To the device and to the host, pinned."""
     device = torch.ones(max(job.sizes.copy_bytes), dtype=torch.uint8, device=job.device)
     host = host_tier(job).allocate((device.numel(),), torch.uint8)
-    to_device = _median(job, lambda: device.copy_(host, non_blocking=True))
-    to_host = _median(job, lambda: host.copy_(device, non_blocking=True))
-    return device.numel() / to_device, device.numel() / to_host
+    return device.numel() / _copy_s(job, device, host), device.numel() / _copy_s(job, host, device)
 
 
 def link_copy(job: Job) -> tuple[int, Callable[[], object]]:
@@ -85,11 +83,11 @@ def link(job: Job) -> list[Line]:
             if refused:
                 lines.append(Line("link", format_bytes(nbytes), kind, note=f"could not be pinned: {refused}"))
                 continue
-            seconds = {
-                "to the device": _median(job, lambda device=device, host=host: device.copy_(host, non_blocking=True)),  # type: ignore[misc]
-                "to the host": _median(job, lambda device=device, host=host: host.copy_(device, non_blocking=True)),  # type: ignore[misc]
+            rates = {
+                "to the device": nbytes / _copy_s(job, device, host),
+                "to the host": nbytes / _copy_s(job, host, device),
             }
-            rates = {way: nbytes / s for way, s in seconds.items()} | _both_ways(job, device, host)
+            rates |= _both_ways(job, device, host)
             lines += [
                 Line("link", format_bytes(nbytes), f"{kind}, {way}", rate / 1e9, "GB/s", note=note)
                 for way, rate in rates.items()
@@ -108,6 +106,11 @@ def _median(job: Job, call: Callable[[], object]) -> float:
     """Seconds of a call, after one that warms up."""
     job.timed(call)
     return statistics.median(job.timed(call) for _ in range(_ROUNDS))
+
+
+def _copy_s(job: Job, target: torch.Tensor, source: torch.Tensor) -> float:
+    """Seconds of a copy."""
+    return _median(job, lambda: target.copy_(source, non_blocking=True))
 
 
 def _both_ways(job: Job, device: torch.Tensor, host: torch.Tensor) -> dict[str, float]:

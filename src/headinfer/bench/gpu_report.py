@@ -58,7 +58,7 @@ def gpu_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
             format_bytes(line.device_kv_bytes) if line.device_kv_bytes is not None else "",
             line.goal,
             {True: "yes", False: "NO", None: ""}[line.reached],
-            line.note,
+            line.note.replace("|", "/"),
         )
         for line in lines
     ]

@@ -75,12 +75,10 @@ class Outcome:
         return statistics.median(a / b for a, b in pairs) if self.seconds else None
 
 
-def rivals_of(
-    job: Job, past: Past, tokens: int, pass_s: float, goals: dict[str, str], names: Sequence[str] = ()
-) -> list[Rival]:
-    """The ways for passes of `tokens` tokens after a past; only the named ones, where some are named.
+def rivals_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[str, str]) -> list[Rival]:
+    """The ways for passes of `tokens` tokens after a past, the most telling first.
 
-    pass_s: what headinfer takes. goals: by name. The copies that a way makes decide what a pass of it takes, about.
+    pass_s: what headinfer takes, about. goals: by name.
     """
     kv, rates, layers = job.kv_bytes(past.tokens), job.rates, len(job.shape.offloaded_layers)
     floor_bytes = job.sizes.floor_bytes
@@ -137,8 +135,7 @@ def rivals_of(
         whole_past("layer-wise", heads),
         what_is_free(),
     ]
-    chosen = [one for one in made if not names or one.name in names]
-    return [dataclasses.replace(one, goal=goals.get(one.name, "")) for one in chosen]
+    return [dataclasses.replace(one, goal=goals.get(one.name, "")) for one in made]
 
 
 def ring_budget_bytes(job: Job, slot_bytes: int) -> int:

@@ -55,7 +55,6 @@ class Past:
         source.engine.settle()
         stores = [layer.store for layer in layers if layer.store is not None]
         self.host_bytes = source.engine.ledger.host_bytes
-        self.host_tokens = stores[0].host_tokens
         self._pin_refusal = next(iter(source.engine.devices.values())).tier.pin_refusal
         self._tables = [store.saved_tables() for store in stores]
         self._tails = [tuple(tail.clone() for tail in store.tails()) for store in stores]
