@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from headinfer.bench_cli import bench
 from headinfer.demo_cli import demo
 from headinfer.errors import HeadinferError, UsageError
 from headinfer.eval_cli import app as eval_app
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(demo)
+app.command()(bench)
 app.command()(read)
 app.command()(ask)
 app.add_typer(session_app, name="session")
@@ -197,48 +199,6 @@ def info(
 def _pinning_of(gpu: dict[str, Any]) -> str:
     near = "" if gpu["numa_node"] is None else f", on NUMA node {gpu['numa_node']} where there is room"
     return f"{gpu['pinned_host_memory']} ({gpu['name']}{near})"
-
-
-@app.command()
-def bench(
-    suites: Annotated[
-        list[str] | None,
-        typer.Argument(help="decode, prefill, memory, device-kv (where none is named); session, disk-tier."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the measures to this file, as JSON.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="On the disk for session and disk-tier.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
-    check_plan: Annotated[
-        bool, typer.Option("--check-plan", help="The planner's bytes and seconds against measured ones, on the CPU.")
-    ] = False,
-) -> None:
-    """Measure speed and memory on this machine's CPU against transformers' DynamicCache."""
-    from headinfer.bench.check import rows_of
-    from headinfer.bench.run import check_table, markdown_table, result_json, run_check, run_suites
-    from headinfer.files import write_text
-    from headinfer.report import columns_table
-
-    if check_plan:
-        found = run_check(quick=quick, on_stage=_say)
-        if output is not None:
-            write_text(output, result_json(found, sys.argv[1:]))
-        if markdown:
-            print(check_table(found))
-        else:
-            header = ("", "predicted", "measured", "")
-            Console().print(columns_table("headinfer bench --check-plan", header, rows_of(found)))
-        if not all(one.is_right for one in found if one.unit == "bytes"):
-            raise typer.Exit(1)
-        return
-    measures = run_suites(suites or [], quick=quick, on_stage=_say, folder=folder)
-    if output is not None:
-        write_text(output, result_json(measures, sys.argv[1:]))
-    if markdown:
-        print(markdown_table(measures))
-    else:
-        rows = [(measure.what, measure.shown, measure.goal) for measure in measures]
-        Console().print(columns_table("headinfer bench", ("", "measured", "to reach"), rows))
 
 
 @app.command()

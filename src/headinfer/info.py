@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,9 +21,11 @@ from headinfer.kv.numa import node_of
 from headinfer.kv.tiers import HostTier
 from headinfer.plan.memory import available_host_bytes, format_bytes
 
-__all__ = ["gather_info", "machine", "pinning"]
+__all__ = ["accelerator", "gather_info", "machine", "pinning"]
 
 _TRIAL_BYTES = 256 * 2**20
+_DRIVER = Path("/proc/driver/nvidia/version")
+_NUMA_NODES = Path("/sys/devices/system/node")
 
 
 def gather_info() -> dict[str, Any]:
@@ -33,6 +36,8 @@ def gather_info() -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            "cuda": torch.version.cuda or "none",
+            "driver": driver_version(),
         },
         "cpu": {
             "name": _cpu_name(),
@@ -45,6 +50,7 @@ def gather_info() -> dict[str, Any]:
             "host_total_bytes": int(psutil.virtual_memory().total),
             "host_available_bytes": available_host_bytes(),
         },
+        "numa_nodes": len(list(_NUMA_NODES.glob("node[0-9]*"))) or 1,
         "native_kernel": native.why_not() or "built",
         "attention_backends": [_backend(backend) for backend in BACKENDS],
         "families": list(SUPPORTED_FAMILIES),
@@ -52,13 +58,36 @@ def gather_info() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """One line that names the machine and the versions."""
+    """One line that names the machine and the versions, its GPUs first."""
     found = gather_info()
+    gpus = "".join(f"{gpu['name']} ({format_bytes(gpu['total_bytes'])}), " for gpu in found["cuda_devices"])
+    versions = found["versions"]
+    below = f", CUDA {versions['cuda']}, driver {versions['driver']}" if gpus else ""
     return (
-        f"{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}, "
+        f"{gpus}{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}, "
         f"{format_bytes(found['memory']['host_total_bytes'])} RAM, {platform.system()}, "
-        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}"
+        f"torch {versions['torch']}, transformers {versions['transformers']}{below}"
     )
+
+
+def accelerator(device: torch.device) -> dict[str, Any]:
+    """What computes: a CUDA device's name, total_bytes, capability and NUMA node, with its driver; or the CPU's name.
+
+    The bytes are the device's own, whatever a process is held to.
+    """
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return {**_cuda_device(index), "driver": driver_version(), "cuda": torch.version.cuda}
+    return {"name": f"CPU, {_cpu_name()}", "total_bytes": int(psutil.virtual_memory().total)}
+
+
+def driver_version(path: Path = _DRIVER) -> str:
+    """The NVIDIA driver's version as its kernel module tells it; "unknown" where it does not."""
+    try:
+        words = path.read_text(encoding="utf-8").splitlines()[0].split()
+    except (OSError, IndexError):
+        return "unknown"
+    return next((word for word in words if word.replace(".", "").isdigit() and "." in word), "unknown")
 
 
 def _backend(backend: Any) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -101,8 +101,12 @@ def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
 
 def versions() -> dict[str, str]:
     """What a session was written with."""
+    try:
+        own = version("headinfer")
+    except PackageNotFoundError:
+        own = "a checkout"  # PYTHONPATH=src, nothing installed
     return {
-        "headinfer": version("headinfer"),
+        "headinfer": own,
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
     }

@@ -10,6 +10,7 @@ from headinfer.model_shape import ModelShape
 from headinfer.plan.compare import Baseline
 from headinfer.plan.footprint import BASELINES, Footprint, activation_bytes, paper_activation_bytes
 from headinfer.plan.hardware import HARDWARE, Hardware
+from headinfer.plan.measured import measured_section
 from headinfer.plan.models import find_shape
 from headinfer.plan.paper_notes import HEAD, NOTES, inconsistencies
 from headinfer.plan.planner import make_plan
@@ -233,7 +234,8 @@ def comparison() -> str:
         )
         if table == "10":
             parts.append(_own_memory())
-    return "\n\n".join([*parts, inconsistencies()]) + "\n"
+    measured = measured_section(CONTEXTS, PREFILL_S, DECODE_S, MEMORY_1M, MEMORY_AT_LIMIT)
+    return "\n\n".join([*parts, measured, inconsistencies()]) + "\n"
 
 
 def _own_memory() -> str:

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# benchmarks/gpu.sh [RESULTS]: all that this project proves and measures on a GPU, in some twenty minutes at most, the benchmarks in ten.
+#
+#   1. the exactness tests marked gpu             3. headinfer bench, the whole GPU
+#   2. compute-sanitizer, where it is installed   4. headinfer bench, held to 24 GB as a consumer's card
+#
+# It works from a bare checkout: PYTHON names an interpreter that has torch 2.11+ for CUDA, transformers 5.17+, and
+# the small packages that are checked for below. RESULTS: a folder, benchmarks/results where it is not given.
+set -uo pipefail
+python=${PYTHON:-python3}
+results=${1:+$(realpath -m -- "$1")}
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+own=benchmarks/results # not absolute: commands stand in the results
+results=${results:-$own}
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+
+stop() {
+  echo "benchmarks/gpu.sh: $1" >&2
+  exit 2
+}
+
+command -v "$python" > /dev/null || stop "there is no $python: name a Python with torch for CUDA in PYTHON"
+"$python" - << 'PY' || exit 2
+import importlib.util
+import sys
+
+needed = ("torch", "transformers", "packaging", "psutil", "rich", "typer", "xxhash", "pytest", "hypothesis")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def stop(sentence):
+    sys.exit(f"benchmarks/gpu.sh: {sentence}")
+
+
+if sys.version_info < (3, 11):
+    stop(f"{sys.executable} is Python {sys.version.split()[0]}: name 3.11 or newer in PYTHON")
+if missing:
+    stop(f"{sys.executable} lacks {', '.join(missing)}: install them, or name another Python in PYTHON")
+
+import torch
+import transformers
+from packaging.version import Version
+
+for name, found, oldest in (("torch", torch.__version__, "2.11"), ("transformers", transformers.__version__, "5.17")):
+    if Version(found) < Version(oldest):
+        stop(f"{name} {found} is installed: {oldest} or newer is needed")
+if not torch.cuda.is_available():
+    stop(
+        f"torch {torch.__version__} of {sys.executable} sees no CUDA device, and all of this is about one: "
+        "run it on a machine with an NVIDIA GPU, its driver and a CUDA build of torch"
+    )
+if torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is None:
+    stop(f"{sys.executable} lacks accelerate, which spreads a model over GPUs in a test: install it, or show one GPU only")
+PY
+mkdir -p "$results" || stop "cannot write into $results: name another folder as the first argument"
+
+failed=()
+step() { # step NAME SECONDS COMMAND...: its output on the screen and in a file; what fails is told at the end
+  local name=$1 seconds=$2
+  shift 2
+  echo "== $name" >&2
+  timeout "$seconds" "$@" 2>&1 | tee "$results/$name.txt"
+  local status=${PIPESTATUS[0]}
+  if [ "$status" -eq 124 ]; then
+    echo "$name was stopped after $seconds s" | tee -a "$results/$name.txt" >&2
+  fi
+  if [ "$status" -ne 0 ]; then failed+=("$name"); fi
+}
+
+mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py)
+step tests-gpu 600 "$python" -m pytest -m gpu "${tests[@]}"
+
+one='tests/test_gpu.py::test_the_engine_against_float64[dims0-0.5-dtype0-0.0078125-cuda]'
+if command -v compute-sanitizer > /dev/null; then
+  for tool in racecheck memcheck; do
+    step "$tool" 300 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 3 \
+      "$python" -m pytest -m gpu "$one"
+  done
+else
+  echo "compute-sanitizer is not installed (it comes with the CUDA toolkit): its checks are left out" \
+    | tee "$results/sanitizer.txt" >&2
+fi
+
+step bench-gpu 600 "$python" -m headinfer bench --device cuda --limit-s 340 --output "$results"
+step bench-gpu-24gb 450 "$python" -m headinfer bench decode prefill --device cuda --gpu-memory 24GB --limit-s 220 \
+  --output "$results"
+
+if [ "$results" -ef "$own" ]; then # the document that places these figures beside the paper's
+  "$python" -m headinfer plan --paper > docs/paper-comparison.md.new && mv docs/paper-comparison.md.new docs/paper-comparison.md
+fi
+
+if [ "${#failed[@]}" -gt 0 ]; then
+  echo "benchmarks/gpu.sh: these failed, their output is in $results: ${failed[*]}" >&2
+  exit 1
+fi
+echo "benchmarks/gpu.sh: all done, results in $results" >&2

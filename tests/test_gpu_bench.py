@@ -1,0 +1,515 @@
+"""The GPU benchmark on a CPU: every line of it but CUDA's clocks, with a tiny model and tiny sizes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from headinfer import enable
+from headinfer.bench import gpu, gpu_point
+from headinfer.bench.gpu import GPU_SUITES, check_device, run_gpu
+from headinfer.bench.gpu_job import QUICK, GpuSizes, Job, Rates, goal_reached
+from headinfer.bench.gpu_point import OURS
+from headinfer.bench.gpu_report import HEADER, gpu_json, gpu_markdown, result_paths, shown
+from headinfer.bench.rivals import Rival, compare, ring_budget_bytes, rivals_of
+from headinfer.bench.runners import HeadRunner, TransformersRunner
+from headinfer.bench.stores import Past, noise
+from headinfer.errors import CapacityError, UsageError
+from headinfer.plan import measured, paper
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+LAYERS, KV_HEADS, DIM = 2, 2, 16
+TOKEN_BYTES = 2 * KV_HEADS * DIM * 4  # of one layer, float32
+SIZES = GpuSizes(
+    model="random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2",
+    dtype=torch.float32,
+    decode_tokens=(2048, 8192, 512),
+    chunk_offsets=(2048, 8192),
+    whole_tokens=(1024,),
+    chunk_tokens=384,
+    floor_bytes=2 << 20,
+    real_kv_bytes=2 * 4096 * TOKEN_BYTES,  # so 8,192 tokens are a simulation
+    copy_bytes=(1 << 20,),
+    matrix=64,
+    rounds=1,
+)
+RIVALS = {"paper's scheme", "resident store", "offloaded cache", "DynamicCache", "layer-wise", "what is free"}
+
+
+@pytest.fixture(scope="module")
+def run():
+    stages, kept = [], []
+    job, lines = run_gpu([], CPU, SIZES, stages.append, keep=lambda job, lines: kept.append(len(lines)))
+    assert sum(stage.startswith("measuring ") for stage in stages) == len(kept) == len(GPU_SUITES)
+    assert kept[-1] == len(lines)
+    return job, lines
+
+
+@pytest.fixture(scope="module")
+def job(run):
+    return run[0]
+
+
+def of(lines, suite, who=None):
+    return [line for line in lines if line.suite == suite and who in (None, line.who)]
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_all_suites_measure_and_what_they_do_not_is_said(run):
+    _, lines = run
+    assert list(dict.fromkeys(line.suite for line in lines)) == ["rates", *GPU_SUITES]
+    for line in lines:
+        assert (line.value is None) <= bool(line.note), line
+        assert line.value is None or line.value > 0 or line.unit == "bytes", line
+        assert (line.reached is None) or line.goal, line
+
+
+def test_decode_streams_all_of_the_host_and_holds_equal_device_bytes(run):
+    _, lines = run
+    ours = of(lines, "decode", OURS)
+    assert [line.details["past_tokens"] for line in ours] == list(SIZES.decode_tokens)
+    for line in ours:
+        on_host = line.details["past_tokens"] - 128
+        assert line.details["streamed_bytes"] == LAYERS * on_host * TOKEN_BYTES
+        assert line.details["streamed_bytes_per_s"] == line.details["streamed_bytes"] / line.value
+        assert line.device_kv_bytes <= SIZES.floor_bytes
+        assert line.reached
+    assert len({line.device_kv_bytes for line in ours}) == 1
+    (spread,) = (line for line in of(lines, "decode") if "difference" in line.who)
+    assert spread.value == 0
+    assert spread.reached
+
+
+def test_a_simulation_is_called_so_and_holds_one_layer(run):
+    _, lines = run
+    for suite in ("decode", "prefill"):
+        for line in of(lines, suite):
+            past = line.details.get("past_tokens")
+            if past is not None:
+                is_shared = past == 8192 and line.who != "DynamicCache"
+                assert line.details["simulation"] == is_shared, line
+                if line.value is not None:
+                    assert line.note.startswith("simulation") == is_shared, line
+    held = {line.details["past_tokens"]: line.details["host_kv_bytes"] for line in of(lines, "decode", OURS)}
+    assert held == {tokens: (tokens - 128) * TOKEN_BYTES * (1 if tokens == 8192 else LAYERS) for tokens in held}
+
+
+@pytest.mark.parametrize("suite", ["decode", "prefill"])
+def test_every_rival_is_there_or_says_why_not(run, suite):
+    job, lines = run
+    points = {line.point for line in of(lines, suite) if line.who in RIVALS and not line.point.startswith("all of")}
+    assert len(points) == (3 if suite == "decode" else 2)
+    for point in points:
+        found = {line.who: line for line in of(lines, suite) if line.point == point and line.who in RIVALS}
+        assert found.keys() == RIVALS
+        assert {who for who, line in found.items() if line.value is None} == {"offloaded cache", "what is free"}
+        assert all(line.ratio > 0 for line in found.values() if line.value is not None)
+        past = found["paper's scheme"].details["past_tokens"]
+        assert found["paper's scheme"].details["heads_per_group"] == 1
+        assert found["layer-wise"].details["heads_per_group"] == KV_HEADS
+        for name, heads in (("paper's scheme", 1), ("layer-wise", KV_HEADS)):
+            assert found[name].details["tile_tokens"] == past
+            slots = 2 * heads * past * TOKEN_BYTES // KV_HEADS
+            assert slots < found[name].device_kv_bytes <= ring_budget_bytes(job, slots // 2)
+        layers = 1 if past == 8192 else LAYERS
+        resident = found["resident store"].details["device_resident_bytes"]
+        past_on_device = past if suite == "prefill" else past - 128
+        assert layers * past_on_device * TOKEN_BYTES <= resident <= (layers * past + 256) * TOKEN_BYTES
+        assert found["DynamicCache"].device_kv_bytes == LAYERS * past * TOKEN_BYTES
+
+
+def test_a_whole_prefill_brings_all_kv_home_and_is_compared_with_the_resident_store(run):
+    _, lines = run
+    ours, resident = (line for line in of(lines, "prefill") if line.details.get("is_whole"))
+    assert (ours.who, resident.who) == (OURS, "resident store")
+    assert ours.details["link_to_host_bytes"] == LAYERS * (1024 - 128) * TOKEN_BYTES
+    assert resident.details["device_resident_bytes"] > 0 == ours.details["device_resident_bytes"]
+    assert resident.ratio == resident.value / ours.value
+
+
+def test_kernels_are_exact_and_one_is_preferred(run):
+    _, lines = run
+    for phase in ("decode", "prefill"):
+        found = [line for line in of(lines, "attention") if line.point.startswith(phase)]
+        able = [line for line in found if line.value is not None]
+        assert {"cpu-flash", "eager"} <= {line.who for line in able}
+        assert sum(line.details["is_preferred"] for line in able) == 1
+        assert all(0 < line.details["error_against_float64"] < 1e-5 for line in able)
+        assert all(line.note.startswith("refuses") for line in found if line.value is None)
+
+
+def test_the_link_both_ways_and_as_the_ring_copies(run):
+    job, lines = run
+    found = of(lines, "link")
+    ways = {line.who for line in found}
+    for kind in ("pageable", "pinned"):
+        for way in ("to the device", "to the host"):
+            assert {f"{kind}, {way}", f"{kind}, {way}, both at once"} <= ways
+    tiles = [line for line in found if line.who == "pinned, through the ring"]
+    assert [line.point for line in tiles] == ["decode's tiles", "prefill's tiles"]
+    assert all(line.details["tile_tokens"] > 0 for line in tiles)
+    rates = {line.who: line.value for line in of(lines, "rates")}
+    assert rates["pinned, to the device"] == job.rates.link_bytes_per_s / 1e9
+
+
+# -- the stores ------------------------------------------------------------------------------------------------------
+
+
+def logits(job, cache, tokens):
+    ids = torch.full((1, tokens), 7)
+    before = cache.stats().link_to_device_bytes
+    with enable(job.model, chunk_tokens=tokens), torch.inference_mode():
+        found = job.model(ids, past_key_values=cache, logits_to_keep=1).logits
+    return found, cache.stats().link_to_device_bytes - before
+
+
+@pytest.mark.parametrize("tokens", [1, 384])
+def test_one_layers_kv_for_all_gives_the_bits_and_bytes_of_kv_of_their_own(job, tokens):
+    """The noise is the same in all layers, so that a simulation differs in nothing but where K and V lie."""
+    room, past_tokens = tokens if tokens > 1 else 0, 2048
+    other = Job(CPU, dataclasses.replace(SIZES, real_kv_bytes=1), print)
+    real, shared = Past(job, past_tokens), Past(other, past_tokens)
+    assert (real.is_simulation, shared.is_simulation) == (False, True)
+    found = [logits(job, past.cache(room_tokens=room, device_kv_budget=2 << 20), tokens) for past in (real, shared)]
+    assert torch.equal(found[0][0], found[1][0])
+    on_host = past_tokens - 128 + (128 if tokens > 1 else 0)
+    assert found[0][1] == found[1][1] == LAYERS * on_host * TOKEN_BYTES
+    dynamic = DynamicCache(config=job.model.config)
+    for layer in dynamic.layers:
+        layer.update(*noise(job, past_tokens))
+    with torch.inference_mode():
+        wanted = job.model(torch.full((1, tokens), 7), past_key_values=dynamic, logits_to_keep=1).logits
+    assert (found[0][0] - wanted).abs().max() < 1e-4 * wanted.std()
+
+
+def test_caches_of_one_past_share_host_memory_and_nothing_else(job):
+    past = Past(job, 2048)
+    held = past.host_bytes
+    near = past.cache(device_kv_budget=16 << 20, streaming_budget=2 << 20)
+    far = past.cache(device_kv_budget=2 << 20)
+    for _ in range(2):  # what is resident comes in the first pass
+        bits_near, moved = logits(job, near, 1)
+        near.crop(-1)
+    bits_far, streamed = logits(job, far, 1)
+    assert moved == 0 < streamed == held
+    assert near.stats().device_resident_bytes > 0 == far.stats().device_resident_bytes
+    assert (bits_near - bits_far).abs().max() < 1e-4 * bits_far.std()
+    assert near.engine.ledger.host_bytes == far.engine.ledger.host_bytes == 0  # all of it is the past's
+
+
+def test_a_chunk_needs_no_new_host_memory_and_leaves_the_past_as_it_was(job):
+    past = Past(job, 2048)
+    cache = past.cache(room_tokens=384, device_kv_budget=2 << 20)
+    held, first = cache.engine.ledger.host_bytes, None
+    for _ in range(3):
+        found, _ = logits(job, cache, 384)
+        assert cache.engine.ledger.host_bytes == held
+        cache.crop(-384)
+        assert cache.get_seq_length() == 2048
+        assert first is None or torch.equal(found, first)
+        first = found
+
+
+# -- what does not fit, and what there is no time for ------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_a_smaller_card_turns_away_what_does_not_fit(job):
+    small = Job(CPU, SIZES, print, gpu_memory_bytes=3 << 20)
+    small.rates = job.rates
+    past = Past(small, 8192)
+    own = HeadRunner(small, past.cache(device_kv_budget=2 << 20), 1)
+    found = {one.name: one for one in compare(small, own, 0.01, rivals_of(small, past, 1, 0.01, {}))}
+    for name in ("DynamicCache", "layer-wise", "paper's scheme", "resident store"):
+        assert found[name].note.startswith("does not fit"), found[name]
+        assert found[name].ratio is None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), CapacityError("no room")])
+def test_a_rival_that_runs_out_of_memory_is_a_line(job, error):
+    def opened():
+        raise error
+
+    def fails():
+        raise RuntimeError("of our own")
+
+    past = Past(job, 512)
+    own = HeadRunner(job, past.cache(device_kv_budget=2 << 20), 1)
+    (found,) = compare(job, own, 0.01, [Rival("greedy", 0, 0.0, opened)])
+    assert found.note == f"ran out of memory: {str(error).splitlines()[0]}"
+    with pytest.raises(RuntimeError, match="of our own"):
+        compare(job, own, 0.01, [Rival("ours", 0, 0.0, fails)])
+    (theirs,) = compare(job, own, 0.01, [Rival("theirs", 0, 0.0, fails, is_foreign=True)])
+    assert theirs.note == "failed: of our own"
+    (slow,) = compare(job, own, 0.01, [Rival("slow", 0, 1e6, opened)])
+    assert slow.note == "not measured: a pass would take about 1000000 s"
+
+
+class NoStream:
+    """transformers' prefetch stream, where there is no device to have one."""
+
+    def wait_stream(self, other):
+        pass
+
+    __enter__ = __exit__ = lambda *_: None
+
+
+@torch.inference_mode()
+def test_transformers_caches_start_each_pass_from_the_same_past(job, monkeypatch):
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: NoStream())
+    for offloaded in (False, True):
+        runner = TransformersRunner(job, 512, 384, offloaded=offloaded)
+        for _ in range(2):
+            assert runner.cache.get_seq_length() == 512
+            runner.run()
+            assert runner.cache.get_seq_length() == 512 + 384
+            runner.after()
+        held = 512 * TOKEN_BYTES * (2 if offloaded else LAYERS)
+        assert runner.kv_bytes() == held
+
+
+def test_a_cap_counts_as_the_device_does(monkeypatch):
+    """CUDA's figures as they come: 140 GiB, of which others hold 20, this process 16 and its allocator 2 more."""
+    one = Job(CPU, SIZES, print)
+    one.is_cuda = True
+    for name, value in (("memory_allocated", 16 << 30), ("memory_reserved", 18 << 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (102 << 30, 140 << 30))
+    spare = 512 << 20
+    assert one.free_device_bytes() == (102 + 2 << 30) - spare
+    one.gpu_memory_bytes = 24 << 30
+    assert one.free_device_bytes() == (24 - 16 << 30) - spare
+    one.gpu_memory_bytes = 16 << 30
+    assert one.free_device_bytes() == 0
+
+
+def test_what_gets_no_turn_is_a_line_that_says_so():
+    _, lines = run_gpu(["decode", "prefill"], CPU, SIZES, print, limit_s=1e-6)
+    found = [line for line in lines if line.suite != "rates"]
+    assert [line.suite for line in found] == ["decode"] * 3 + ["prefill"] * (2 + 2)
+    assert all(line.value is None and line.note == "not measured: out of time" for line in found)
+
+
+@torch.inference_mode()
+def test_the_resident_store_is_compared_with_the_same_kernels(job):
+    from headinfer.bench.gpu_prefill import _with_its_kernels
+
+    found = gpu_point.open_point(job, "prefill", 2048, 384)
+    made = rivals_of(job, found.past, 384, 0.01, {"resident store": ">= 0.97"})
+    rivals = [rival for rival in made if rival.name == "resident store"]
+    (outcome,) = compare(job, found.own, 0.01, rivals)
+    assert _with_its_kernels(job, found, outcome, rivals) is outcome
+    other = dataclasses.replace(outcome, facts={**outcome.facts, "attention_backends": ["eager"]})
+    again = _with_its_kernels(job, found, other, rivals)
+    assert again.name.startswith("resident store, ")
+    assert again.ratio > 0
+    assert again.facts["with_the_table's_kernels"] == outcome.ratio
+
+
+def test_a_chunk_is_long_enough_to_hide_its_copies():
+    big = Job(CPU, GpuSizes(), print)
+    big.rates = Rates(165e12, 800e9, 25e9, 25e9)
+    assert big.chunk_tokens() == 2560  # 1.5 x 165e12 x 2 / (2 x 4 x 25e9) = 2,475
+    assert big.flops(0, 1024) == pytest.approx(big.shape.prefill_flops(1024), rel=0.01)
+    assert big.kv_bytes(1024 * 1024) == 128 << 30
+    assert Job(CPU, QUICK, print).shape.layers[0] == big.shape.layers[0]
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "reached"),
+    [
+        (">= 92", 92.0, True),
+        (">= 92", 91.9, False),
+        ("<= 1.03 x", 1.04, False),
+        ("== 0", 0.0, True),
+        ("> 1", 1.0, False),
+        ("", 5.0, None),
+    ],
+)
+def test_goals(goal, value, reached):
+    assert goal_reached(goal, value) is reached
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def test_json_and_markdown_say_all_that_was_measured(run, tmp_path):
+    job, lines = run
+    result = json.loads(gpu_json(job, lines, ["bench", "--device", "cuda", "my file"]))
+    assert result["command"] == "headinfer bench --device cuda 'my file'"
+    assert {"headinfer", "torch", "transformers", "cuda", "driver"} <= result["versions"].keys()
+    assert result["device"]["total_bytes"] > 0
+    assert result["host"]["cores"] == os.cpu_count()
+    assert result["host"]["numa_nodes"] >= 1
+    assert len(result["lines"]) == len(lines)
+    text = gpu_markdown(job, lines, ["bench"])
+    rows = [line for line in text.splitlines() if line.startswith("| ") and " measured | x headinfer" not in line]
+    assert len(rows) == len(lines)
+    assert all(row.count(" | ") == len(HEADER) - 1 for row in rows)
+    goals = [line for line in lines if line.reached is not None]
+    assert f"{sum(line.reached for line in goals)} of {len(goals)} goals are reached" in text
+    assert result_paths(tmp_path / "x.json", job) == (tmp_path / "x.json", tmp_path / "x.md")
+    capped = Job(CPU, SIZES, print, gpu_memory_bytes=24 * 10**9)
+    assert result_paths(tmp_path, capped)[0].name.endswith("-24gb.json")
+    assert [shown(0.0123, "s/token"), shown(256 << 20, "bytes"), shown(None, "s")] == ["12.3 ms/token", "256 MiB", "-"]
+
+
+def test_the_papers_tables_beside_what_was_measured(run, tmp_path):
+    job, lines = run
+    figures = (paper.CONTEXTS, paper.PREFILL_S, paper.DECODE_S, paper.MEMORY_1M, paper.MEMORY_AT_LIMIT)
+    assert "No GPU measurement yet; `benchmarks/gpu.sh` makes them" in measured.measured_section(*figures, tmp_path)
+    at_1m = {"past_tokens": 1024 * 1024, "simulation": True, "peak_device_bytes": 17 << 30}
+    ours = dataclasses.replace(of(lines, "decode", OURS)[0], value=2.75, device_kv_bytes=256 << 20, details=at_1m)
+    theirs = dataclasses.replace(ours, who="paper's scheme", value=2.5, device_kv_bytes=1 << 30)
+    whole = dataclasses.replace(ours, suite="prefill", unit="s", value=1.5, details={"is_whole": True, "tokens": 10240})
+    (tmp_path / "gpu.json").write_text(gpu_json(job, [ours, theirs, whole], ["bench", "--device", "cuda"]))
+    (tmp_path / "other.json").write_text("{}")
+    text = measured.measured_section(*figures, tmp_path)
+    assert "No GPU measurement" not in text
+    assert "RTX 4090 has 24 GB" in text
+    assert "| 10K | 1.24 | 1.5 |" in text
+    assert "| 1M (simulation) | - | - | - | - | 6.51 | 2.5 | 6.41 | 2.75 |" in text
+    assert "| head-wise (paper), 1M, the paper | 1 | 16.7 | 1 |" in text
+    assert "| headinfer, 1M, measured | 0.25 | 17 | |" in text
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UsageError, match=r"bad\.json is no JSON"):
+        measured.measured_section(*figures, tmp_path)
+
+
+def test_machine_names_its_gpus(monkeypatch, tmp_path):
+    from headinfer import info
+
+    found = info.gather_info() | {"cuda_devices": []}
+    found["versions"] |= {"cuda": "13.0", "driver": "580.1"}
+    monkeypatch.setattr(info, "gather_info", lambda: found)
+    assert "CUDA" not in info.machine()
+    found["cuda_devices"] = [{"name": "NVIDIA H200", "total_bytes": 140 << 30}]
+    assert info.machine().startswith("NVIDIA H200 (140 GiB), ")
+    assert info.machine().endswith("CUDA 13.0, driver 580.1")
+    module = tmp_path / "version"
+    module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n")
+    assert info.driver_version(module) == "550.54.15"
+    assert info.driver_version(tmp_path / "none") == "unknown"
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+MISTAKES = {
+    "no GPU": (["--device", "cuda"], "sees no CUDA device"),
+    "no GPU, one suite": (["decode", "--device", "cuda:3", "--gpu-memory", "24GB"], "sees no CUDA device"),
+    "no suite": (["speed", "--device", "cuda"], "there is no GPU suite 'speed'"),
+    "no size": (["--device", "cuda", "--gpu-memory", "much"], "is no size"),
+    "no time": (["--device", "cuda", "--limit-s", "0"], "must be a positive number of seconds"),
+    "no place": (["--device", "cuda", "--output", f"{__file__}/results"], "cannot write results in"),
+    "a card for a CPU": (["--gpu-memory", "24GB"], "give --device cuda as well"),
+    "a disk for a GPU": (["--device", "cuda", "--folder", "/tmp"], "leave --device out"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_sentence_before_anything_is_made(without_cuda, monkeypatch, name):
+    from headinfer import bench_cli
+
+    monkeypatch.setattr(gpu, "run_gpu", lambda *_, **__: pytest.fail("it began"))
+    import typer
+    from typer.testing import CliRunner
+
+    app = typer.Typer()
+    app.command()(bench_cli.bench)
+    arguments, says = MISTAKES[name]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UsageError)
+    assert says in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_a_result_is_written_where_it_is_wanted(run, monkeypatch, tmp_path):
+    import typer
+    from typer.testing import CliRunner
+
+    from headinfer import bench_cli
+
+    def ran(*_, keep, **__):
+        keep(run[0], run[1][:3])  # after a suite
+        keep(*run)
+        return run
+
+    monkeypatch.setattr(gpu, "run_gpu", ran)
+    monkeypatch.setattr(gpu, "check_device", lambda _: CPU)
+    app = typer.Typer()
+    app.command()(bench_cli.bench)
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(
+        app, ["--device", "cuda", "--output", str(tmp_path / "new" / "results"), "--markdown"]
+    )
+    assert result.exit_code == 0, result.output
+    (found,) = (tmp_path / "new" / "results").glob("*.json")
+    assert found.with_suffix(".md").read_text() in result.output
+    assert len(json.loads(found.read_text())["lines"]) == len(run[1])
+    assert len(list(found.parent.iterdir())) == 2
+    assert "decode" in CliRunner(env={"COLUMNS": "250"}).invoke(app, ["--device", "cuda"]).output
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert check_device("cuda") == torch.device("cuda", 0)
+    for name in ("cuda:2", "cpu:0", "tpu", "cuda:x"):
+        with pytest.raises(UsageError, match="choose cpu"):
+            check_device(name)
+
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+
+
+def script(*arguments, python=sys.executable):
+    environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_the_script_refuses_in_one_sentence_where_there_is_no_gpu(tmp_path):
+    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+    assert os.access(SCRIPT, os.X_OK)
+    done = script(tmp_path / "results")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sees no CUDA device" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+    done = script(python=tmp_path / "python")
+    assert done.returncode == 2
+    assert "name a Python" in done.stderr
+
+
+def test_what_the_script_names_exists():
+    """Its test's name, its options and its suites are strings: here they are held to what there is."""
+    text = SCRIPT.read_text()
+    (one,) = (line.split("'")[1] for line in text.splitlines() if line.startswith("one="))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", one], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
+    from headinfer.bench_cli import bench
+
+    for option in ("--device", "--gpu-memory", "--limit-s", "--output"):
+        assert option in text
+        assert option.removeprefix("--").replace("-", "_") in bench.__annotations__
+    assert "bench decode prefill" in text
