@@ -1,7 +1,7 @@
 """A tiny random model of each family, with every kind of layer that the family has, and layers to offload."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from headinfer.errors import UnsupportedError
 from headinfer.hf.families import REFUSED as WHY
@@ -148,6 +148,11 @@ OTHERS = {
 }  # fmt: skip
 
 
+def present():
+    """The served families that the installed transformers has."""
+    return [family for family in sorted(CHANGES) if family in CONFIG_MAPPING]
+
+
 def tiny_config(family, **changes):
     chosen = {**COMMON, **(CHANGES.get(family) or REFUSED.get(family, {})), **changes}
     return AutoConfig.for_model(family, **{name: value for name, value in chosen.items() if value is not None
@@ -157,7 +162,10 @@ def tiny_config(family, **changes):
 def tiny_model(family, seed=0, **changes):
     """float32, in eval mode; weights so large that attention chooses and logits depend on the whole text."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
+    config = tiny_config(family, **changes)
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # transformers' sdpa leaves the soft cap out, before 5.18 without a word
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2 and not any(part in name for part in ("conv", "A_log", "norm", "router", "gate.")):

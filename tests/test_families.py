@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CHANGES, COMMON, REFUSED, VOCAB, full_layers, models_table, tiny_config, tiny_model
+from families import CHANGES, COMMON, REFUSED, VOCAB, full_layers, models_table, present, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headinfer
@@ -17,7 +17,7 @@ BOUND = 5e-5  # of the logits' standard deviation; transformers' own chunked and
 STATEFUL = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next")
 STAGED = {"device_kv_budget": 4 << 20, "heads_per_group": 1, "tile_tokens": 30}
 
-every_family = pytest.mark.parametrize("family", sorted(CHANGES))
+every_family = pytest.mark.parametrize("family", present())
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore::DeprecationWarning")
 
 
@@ -170,5 +170,7 @@ def test_families_that_would_be_wrong_are_refused_before_anything_changes(family
 
 def test_the_families_are_those_of_the_list_and_of_the_table():
     assert sorted(CHANGES) == sorted(SUPPORTED_FAMILIES)
+    if present() != sorted(CHANGES):
+        pytest.skip("the table is made with a transformers that has all of them")
     docs = Path(__file__).parent.parent / "docs" / "models.md"
     assert docs.read_text(encoding="utf-8") == models_table(), "run: python tests/families.py > docs/models.md"

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
@@ -123,7 +122,7 @@ def is_constant_size(layer: object) -> bool:
         DynamicSlidingWindowLayer,
         LinearAttentionLayer,
         LinearAttentionAndSlidingWindowAttentionLayer,
-        DummyLayer,
+        getattr(cache_utils, "DummyLayer", None),  # not before 5.18: layers without a cache have no entry at all
     )
     return type(layer) in constant
 
@@ -132,6 +131,9 @@ def shared_full_layers(config: PreTrainedConfig) -> int:
     """How many full-attention layers use the K and V of an earlier one (Gemma 3n and 4) and have no cache."""
     text = config.get_text_config(decoder=True)
     modes, kinds = getattr(text, "kv_sharing_modes", None), getattr(text, "layer_types", None)
+    if modes is None and kinds is not None:  # older versions say how many of the last layers
+        count = getattr(text, "num_kv_shared_layers", None) or 0
+        modes = ["reuse" if index >= len(kinds) - count else None for index in range(len(kinds))]
     if modes is None or kinds is None:
         return 0
     return sum(mode == "reuse" and kind == "full_attention" for mode, kind in zip(modes, kinds, strict=True))
