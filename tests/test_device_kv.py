@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,19 @@ def test_reset_lets_go_of_what_was_fetched_ahead(llama):
     assert cache.stats().host_kv_bytes == 0
 
 
+@pytest.mark.parametrize("staging", ["none", "early", "late"])
+def test_a_cache_filled_in_inference_mode_is_used_without_it(llama, staging):
+    ids = prompt(tokens=900)["input_ids"]
+    with headinfer.enable(llama, chunk_tokens=300), torch.no_grad():
+        wanted = llama(ids).logits[:, -1:]
+        cache = HeadCache(llama.config, staging=staging, device_kv_budget=8 << 20, streaming_budget=6 << 20)
+        with torch.inference_mode():
+            llama(ids[:, :500], past_key_values=cache)
+        found = llama(ids[:, 500:], past_key_values=cache, logits_to_keep=1).logits
+        assert not any(tensor.is_inference() for layer in cache.head_layers for tensor in layer.store.tails())
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 # -- memory that cannot be pinned --------------------------------------------------------------------------------------
 
 
@@ -168,7 +182,7 @@ def pageable(monkeypatch, allowed):
     """A system that pins `allowed` pieces of memory and refuses more; twins that want it as a device does."""
     count = [0]
 
-    def register(address, nbytes):
+    def register(address, nbytes, device):
         count[0] += 1
         return "" if count[0] <= allowed else "the limit on locked memory is reached"
 
@@ -192,6 +206,30 @@ def test_memory_that_is_not_pinned_goes_through_buffers(llama, staging, allowed,
     assert isinstance(kv.ring, ReadAhead) == (allowed < 10_000)
     assert messages == (["host memory stays pageable, transfers will be slower: the limit on locked memory is reached"]
                         if allowed < 10_000 else [])  # fmt: skip
+
+
+def test_pages_are_there_until_they_are_unpinned(monkeypatch):
+    """A device may still copy from them, and the system may give their addresses to others as soon as they are gone."""
+    pageable(monkeypatch, 1)
+    maps, mapped = Path("/proc/self/maps"), []
+    if not maps.is_file():
+        pytest.skip("this system does not tell what is mapped")
+
+    def is_mapped(address):
+        ranges = (line.split(maxsplit=1)[0].split("-") for line in maps.read_text().splitlines())
+        return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
+
+    monkeypatch.setattr(tiers, "_unpin", lambda pinned, address, device: mapped.append(is_mapped(address)))
+    tier = tiers.HostTier(Ledger(), device=torch.device("cpu"))
+    tensor = tier.allocate((1 << 20,), torch.uint8)
+    address, view = tensor.data_ptr(), tensor[5:]
+    assert is_mapped(address)
+    del tensor
+    assert not mapped, "a view still reads them"
+    del view
+    gc.collect()
+    assert mapped == [True]
+    assert not is_mapped(address)
 
 
 def test_a_tier_says_what_is_not_pinned(monkeypatch):
@@ -284,6 +322,7 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
     assert len(engine.devices) == len(engine.ledgers) == 2
     rings = {id(kv.ring) for kv in engine.devices.values()}
     assert len(rings) == 2
+    assert all(kv.ring._expected for kv in engine.devices.values()), "its own first layer, for the next token"
     for ledger in engine.ledgers:
         assert ledger.host_to_device_bytes > 0
         assert 0 < ledger.device_peak_bytes <= 700_000

@@ -15,6 +15,7 @@ from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import Engine, Options
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import tiers
+from headinfer.kv.ledger import Ledger
 
 TOKEN_BYTES = 2 * 4 * 16 * 4  # of a layer of make_model(): K and V of 4 heads of width 16 in float32
 LAYERS = 4
@@ -152,7 +153,7 @@ def test_a_session_goes_on_with_the_same_bits(llama, device, tmp_path):
 @on_devices
 def test_memory_that_cannot_be_pinned_serves_too(llama, device, monkeypatch):
     if device == "cuda":
-        monkeypatch.setattr(tiers, "register", lambda address, nbytes: "refused, on purpose")
+        monkeypatch.setattr(tiers, "register", lambda address, nbytes, device: "refused, on purpose")
     wanted = generate(llama, prompt(tokens=700))[0]
     model = make_model("llama").to(device)
     with warnings.catch_warnings():
@@ -160,6 +161,15 @@ def test_memory_that_cannot_be_pinned_serves_too(llama, device, monkeypatch):
         with headinfer.enable(model, chunk_tokens=96, **options_on(device)):
             found = generate(model, to(device, prompt(tokens=700)))[0]
     assert torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.gpu
+def test_a_refusal_to_pin_leaves_no_error_behind():
+    device = torch.device("cuda", torch.cuda.current_device())
+    memory = tiers.HostTier(Ledger(), device=device).allocate((1 << 20,), torch.uint8)
+    assert memory.is_pinned()
+    assert "refused" in tiers.register(memory.data_ptr(), memory.numel(), device), "it is pinned already"
+    assert float(torch.ones(3, device=device).sum()) == 3.0
 
 
 @on_devices

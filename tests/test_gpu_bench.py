@@ -287,11 +287,9 @@ def test_a_cap_counts_as_the_device_does(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (102 << 30, 140 << 30))
     spare = 512 << 20
-    assert one.free_device_bytes() == (102 + 2 << 30) - spare
-    one.gpu_memory_bytes = 24 << 30
-    assert one.free_device_bytes() == (24 - 16 << 30) - spare
-    one.gpu_memory_bytes = 16 << 30
-    assert one.free_device_bytes() == 0
+    for cap, free in ((140, 102 + 2), (24, 24 - 16), (16, 0)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, cap=cap: cap / 140)
+        assert one.free_device_bytes() == max((free << 30) - spare, 0)
 
 
 def test_what_gets_no_turn_is_a_line_that_says_so():

@@ -30,6 +30,11 @@ def cache_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def whole_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+
+
 @pytest.fixture
 def small_probe(monkeypatch):
     sizes = {"_ROUNDS": 1, "_BUFFER_BYTES": 1 << 20, "_DISK_BYTES": 1 << 22, "_HIDDEN": 64, "_WIDTH": 96}

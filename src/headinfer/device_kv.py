@@ -21,21 +21,22 @@ from headinfer.kv.streams import Staging, Streams, open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, Ring, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace, Writer
+from headinfer.machine import free_device_bytes
 from headinfer.plan.footprint import host_kv_tokens, write_back_bytes
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
 
-__all__ = ["DeviceKV", "free_device_bytes"]
+__all__ = ["DeviceKV", "default_budget"]
 
 _RESERVE_SHARE = 8  # of a device's memory: left to activations where no plan has counted them
 _LEAST_RESERVE_BYTES = 2 * 2**30
 _RESERVED_HOST_SHARE = 0.9  # of the host memory that is free: lengths are often only upper bounds
 
 
-def free_device_bytes(device: torch.device) -> int:
+def default_budget(device: torch.device) -> int:
     """Bytes that KV may take on a CUDA device where nobody said how many: what is free, less a reserve."""
-    free, total = torch.cuda.mem_get_info(device)
-    return max(free - max(total // _RESERVE_SHARE, _LEAST_RESERVE_BYTES), DEFAULT_BUDGET_BYTES)
+    reserve = max(torch.cuda.get_device_properties(device).total_memory // _RESERVE_SHARE, _LEAST_RESERVE_BYTES)
+    return max(free_device_bytes(device) - reserve, DEFAULT_BUDGET_BYTES)
 
 
 class DeviceKV:
@@ -61,7 +62,7 @@ class DeviceKV:
         self.rates, self.ledger = rates, ledger
         is_cuda = staging == "cuda"
         if budget is None:
-            budget = free_device_bytes(device) if is_cuda else DEFAULT_BUDGET_BYTES
+            budget = default_budget(device) if is_cuda else DEFAULT_BUDGET_BYTES
         self.budget = budget
         self.streaming_bytes = min(streaming_budget or DEFAULT_BUDGET_BYTES, budget)
         self.streams: Streams | None = open_streams(staging, device)
@@ -99,8 +100,12 @@ class DeviceKV:
             expected_tokens=self.expected_tokens,
             on_full=self.disk.full if self.disk is not None else None,
             share=share,
-            reserves=self.staging == "cuda" and expected_bytes < _RESERVED_HOST_SHARE * available_host_bytes(),
+            reserves=self.staging == "cuda" and expected_bytes < _RESERVED_HOST_SHARE * self._host_room_bytes(),
         )
+
+    def _host_room_bytes(self) -> int:
+        """Host memory that is free, or holds KV of this cache already."""
+        return available_host_bytes() + self.tier.ledger.host_bytes
 
     def begin(
         self, store: HeadStore, query_heads: int, query_tokens: int, row_copies: int, fixed: dict[str, int | None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -193,9 +194,9 @@ class Engine:
         )
 
     def _following(self, store: HeadStore, runs: Sequence[Runs] | None) -> Iterable[Tile]:
-        """The first tiles to fetch of the store that was attended to after this one in the pass before.
+        """The first tiles to fetch of the store on its device that came after this one in the pass before.
 
-        After the last layer that is the first one again, for the next token; for the next chunk other tiles may be
+        After the last one there it is the first one, for the next token; for the next chunk other tiles may be
         chosen. Padding hides other tokens then.
         """
         now, before = self._order
@@ -203,8 +204,11 @@ class Engine:
         now.append(weakref.ref(store))
         if place >= len(before) or before[place]() is not store:
             return ()
-        coming, is_last = before[(place + 1) % len(before)](), place + 1 == len(before)
-        if coming is None or coming.rows != store.rows or self._place(coming) != self._place(store):
+        cycle = itertools.chain(range(place + 1, len(before)), range(place + 1))
+        here = self._place(store)
+        at = next(at for at in cycle if (one := before[at]()) is not None and self._place(one) == here)
+        coming, is_last = before[at](), at <= place
+        if coming is None or coming.rows != store.rows:
             return ()
         if is_last and (runs is not None or (self.disk is None and self._queries[1] > FEW_QUERY_TOKENS)):
             return ()

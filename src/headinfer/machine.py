@@ -14,7 +14,7 @@ import torch
 from headinfer.errors import UsageError
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
 
-__all__ = ["device_name", "this_machine"]
+__all__ = ["device_name", "free_device_bytes", "this_machine"]
 
 _CORE_FLOPS_PER_S = 3e9 * 32  # two 256-bit multiply-adds in float32 a cycle
 _MULTIPROCESSOR_FLOPS_PER_S = 1e12  # tensor cores, half types: about an RTX 30's
@@ -25,6 +25,16 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"this CPU, {psutil.cpu_count(logical=False) or psutil.cpu_count() or 1} cores"
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process can still use: what nobody uses, within the share that torch may take
+    (set_per_process_memory_fraction), and what torch has let go of but keeps for itself.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    share = round(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return int(max(min(free + torch.cuda.memory_reserved(device), share) - allocated, 0))
 
 
 def this_machine(device: torch.device) -> Hardware:

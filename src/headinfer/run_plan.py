@@ -11,7 +11,7 @@ import torch
 
 from headinfer.engine import Options
 from headinfer.files import check_folder
-from headinfer.machine import this_machine
+from headinfer.machine import free_device_bytes, this_machine
 from headinfer.model_shape import ModelShape
 from headinfer.plan.footprint import weight_bytes
 from headinfer.plan.memory import available_host_bytes, free_disk_bytes
@@ -54,7 +54,7 @@ def plan_run(
         machine = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES)
         host_bytes += loaded + held_device_bytes
     else:
-        device_bytes = _free_device_bytes(device) + loaded + held_device_bytes
+        device_bytes = free_device_bytes(device) + loaded + held_device_bytes
     fixed = dict(fixed or {})
     folder = fixed.pop("disk_tier", None)
     if folder is not None:
@@ -75,13 +75,7 @@ def plan_run(
 
 def tightest(devices: Iterable[torch.device]) -> torch.device | None:
     """The CUDA device with the least free memory, which a model's plan must fit where it lies on several."""
-    return min(devices, key=_free_device_bytes, default=None)
-
-
-def _free_device_bytes(device: torch.device) -> int:
-    """What nobody uses, and what torch has let go of but keeps for itself."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return min(devices, key=free_device_bytes, default=None)
 
 
 def fixed_fields(options: Options, chunk_tokens: int | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headinfer.hf.models import resolve
+from headinfer.machine import free_device_bytes
 from headinfer.model_shape import ModelShape
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES
@@ -228,11 +229,7 @@ class Job:
         if not self.is_cuda:
             free = available_host_bytes()
             return min(free, self.gpu_memory_bytes) if self.gpu_memory_bytes is not None else free
-        free, total = torch.cuda.mem_get_info(self.device)
-        allocated = torch.cuda.memory_allocated(self.device)
-        free += torch.cuda.memory_reserved(self.device) - allocated
-        mine = min(self.gpu_memory_bytes or total, total) - allocated
-        return int(max(min(free, mine) - _SPARE_DEVICE_BYTES, 0))
+        return max(free_device_bytes(self.device) - _SPARE_DEVICE_BYTES, 0)
 
     def peak_device_bytes(self) -> int:
         """The most that tensors have taken on the device since forget_peak(), the weights included; 0 on a CPU."""

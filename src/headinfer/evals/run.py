@@ -169,10 +169,9 @@ def _room(reader: Reader) -> int:
     """Bytes that are free where the standard cache lies."""
     device = reader.model.device
     if device.type == "cuda":
-        import torch
+        from headinfer.machine import free_device_bytes
 
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        return free_device_bytes(device)
     return available_host_bytes()
 
 

@@ -261,8 +261,9 @@ class HeadStore:
 
     def _new_tail(self, rows: int) -> None:
         shape = (rows, self.heads, 2 * TAIL_UNIT_TOKENS)
-        self._tail_k = torch.zeros(*shape, self.key_dim, dtype=self.dtype, device=self.device)
-        self._tail_v = torch.zeros(*shape, self.value_dim, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False):  # a cache that was filled under it may be used without it later
+            self._tail_k = torch.zeros(*shape, self.key_dim, dtype=self.dtype, device=self.device)
+            self._tail_v = torch.zeros(*shape, self.value_dim, dtype=self.dtype, device=self.device)
         self._tail_count.set(self.tail_bytes)
 
     def _with_room(self, table: list[Span], tokens: int) -> list[Span]:

@@ -13,8 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from headinfer.kv.disk import FarPiece, LoosePiece
 from headinfer.kv.segments import Piece
 from headinfer.kv.streams import Streams
@@ -63,7 +61,7 @@ class ReadAhead:
     def __init__(self, inner: Ring, tier: HostTier, slot_bytes: int, streams: Streams | None = None) -> None:
         self.inner, self.slot_bytes, self.ledger = inner, inner.slot_bytes, tier.ledger
         self._streams = streams
-        self._memory = [tier.allocate((slot_bytes,), torch.uint8) for _ in range(READ_SLOTS)]
+        self._memory = [tier.buffer(slot_bytes) for _ in range(READ_SLOTS)]
         self._readers = ThreadPoolExecutor(_READERS, "headinfer-disk-read")
         weakref.finalize(self, self._readers.shutdown, wait=False).atexit = False
         self._free = list(range(READ_SLOTS))

@@ -40,7 +40,12 @@ class Residency:
         nbytes = heads * tokens * (key_dim + value_dim) * dtype.itemsize
         if self.held_bytes + nbytes > self.room_bytes:
             return None
-        k, v = (torch.empty(heads, tokens, dim, dtype=dtype, device=self.device) for dim in (key_dim, value_dim))
+        try:
+            with torch.inference_mode(False):
+                k = torch.empty(heads, tokens, key_dim, dtype=dtype, device=self.device)
+                v = torch.empty(heads, tokens, value_dim, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError:  # others took what was free: these tokens stream
+            return None
         arena = Arena(k, v)
         self._ledger.hold_device("resident", nbytes)
         weakref.finalize(arena, self._ledger.hold_device, "resident", -nbytes).atexit = False

@@ -6,6 +6,8 @@ sizes up to powers of two (179.7 GB became 275 GB in sglang issue 12266).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
 import mmap
@@ -31,7 +33,8 @@ class HostTier:
 
     Memory is pinned by registering pages that are there, at their exact size. Where the system refuses (limits on
     locked memory, WSL2), it stays pageable, pin_refusal says why, and nothing more is tried: what lies there goes to
-    the device through a few buffers (read_ahead.py). node: the NUMA node that is preferred.
+    the device through a few buffers (read_ahead.py). node: the NUMA node that is preferred. Tensors are ordinary ones
+    under inference_mode() too, since a cache may be used without it later.
     """
 
     def __init__(self, ledger: Ledger, *, device: torch.device | None = None, node: int | None = None) -> None:
@@ -59,37 +62,73 @@ class HostTier:
             ) from error
         if nbytes >= _HUGE_PAGES_FROM_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)
-        tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+        if self.device is not None and hasattr(mmap, "MADV_DONTFORK"):
+            pages.madvise(mmap.MADV_DONTFORK)  # else a fork could move our side of a page that a device writes to
+        # Weak references to an mmap are cleared after its pages are gone; those to what holds it, before.
+        holder = (ctypes.c_char * nbytes).from_buffer(pages)
+        with torch.inference_mode(False):
+            tensor = torch.frombuffer(holder, dtype=dtype).view(shape)
         self.ledger.hold_host(nbytes)
         # The storage, not this view of it, lives as long as anyone reads the memory.
         address = tensor.untyped_storage().data_ptr()
         if self.node is not None:
             prefer(address, nbytes, self.node)
         if self.device is not None and not self.pin_refusal:
-            self.pin_refusal = register(address, nbytes)
+            self.pin_refusal = register(address, nbytes, self.device)
             if self.pin_refusal:
                 warnings.warn(f"host memory stays pageable, transfers will be slower: {self.pin_refusal}", stacklevel=2)
             else:
                 self._pinned.add(address)
-        release = functools.partial(_unpin, self._pinned, address, self.device) if address in self._pinned else None
-        weakref.finalize(pages, _release, self.ledger, nbytes, release).atexit = False
+        release: Callable[[], None] | None = None
+        if self.device is not None and address in self._pinned:
+            release = functools.partial(_unpin, self._pinned, address, self.device)
+        weakref.finalize(holder, _release, self.ledger, nbytes, release).atexit = False
         return tensor
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """Bytes that a device can copy from: where registering memory was refused, from CUDA's own allocator."""
+        if self.device is not None and self.pin_refusal:
+            try:
+                with torch.inference_mode(False):
+                    tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:  # that is refused too: copies from pageable memory are slower, and right
+                _forget_error(self.device)
+            else:
+                self.make_room(nbytes)
+                self.ledger.hold_host(nbytes)
+                weakref.finalize(tensor, self.ledger.hold_host, -nbytes).atexit = False
+                return tensor
+        return self.allocate((nbytes,), torch.uint8)
 
     def is_loose(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor that allocate() gave should be pinned and is not."""
         return self.device is not None and tensor.untyped_storage().data_ptr() not in self._pinned
 
 
-def register(address: int, nbytes: int) -> str:
+def register(address: int, nbytes: int, device: torch.device) -> str:
     """Pin pages for CUDA; empty, or why that was refused."""
-    status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
-    return f"cudaHostRegister refused {nbytes} bytes with status {status}" if status else ""
+    with torch.cuda.device(device):
+        status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+    if not status:
+        return ""
+    _forget_error(device)
+    return f"cudaHostRegister refused {nbytes} bytes with status {status}"
 
 
-def _unpin(pinned: set[int], address: int, device: torch.device | None) -> None:
+def _unpin(pinned: set[int], address: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # a copy may still read it
-    torch.cuda.cudart().cudaHostUnregister(address)
+    if int(torch.cuda.cudart().cudaHostUnregister(address)):
+        _forget_error(device)
     pinned.discard(address)
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps the error of a call that it refused, and torch raises it after the next kernel, whatever that is.
+
+    So a kernel is launched for it here: torch clears the error as it raises it.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _release(ledger: Ledger, nbytes: int, unpin: Callable[[], None] | None) -> None:

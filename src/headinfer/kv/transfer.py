@@ -16,6 +16,7 @@ All that orders the work are events (streams.py):
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
@@ -68,7 +69,10 @@ class SlotRing:
 
     def __init__(self, slots: int, slot_bytes: int, device: torch.device, ledger: Ledger, streams: Streams) -> None:
         self.slot_bytes, self._ledger, self._streams = slot_bytes, ledger, streams
-        self._memory = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(slots)]
+        with torch.inference_mode(False):
+            self._memory = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(slots)]
+        # The allocator knows the compute queue only, and a tile that was expected may still be on its way.
+        weakref.finalize(self, streams.drain).atexit = False
         ledger.hold_device("ring", slots * slot_bytes)
         self._ready = [streams.event() for _ in range(slots)]
         self._free = [streams.event() for _ in range(slots)]

@@ -7,6 +7,7 @@ landed    recorded in back       who reads what was written waits for it
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +55,9 @@ class StagingWriter:
 
     def __init__(self, buffer_bytes: int, device: torch.device, ledger: Ledger, streams: Streams) -> None:
         self.buffer_bytes, self._ledger, self._streams = buffer_bytes, ledger, streams
-        self._buffers = [torch.zeros(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        with torch.inference_mode(False):
+            self._buffers = [torch.zeros(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        weakref.finalize(self, streams.drain).atexit = False  # the allocator knows the compute queue only
         self._packed = [streams.event() for _ in range(2)]
         self._drained = [streams.event() for _ in range(2)]
         self._turn = 0
@@ -94,5 +97,6 @@ class StagingWriter:
 
     def close(self) -> None:
         """Give the buffers back."""
+        self._streams.drain()
         self._ledger.hold_device("staging", -2 * self.buffer_bytes)
         self._buffers = []
