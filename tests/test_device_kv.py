@@ -302,6 +302,7 @@ class Spread(Engine):
 def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
     layers, rng = 4, torch.Generator().manual_seed(0)
     engine = Spread(Options(staging=staging, device_kv_budget=700_000, tile_tokens=100), layers)
+    engine.layers_on = {"device 0": 2, "device 1": 2}
     stores, told = [], [[] for _ in range(layers)]
     for tokens in (300, 400, 1, 5, 1):
         for layer in range(layers):
@@ -322,6 +323,7 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
     assert len(engine.devices) == len(engine.ledgers) == 2
     rings = {id(kv.ring) for kv in engine.devices.values()}
     assert len(rings) == 2
+    assert [kv.layers for kv in engine.devices.values()] == [2, 2]
     assert all(kv.ring._expected for kv in engine.devices.values()), "its own first layer, for the next token"
     for ledger in engine.ledgers:
         assert ledger.host_to_device_bytes > 0

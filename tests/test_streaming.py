@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headinfer import streaming
+from headinfer.attention.backends import BACKENDS as ALL
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
@@ -24,6 +26,7 @@ PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")
 STAGINGS = ("none", "early", "late")
 BOUND = 3e-6
+BACKENDS = {backend.name: backend for backend in ALL}
 
 
 def runs_of(visible):
@@ -443,3 +446,26 @@ def test_a_known_length_is_one_piece_on_the_device():
         assert first.near[0][0].shape[1] == bench.store.host_tokens
     assert bench.ledger.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
     bench.assert_step(3)
+
+
+@pytest.mark.parametrize("staging", ["early", "late"])
+def test_kernels_that_want_equal_shapes_get_them(staging, monkeypatch):
+    """As cuDNN on Hopper: tiles as the plan cuts them and blocks of what is resident; the rest is another kernel's."""
+    served = []
+
+    def choose(problem, preferred):
+        served.append((problem.is_full, problem.key_tokens, problem.query_rows))
+        return BACKENDS["cpu-flash" if problem.is_full else "eager"]
+
+    monkeypatch.setattr(streaming, "choose", choose)
+    monkeypatch.setattr(streaming, "_BLOCK_TOKENS", 170)
+    bench = Bench(Shape(rows=2, kv_heads=3, group=2), staging, 1, 190, resident_tokens=384)
+    for tokens in (300, 600, 300, 100):
+        bench.assert_step(tokens)
+    assert bench.used == {"cpu-flash", "eager"}
+    full = {keys for is_full, keys, rows in served if is_full and rows}
+    assert full == {170, 190}
+    assert any(keys == 44 for is_full, keys, rows in served if not is_full), "384 - 2 * 170"
+    served.clear()
+    bench.assert_step(1)
+    assert not any(is_full for is_full, keys, _ in served if keys != 190), "a token's pieces go in one call"

@@ -48,6 +48,7 @@ class DeviceKV:
         staging: Staging,
         *,
         layers: int,
+        all_layers: int,
         budget: int | None,
         streaming_budget: int | None,
         expected_tokens: int,
@@ -56,9 +57,11 @@ class DeviceKV:
         host_ledger: Ledger,
     ) -> None:
         """budget: device bytes of all KV, None for what is free (on a CPU: 256 MiB); streaming_budget: the part of it
-        that is not for resident KV, None for 256 MiB. layers: stores that there may be. host_ledger counts host memory.
+        that is not for resident KV, None for 256 MiB. layers: stores that there may be, all_layers: on other devices
+        too. host_ledger counts host memory.
         """
-        self.device, self.staging, self.layers, self.expected_tokens = device, staging, layers, expected_tokens
+        self.device, self.staging, self.expected_tokens = device, staging, expected_tokens
+        self.layers, self.all_layers = layers, all_layers
         self.rates, self.ledger = rates, ledger
         is_cuda = staging == "cuda"
         if budget is None:
@@ -90,7 +93,7 @@ class DeviceKV:
                 self.residency, self.residency.room_bytes // self.layers, host_kv_tokens(self.expected_tokens)
             )
         token_bytes = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
-        expected_bytes = self.layers * token_bytes * self.expected_tokens
+        expected_bytes = self.all_layers * token_bytes * self.expected_tokens
         return HeadStore(
             k,
             v,

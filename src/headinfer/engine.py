@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +92,7 @@ class Engine:
     def __init__(self, options: Options, layers: int) -> None:
         """layers: how many stores there will be; their tails are part of the budget from the start."""
         self.options, self.layers = options, layers
+        self.layers_on: Mapping[torch.device, int] = {}  # how many of them, where that is known before
         self.ledger = Ledger()  # of the host, and of the first device
         self.devices: dict[torch.device, DeviceKV] = {}
         self.awaiting: object | None = None  # what was updated and whose attention has not run yet
@@ -266,7 +267,8 @@ class Engine:
         kv = DeviceKV(
             device,
             staging,
-            layers=self.layers,
+            layers=self.layers_on.get(place, self.layers),
+            all_layers=self.layers,
             budget=options.device_kv_budget,
             streaming_budget=options.streaming_budget,
             expected_tokens=options.expected_tokens,

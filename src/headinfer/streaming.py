@@ -2,7 +2,7 @@
 
 For each head group of a layer:
 
-    state = attention of the chunk on itself (causal); the tail joins the first tile, nothing to transfer
+    state = attention of the chunk on itself (causal); the tail, in decode with the first tile: nothing to transfer
     for each tile (head group x token block) of the host segments:
         fetch tile i + 1                                                        copy stream
         state = merge(state, attention on tile i)                               compute stream
@@ -27,9 +27,11 @@ from headinfer.kv.disk import FarPiece, LoosePiece
 from headinfer.kv.head_store import HeadStore, Runs, first_of
 from headinfer.kv.segments import Arena, Lane, Span
 from headinfer.kv.transfer import InPlace, Piece, Ring
-from headinfer.plan.tiles import TilePlan
+from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 
 __all__ = ["Tile", "attend_streaming", "tiles_of"]
+
+_BLOCK_TOKENS = 32_768  # of resident KV, for kernels that want equal shapes; merging costs a hundredth of it
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,19 @@ class Layer:
     backend: str | None
     past_tokens: int
     used: set[str] = field(default_factory=set)
-    tile_tokens: int = 0
+    full_tokens: tuple[int, ...] = ()
+
+    @property
+    def is_few(self) -> bool:
+        """Whether a call costs more than what it computes: decode."""
+        return self.q.shape[2] <= FEW_QUERY_TOKENS
 
     def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
-        """What a kernel must do for this many query rows per KV head (0: the chunk on itself)."""
-        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), 0 < key_tokens == self.tile_tokens
+        """What a kernel must do for this many query rows per KV head (0: the chunk on itself).
+
+        Kernels that plan anew for each shape serve pieces of full_tokens, which come again and again.
+        """
+        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), key_tokens in self.full_tokens
         return Problem(
             device.type,
             self.q.dtype,
@@ -78,9 +88,13 @@ class Layer:
 
     def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
         """The backend for a problem; its name is noted. key_tokens: of one piece; 0: of several, or any number."""
-        backend = choose(self.problem(query_rows, key_tokens), self.backend)
+        backend = self.choice(query_rows, key_tokens)
         self.used.add(backend.name)
         return backend
+
+    def choice(self, query_rows: int, key_tokens: int) -> Backend:
+        """The same; nothing is noted."""
+        return choose(self.problem(query_rows, key_tokens), self.backend)
 
 
 def attend_streaming(
@@ -110,7 +124,8 @@ def attend_streaming(
     """
     q = q.contiguous()  # packed once, not per tile
     past = store.tokens if past_tokens is None else past_tokens
-    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set(), plan.tile_tokens)
+    full = (plan.tile_tokens, _BLOCK_TOKENS)
+    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set(), full)
     past_runs = runs if past == store.tokens else first_of(runs, past, q.shape[0])
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -123,9 +138,10 @@ def attend_streaming(
     for heads, tiles in zip(groups, work, strict=True):
         state, own = _own_state(layer, heads, runs, past_runs)
         for tile in tiles:
-            near = own.pop(tile.rows[0], ()) if len(tile.rows) == 1 else ()
+            near = own.pop(tile.rows[0], ()) if layer.is_few and len(tile.rows) == 1 else ()
             if tile.near:
-                _attend_tile(layer, heads, state, tile.rows, (*tile.near, *near))
+                for pieces in _calls(layer, len(tile.rows), tile.near):
+                    _attend_tile(layer, heads, state, tile.rows, (*pieces, *near))
                 continue
             if (later := next(coming, None)) is not None:
                 tickets.append(way.fetch(later.pieces, later.after, later.key))
@@ -188,6 +204,18 @@ def _joined(spans: Sequence[Span], heads: slice) -> Iterator[Piece]:
         end = start + span.tokens
     if arena is not None:
         yield arena.k[heads, begin:end], arena.v[heads, begin:end]
+
+
+def _calls(layer: Layer, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+    """Resident pieces in as many calls as serve them best: one, or blocks where a kernel wants equal shapes."""
+    query_rows = rows * layer.q.shape[1] // layer.k.shape[1] * layer.q.shape[2]
+    if layer.is_few or layer.choice(query_rows, _BLOCK_TOKENS) is layer.choice(query_rows, 0):
+        yield pieces
+        return
+    for k, v in pieces:
+        for start in range(0, k.shape[1], _BLOCK_TOKENS):
+            stop = start + _BLOCK_TOKENS
+            yield [(k[:, start:stop], v[:, start:stop])]
 
 
 def _tile(rows: tuple[int, ...], heads: slice, spans: Sequence[Span]) -> Tile:

@@ -86,7 +86,7 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:
     """Where a decoder layer computes: its own weights' device, for a model that device_map spread over several."""
     layers = getattr(model.get_decoder(), "layers", None)
-    weight = next(layers[index].parameters(), None) if layers is not None else None
+    weight = next(layers[index].parameters(), None) if layers is not None and index < len(layers) else None
     device: torch.device = model.device if weight is None or weight.device.type == "meta" else weight.device
     return device
 

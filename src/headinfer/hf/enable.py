@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -26,11 +27,13 @@ from headinfer.hf.compat import (
     PreTrainedModel,
     check_version,
     cuda_devices,
+    layer_device,
     takes_attention_interface,
     unfit_cache,
 )
 from headinfer.hf.copies import one_of_each, repeat_logits
 from headinfer.hf.families import check_family
+from headinfer.hf.layers import HeadLayer
 from headinfer.kv.ledger import Ledger
 from headinfer.model_shape import ModelShape
 from headinfer.plan.planner import Plan
@@ -160,6 +163,9 @@ class Enabled:
                     inputs = one
             cache.engine.row_copies = cache.copies
             cache.model = weakref.ref(self.model)
+            if not cache.engine.layers_on:
+                offloaded = (index for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer))
+                cache.engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
             before, result = cache.checkpoint(), None
             try:
                 chunk = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
