@@ -166,7 +166,7 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
 
     def note(layer, heads, state, of_rows, pieces):
         streams.read([side for piece in pieces for side in piece])
-        attend_tile(layer, heads, state, of_rows, pieces)
+        return attend_tile(layer, heads, state, of_rows, pieces)
 
     monkeypatch.setattr(streaming, "_attend_tile", note)
     layers, token_bytes, streaming_budget = 3, 2 * 32 * 4, 900_000 * rows

@@ -141,17 +141,18 @@ def attend_streaming(
             near = own.pop(tile.rows[0], ()) if layer.is_few and len(tile.rows) == 1 else ()
             if tile.near:
                 for pieces in _calls(layer, len(tile.rows), tile.near):
-                    _attend_tile(layer, heads, state, tile.rows, (*pieces, *near))
+                    state = _attend_tile(layer, heads, state, tile.rows, (*pieces, *near))
                 continue
             if (later := next(coming, None)) is not None:
                 tickets.append(way.fetch(later.pieces, later.after, later.key))
             elif (expected := next(after, None)) is not None:
                 way.expect(expected.pieces, expected.after, expected.key)
             ticket = tickets.popleft()
-            _attend_tile(layer, heads, state, tile.rows, (*way.wait(ticket), *near))
+            state = _attend_tile(layer, heads, state, tile.rows, (*way.wait(ticket), *near))
             way.release(ticket)
         for row, near in own.items():
-            _attend_tile(layer, heads, state, (row,), near)
+            state = _attend_tile(layer, heads, state, (row,), near)
+        state = state or _empty(layer, heads)
         queries = slice(heads.start * group, heads.stop * group)
         merged = state.out if sinks is None else state.with_sinks(sinks[queries, None])
         out[:, :, queries] = merged.transpose(1, 2)
@@ -227,9 +228,9 @@ def _tile(rows: tuple[int, ...], heads: slice, spans: Sequence[Span]) -> Tile:
 
 
 def _attend_tile(
-    layer: Layer, heads: slice, state: AttentionState, rows: Sequence[int], pieces: Sequence[Piece]
-) -> None:
-    """Merge attention on pieces that some rows share into the state [B, h * G, T, Dv] of a head group."""
+    layer: Layer, heads: slice, state: AttentionState | None, rows: Sequence[int], pieces: Sequence[Piece]
+) -> AttentionState:
+    """The state [B, h * G, T, Dv] of a head group (None: nothing yet) with attention on pieces that some rows share."""
     kv_heads = heads.stop - heads.start
     group = layer.q.shape[1] // layer.k.shape[1]
     packed = [
@@ -238,18 +239,30 @@ def _attend_tile(
     q = packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
     key_tokens = pieces[0][0].shape[1] if len(pieces) == 1 else 0
     part = layer.kernel(q.shape[1], key_tokens).past(q, pieces, layer.scale, layer.softcap)
+    if state is None and layer.q.shape[0] == 1:  # a token's first part is the state: launches are what it costs
+        state, shape = part.running(), (1, kv_heads * group, -1)
+        return AttentionState(state.out.view(*shape, state.out.shape[2]), state.lse.view(shape))
+    state = state or _empty(layer, heads)
     share = q.shape[1] // len(rows)
     for index, row in enumerate(rows):
         mine = part[:, index * share : (index + 1) * share]
         AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share)).merge_(mine)
+    return state
+
+
+def _empty(layer: Layer, heads: slice) -> AttentionState:
+    """The state of a head group that has seen nothing."""
+    rows, query_heads, tokens, _ = layer.q.shape
+    shape = (rows, (heads.stop - heads.start) * query_heads // layer.k.shape[1], tokens)
+    return AttentionState.empty(shape, layer.v.shape[3], layer.q.device)
 
 
 def _own_state(
     layer: Layer, heads: slice, runs: Sequence[Runs] | None, past_runs: Sequence[Runs] | None
-) -> tuple[AttentionState, dict[int, tuple[Piece, ...]]]:
+) -> tuple[AttentionState | None, dict[int, tuple[Piece, ...]]]:
     """The chunk on itself, and per row what else lies on the device: the tail, and a chunk of one token.
 
-    Returns the state [B, h * G, T, Dv] of the head group and the pieces still to be merged into it.
+    Returns the state [B, h * G, T, Dv] of the head group, None for one token, and the pieces that it still lacks.
     """
     rows, _, tokens, _ = layer.q.shape
     group = layer.q.shape[1] // layer.k.shape[1]
@@ -267,8 +280,10 @@ def _own_state(
             resident[row] = tuple(pieces)
     if tokens > 1 and (runs is None or all(any(a <= past and past + tokens <= b for a, b in row) for row in runs)):
         return layer.kernel(0).square(q, k, v, layer.scale, layer.softcap), resident
-    state = AttentionState.empty((rows, q.shape[1], tokens), v.shape[3], q.device)
-    if tokens > 1 and runs is not None:
+    if tokens == 1:
+        return None, resident
+    state = _empty(layer, heads)
+    if runs is not None:
         for row in range(rows):
             for start, stop in runs[row]:
                 _run_in_chunk(layer, state, q, k, v, row, max(start - past, 0), min(stop - past, tokens))
