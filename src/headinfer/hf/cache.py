@@ -172,7 +172,8 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        super().reset()
+        with torch.inference_mode():  # before 5.23 a layer of transformers clears what it may have made in this mode
+            super().reset()
         self.copies = 1
 
     def forget_recorded_past(self) -> None:

@@ -223,8 +223,9 @@ class Enabled:
         if isinstance(held, HeadCache):
             held.separate()
             held.copies = copies if held.get_seq_length() == 0 else 1
-        # generate() can not cut embeddings, and before 5.23 not what follows a past either: see chunks.py.
-        is_cut = model_kwargs.get("inputs_embeds") is None and not (held is not None and held.get_seq_length())
+        # generate() can not cut embeddings, nor before 5.23 what follows a past, as with an assistant: see chunks.py.
+        is_first = mode != GenerationMode.ASSISTED_GENERATION and not (held is not None and held.get_seq_length())
+        is_cut = is_first and model_kwargs.get("inputs_embeds") is None
         if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False and is_cut:
             own = held if isinstance(held, HeadCache) else None
             generation_config.prefill_chunk_size = self._chunk(max_cache_length, batch_size, own)
