@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headinfer.attention import cuda, native, triton_calls
-from headinfer.attention.backends import BACKENDS, TABLE, Problem, backend_names, choose, recorded
+from headinfer.attention.backends import BACKENDS, TABLE, Problem, backend_names, capability_of, choose, recorded
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
 from headinfer.errors import UsageError
@@ -39,7 +39,7 @@ on_cpu = pytest.mark.parametrize(
     "name", [pytest.param("cpu-native", marks=needs_native), pytest.param("cpu-flash"), pytest.param("eager")]
 )
 
-# All CPU backends compute in float32, whatever the dtype of K and V: one bound for all.
+# These compute in float32, whatever the dtype of K and V: one bound for all. (cpu-flash-bf16 does not.)
 BOUND = 2e-6
 
 
@@ -201,6 +201,70 @@ def test_half_precision_squares_are_as_good_as_torch_s(name, dtype, sharpness):
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
     ours = BY_NAME[name].square(q, k, v, scale, None).out.to(dtype)
     assert relative_error(ours, wanted) <= 1.5 * relative_error(theirs, wanted)
+
+
+BF16 = BY_NAME["cpu-flash-bf16"]
+AMX = (1, 0)
+
+
+@PROPERTY
+@given(data=st.data())
+def test_bfloat16_over_odd_shapes(data):
+    draw = data.draw
+    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), torch.bfloat16
+    kv_heads, group = draw(st.sampled_from([(1, 1), (3, 1), (1, 5), (2, 4)]))
+    dim, tokens = draw(st.sampled_from([1, 7, 16, 33, 64, 80])), draw(st.sampled_from([1, 2, 15, 64, 130, 300]))
+    sizes = draw(st.lists(st.sampled_from(PIECE_TOKENS), min_size=1, max_size=3))
+    extra, scale = draw(st.sampled_from([0, 1, 7])), draw(st.sampled_from([0.1, 1.0, 3.0])) / math.sqrt(dim)
+    q = torch.randn(kv_heads * group, tokens, dim, generator=rng).to(dtype)
+    pieces = [tuple(with_head_stride(kv_heads, size, dim, extra, rng, dtype) for _ in range(2)) for size in sizes]
+    k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
+    past = BF16.past(q.view(kv_heads, group * tokens, dim), pieces, scale, None)
+    past = AttentionState(past.out.reshape(*q.shape), past.lse.reshape(q.shape[:2])).running()
+    assert_matches(past, attend_reference(q[None], k[None], v[None], scale=scale)[0], sum(sizes), 2**-7)
+    k, v = (with_head_stride(kv_heads, tokens, dim, extra, rng, dtype)[None] for _ in range(2))
+    wanted = attend_reference(q[None], k, v, scale=scale, mask=causal_mask(tokens, tokens))
+    assert_matches(BF16.square(q[None], k, v, scale, None), wanted, tokens, 2**-7)
+
+
+def test_bfloat16_sums_are_no_less_exact_over_many_keys():
+    """The sum of the weights is kept in float32: rounded to bfloat16 it would stop growing at 256 equal keys."""
+    rng, tokens = seeded(3), 50_000
+    q, k = torch.zeros(1, 128, 64, dtype=torch.bfloat16), torch.randn(1, tokens, 64, generator=rng).bfloat16()
+    v = (1 + torch.rand(1, tokens, 64, generator=rng)).bfloat16()
+    found = BF16.past(q, [(k, v)], 0.1, None)
+    torch.testing.assert_close(found.lse, torch.full((1, 128), math.log(tokens)), rtol=0, atol=1e-4)
+    assert relative_error(found.out, v.double().mean(dim=1, keepdim=True).expand(1, 128, 64)) <= 2**-9
+
+
+def test_bfloat16_is_chosen_on_amx_and_refuses_the_rest(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: (None, ""))  # as if it could be built
+    chunk = Problem("cpu", torch.bfloat16, 1000, 64, 64, capability=AMX)
+    for rows, there, elsewhere in ((0, BF16.name, "cpu-flash"), (65, BF16.name, "cpu-flash"), (4, *["cpu-native"] * 2)):
+        problem = dataclasses.replace(chunk, query_rows=rows)
+        assert choose(problem).name == there
+        assert choose(dataclasses.replace(problem, capability=(0, 0))).name == elsewhere
+    for other in (
+        dataclasses.replace(chunk, dtype=torch.float16),
+        dataclasses.replace(chunk, dtype=torch.float32),
+        dataclasses.replace(chunk, value_dim=32),
+    ):
+        assert choose(other).name == "cpu-flash"
+    assert choose(dataclasses.replace(chunk, softcap=True)).name == "eager"
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [({"amx_bf16": True, "amx_tile": True}, AMX), ({"amx_bf16": True, "amx_tile": False}, (0, 0)), ({}, (0, 0))],
+)
+def test_which_cpus_have_amx(monkeypatch, found, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert capability_of.__wrapped__(torch.device("cpu")) == wanted
+
+
+def test_a_torch_that_cannot_say_has_none(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert capability_of.__wrapped__(torch.device("cpu")) == (0, 0)
 
 
 @on_cpu

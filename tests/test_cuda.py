@@ -18,7 +18,7 @@ from headinfer.attention.state import AttentionState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = {"cpu": (), "cuda": (pytest.mark.gpu,)}
-DIMS = {"cpu": ((80, 96),), "cuda": ((64, 64), (128, 128), (80, 96), (256, 256), (320, 64))}
+DIMS = {"cpu": ((80, 96), (64, 64)), "cuda": ((64, 64), (128, 128), (80, 96), (256, 256), (320, 64))}
 on_every_device = pytest.mark.parametrize(
     ("device", "backend", "dims"),
     [
@@ -55,14 +55,19 @@ def torch_s_attention(q, k, v, scale, softcap, causal):
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def assert_as_good_as_torch(out, lse, wanted, theirs):
+LSE_BOUND = {"cpu-flash-bf16": 1e-4}  # torch's approximate exponential, whatever the length; bfloat16 rounds by 4e-3
+
+
+def assert_as_good_as_torch(out, lse, wanted, theirs, backend):
     """out in the model's type, against float64; float32 kernels differ by orders of adding: a floor for those."""
     assert out.shape == wanted.out.shape
     assert wanted.out.numel() >= 10_000
     assert out.isfinite().all()
     floor = 3e-6 if out.dtype == torch.float32 else 0.0
     assert relative_error(out, wanted.out) <= max(1.5 * relative_error(theirs, wanted.out), floor)
-    assert float((lse.double() - wanted.lse).abs().max()) <= 5e-6 * max(1.0, float(wanted.lse.abs().max()))
+    assert float((lse.double() - wanted.lse).abs().max()) <= max(
+        5e-6 * max(1.0, float(wanted.lse.abs().max())), LSE_BOUND.get(backend.name, 0.0)
+    )
 
 
 def past_matches(device, backend, dtype, sharpness, dims, heads, rows, sizes, softcap=None):
@@ -80,7 +85,7 @@ def past_matches(device, backend, dtype, sharpness, dims, heads, rows, sizes, so
     at_once = backend.past(q, pieces, scale, softcap)
     for state in (merged, at_once):
         assert state.out.device.type == device
-        assert_as_good_as_torch(state.out.to(dtype), state.lse, wanted, theirs)
+        assert_as_good_as_torch(state.out.to(dtype), state.lse, wanted, theirs, backend)
     again = backend.past(q, pieces, scale, softcap)
     assert torch.equal(again.out, at_once.out)  # the same call, the same bits
     assert torch.equal(again.lse, at_once.lse)
@@ -135,7 +140,7 @@ def test_a_chunk_on_itself(device, backend, dtype, sharpness, dims, softcap, tok
     found = backend.square(q, k, v, scale, softcap)
     assert found.out.dtype == found.lse.dtype == torch.float32
     assert found.out.is_contiguous()
-    assert_as_good_as_torch(found.out.to(dtype), found.lse, wanted, theirs)
+    assert_as_good_as_torch(found.out.to(dtype), found.lse, wanted, theirs, backend)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ import transformers
 import headinfer
 from headinfer.attention import native
 from headinfer.attention.backends import BACKENDS, Problem, capability_of
+from headinfer.attention.problem import AMX
 from headinfer.hf.families import SUPPORTED_FAMILIES
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.numa import node_of
@@ -43,7 +44,7 @@ def gather_info() -> dict[str, Any]:
             "name": _cpu_name(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
+            "capability": _cpu_capability(),
         },
         "cuda_devices": [_cuda_device(index) for index in range(torch.cuda.device_count())],
         "memory": {
@@ -92,7 +93,7 @@ def driver_version(path: Path = _DRIVER) -> str:
 
 def _backend(backend: Any) -> dict[str, str]:
     device_type = "cpu" if backend.device_type == "any" else backend.device_type
-    dtype = torch.bfloat16 if device_type == "cuda" and backend.name != "cuda-efficient" else torch.float32
+    dtype = torch.float32 if backend.name == "cuda-efficient" else torch.bfloat16
     if device_type == "cuda" and not torch.cuda.is_available():
         reason: str | None = "no CUDA device"
     else:  # on CUDA the chunk on itself, which every kernel there does; on CPUs decode, which has a kernel of its own
@@ -129,6 +130,12 @@ def pinning(device: torch.device) -> str:
     if not tier.pin_refusal:
         return "yes"
     return f"no, KV goes to the device through a few buffers: {tier.pin_refusal}"
+
+
+def _cpu_capability() -> str:
+    """The widest vectors that torch uses, and matrix units where there are any."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{vectors} and AMX" if capability_of(torch.device("cpu")) == AMX else vectors
 
 
 def _cpu_name() -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.attention import cpu, cuda, eager
-from headinfer.attention.problem import HALVES, Piece, Problem, capability_of
+from headinfer.attention.problem import AMX, HALVES, Piece, Problem, capability_of
 from headinfer.attention.state import AttentionState
 from headinfer.errors import UsageError
 
@@ -78,6 +78,14 @@ BACKENDS: tuple[Backend, ...] = (
         cpu.native_refuses,
         cpu.native_past,
         cpu.flash_square,
+    ),
+    Backend(
+        "cpu-flash-bf16",
+        "cpu",
+        "torch's CPU flash kernel, in bfloat16: for AMX",
+        cpu.bf16_refuses,
+        _over_pieces(cpu.bf16_piece),
+        cpu.bf16_square,
     ),
     Backend(
         "cpu-flash",
@@ -160,6 +168,13 @@ class Rule:
 
 # The first row that matches counts. What it does not name is used only where the user prefers it.
 TABLE: tuple[Rule, ...] = (
+    # On AMX torch's kernel is several times faster in bfloat16 than in float32, which serves other CPUs better.
+    Rule(
+        ("cpu-native", "cpu-flash-bf16", "cpu-flash", "eager"),
+        "cpu",
+        dtypes=(torch.bfloat16,),
+        capability=(AMX, (99, 0)),
+    ),
     # Decode reads K and V once: our kernel does so at most of the memory's bandwidth, torch's at a third of it.
     Rule(("cpu-native", "cpu-flash", "eager"), "cpu", decode=True),
     Rule(("cpu-flash", "eager"), "cpu"),

@@ -11,10 +11,22 @@ from headinfer.attention import native
 from headinfer.attention.problem import HALVES, Piece, Problem, expand_heads, over_blocks
 from headinfer.attention.state import AttentionState
 
-__all__ = ["flash_piece", "flash_refuses", "flash_square", "native_past", "native_refuses"]
+__all__ = [
+    "bf16_piece",
+    "bf16_refuses",
+    "bf16_square",
+    "flash_piece",
+    "flash_refuses",
+    "flash_square",
+    "native_past",
+    "native_refuses",
+]
 
 _SPLIT_TOKENS = 2048  # keys per batch entry where few query rows must keep all cores busy
 _WIDENED_BYTES = 16 * 1024 * 1024  # of K and V in float32 at a time: heads are taken in turns
+
+
+# -- torch's kernel in float32 ------------------------------------------------------------------------------------
 
 
 def flash_refuses(problem: Problem) -> str | None:
@@ -52,6 +64,40 @@ def flash_square(
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
     return _flash(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True)
+
+
+# -- torch's kernel in bfloat16 -----------------------------------------------------------------------------------
+
+
+def bf16_refuses(problem: Problem) -> str | None:
+    """None where torch's CPU flash attention serves the problem in bfloat16, as it serves transformers."""
+    if problem.softcap:
+        return "no soft cap"
+    if problem.dtype != torch.bfloat16:
+        return "for bfloat16"
+    return "wants K and V of one width" if problem.key_dim != problem.value_dim else None
+
+
+def _bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False) -> AttentionState:
+    """q [B, H, Tq, D], k and v [B, H, Tk, D]; `out` is bfloat16, as on GPUs.
+
+    Its exponential is good to 2^-13, so is the log-sum-exp that parts are weighed by, at any length: bfloat16 has 2^-9.
+    """
+    return AttentionState(
+        *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    )
+
+
+def bf16_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
+    """q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]."""
+    return over_blocks(lambda q, k, v: _bf16(q, k, v, scale), q, k, v, _SPLIT_TOKENS)
+
+
+def bf16_square(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
+) -> AttentionState:
+    """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
+    return _bf16(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True).running()
 
 
 # -- our kernel for few query rows ------------------------------------------------------------------------------

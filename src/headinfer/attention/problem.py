@@ -10,11 +10,12 @@ import torch
 
 from headinfer.attention.state import AttentionState, join
 
-__all__ = ["FEW_ROWS", "HALVES", "Piece", "Problem", "capability_of", "expand_heads", "over_blocks"]
+__all__ = ["AMX", "FEW_ROWS", "HALVES", "Piece", "Problem", "capability_of", "expand_heads", "over_blocks"]
 
 Piece = tuple[torch.Tensor, torch.Tensor]
 
 HALVES = (torch.bfloat16, torch.float16)
+AMX = (1, 0)  # the capability of a CPU that multiplies matrices in bfloat16
 FEW_ROWS = 64  # with up to so many query rows per KV head a device is kept busy only by splitting the keys
 
 
@@ -22,8 +23,8 @@ FEW_ROWS = 64  # with up to so many query rows per KV head a device is kept busy
 class Problem:
     """What a kernel must be able to do. `query_rows` is N of `past`, or 0 for `square`.
 
-    capability: of a CUDA device; (0, 0): unknown. key_tokens: T, 0 where unknown. is_full: a tile of the usual size,
-    whose shape comes again and again.
+    capability: of a CUDA device, or AMX of a CPU that has it; (0, 0): unknown or none. key_tokens: T, 0 where unknown.
+    is_full: a tile of the usual size, whose shape comes again and again.
     """
 
     device_type: str
@@ -44,8 +45,11 @@ class Problem:
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a CUDA device, (0, 0) of others."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """The compute capability of a CUDA device, AMX of a CPU that has it, else (0, 0)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    return AMX if device.type == "cpu" and able.get("amx_bf16") and able.get("amx_tile") else (0, 0)
 
 
 def expand_heads(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
