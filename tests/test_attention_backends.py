@@ -52,11 +52,11 @@ def relative_error(found, wanted):
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def with_head_stride(heads, tokens, dim, extra, rng, dtype):
+def with_head_stride(heads, tokens, dim, extra, rng, dtype, device="cpu"):
     """[heads, tokens, dim] of normal numbers; each head contiguous, other data (NaN) between the heads."""
     memory = torch.full((heads, tokens + extra, dim), torch.nan, dtype=dtype)
     memory[:, :tokens] = torch.randn(heads, tokens, dim, generator=rng).to(dtype)
-    return memory[:, :tokens]
+    return memory.to(device)[:, :tokens]
 
 
 def assert_matches(found, wanted, keys, bound=BOUND):
@@ -483,6 +483,8 @@ def test_cudnn_takes_the_full_tiles_of_hopper():
     for change in (
         {"is_full": False},
         {"query_rows": 64},
+        {"query_rows": 4 * 50},
+        {"query_rows": 0},
         {"key_dim": 256},
         {"key_tokens": 1023},
         {"capability": AMPERE},
@@ -492,7 +494,6 @@ def test_cudnn_takes_the_full_tiles_of_hopper():
         assert choose(other).name == "cuda-flash"
         wanted = "cuda-cudnn" if "capability" in change else "cuda-flash"
         assert choose(other, "cuda-cudnn").name == wanted
-    assert choose(dataclasses.replace(tile, query_rows=0)).name == "cuda-cudnn"
     assert "soft cap" in cuda.cudnn_refuses(dataclasses.replace(tile, softcap=True))
     assert "bfloat16" in cuda.cudnn_refuses(dataclasses.replace(tile, dtype=torch.float32))
     assert "8.0" in cuda.cudnn_refuses(dataclasses.replace(tile, capability=TURING))
@@ -597,7 +598,7 @@ def test_a_soft_cap_goes_to_a_backend_that_has_it(device, rows):
 
 NAMES = ("varlen", "flash", "efficient", "cudnn")
 PIECES = {name: getattr(cuda, f"{name}_piece") for name in NAMES}
-SQUARES = {name: getattr(cuda, f"{name}_square") for name in NAMES}
+SQUARES = {name: BY_NAME[f"cuda-{name}"].square for name in NAMES}
 needs_varlen = pytest.mark.skipif(cuda._varlen() is None, reason="this torch's varlen_attn has no grouped heads")
 on_cuda = pytest.mark.parametrize("name", [pytest.param("varlen", marks=needs_varlen), *NAMES[1:]])
 
@@ -612,6 +613,7 @@ def test_what_the_cuda_flash_kernels_refuse(refuses, monkeypatch):
     assert "bfloat16" in refuses(Problem("cuda", torch.float32, 1, 64, 64))
     assert "256" in refuses(Problem("cuda", torch.bfloat16, 1, 64, 257))
     assert "256" in refuses(Problem("cuda", torch.bfloat16, 1, 257, 64))
+    assert "8.0" in refuses(Problem("cuda", torch.float16, 1, 64, 64, capability=TURING))
 
 
 def test_what_the_other_cuda_kernels_refuse(monkeypatch):
@@ -619,6 +621,8 @@ def test_what_the_other_cuda_kernels_refuse(monkeypatch):
         assert cuda.efficient_refuses(Problem("cuda", dtype, 1, 512, 64)) is None
     assert "soft cap" in cuda.efficient_refuses(Problem("cuda", torch.float32, 1, 64, 64, softcap=True))
     assert "float64" in cuda.efficient_refuses(Problem("cuda", torch.float64, 1, 64, 64))
+    assert "8.0" in cuda.efficient_refuses(Problem("cuda", torch.bfloat16, 1, 64, 64, capability=TURING))
+    assert cuda.efficient_refuses(Problem("cuda", torch.float16, 1, 64, 64, capability=TURING)) is None
     monkeypatch.setattr(cuda, "_varlen", lambda: None)
     assert "log-sum-exp" in cuda.varlen_refuses(Problem("cuda", torch.bfloat16, 1, 64, 64))
 

@@ -32,7 +32,12 @@ def cache_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def whole_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+    def fraction(device):
+        assert device.index is not None, "torch refuses here what other functions take for the current device"
+        return 1.0
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
-from headinfer.plan.tiles import TilePlan
+from headinfer.plan.tiles import TilePlan, choose_tiles
 from headinfer.streaming import attend_streaming, tiles_of
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
@@ -446,6 +446,27 @@ def test_a_known_length_is_one_piece_on_the_device():
         assert first.near[0][0].shape[1] == bench.store.host_tokens
     assert bench.ledger.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
     bench.assert_step(3)
+
+
+def test_tiles_keep_one_length_where_the_fastest_kernel_plans_by_shape(monkeypatch):
+    """cuDNN on Hopper, for a prompt's chunks: neither decode, nor a question of any length, nor other devices."""
+    cuda, dims = torch.device("cuda", 0), (128, 128)
+    for capability, rows, wanted in (
+        ((9, 0), 4 * 4096, streaming._BLOCK_TOKENS),
+        ((9, 0), 4 * 50, None),
+        ((9, 0), 4, None),
+        ((8, 9), 4 * 4096, None),
+    ):
+        monkeypatch.setattr(streaming, "capability_of", lambda _, found=capability: found)
+        assert streaming.steady_tokens(cuda, torch.bfloat16, rows, dims) == wanted
+        assert streaming.steady_tokens(cuda, torch.bfloat16, rows, dims, "cuda-flash") is None
+    assert streaming.steady_tokens(torch.device("cpu"), torch.bfloat16, 4 * 4096, dims) is None
+    common = {"kv_heads": 8, "group_queries": 4, "head_token_bytes": 512, "rows": 1, "query_tokens": 4096}
+    lengths = {
+        choose_tiles(**common, past_tokens=past, slot_bytes=100 << 20, steady_tokens=1024).tile_tokens
+        for past in range(1024, 20_000, 1000)
+    }
+    assert lengths == {1024}
 
 
 @pytest.mark.parametrize("staging", ["early", "late"])

@@ -33,7 +33,7 @@ from headinfer.plan.tiles import (
     choose_tiles,
     ring_slot_bytes,
 )
-from headinfer.streaming import Tile, attend_streaming, tiles_of
+from headinfer.streaming import Tile, attend_streaming, steady_tokens, tiles_of
 
 __all__ = ["Engine", "Options"]
 
@@ -153,7 +153,13 @@ class Engine:
         place = self._place(store)
         kv = self.devices[place]
         if place not in self._begun or not kv.can_fetch(store):
-            fixed = {"heads_per_group": self.options.heads_per_group, "tile_tokens": self.options.tile_tokens}
+            options, (query_heads, query_tokens) = self.options, self._queries
+            rows, dims = query_heads // store.heads * query_tokens, (store.key_dim, store.value_dim)
+            fixed = {
+                "heads_per_group": options.heads_per_group,
+                "tile_tokens": options.tile_tokens,
+                "steady_tokens": steady_tokens(store.device, store.dtype, rows, dims, options.backend),
+            }
             kv.begin(store, *self._queries, self.row_copies, fixed)
             self._begun.add(place)
         return kv

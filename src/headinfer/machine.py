@@ -31,6 +31,8 @@ def free_device_bytes(device: torch.device) -> int:
     """Bytes of a CUDA device that this process can still use: what nobody uses, within the share that torch may take
     (set_per_process_memory_fraction), and what torch has let go of but keeps for itself.
     """
+    if device.index is None:  # not every function of torch takes "cuda" for the current one
+        device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     share = round(torch.cuda.get_per_process_memory_fraction(device) * total)

@@ -167,7 +167,8 @@ def _attention_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 def _kv_bytes_per_s(device: torch.device) -> float:
     """One token's queries on a long past, in bfloat16 (on a T4, which has none, in float16)."""
-    dtype = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    has_none = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float16 if has_none else torch.bfloat16
     q = _noise(_HEADS, _GROUP, _DIM, dtype=dtype, device=device)
     k, v = (torch.ones(_HEADS, 16 * _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
     past = choose(Problem(device.type, dtype, _GROUP, _DIM, _DIM, capability=capability_of(device))).past

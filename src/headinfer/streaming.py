@@ -29,7 +29,7 @@ from headinfer.kv.segments import Arena, Lane, Span
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 
-__all__ = ["Tile", "attend_streaming", "tiles_of"]
+__all__ = ["Tile", "attend_streaming", "steady_tokens", "tiles_of"]
 
 _BLOCK_TOKENS = 32_768  # of resident KV, for kernels that want equal shapes; merging costs a hundredth of it
 
@@ -157,6 +157,24 @@ def attend_streaming(
         merged = state.out if sinks is None else state.with_sinks(sinks[queries, None])
         out[:, :, queries] = merged.transpose(1, 2)
     return out
+
+
+def steady_tokens(
+    device: torch.device, dtype: torch.dtype, query_rows: int, dims: tuple[int, int], backend: str | None = None
+) -> int | None:
+    """The length for tiles where the fastest kernel serves none but such as come again and again; else None.
+
+    Left to grow with the past, as long as it fits a slot, a tile would be another one in each chunk. query_rows: per KV
+    head; dims: of K and V.
+    """
+    full, other = (
+        choose(
+            Problem(device.type, dtype, query_rows, *dims, False, capability_of(device), _BLOCK_TOKENS, is_full),
+            backend,
+        )
+        for is_full in (True, False)
+    )
+    return _BLOCK_TOKENS if full is not other else None
 
 
 def tiles_of(store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None) -> Iterator[Tile]:

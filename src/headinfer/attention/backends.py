@@ -98,10 +98,10 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cuda-cudnn",
         "cuda",
-        "aten cuDNN attention: full tiles, many query rows",
+        "aten cuDNN attention: full tiles, a chunk's query rows",
         cuda.cudnn_refuses,
         _over_pieces(cuda.cudnn_piece),
-        cuda.cudnn_square,
+        cuda.flash_square,
     ),
     Backend(
         "cuda-flash",

@@ -22,7 +22,6 @@ from headinfer.attention.state import AttentionState
 __all__ = [
     "cudnn_piece",
     "cudnn_refuses",
-    "cudnn_square",
     "efficient_piece",
     "efficient_refuses",
     "efficient_square",
@@ -39,7 +38,9 @@ __all__ = [
 
 _SPLIT_TOKENS = 1024  # keys of a batch entry, for a kernel that does not split them itself
 _PLANNED_TOKENS = 1024  # keys of a tile from which a plan of cuDNN's is worth making
+_PLANNED_ROWS = 1024  # query rows come in multiples of this in a prompt's chunks, but for its last one
 _ALL_TYPES = (torch.float32, *HALVES)
+_AMPERE = "for compute capability 8.0 and up"
 
 
 def _half_up_to_256(problem: Problem) -> str | None:
@@ -47,9 +48,15 @@ def _half_up_to_256(problem: Problem) -> str | None:
         return "no soft cap"
     if problem.dtype not in HALVES:
         return "for bfloat16 and float16"
+    if _is_before_ampere(problem):
+        return _AMPERE
     if max(problem.key_dim, problem.value_dim) > 256:
         return "head dims up to 256"
     return None
+
+
+def _is_before_ampere(problem: Problem) -> bool:
+    return (0, 0) < problem.capability < (8, 0)
 
 
 def _same_width(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,9 +81,9 @@ def _varlen() -> Any:
 
 def varlen_refuses(problem: Problem) -> str | None:
     """None where varlen_attn serves the problem."""
-    if _varlen() is None:
-        return "this torch's varlen_attn returns no log-sum-exp with grouped heads"
-    return _half_up_to_256(problem)
+    if (reason := _half_up_to_256(problem)) is not None:
+        return reason
+    return None if _varlen() is not None else "this torch's varlen_attn returns no log-sum-exp with grouped heads"
 
 
 def _varlen_call(
@@ -152,19 +159,23 @@ def flash_square(
 
 
 def cudnn_refuses(problem: Problem) -> str | None:
-    """None where cuDNN's attention serves the problem and is worth a plan, which it makes for every new shape."""
+    """None where cuDNN's attention serves the problem and is worth a plan, which it makes for every new shape.
+
+    A plan takes the host tenths of a second: for tiles that come again and again, not for questions of any length. A
+    chunk on itself goes to flash attention, which groups heads without copies of K and V.
+    """
     if problem.softcap:
         return "no soft cap"
     if problem.dtype not in HALVES:
         return "for bfloat16 and float16"
     if max(problem.key_dim, problem.value_dim) > 128:
         return "head dims up to 128"
-    if problem.is_decode or not problem.is_full:
-        return "for full tiles and many query rows"
+    if problem.query_rows % _PLANNED_ROWS or not problem.query_rows or not problem.is_full:
+        return f"for full tiles and multiples of {_PLANNED_ROWS} query rows"
     if 0 < problem.key_tokens < _PLANNED_TOKENS:
         return f"for tiles of {_PLANNED_TOKENS} tokens and more"
-    if (0, 0) < problem.capability < (8, 0):
-        return "for compute capability 8.0 and up"
+    if _is_before_ampere(problem):
+        return _AMPERE
     return None if _has_cudnn() else "this torch has no cuDNN"
 
 
@@ -174,25 +185,14 @@ def _has_cudnn() -> bool:
     return torch.version.hip is None and (not torch.cuda.is_available() or torch.backends.cudnn.is_available())
 
 
-def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> AttentionState:
-    dim = v.shape[-1]
-    q, k, v = _same_width(q, k, v)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False, scale=scale
-    )
-    return AttentionState(out[..., :dim], lse.reshape(q.shape[:3]))  # [B, H, T] or [B, H, T, 1], by version
-
-
 def cudnn_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
     """q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]."""
-    return _cudnn(q[None], k[None], v[None], scale, causal=False)[0]
-
-
-def cudnn_square(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
-) -> AttentionState:
-    """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
-    return _cudnn(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True).running()
+    dim = v.shape[-1]
+    q, k, v = (x[None] for x in _same_width(q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, False, False, scale=scale
+    )
+    return AttentionState(out[0, ..., :dim], lse.reshape(q.shape[1:3]))  # [1, H, N] or [1, H, N, 1], by version
 
 
 # -- aten memory-efficient -----------------------------------------------------------------------------------
@@ -204,6 +204,8 @@ def efficient_refuses(problem: Problem) -> str | None:
         return "no soft cap"
     if problem.dtype not in _ALL_TYPES:
         return f"no {problem.dtype}"
+    if problem.dtype == torch.bfloat16 and _is_before_ampere(problem):
+        return f"bfloat16 is {_AMPERE}"
     return None
 
 
@@ -235,8 +237,8 @@ def triton_refuses(problem: Problem) -> str | None:
         return f"no {problem.dtype}"
     if max(problem.key_dim, problem.value_dim) > 256:
         return "head dims up to 256"
-    if (0, 0) < problem.capability < (8, 0):
-        return "for compute capability 8.0 and up"
+    if _is_before_ampere(problem):
+        return _AMPERE
     return triton_calls.why_not() or None
 
 

@@ -49,16 +49,18 @@ def _one(
     scale = q.shape[2] ** -0.5
     try:
         first_s = job.timed(lambda: backend.past(q, [(k, v)], scale, None))
-        if first_s > job.left_s:
+        if _ROUNDS * first_s > job.left_s:
             return Line("attention", point, backend.name, note="not measured: out of time")
         seconds = statistics.median(job.timed(lambda: backend.past(q, [(k, v)], scale, None)) for _ in range(_ROUNDS))
+        distance = _error(job, backend, min(q.shape[1], _SMALL_ROWS))
     except (torch.OutOfMemoryError, CapacityError) as error:
         return Line("attention", point, backend.name, note=f"ran out of memory: {str(error).splitlines()[0]}")
+    except RuntimeError as error:  # a library that has no plan or kernel for the shape: the others are still measured
+        return Line("attention", point, backend.name, note=f"failed: {str(error).splitlines()[0]}")
     finally:
         job.clean()
     flops, nbytes = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2], 2 * q.nbytes + k.nbytes + v.nbytes
     roofline_s = max(flops / job.rates.flops_per_s, nbytes / job.rates.device_bytes_per_s)
-    distance = _error(job, backend, min(q.shape[1], _SMALL_ROWS))
     details = {
         "roofline_s": roofline_s,
         "share_of_roofline": roofline_s / seconds,

@@ -21,6 +21,7 @@ from headinfer.machine import this_machine
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
+from headinfer.streaming import steady_tokens
 
 __all__ = ["link", "link_copy", "measure_rates", "tile_of"]
 
@@ -147,7 +148,8 @@ def tile_of(job: Job, query_tokens: int, past_tokens: int = _LONG_TOKENS) -> tup
     layer = shape.layers[shape.offloaded_layers[0]]
     held = sum(tail_bytes(shape, sizes.dtype.itemsize)) + 2 * write_back_bytes(sizes.floor_bytes)
     slot_bytes = ring_slot_bytes(sizes.floor_bytes, held)
-    group = layer.query_heads // layer.kv_heads
+    group, dims = layer.query_heads // layer.kv_heads, (layer.key_dim, layer.value_dim)
+    rows = group * query_tokens
     plan = choose_tiles(
         kv_heads=layer.kv_heads,
         group_queries=group,
@@ -158,9 +160,10 @@ def tile_of(job: Job, query_tokens: int, past_tokens: int = _LONG_TOKENS) -> tup
         slot_bytes=slot_bytes,
         element_bytes=sizes.dtype.itemsize,
         rates=_tile_rates(job),
+        steady_tokens=steady_tokens(job.device, sizes.dtype, rows, dims),
     )
-    problem = Problem(job.device.type, sizes.dtype, group * query_tokens, layer.key_dim, layer.value_dim,
-                      capability=capability_of(job.device), key_tokens=plan.tile_tokens)  # fmt: skip
+    problem = Problem(job.device.type, sizes.dtype, rows, *dims, capability=capability_of(job.device),
+                      key_tokens=plan.tile_tokens)  # fmt: skip
     return plan, slot_bytes, problem
 
 

@@ -117,7 +117,9 @@ def register(address: int, nbytes: int, device: torch.device) -> str:
 
 def _unpin(pinned: set[int], address: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # a copy may still read it
-    if int(torch.cuda.cudart().cudaHostUnregister(address)):
+    with torch.cuda.device(device):
+        status = int(torch.cuda.cudart().cudaHostUnregister(address))
+    if status:
         _forget_error(device)
     pinned.discard(address)
 
@@ -128,7 +130,7 @@ def _forget_error(device: torch.device) -> None:
     So a kernel is launched for it here: torch clears the error as it raises it.
     """
     with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device=device)
+        torch.ones(1, device=device)  # zeros need no kernel in every torch
 
 
 def _release(ledger: Ledger, nbytes: int, unpin: Callable[[], None] | None) -> None:
