@@ -195,7 +195,7 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
 @pytest.mark.gpu
 def test_the_host_never_waits_for_the_device_in_the_loop():
     options = Options(device_kv_budget=64 << 20, streaming_budget=64 << 20, tile_tokens=500)
-    _, engine, stores = attend_all("cuda", torch.bfloat16, [3000], options)
+    _, engine, stores = attend_all("cuda", torch.bfloat16, [1300], options)
     chunks = [[torch.randn(1, h, t, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)] for t in (1, 64, 1)]
     try:
         with warnings.catch_warnings():  # torch says that the mode is a prototype, after it is set
@@ -245,6 +245,7 @@ def test_a_model_on_two_devices(llama):
     model = make_model("llama")
     places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
     places |= {f"model.layers.{index}": index // 2 for index in range(LAYERS)}
+    places = {name: f"cuda:{index}" for name, index in places.items()}
     model = dispatch_model(model, places)
     with headinfer.enable(model, chunk_tokens=96, **options_on("cuda", 128)) as active:
         found = generate(model, to("cuda:0", prompt(tokens=700)))[0]

@@ -1,0 +1,120 @@
+"""What is only shown on the devices of pretend_cuda.py: that they see a GPU's mistakes, and the commands' defaults.
+
+Run by test_pretend_cuda.py.
+"""
+
+import sys
+import warnings
+
+import pretend_cuda
+import pytest
+import torch
+from test_gpu import attend_all
+
+from headinfer import cli
+from headinfer.engine import Options
+from headinfer.kv.streams import CudaStreams
+
+CUDA = torch.device("cuda", 0)
+OPTIONS = Options(device_kv_budget=4 << 20, streaming_budget=4 << 20, tile_tokens=160)
+LENGTHS = [300, 700, 1, 130, 1]
+
+
+def worst_error():
+    return max(attend_all("cuda", torch.float32, LENGTHS, OPTIONS)[0], key=lambda error: (error != error, error))
+
+
+def test_without_a_fault_the_engine_is_exact():
+    assert worst_error() < 1e-5
+
+
+@pytest.mark.parametrize(("queue", "what"), [("compute", "a tile"), ("fetch", "the write-back of what it reads")])
+def test_a_queue_that_does_not_wait_is_seen(monkeypatch, queue, what):
+    wait = CudaStreams.wait
+    monkeypatch.setattr(CudaStreams, "wait", lambda self, event, of: wait(self, event, of) if of != queue else None)
+    error = worst_error()
+    assert not error < 1e-2, what
+
+
+def test_a_buffer_packed_before_it_is_empty_is_seen(monkeypatch):
+    wait = CudaStreams.wait
+
+    def hurried(self, event, queue):
+        if queue != "compute" or event.stream is not self._own["back"]:
+            wait(self, event, queue)
+
+    monkeypatch.setattr(CudaStreams, "wait", hurried)
+    assert not worst_error() < 1e-2
+
+
+def test_operands_lie_on_one_device():
+    here, there = torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1")
+    for other in (torch.ones(3), there):
+        with pytest.raises(RuntimeError, match="same device"):
+            here + other
+    assert (here + torch.tensor(2.0)).tolist() == [3.0] * 3
+    assert here[torch.tensor([0, 2])].shape == (2,)
+
+
+def test_what_makes_the_host_wait_is_refused_where_that_is_asked_for():
+    x, host = torch.ones(3, device="cuda"), torch.ones(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in (x.sum().item, x.nonzero, x.cpu, lambda: x[x > 0], lambda: x.copy_(host), lambda: x[host.long()]):
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                call()
+        x.copy_(host.pin_memory(), non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.tolist() == [1.0] * 3
+
+
+def test_a_stream_copies_no_other_layout_and_not_before_it_is_waited_for():
+    x, host, stream = torch.zeros(4, 4, device="cuda"), torch.ones(4, 4).pin_memory(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        with pytest.raises(AssertionError, match="layouts"):
+            x.copy_(host.T, non_blocking=True)
+        x.copy_(host, non_blocking=True)
+    assert x.isnan().all()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert (x == 1).all()
+
+
+def test_memory_is_counted_and_given_back():
+    before = torch.cuda.memory_allocated(CUDA)
+    x = torch.zeros(1 << 20, device="cuda")
+    view = x[10:]
+    assert torch.cuda.memory_allocated(CUDA) - before == 4 << 20
+    del x
+    assert torch.cuda.memory_allocated(CUDA) - before == 4 << 20
+    del view
+    assert torch.cuda.memory_allocated(CUDA) == before
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(pretend_cuda.TOTAL_BYTES + 1, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.filterwarnings("default")
+def test_commands_take_the_device_that_is_there(monkeypatch, tmp_path, capsys):
+    """Nobody names a device here, as on a first day with a GPU."""
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    book = tmp_path / "book.txt"
+    book.write_text("It was a dark night. The magic number for lodata is 31313. All slept. " * 20)
+    question = "What is the magic number for lodata?"
+    found = []
+    for command in (
+        ["info"],
+        ["generate", "embedded", "--file", book, "--prompt", question, "--max-new-tokens", 16],
+        ["read", "embedded", "--file", book, "--session", "night"],
+        ["ask", "--session", "night", question, "--max-new-tokens", 16],
+    ):
+        monkeypatch.setattr(sys, "argv", ["headinfer", *map(str, command)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            assert ended.code in (0, None), capsys.readouterr().err  # noqa: PT017
+        found.append(capsys.readouterr().out)
+    assert "a pretended GPU" in found[0]
+    assert all("31313" in found[at] for at in (1, 3))

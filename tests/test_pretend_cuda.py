@@ -1,0 +1,67 @@
+"""The tests of a GPU on devices that are not there: see pretend_cuda.py. Each runs in a process of its own.
+
+All of it: TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p pretend_cuda -m gpu tests/test_gpu.py tests/test_gpu_bench.py
+"""
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
+
+
+def why_not():
+    """Why this torch cannot pretend; empty where it can."""
+    if torch.cuda.is_available():
+        return "there is a real device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if not library.is_file() or not hasattr(ctypes.CDLL(str(library)), GUARDS):
+        return "this torch keeps its device guards elsewhere"
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+
+def rehearse(*arguments, triton=False):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "pretend_cuda", "-p", "no:cacheprovider", *arguments],
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "HEADINFER_TRITON": str(int(triton)),  # a kernel takes its interpreter hundreds of times as long
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+            "TRITON_INTERPRET": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        cwd=HERE.parent,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_the_pretence_sees_mistakes_and_commands_run():
+    rehearse("tests/on_pretended_cuda.py")
+
+
+def test_the_engine_and_transformers():
+    rehearse("-m", "gpu", "tests/test_gpu.py", "-k", "not (float64 and (dims1 or dims2)) and not inputs1-256")
+
+
+def test_the_engine_with_triton_kernels():
+    rehearse("-m", "gpu", "tests/test_gpu.py", "-k", "float64 and dims1 and 0.5", triton=True)
+
+
+def test_the_benchmarks():
+    rehearse("-m", "gpu", "tests/test_gpu_bench.py")
