@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # benchmarks/gpu.sh [RESULTS]: all that this project proves and measures on a GPU, in some twenty minutes at most, the benchmarks in ten.
 #
-#   1. the exactness tests marked gpu             3. headinfer bench, the whole GPU
-#   2. compute-sanitizer, where it is installed   4. headinfer bench, held to 24 GB as a consumer's card
+#   tests       the exactness tests marked gpu             bench        headinfer bench, the whole GPU
+#   sanitizer   compute-sanitizer, where it is installed   bench-24gb   the same, held to 24 GB as a consumer's card
 #
+# STEPS="tests sanitizer" does only these, where a machine is there for some minutes at a time.
 # It works from a bare checkout: PYTHON names an interpreter that has torch 2.11+ for CUDA, transformers 5.17+, and
 # the small packages that are checked for below. RESULTS: a folder, benchmarks/results where it is not given.
 set -uo pipefail
 python=${PYTHON:-python3}
+steps=${STEPS:-tests sanitizer bench bench-24gb}
 results=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 own=benchmarks/results # not absolute: commands stand in the results
@@ -19,6 +21,12 @@ stop() {
   exit 2
 }
 
+for step in $steps; do
+  case "$step" in
+    tests | sanitizer | bench | bench-24gb) ;;
+    *) stop "STEPS names '$step': choose among tests, sanitizer, bench and bench-24gb" ;;
+  esac
+done
 command -v "$python" > /dev/null || stop "there is no $python: name a Python with torch for CUDA in PYTHON"
 "$python" - << 'PY' || exit 2
 import importlib.util
@@ -55,6 +63,7 @@ PY
 mkdir -p "$results" || stop "cannot write into $results: name another folder as the first argument"
 
 failed=()
+wanted() { [[ " $steps " == *" $1 "* ]]; }
 step() { # step NAME SECONDS COMMAND...: its output on the screen and in a file; what fails is told at the end
   local name=$1 seconds=$2
   shift 2
@@ -67,23 +76,31 @@ step() { # step NAME SECONDS COMMAND...: its output on the screen and in a file;
   if [ "$status" -ne 0 ]; then failed+=("$name"); fi
 }
 
-mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py)
-step tests-gpu 600 "$python" -m pytest -m gpu "${tests[@]}"
-
-one='tests/test_gpu.py::test_the_engine_against_float64[dims0-0.5-dtype0-0.0078125-cuda]'
-if command -v compute-sanitizer > /dev/null; then
-  for tool in racecheck memcheck; do
-    step "$tool" 300 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 3 \
-      "$python" -m pytest -m gpu "$one"
-  done
-else
-  echo "compute-sanitizer is not installed (it comes with the CUDA toolkit): its checks are left out" \
-    | tee "$results/sanitizer.txt" >&2
+if wanted tests; then
+  mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py)
+  step tests-gpu 600 "$python" -m pytest -W default -m gpu "${tests[@]}" # other versions' warnings are no faults
 fi
 
-step bench-gpu 600 "$python" -m headinfer bench --device cuda --limit-s 340 --output "$results"
-step bench-gpu-24gb 450 "$python" -m headinfer bench decode prefill --device cuda --gpu-memory 24GB --limit-s 220 \
-  --output "$results"
+if wanted sanitizer; then
+  one='tests/test_gpu.py::test_the_engine_against_float64[dims0-0.5-dtype0-0.0078125-cuda]'
+  if command -v compute-sanitizer > /dev/null; then
+    for tool in racecheck memcheck; do
+      step "$tool" 300 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 3 \
+        "$python" -m pytest -W default -m gpu "$one"
+    done
+  else
+    echo "compute-sanitizer is not installed (it comes with the CUDA toolkit): its checks are left out" \
+      | tee "$results/sanitizer.txt" >&2
+  fi
+fi
+
+if wanted bench; then
+  step bench-gpu 600 "$python" -m headinfer bench --device cuda --limit-s 340 --output "$results"
+fi
+if wanted bench-24gb; then
+  step bench-gpu-24gb 450 "$python" -m headinfer bench decode prefill --device cuda --gpu-memory 24GB --limit-s 220 \
+    --output "$results"
+fi
 
 if [ "$results" -ef "$own" ]; then # the document that places these figures beside the paper's
   "$python" -m headinfer plan --paper > docs/paper-comparison.md.new && mv docs/paper-comparison.md.new docs/paper-comparison.md

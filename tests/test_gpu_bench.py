@@ -95,7 +95,8 @@ def test_a_simulation_is_called_so_and_holds_one_layer(run):
         for line in of(lines, suite):
             past = line.details.get("past_tokens")
             if past is not None:
-                is_shared = past == 8192 and line.who not in ("DynamicCache", "offloaded cache")
+                has_its_own = line.who == "DynamicCache" or (line.who == "offloaded cache" and line.value is not None)
+                is_shared = past == 8192 and not has_its_own
                 assert line.details["simulation"] == is_shared, line
                 if line.value is not None:
                     assert line.note.startswith("simulation") == is_shared, line
@@ -285,7 +286,7 @@ def test_transformers_caches_start_each_pass_from_the_same_past(job, monkeypatch
 def test_a_cap_counts_as_the_device_does(monkeypatch):
     """CUDA's figures as they come: 140 GiB, of which others hold 20, this process 16 and its allocator 2 more."""
     one = Job(CPU, SIZES, print)
-    one.is_cuda = True
+    one.device, one.is_cuda = torch.device("cuda", 0), True
     for name, value in (("memory_allocated", 16 << 30), ("memory_reserved", 18 << 30)):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (102 << 30, 140 << 30))
@@ -480,8 +481,8 @@ def test_devices_that_are_not_there(monkeypatch):
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
-def script(*arguments, python=sys.executable):
-    environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+def script(*arguments, python=sys.executable, **more):
+    environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run(
         ["bash", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
     )
@@ -498,12 +499,15 @@ def test_the_script_refuses_in_one_sentence_where_there_is_no_gpu(tmp_path):
     done = script(python=tmp_path / "python")
     assert done.returncode == 2
     assert "name a Python" in done.stderr
+    done = script(STEPS="tests bnch")
+    assert done.returncode == 2
+    assert "choose among tests, sanitizer, bench and bench-24gb" in done.stderr
 
 
 def test_what_the_script_names_exists():
     """Its test's name, its options and its suites are strings: here they are held to what there is."""
     text = SCRIPT.read_text()
-    (one,) = (line.split("'")[1] for line in text.splitlines() if line.startswith("one="))
+    (one,) = (line.split("'")[1] for line in text.splitlines() if line.strip().startswith("one="))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", one], capture_output=True, text=True, cwd=ROOT, timeout=120
     )

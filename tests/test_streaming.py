@@ -19,7 +19,7 @@ from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
-from headinfer.plan.tiles import TilePlan, choose_tiles
+from headinfer.plan.tiles import TilePlan
 from headinfer.streaming import attend_streaming, tiles_of
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
@@ -448,30 +448,25 @@ def test_a_known_length_is_one_piece_on_the_device():
     bench.assert_step(3)
 
 
-def test_tiles_keep_one_length_where_the_fastest_kernel_plans_by_shape(monkeypatch):
-    """cuDNN on Hopper, for a prompt's chunks: neither decode, nor a question of any length, nor other devices."""
-    cuda, dims = torch.device("cuda", 0), (128, 128)
-    for capability, rows, wanted in (
-        ((9, 0), 4 * 4096, streaming._BLOCK_TOKENS),
-        ((9, 0), 4 * 50, None),
-        ((9, 0), 4, None),
-        ((8, 9), 4 * 4096, None),
-    ):
-        monkeypatch.setattr(streaming, "capability_of", lambda _, found=capability: found)
-        assert streaming.steady_tokens(cuda, torch.bfloat16, rows, dims) == wanted
-        assert streaming.steady_tokens(cuda, torch.bfloat16, rows, dims, "cuda-flash") is None
-    assert streaming.steady_tokens(torch.device("cpu"), torch.bfloat16, 4 * 4096, dims) is None
-    common = {"kv_heads": 8, "group_queries": 4, "head_token_bytes": 512, "rows": 1, "query_tokens": 4096}
-    lengths = {
-        choose_tiles(**common, past_tokens=past, slot_bytes=100 << 20, steady_tokens=1024).tile_tokens
-        for past in range(1024, 20_000, 1000)
-    }
-    assert lengths == {1024}
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(tokens=st.integers(1, 5000), tile_tokens=st.integers(1, 3000), resident=st.sampled_from([0, 256]))
+def test_tiles_of_a_prompt_are_about_even_and_hold_all_that_streams(tokens, tile_tokens, resident):
+    bench = Bench(Shape(rows=1, kv_heads=1, group=1), "early", 1, tile_tokens, resident_tokens=resident)
+    bench.fill(tokens)
+    far = [tile for tile in tiles_of(bench.store, slice(0, 1), tile_tokens, None, is_even=True) if not tile.near]
+    lengths = [sum(k.shape[1] for k, _ in tile.pieces) for tile in far]
+    assert sum(lengths) == max(bench.store.host_tokens - min(resident, bench.store.host_tokens), 0)
+    assert all(length <= tile_tokens for length in lengths)
+    assert len(set(lengths[:-1])) <= 1
+    usual = [tile for tile in tiles_of(bench.store, slice(0, 1), tile_tokens, None) if not tile.near]
+    assert len(far) <= len(usual)
+    if lengths:
+        assert lengths[-1] > lengths[0] - 128 * len(lengths)
 
 
 @pytest.mark.parametrize("staging", ["early", "late"])
 def test_kernels_that_want_equal_shapes_get_them(staging, monkeypatch):
-    """As cuDNN on Hopper: tiles as the plan cuts them and blocks of what is resident; the rest is another kernel's."""
+    """As cuDNN on Hopper: blocks of tiles and of what is resident; the rest is another kernel's."""
     served = []
 
     def choose(problem, preferred):
@@ -479,14 +474,14 @@ def test_kernels_that_want_equal_shapes_get_them(staging, monkeypatch):
         return BACKENDS["cpu-flash" if problem.is_full else "eager"]
 
     monkeypatch.setattr(streaming, "choose", choose)
-    monkeypatch.setattr(streaming, "_BLOCK_TOKENS", 170)
+    monkeypatch.setattr(streaming, "_BLOCK_TOKENS", (170, 40))
     bench = Bench(Shape(rows=2, kv_heads=3, group=2), staging, 1, 190, resident_tokens=384)
     for tokens in (300, 600, 300, 100):
         bench.assert_step(tokens)
     assert bench.used == {"cpu-flash", "eager"}
     full = {keys for is_full, keys, rows in served if is_full and rows}
-    assert full == {170, 190}
-    assert any(keys == 44 for is_full, keys, rows in served if not is_full), "384 - 2 * 170"
+    assert full == {170, 40}
+    assert any(keys == 4 for is_full, keys, rows in served if not is_full), "384 - 2 * 170 - 40"
     served.clear()
     bench.assert_step(1)
-    assert not any(is_full for is_full, keys, _ in served if keys != 190), "a token's pieces go in one call"
+    assert not any(is_full for is_full, _, _ in served), "a token's pieces go in one call"

@@ -33,7 +33,7 @@ from headinfer.plan.tiles import (
     choose_tiles,
     ring_slot_bytes,
 )
-from headinfer.streaming import Tile, attend_streaming, steady_tokens, tiles_of
+from headinfer.streaming import Tile, attend_streaming, tiles_of
 
 __all__ = ["Engine", "Options"]
 
@@ -153,13 +153,7 @@ class Engine:
         place = self._place(store)
         kv = self.devices[place]
         if place not in self._begun or not kv.can_fetch(store):
-            options, (query_heads, query_tokens) = self.options, self._queries
-            rows, dims = query_heads // store.heads * query_tokens, (store.key_dim, store.value_dim)
-            fixed = {
-                "heads_per_group": options.heads_per_group,
-                "tile_tokens": options.tile_tokens,
-                "steady_tokens": steady_tokens(store.device, store.dtype, rows, dims, options.backend),
-            }
+            fixed = {"heads_per_group": self.options.heads_per_group, "tile_tokens": self.options.tile_tokens}
             kv.begin(store, *self._queries, self.row_copies, fixed)
             self._begun.add(place)
         return kv
@@ -223,7 +217,7 @@ class Engine:
         assert plan is not None
         heads = slice(0, min(plan.heads_per_group, coming.heads))
         seen = first_of(runs, coming.tokens, coming.rows) if runs is not None else None
-        tiles = tiles_of(coming, heads, plan.tile_tokens, seen)
+        tiles = tiles_of(coming, heads, plan.tile_tokens, seen, is_even=self._queries[1] > FEW_QUERY_TOKENS)
         if self.disk is not None:  # the rest is in memory: only reading is begun ahead
             return (tile for tile in tiles if any(isinstance(piece, FarPiece) for piece in tile.pieces))
         return (tile for tile in tiles if not tile.near)

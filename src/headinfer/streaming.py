@@ -29,9 +29,11 @@ from headinfer.kv.segments import Arena, Lane, Span
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 
-__all__ = ["Tile", "attend_streaming", "steady_tokens", "tiles_of"]
+__all__ = ["Tile", "attend_streaming", "tiles_of"]
 
-_BLOCK_TOKENS = 32_768  # of resident KV, for kernels that want equal shapes; merging costs a hundredth of it
+# What kernels that want equal shapes are given; merging 32K tokens costs a hundredth of their attention.
+_BLOCK_TOKENS = (32_768, 16_384, 8192)
+_EVEN_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,6 @@ class Layer:
     backend: str | None
     past_tokens: int
     used: set[str] = field(default_factory=set)
-    full_tokens: tuple[int, ...] = ()
 
     @property
     def is_few(self) -> bool:
@@ -72,9 +73,9 @@ class Layer:
     def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
         """What a kernel must do for this many query rows per KV head (0: the chunk on itself).
 
-        Kernels that plan anew for each shape serve pieces of full_tokens, which come again and again.
+        Kernels that plan anew for each shape serve pieces of _BLOCK_TOKENS, which come again and again.
         """
-        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), key_tokens in self.full_tokens
+        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), key_tokens in _BLOCK_TOKENS
         return Problem(
             device.type,
             self.q.dtype,
@@ -124,13 +125,12 @@ def attend_streaming(
     """
     q = q.contiguous()  # packed once, not per tile
     past = store.tokens if past_tokens is None else past_tokens
-    full = (plan.tile_tokens, _BLOCK_TOKENS)
-    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set(), full)
+    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set())
     past_runs = runs if past == store.tokens else first_of(runs, past, q.shape[0])
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [list(tiles_of(store, heads, plan.tile_tokens, past_runs)) for heads in groups]
+    work = [list(tiles_of(store, heads, plan.tile_tokens, past_runs, is_even=not layer.is_few)) for heads in groups]
     way: Ring = ring if ring is not None else InPlace()
     coming = (tile for tiles in work for tile in tiles if not tile.near)
     after = iter(following)
@@ -139,17 +139,16 @@ def attend_streaming(
         state, own = _own_state(layer, heads, runs, past_runs)
         for tile in tiles:
             near = own.pop(tile.rows[0], ()) if layer.is_few and len(tile.rows) == 1 else ()
-            if tile.near:
-                for pieces in _calls(layer, len(tile.rows), tile.near):
-                    state = _attend_tile(layer, heads, state, tile.rows, (*pieces, *near))
-                continue
-            if (later := next(coming, None)) is not None:
-                tickets.append(way.fetch(later.pieces, later.after, later.key))
-            elif (expected := next(after, None)) is not None:
-                way.expect(expected.pieces, expected.after, expected.key)
-            ticket = tickets.popleft()
-            state = _attend_tile(layer, heads, state, tile.rows, (*way.wait(ticket), *near))
-            way.release(ticket)
+            if not tile.near:
+                if (later := next(coming, None)) is not None:
+                    tickets.append(way.fetch(later.pieces, later.after, later.key))
+                elif (expected := next(after, None)) is not None:
+                    way.expect(expected.pieces, expected.after, expected.key)
+            here = tile.near or way.wait(tickets[0])
+            for pieces in _calls(layer, len(tile.rows), here):
+                state = _attend_tile(layer, heads, state, tile.rows, (*pieces, *near))
+            if not tile.near:
+                way.release(tickets.popleft())
         for row, near in own.items():
             state = _attend_tile(layer, heads, state, (row,), near)
         state = state or _empty(layer, heads)
@@ -159,32 +158,23 @@ def attend_streaming(
     return out
 
 
-def steady_tokens(
-    device: torch.device, dtype: torch.dtype, query_rows: int, dims: tuple[int, int], backend: str | None = None
-) -> int | None:
-    """The length for tiles where the fastest kernel serves none but such as come again and again; else None.
+def tiles_of(
+    store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None, *, is_even: bool = False
+) -> Iterator[Tile]:
+    """The segments of a head group as tiles: what lies on the device whole, the rest in at most tile_tokens tokens.
 
-    Left to grow with the past, as long as it fits a slot, a tile would be another one in each chunk. query_rows: per KV
-    head; dims: of K and V.
+    is_even: in tiles of about one length. A short last tile is computed before the next one, of another head group,
+    has come.
     """
-    full, other = (
-        choose(
-            Problem(device.type, dtype, query_rows, *dims, False, capability_of(device), _BLOCK_TOKENS, is_full),
-            backend,
-        )
-        for is_full in (True, False)
-    )
-    return _BLOCK_TOKENS if full is not other else None
-
-
-def tiles_of(store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None) -> Iterator[Tile]:
-    """The segments of a head group as tiles: what lies on the device whole, the rest in at most tile_tokens tokens."""
     for lane in store.lanes(runs):
         resident, far = _by_place(lane)
         if resident:
             yield Tile(lane.rows, near=tuple(_joined(resident, heads)))
         pieces: list[Span] = []
-        room = tile_tokens
+        most = tile_tokens
+        if is_even and (total := sum(span.tokens for span in far)):
+            most = min(-(-total // -(-total // tile_tokens) // _EVEN_TOKENS) * _EVEN_TOKENS, tile_tokens)
+        room = most
         for span in far:
             start = span.start
             while start < span.stop:
@@ -193,7 +183,7 @@ def tiles_of(store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Ru
                 room, start = room - (stop - start), stop
                 if room == 0:
                     yield _tile(lane.rows, heads, pieces)
-                    pieces, room = [], tile_tokens
+                    pieces, room = [], most
         if pieces:
             yield _tile(lane.rows, heads, pieces)
 
@@ -226,15 +216,17 @@ def _joined(spans: Sequence[Span], heads: slice) -> Iterator[Piece]:
 
 
 def _calls(layer: Layer, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
-    """Resident pieces in as many calls as serve them best: one, or blocks where a kernel wants equal shapes."""
+    """Pieces in as many calls as serve them best: one, or blocks where a kernel wants equal shapes."""
     query_rows = rows * layer.q.shape[1] // layer.k.shape[1] * layer.q.shape[2]
-    if layer.is_few or layer.choice(query_rows, _BLOCK_TOKENS) is layer.choice(query_rows, 0):
+    if layer.is_few or layer.choice(query_rows, _BLOCK_TOKENS[0]) is layer.choice(query_rows, 0):
         yield pieces
         return
     for k, v in pieces:
-        for start in range(0, k.shape[1], _BLOCK_TOKENS):
-            stop = start + _BLOCK_TOKENS
+        start = 0
+        while left := k.shape[1] - start:
+            stop = start + next((tokens for tokens in _BLOCK_TOKENS if tokens <= left), left)
             yield [(k[:, start:stop], v[:, start:stop])]
+            start = stop
 
 
 def _tile(rows: tuple[int, ...], heads: slice, spans: Sequence[Span]) -> Tile:

@@ -21,7 +21,6 @@ from headinfer.machine import this_machine
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
-from headinfer.streaming import steady_tokens
 
 __all__ = ["link", "link_copy", "measure_rates", "tile_of"]
 
@@ -160,7 +159,6 @@ def tile_of(job: Job, query_tokens: int, past_tokens: int = _LONG_TOKENS) -> tup
         slot_bytes=slot_bytes,
         element_bytes=sizes.dtype.itemsize,
         rates=_tile_rates(job),
-        steady_tokens=steady_tokens(job.device, sizes.dtype, rows, dims),
     )
     problem = Problem(job.device.type, sizes.dtype, rows, *dims, capability=capability_of(job.device),
                       key_tokens=plan.tile_tokens)  # fmt: skip

@@ -158,7 +158,7 @@ class HeadCache(Cache):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes row beam_idx[i]."""
         self.separate()
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.cpu())  # once, and not for each layer
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows."""

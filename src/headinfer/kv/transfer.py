@@ -142,16 +142,22 @@ class SlotRing:
         return ticket
 
     def _tile_in(self, slot: int, pieces: Sequence[Piece]) -> Piece:
-        """A slot's memory as one piece that holds all of these, K before V."""
+        """A slot's memory as one piece that holds all of these, K before V.
+
+        A head is as far from the next one as a slot full of these heads wants it, whatever the tile's length: kernels
+        that plan by strides as well as by lengths then see few of them.
+        """
         k, v = pieces[0]
         heads, tokens = k.shape[0], sum(k.shape[1] for k, _ in pieces)
-        sizes = [heads * tokens * x.shape[2] for x in (k, v)]
-        if sum(sizes) * k.element_size() > self.slot_bytes:
-            raise StateError(f"a tile of {sum(sizes) * k.element_size()} bytes exceeds a slot of {self.slot_bytes}")
+        token_bytes = heads * (k.shape[2] + v.shape[2]) * k.element_size()
+        room = self.slot_bytes // token_bytes
+        if tokens > room:
+            raise StateError(f"a tile of {tokens * token_bytes} bytes exceeds a slot of {self.slot_bytes}")
         flat = self._memory[slot].view(k.dtype)
+        k_size, v_size = (heads * room * x.shape[2] for x in (k, v))
         return (
-            flat[: sizes[0]].view(heads, tokens, k.shape[2]),
-            flat[sizes[0] : sum(sizes)].view(heads, tokens, v.shape[2]),
+            flat[:k_size].view(heads, room, k.shape[2])[:, :tokens],
+            flat[k_size : k_size + v_size].view(heads, room, v.shape[2])[:, :tokens],
         )
 
     def _copies(self, tile: Piece, pieces: Sequence[Piece]) -> list[tuple[torch.Tensor, torch.Tensor]]:

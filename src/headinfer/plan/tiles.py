@@ -90,14 +90,13 @@ def choose_tiles(
     rates: TileRates | None = None,
     heads_per_group: int | None = None,
     tile_tokens: int | None = None,
-    steady_tokens: int | None = None,
 ) -> TilePlan:
     """The tile for one forward pass.
 
     kv_heads: KV heads of a layer, each with group_queries query heads. head_token_bytes: K and V of one token of
     one head, of element_bytes each element. rows: the batch. slot_bytes: bytes of a ring slot, or None where segments
     are read in place. rates: None is a well-known device's. heads_per_group, tile_tokens: fixed by the user, or None
-    to choose. steady_tokens: no tile is longer, for a kernel that is fastest at one length again and again.
+    to choose.
 
     Of the tiles that fit a slot (the KV heads split evenly; as long as the slot, or a half, a quarter or an eighth of
     it) the one that takes the least seconds, see `layer_seconds`; of about equal ones the longest: in decode with the
@@ -113,7 +112,7 @@ def choose_tiles(
         return TilePlan(heads_per_group or kv_heads, tile_tokens or past, "segments are read in place, all at once")
 
     def longest(heads: int) -> int:
-        return min(slot_bytes // (heads * head_token_bytes), past, steady_tokens or past)
+        return min(slot_bytes // (heads * head_token_bytes), past)
 
     rates = rates or TileRates()
     is_prefill = query_tokens > FEW_QUERY_TOKENS

@@ -1,0 +1,155 @@
+"""A clock for the queues of kv/streams.py: the engine runs, nothing is computed or copied, and what would take how long
+is added up.
+
+`Clock` is a `Streams` in which each queue has a time of its own. A copy or a kernel begins when its queue is free, the
+events are there that the queue waits for, and the host has got round to queueing it; it takes what its bytes or FLOP
+take at the machine's rates. So a transfer that nothing hides, a queue that waits too early, or a ring that does not
+look ahead shows as seconds, where there is no GPU to take them.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from headinfer import device_kv, streaming
+from headinfer.attention.state import AttentionState
+from headinfer.engine import Engine, Options
+from headinfer.plan.tiles import MERGE_BYTES, TileRates
+
+HEADS, KV_HEADS, DIM, LAYERS, LINEAR_WEIGHTS = 32, 8, 128, 32, 218_103_808  # Llama-3-8B
+LINEAR_LAUNCHES = 20  # a layer's kernels beside attention
+TOKEN_BYTES = 2 * KV_HEADS * DIM * 2  # of a layer, bfloat16
+
+
+@dataclass(eq=False)
+class Event:
+    """When what was queued before it is done."""
+
+    seconds: float = 0.0
+
+
+@dataclass
+class Clock:
+    """Seconds since the start, by queue and of the host that fills them; and what each queue was at work."""
+
+    rates: TileRates
+    now: Counter = field(default_factory=Counter)
+    busy: Counter = field(default_factory=Counter)
+
+    def event(self):
+        return Event()
+
+    def record(self, event, queue):
+        event.seconds = self.now[queue]
+
+    def wait(self, event, queue):
+        self.now[queue] = max(self.now[queue], event.seconds)
+
+    def copy(self, copies, queue):
+        rate = self.rates.device_bytes_per_s / 2 if queue == "compute" else self.rates.link_bytes_per_s
+        for destination, source in copies:
+            assert destination.shape == source.shape
+            self.work(queue, source.numel() * source.element_size() / rate)
+
+    def finish(self, event):
+        self.now["host"] = max(self.now["host"], event.seconds)
+
+    def landing(self):
+        return lambda: None
+
+    def drain(self):
+        self.now["host"] = max(self.now.values(), default=0.0)
+
+    def work(self, queue, seconds, launches=1, what=""):
+        """Something that a queue does, in so many launches."""
+        self.now["host"] += launches * self.rates.launch_s
+        self.now[queue] = max(self.now[queue], self.now["host"]) + seconds
+        self.busy[what or queue] += seconds
+
+    def kernel(self, flops, nbytes, launches=1, what=""):
+        seconds = max(flops / self.rates.flops_per_s, nbytes / self.rates.device_bytes_per_s)
+        self.work("compute", seconds, launches, what)
+
+
+def install(monkeypatch, clock):
+    """The engine's queues and kernels are the clock's from now on."""
+
+    def attend_tile(layer, heads, state, rows, pieces):
+        tokens, group = sum(k.shape[1] for k, _ in pieces), layer.q.shape[1] // layer.k.shape[1]
+        own = heads.stop - heads.start
+        outputs = own * group * layer.q.shape[2] * DIM
+        clock.kernel(4 * outputs * tokens, 4 * own * tokens * DIM)
+        if state is not None:
+            clock.kernel(0, MERGE_BYTES * outputs, what="merging")
+        return state or streaming._empty(layer, heads)
+
+    def own_state(layer, heads, runs, past_runs):
+        state, own = own_state_before(layer, heads, runs, past_runs)
+        if state is not None:
+            outputs = state.out.numel()
+            clock.kernel(2 * outputs * layer.q.shape[2], 10 * outputs, 3)
+        return state, own
+
+    class Instead:
+        """A chunk on itself: its shape only."""
+
+        name = "none"
+
+        def square(self, q, k, v, scale, softcap):
+            return AttentionState(torch.empty(q.shape), torch.empty(q.shape[:3]))
+
+    own_state_before = streaming._own_state
+    monkeypatch.setattr(device_kv, "open_streams", lambda *_: clock)
+    monkeypatch.setattr(streaming, "_attend_tile", attend_tile)
+    monkeypatch.setattr(streaming, "_own_state", own_state)
+    monkeypatch.setattr(streaming.Layer, "kernel", lambda layer, rows, keys=0: Instead())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass: seconds from end to end, those of its kernels alone, without merging tiles too; bytes fetched."""
+
+    seconds: float
+    needed_s: float
+    fetched_bytes: int
+
+
+def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits=False, **options):
+    """The last of some forward passes of Llama-3-8B after a past.
+
+    The host queues a prompt's chunks one behind the other, and reads each token that is decoded before it goes on.
+    host_waits: for each layer, as where the model's own code reads something on the way.
+    """
+    layers = LAYERS
+    clock = Clock(rates)
+    install(monkeypatch, clock)
+    past_tokens += 256  # what stays in the tail
+    budget = {"device_kv_budget": 256 << 20, "streaming_budget": 256 << 20} | options
+    expected = past_tokens + 8 * query_tokens
+    engine = Engine(Options(staging="late", rates=rates, expected_tokens=expected, **budget), layers)
+    new = [torch.zeros(1, KV_HEADS, 16_384, DIM, dtype=torch.bfloat16) for _ in range(2)]
+    stores = [engine.new_store(*new) for _ in range(layers)]
+    for store in stores:
+        for start in range(0, past_tokens, 16_384):
+            store.append(*(x[:, :, : past_tokens - start] for x in new))
+    q = torch.zeros(1, HEADS, query_tokens, DIM, dtype=torch.bfloat16)
+    k, v = (x[:, :, :query_tokens] for x in new)
+    flops, nbytes = 2 * LINEAR_WEIGHTS * query_tokens, 2 * LINEAR_WEIGHTS
+    clock.drain()
+    for _ in range(count):
+        before, worked, fetched = clock.now["compute"], clock.busy["compute"], engine.ledger.host_to_device_bytes
+        for store in stores:
+            if store is stores[0]:
+                engine.begin(store, HEADS, query_tokens)
+            clock.kernel(flops // 4, nbytes // 4, LINEAR_LAUNCHES // 2)  # Q, K, V
+            engine.attend(q, k, v, store, scale=1.0, softcap=None, sinks=None, runs=None)
+            store.append(k, v)
+            clock.kernel(flops * 3 // 4, nbytes * 3 // 4, LINEAR_LAUNCHES // 2)
+            if host_waits:
+                clock.finish(Event(clock.now["compute"]))
+        if query_tokens == 1:
+            clock.finish(Event(clock.now["compute"]))
+    assert engine.ledger.device_peak_bytes <= budget["device_kv_budget"]
+    found = clock.now["compute"] - before, clock.busy["compute"] - worked
+    return Pass(*found, engine.ledger.host_to_device_bytes - fetched)
