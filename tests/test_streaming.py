@@ -61,9 +61,17 @@ class Bench:
     """One layer: a store, a ring, and everything it was ever given, for the oracle."""
 
     def __init__(
-        self, shape, staging="none", heads_per_group=None, tile_tokens=512, seed=0, model_layout=True, resident_tokens=0
+        self,
+        shape,
+        staging="none",
+        heads_per_group=None,
+        tile_tokens=512,
+        seed=0,
+        model_layout=True,
+        resident_tokens=0,
+        is_even=False,
     ):
-        self.shape, self.plan = shape, TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "")
+        self.shape, self.plan = shape, TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "", is_even)
         self.rng, self.ledger, self.model_layout = torch.Generator().manual_seed(seed), Ledger(), model_layout
         write, self.ring, share, streams = WriteInPlace(), None, None, open_streams(staging, CPU)
         if streams is not None:
@@ -168,6 +176,7 @@ def benches(draw):
         tile_tokens=draw(st.sampled_from([1000, 128, 100, 37, 16])),
         seed=draw(st.integers(0, 2**31 - 1)),
         resident_tokens=draw(st.sampled_from([0, 0, 128, 256, 640, 10_000])),
+        is_even=draw(st.booleans()),
     )
 
 
@@ -356,7 +365,7 @@ def test_tiles_are_cut_where_the_plan_says():
     bench.fill(700)
     bench.fill(400)
     host = bench.store.host_tokens
-    tiles = list(tiles_of(bench.store, slice(1, 3), 250, None))
+    tiles = list(tiles_of(bench.store, slice(1, 3), TilePlan(2, 250, ""), None))
     for row in (0, 1):
         mine = [tile for tile in tiles if tile.rows == (row,)]
         assert [sum(k.shape[1] for k, _ in tile.pieces) for tile in mine] == [250] * (host // 250) + [host % 250]
@@ -441,7 +450,7 @@ def test_a_known_length_is_one_piece_on_the_device():
     bench.store.share, bench.store.expected_tokens = Share(share.pool, share.nbytes, 2048), 2048
     for tokens in (300, 600, 700):
         bench.fill(tokens)
-        (first, second) = tiles_of(bench.store, slice(0, 2), 100, None)
+        (first, second) = tiles_of(bench.store, slice(0, 2), TilePlan(2, 100, ""), None)
         assert [len(tile.near) for tile in (first, second)] == [1, 1]
         assert first.near[0][0].shape[1] == bench.store.host_tokens
     assert bench.ledger.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
@@ -453,13 +462,15 @@ def test_a_known_length_is_one_piece_on_the_device():
 def test_tiles_of_a_prompt_are_about_even_and_hold_all_that_streams(tokens, tile_tokens, resident):
     bench = Bench(Shape(rows=1, kv_heads=1, group=1), "early", 1, tile_tokens, resident_tokens=resident)
     bench.fill(tokens)
-    far = [tile for tile in tiles_of(bench.store, slice(0, 1), tile_tokens, None, is_even=True) if not tile.near]
-    lengths = [sum(k.shape[1] for k, _ in tile.pieces) for tile in far]
+    even, usual = (
+        [tile for tile in tiles_of(bench.store, slice(0, 1), plan, None) if not tile.near]
+        for plan in (TilePlan(1, tile_tokens, "", is_even=True), TilePlan(1, tile_tokens, ""))
+    )
+    lengths = [sum(k.shape[1] for k, _ in tile.pieces) for tile in even]
     assert sum(lengths) == max(bench.store.host_tokens - min(resident, bench.store.host_tokens), 0)
     assert all(length <= tile_tokens for length in lengths)
     assert len(set(lengths[:-1])) <= 1
-    usual = [tile for tile in tiles_of(bench.store, slice(0, 1), tile_tokens, None) if not tile.near]
-    assert len(far) <= len(usual)
+    assert len(even) <= len(usual)
     if lengths:
         assert lengths[-1] > lengths[0] - 128 * len(lengths)
 

@@ -217,7 +217,7 @@ class Engine:
         assert plan is not None
         heads = slice(0, min(plan.heads_per_group, coming.heads))
         seen = first_of(runs, coming.tokens, coming.rows) if runs is not None else None
-        tiles = tiles_of(coming, heads, plan.tile_tokens, seen, is_even=self._queries[1] > FEW_QUERY_TOKENS)
+        tiles = tiles_of(coming, heads, plan, seen)
         if self.disk is not None:  # the rest is in memory: only reading is begun ahead
             return (tile for tile in tiles if any(isinstance(piece, FarPiece) for piece in tile.pieces))
         return (tile for tile in tiles if not tile.near)

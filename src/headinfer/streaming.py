@@ -130,7 +130,7 @@ def attend_streaming(
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [list(tiles_of(store, heads, plan.tile_tokens, past_runs, is_even=not layer.is_few)) for heads in groups]
+    work = [list(tiles_of(store, heads, plan, past_runs)) for heads in groups]
     way: Ring = ring if ring is not None else InPlace()
     coming = (tile for tiles in work for tile in tiles if not tile.near)
     after = iter(following)
@@ -158,23 +158,14 @@ def attend_streaming(
     return out
 
 
-def tiles_of(
-    store: HeadStore, heads: slice, tile_tokens: int, runs: Sequence[Runs] | None, *, is_even: bool = False
-) -> Iterator[Tile]:
-    """The segments of a head group as tiles: what lies on the device whole, the rest in at most tile_tokens tokens.
-
-    is_even: in tiles of about one length. A short last tile is computed before the next one, of another head group,
-    has come.
-    """
+def tiles_of(store: HeadStore, heads: slice, plan: TilePlan, runs: Sequence[Runs] | None) -> Iterator[Tile]:
+    """The segments of a head group as tiles: what lies on the device whole, the rest as the plan cuts it."""
     for lane in store.lanes(runs):
         resident, far = _by_place(lane)
         if resident:
             yield Tile(lane.rows, near=tuple(_joined(resident, heads)))
         pieces: list[Span] = []
-        most = tile_tokens
-        if is_even and (total := sum(span.tokens for span in far)):
-            most = min(-(-total // -(-total // tile_tokens) // _EVEN_TOKENS) * _EVEN_TOKENS, tile_tokens)
-        room = most
+        room = most = _tile_tokens(plan, sum(span.tokens for span in far))
         for span in far:
             start = span.start
             while start < span.stop:
@@ -186,6 +177,14 @@ def tiles_of(
                     pieces, room = [], most
         if pieces:
             yield _tile(lane.rows, heads, pieces)
+
+
+def _tile_tokens(plan: TilePlan, tokens: int) -> int:
+    """The length of the tiles that so many tokens are cut into; the last one may be shorter."""
+    if not plan.is_even or not tokens:
+        return plan.tile_tokens
+    tiles = -(-tokens // plan.tile_tokens)
+    return min(-(-tokens // tiles // _EVEN_TOKENS) * _EVEN_TOKENS, plan.tile_tokens)
 
 
 def _by_place(lane: Lane) -> tuple[list[Span], list[Span]]:

@@ -56,11 +56,16 @@ class TileRates:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """heads_per_group KV heads by up to tile_tokens tokens, and why."""
+    """heads_per_group KV heads by up to tile_tokens tokens, and why.
+
+    is_even: a past is cut into tiles of about one length. In prefill a short last one would be computed before the next
+    one, of another head group, has come; decode waits for the link in any case, and keeps its first tiles as they were.
+    """
 
     heads_per_group: int
     tile_tokens: int
     why: str
+    is_even: bool = False
 
 
 def ring_slot_bytes(budget_bytes: int, fixed_bytes: int) -> int:
@@ -156,7 +161,7 @@ def choose_tiles(
             best = shape
     fixed = [name for name, value in (("heads", heads_per_group), ("tokens", tile_tokens)) if value is not None]
     why = f"{' and '.join(fixed)} fixed by option" if fixed else f"the cheapest of {len(shapes)} by the model of cost"
-    return TilePlan(*best, why)
+    return TilePlan(*best, why, is_prefill)
 
 
 def filled_share(rates: TileRates, query_heads: int, query_tokens: int) -> float:
