@@ -365,8 +365,8 @@ class Memory:
     def count(self, host, where):
         """A tensor's storage is on a device, perhaps since before."""
         storage, index = host.untyped_storage(), where.index
-        known = self.held.get(storage._cdata)
-        if known is not None and not known[0].expired():
+        before = self.held.get(storage._cdata)
+        if before is not None and not before[0].expired():
             return
         self.held[storage._cdata] = (StorageWeakRef(storage), index, storage.nbytes())
         self.upper[index] += storage.nbytes()  # as if nothing had been let go of since it was counted
@@ -551,8 +551,8 @@ def set_sync_debug_mode(mode):
 
 
 def guard_devices():
-    """torch without CUDA has nothing that makes a CUDA device the current one: what does that for "meta" does it, not
-    at all.
+    """torch's C++ makes a tensor's device the current one around each call, and without CUDA it cannot for CUDA's. The
+    guard of "meta", which does nothing, stands in.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 24).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -591,7 +591,7 @@ OUTER = {
 
 def pretend():
     """Make torch, in this process, find the devices. There is no way back."""
-    assert torch.version.cuda is None or not torch.cuda.is_available(), "there are real ones"
+    assert not torch.cuda.is_available(), "there are real ones"
     guard_devices()
     torch.cuda._initialized = True
     for module, stand_ins in ((torch._C, INNER), (torch.cuda, OUTER)):

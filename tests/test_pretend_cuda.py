@@ -6,14 +6,12 @@ All of it: TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p pretend_cuda -m gpu tes
 import ctypes
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from own_process import TESTS, run_pytest
 
-HERE = Path(__file__).parent
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 
 
@@ -33,22 +31,15 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 def rehearse(*arguments, triton=False):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "pretend_cuda", "-p", "no:cacheprovider", *arguments],
-        env={
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "",
-            "HEADINFER_TRITON": str(int(triton)),  # a kernel takes its interpreter hundreds of times as long
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
-            "TRITON_INTERPRET": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-        cwd=HERE.parent,
+    run_pytest(
+        "-p",
+        "pretend_cuda",
+        *arguments,
+        timeout_s=900,
+        HEADINFER_TRITON=str(int(triton)),  # a kernel takes its interpreter hundreds of times as long
+        PYTHONPATH=os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+        TRITON_INTERPRET="1",
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def test_the_pretence_sees_mistakes_and_commands_run():

@@ -485,7 +485,7 @@ def test_kernels_that_want_equal_shapes_get_them(staging, monkeypatch):
         return BACKENDS["cpu-flash" if problem.is_full else "eager"]
 
     monkeypatch.setattr(streaming, "choose", choose)
-    monkeypatch.setattr(streaming, "_BLOCK_TOKENS", (170, 40))
+    monkeypatch.setattr(streaming, "BLOCK_TOKENS", (170, 40))
     bench = Bench(Shape(rows=2, kv_heads=3, group=2), staging, 1, 190, resident_tokens=384)
     for tokens in (300, 600, 300, 100):
         bench.assert_step(tokens)

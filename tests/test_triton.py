@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_process import run_pytest
 
 from headinfer.attention import triton_calls
 from headinfer.attention.backends import Problem, choose
@@ -23,16 +24,7 @@ SWITCHED_OFF = "switched off by HEADINFER_TRITON=0"
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernels_through_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "triton_on_cpu.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        cwd=HERE.parent,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run_pytest(HERE / "triton_on_cpu.py", timeout_s=600, TRITON_INTERPRET="1")
 
 
 @pytest.fixture

@@ -29,10 +29,10 @@ from headinfer.kv.segments import Arena, Lane, Span
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 
-__all__ = ["Tile", "attend_streaming", "tiles_of"]
+__all__ = ["BLOCK_TOKENS", "Tile", "attend_streaming", "tiles_of"]
 
 # What kernels that want equal shapes are given; merging 32K tokens costs a hundredth of their attention.
-_BLOCK_TOKENS = (32_768, 16_384, 8192)
+BLOCK_TOKENS = (32_768, 16_384, 8192)
 _EVEN_TOKENS = 128
 
 
@@ -73,9 +73,9 @@ class Layer:
     def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
         """What a kernel must do for this many query rows per KV head (0: the chunk on itself).
 
-        Kernels that plan anew for each shape serve pieces of _BLOCK_TOKENS, which come again and again.
+        Kernels that plan anew for each shape serve pieces of BLOCK_TOKENS, which come again and again.
         """
-        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), key_tokens in _BLOCK_TOKENS
+        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), key_tokens in BLOCK_TOKENS
         return Problem(
             device.type,
             self.q.dtype,
@@ -217,13 +217,13 @@ def _joined(spans: Sequence[Span], heads: slice) -> Iterator[Piece]:
 def _calls(layer: Layer, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
     """Pieces in as many calls as serve them best: one, or blocks where a kernel wants equal shapes."""
     query_rows = rows * layer.q.shape[1] // layer.k.shape[1] * layer.q.shape[2]
-    if layer.is_few or layer.choice(query_rows, _BLOCK_TOKENS[0]) is layer.choice(query_rows, 0):
+    if layer.is_few or layer.choice(query_rows, BLOCK_TOKENS[0]) is layer.choice(query_rows, 0):
         yield pieces
         return
     for k, v in pieces:
         start = 0
         while left := k.shape[1] - start:
-            stop = start + next((tokens for tokens in _BLOCK_TOKENS if tokens <= left), left)
+            stop = start + next((tokens for tokens in BLOCK_TOKENS if tokens <= left), left)
             yield [(k[:, start:stop], v[:, start:stop])]
             start = stop
 

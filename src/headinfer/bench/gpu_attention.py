@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import torch
@@ -11,6 +12,7 @@ from headinfer.attention.reference import attend_reference
 from headinfer.bench.gpu_job import Job, Line
 from headinfer.bench.gpu_link import tile_of
 from headinfer.errors import CapacityError
+from headinfer.streaming import BLOCK_TOKENS
 
 __all__ = ["attention"]
 
@@ -25,6 +27,9 @@ def attention(job: Job) -> list[Line]:
     for what, query_tokens in (("decode", 1), ("prefill", chunk_tokens)):
         plan, _, problem = tile_of(job, query_tokens)
         heads, rows, keys = plan.heads_per_group, problem.query_rows, plan.tile_tokens
+        if query_tokens > 1:  # as the loop calls a kernel that wants equal shapes, and the same for the others
+            keys = next((tokens for tokens in BLOCK_TOKENS if tokens <= keys), keys)
+        problem = dataclasses.replace(problem, key_tokens=keys, is_full=keys in BLOCK_TOKENS)
         point = f"{what}: {heads} heads x {rows:,} query rows x {keys:,} keys"
         q, k, v = _noise(job, heads, rows, keys)
         preferred = choose(problem)
