@@ -62,13 +62,22 @@ if torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is N
 PY
 mkdir -p "$results" || stop "cannot write into $results: name another folder as the first argument"
 
+mark="# benchmarks/gpu.sh" # begins each log, so that another program's file is never replaced
+for name in tests-gpu racecheck memcheck sanitizer bench-gpu bench-gpu-24gb; do
+  log=$results/$name.txt
+  if [ -s "$log" ] && [ "$(head -c ${#mark} "$log" | tr -d '\0')" != "$mark" ]; then
+    stop "$log is not a log of this script and is not replaced: move it away, or name another folder"
+  fi
+done
+
 failed=()
 wanted() { [[ " $steps " == *" $1 "* ]]; }
 step() { # step NAME SECONDS COMMAND...: its output on the screen and in a file; what fails is told at the end
   local name=$1 seconds=$2
   shift 2
   echo "== $name" >&2
-  timeout "$seconds" "$@" 2>&1 | tee "$results/$name.txt"
+  echo "$mark: $name" > "$results/$name.txt"
+  timeout "$seconds" "$@" 2>&1 | tee -a "$results/$name.txt"
   local status=${PIPESTATUS[0]}
   if [ "$status" -eq 124 ]; then
     echo "$name was stopped after $seconds s" | tee -a "$results/$name.txt" >&2
@@ -89,7 +98,7 @@ if wanted sanitizer; then
         "$python" -m pytest -W default -m gpu "$one"
     done
   else
-    echo "compute-sanitizer is not installed (it comes with the CUDA toolkit): its checks are left out" \
+    echo "$mark: compute-sanitizer is not installed (it comes with the CUDA toolkit): its checks are left out" \
       | tee "$results/sanitizer.txt" >&2
   fi
 fi

@@ -361,9 +361,8 @@ def test_json_and_markdown_say_all_that_was_measured(run, tmp_path):
     assert all(row.count(" | ") == len(HEADER) - 1 for row in rows)
     goals = [line for line in lines if line.reached is not None]
     assert f"{sum(line.reached for line in goals)} of {len(goals)} goals are reached" in text
-    assert result_paths(tmp_path / "x.json", job) == (tmp_path / "x.json", tmp_path / "x.md")
-    capped = Job(CPU, SIZES, print, gpu_memory_bytes=24 * 10**9)
-    assert result_paths(tmp_path, capped)[0].name.endswith("-24gb.json")
+    assert result_paths(tmp_path / "x.json", CPU, None) == (tmp_path / "x.json", tmp_path / "x.md")
+    assert result_paths(tmp_path, CPU, 24 * 10**9)[0].name.endswith("-24gb.json")
     assert [shown(0.0123, "s/token"), shown(256 << 20, "bytes"), shown(None, "s")] == ["12.3 ms/token", "256 MiB", "-"]
 
 

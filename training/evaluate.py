@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from headinfer.files import check_output, write_text
+
 # Tokens, depths (so many needles in a text), texts, and whether the beginning of the answer is given.
 PLAN = (
     ("1K", 8, 40, False),
@@ -26,6 +28,7 @@ PLAN = (
 
 def main(out: Path, work: Path, most: int) -> None:
     """Run the evaluation of each length and gather the scores."""
+    check_output(out, is_ours=is_table)
     rows = []
     for length, depths, samples, gives_lead in PLAN[:most]:
         arguments = ["eval", "niah", "embedded", "--lengths", length, "--depths", f"0..100/{depths}"]
@@ -48,7 +51,17 @@ def main(out: Path, work: Path, most: int) -> None:
             }
         )
         print(f"{folder.name:>12}: {summary['score']:.2%} of {summary['questions']}", flush=True)
-    out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    check_output(out, is_ours=is_table)
+    write_text(out, json.dumps(rows, indent=1) + "\n")
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is what an earlier run of this program wrote: a list whose rows name headinfer's commands."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return bool(rows) and all(row["command"].startswith("headinfer eval") for row in rows)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from headinfer.evals.needles import SYLLABLES, Needle, is_held_out, random_needles
 
+MADE = "training.json"  # in the folder of each run: what made it
 SEED = 0
 BATCH_TOKENS = 3072
 WARM_UP_STEPS = 50
@@ -211,6 +213,8 @@ def loss_of(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(novel: Path, out: Path, first_run: int) -> None:
     """All runs from first_run on (from 1); each saves to out/runN what the next one begins with."""
+    for number in range(first_run, len(RUNS) + 1):
+        check_run_folder(out / f"run{number}")
     text, _ = read_texts(novel)
     tokenizer = make_tokenizer(text)
     text_ids = tokenizer(text).input_ids
@@ -224,6 +228,12 @@ def train(novel: Path, out: Path, first_run: int) -> None:
         tokenizer.save_pretrained(out / f"run{number}")
 
 
+def check_run_folder(folder: Path) -> None:
+    """Exit if a run would overwrite files that no earlier run wrote."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MADE).exists():
+        sys.exit(f"{folder} holds files but no {MADE}, so no run of this program wrote them: choose another --out")
+
+
 def train_run(model: Any, run: Run, samples: Samples, out: Path) -> None:
     """One run; the model and what made it go to `out`, the model every 200 steps as well."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -232,6 +242,9 @@ def train_run(model: Any, run: Run, samples: Samples, out: Path) -> None:
         torch.optim.Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     )
+    made = {"seed": SEED, "batch_tokens": BATCH_TOKENS, "run": asdict(run)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MADE).write_text(json.dumps(made, indent=1), encoding="utf-8")
     rng, start, step, log = random.Random(SEED), time.perf_counter(), 0, []
     for stage in run.stages:
         attention.FarKeys.count = stage.far_keys
@@ -258,8 +271,8 @@ def train_run(model: Any, run: Run, samples: Samples, out: Path) -> None:
             if step % 200 == 0:
                 model.save_pretrained(out)
     model.save_pretrained(out)
-    made = {"seed": SEED, "batch_tokens": BATCH_TOKENS, "run": asdict(run), "seconds": time.perf_counter() - start}
-    (out / "training.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+    made["seconds"] = time.perf_counter() - start
+    (out / MADE).write_text(json.dumps(made, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from headinfer.machine import this_machine
 from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes, free_disk_bytes
 from headinfer.sessions.folder import Lock, at_rest, session_folder
 from headinfer.sessions.manifest import Manifest
+from headinfer.sessions.ownership import check_no_foreign_files
 
 __all__ = ["AskJob", "Asked", "ask", "prepare_ask"]
 
@@ -69,6 +70,8 @@ def prepare_ask(job: AskJob) -> Asked:
     if job.max_new_tokens < 1:
         raise UsageError(f"max-new-tokens is {job.max_new_tokens}: it must be a positive number")
     manifest = Manifest.read(folder)
+    if job.keep:
+        check_no_foreign_files(folder)
     name = job.model or manifest.about.get("model")
     if name is None:
         raise UsageError(f"the session {folder} does not say which model made it: name it with --model")

@@ -62,30 +62,37 @@ def _cpu(
     suites: list[str], output: Path | None, folder: Path | None, *, markdown: bool, quick: bool, check_plan: bool
 ) -> None:
     from headinfer.bench.check import rows_of
-    from headinfer.bench.run import check_table, markdown_table, result_json, run_check, run_suites
-    from headinfer.files import write_text
+    from headinfer.bench.measure import is_result_json
+    from headinfer.bench.run import check_suites, check_table, markdown_table, result_json, run_check, run_suites
+    from headinfer.files import check_output, write_text
     from headinfer.report import columns_table
 
+    def keep(text: str) -> None:
+        if output is not None:
+            check_output(output, is_ours=is_result_json)
+            write_text(output, text)
+
+    check_suites(suites)
+    if output is not None:
+        check_output(output, is_ours=is_result_json)
     if check_plan:
         found = run_check(quick=quick, on_stage=_say)
-        if output is not None:
-            write_text(output, result_json(found, sys.argv[1:]))
         if markdown:
             print(check_table(found))
         else:
             header = ("", "predicted", "measured", "")
             Console().print(columns_table("headinfer bench --check-plan", header, rows_of(found)))
+        keep(result_json(found, sys.argv[1:]))
         if not all(one.is_right for one in found if one.unit == "bytes"):
             raise typer.Exit(1)
         return
     measures = run_suites(suites, quick=quick, on_stage=_say, folder=folder)
-    if output is not None:
-        write_text(output, result_json(measures, sys.argv[1:]))
     if markdown:
         print(markdown_table(measures))
     else:
         rows = [(measure.what, measure.shown, measure.goal) for measure in measures]
         Console().print(columns_table("headinfer bench", ("", "measured", "to reach"), rows))
+    keep(result_json(measures, sys.argv[1:]))
 
 
 def _gpu(
@@ -99,8 +106,16 @@ def _gpu(
 ) -> None:
     from headinfer.bench.gpu import check_device, check_gpu_suites, run_gpu
     from headinfer.bench.gpu_job import QUICK, GpuSizes
-    from headinfer.bench.gpu_report import HEADER, gpu_json, gpu_markdown, gpu_rows, result_paths
-    from headinfer.files import check_folder, write_text
+    from headinfer.bench.gpu_report import (
+        HEADER,
+        gpu_json,
+        gpu_markdown,
+        gpu_rows,
+        is_result_markdown,
+        result_paths,
+    )
+    from headinfer.bench.measure import is_result_json
+    from headinfer.files import check_folder, check_output, write_text
     from headinfer.report import columns_table
 
     check_gpu_suites(suites)
@@ -112,13 +127,21 @@ def _gpu(
     found = check_device(device)
     sizes = QUICK if quick else GpuSizes()
 
+    def check_results(output: Path) -> tuple[Path, Path]:
+        json_path, markdown_path = result_paths(output, found, cap)
+        check_output(json_path, is_ours=is_result_json)
+        check_output(markdown_path, is_ours=is_result_markdown)
+        return json_path, markdown_path
+
     def keep(job: Job, lines: Sequence[Line]) -> None:
         if output is not None:
-            json_path, markdown_path = result_paths(output, job)
+            json_path, markdown_path = check_results(output)
             write_text(json_path, gpu_json(job, lines, sys.argv[1:]))
             write_text(markdown_path, gpu_markdown(job, lines, sys.argv[1:]))
             _say(f"written to {json_path} and {markdown_path}")
 
+    if output is not None:
+        check_results(output)
     job, lines = run_gpu(suites, found, sizes, _say, limit_s=limit_s, gpu_memory_bytes=cap, keep=keep)
     if markdown:
         print(gpu_markdown(job, lines, sys.argv[1:]), end="")

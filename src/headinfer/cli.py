@@ -212,18 +212,22 @@ def probe(
     """Measure what this machine attains, for headinfer plan and for the plans of runs; wants an idle machine."""
     import torch
 
+    from headinfer.files import check_output
     from headinfer.generation import checked_device
-    from headinfer.plan.hardware import probe_path
+    from headinfer.plan.hardware import is_probe, probe_path
     from headinfer.probe import probe as measure
     from headinfer.report import hardware_table
 
-    found = measure(torch.device(checked_device(device)), _say)
+    chosen = torch.device(checked_device(device))
     path = output or probe_path()
-    found.save(path)
+    check_output(path, is_ours=is_probe)
+    found = measure(chosen, _say)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
         Console().print(hardware_table(found))
+    check_output(path, is_ours=is_probe)
+    found.save(path)
     _stderr.print(f"written to {path}", highlight=False, markup=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -70,6 +71,7 @@ def niah(
     wanted, chosen = _lengths(lengths), _depths(depths)
     job = _Job(model, raw, dtype, device, device_kv_budget, seed, as_json)
     about = {"evaluation": "niah", "depths": chosen, "text": str(text or "shipped")}
+    _check_heatmap(out / "niah.png")
     job.prepare(max(wanted), about if lead else about | {"lead": False}, out)
     hay = _text(text)
     # Refuses a length that is too short, before all else.
@@ -292,10 +294,21 @@ def _tail_tokens(document: Document) -> int:
     return max(len(question.text) // 2 + question.new_tokens for question in document.questions)
 
 
+def _has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _check_heatmap(path: Path) -> None:
+    """Raise UsageError if the heatmap would replace a file that is none, before anything expensive starts."""
+    if _has_matplotlib():
+        from headinfer.evals.heatmap import is_heatmap
+        from headinfer.files import check_output
+
+        check_output(path, is_ours=is_heatmap)
+
+
 def _draw(results: Results, path: Path) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not _has_matplotlib():
         _say("no heatmap is drawn: it needs matplotlib (pip install 'headinfer[eval]')")
         return
     from headinfer.evals.heatmap import save_heatmap

@@ -1,27 +1,40 @@
-"""Files that are whole or not there, and what a system call refused, said in a sentence."""
+"""Atomic, durable file writes that never replace a file of another program. OS errors become CapacityError."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headinfer.errors import CapacityError, UsageError
 
 __all__ = [
+    "CHECKSUM_PREFIX",
+    "PARTIAL_SUFFIX",
     "FileEntry",
     "check_folder",
+    "check_output",
     "link_or_copy",
+    "partial_path",
+    "read_json_object",
     "remove",
-    "replace_text",
     "sync_folder",
-    "write_new",
+    "write_file",
     "write_text",
 ]
+
+CHECKSUM_PREFIX = "xxh3:"
+"""Precedes a tensor's name in the header of a data file (kv/tensor_file.py); only headinfer writes such headers."""
+
+PARTIAL_SUFFIX = ".headinfer-partial"
+"""Ends the name of a file that is being written. Only headinfer uses it, so what a killed write leaves is known."""
 
 _PART_BYTES = 8 * 1024 * 1024
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
@@ -29,8 +42,12 @@ _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What is known of a file of tensors without opening it: its name, its bytes, and the checksum of its header, which
-    holds those of the tensors (kv/tensor_file.py).
+    """What a manifest keeps of a data file, to check it before it is used.
+
+    Attributes:
+        name: the file's name, without a folder.
+        nbytes: the file's size in bytes.
+        header: the checksum of the file's header, which holds the checksums of the tensors (kv/tensor_file.py).
     """
 
     name: str
@@ -39,58 +56,116 @@ class FileEntry:
 
 
 def check_folder(folder: Path, purpose: str) -> None:
-    """Raise UsageError where a folder, which need not be there yet, cannot be written to.
+    """Check that a folder, which need not exist yet, can be written to.
 
-    purpose: such as "keep KV".
+    Args:
+        folder: the folder.
+        purpose: what it is for, such as "keep KV"; the message begins with it.
+
+    Raises:
+        UsageError: the folder, or the nearest one above it that exists, is not writable.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise UsageError(f"cannot {purpose} in {folder}: {place} is no folder that you may write into")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then move it there; its folder is made where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def check_output(path: Path, *, is_ours: Callable[[Path], bool]) -> None:
+    """Check that a result can be written to a path without the loss of anything that headinfer did not write there.
 
+    A path that does not exist and an empty file are free. Call it before the work starts, and again right before the
+    file is written.
 
-def replace_text(path: Path, text: str) -> None:
-    """As write_text, for files that must outlive a power cut: after it the new text is on the disk, and at any instant
-    before it the old one. Raises CapacityError where the disk is full.
+    Args:
+        path: the file that the user named.
+        is_ours: tells whether an existing file is an earlier result of the same kind, which may be replaced. It gets
+            the path of a regular file that is not empty.
+
+    Raises:
+        UsageError: the path is a folder, a device or a pipe, its folder is not writable, or it holds another file.
     """
-    partial = path.with_name(path.name + ".partial")
-    write_new(partial, [text.encode("utf-8")])
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    if path.is_dir():
+        raise UsageError(f"cannot write a result to {path}: it is a folder; name a file")
+    check_folder(path.parent, "write a result")
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"cannot write a result to {path}: it is a link to a file that does not exist; name a file")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UsageError(f"cannot write a result to {path}: it is not a regular file; name a file")
+    if path.stat().st_size and not is_ours(path):
+        raise UsageError(
+            f"{path} holds something else than an earlier result of this command and is not replaced: choose another "
+            "name, or move it away"
+        )
 
 
-def write_new(path: Path, parts: Iterable[memoryview | bytes]) -> None:
-    """Write a new file and bring it to the disk. What was there before under this name is let go of, not written to:
-    it may have other names. Raises CapacityError where the disk is full; then nothing is left of the file.
-    """
-    remove(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; an empty dictionary if the file is unreadable or holds something else."""
     try:
-        with _told(path):
-            at = 0
-            for part in parts:
-                view = memoryview(part)
-                while view:
-                    count = os.write(descriptor, view[:_PART_BYTES])
-                    _begin_to_sync(descriptor, at, count)
-                    at, view = at + count, view[count:]
-            os.fsync(descriptor)
-    except CapacityError:
-        remove(path)
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def partial_path(path: Path) -> Path:
+    """The name under which a file is written before it is renamed to `path`."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, as write_file() does; its folder is created if there is none.
+
+    Raises:
+        CapacityError: the system refuses to write, for example because the disk is full.
+    """
+    with _os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, [text.encode("utf-8")])
+    with _os_errors(path):
+        sync_folder(path.resolve().parent)
+
+
+def write_file(path: Path, parts: Iterable[memoryview | bytes]) -> None:
+    """Write a file under its partial name, bring it to the disk, then rename it; at any instant it is old or new.
+
+    An existing file is replaced: callers check before that it may be. If it is a symbolic link, its target is
+    replaced. Other hard links to an existing file keep the old content.
+
+    Raises:
+        CapacityError: the system refuses to write, for example because the disk is full. Nothing is left of the
+            new file then.
+    """
+    path = path.resolve()
+    partial = partial_path(path)
+    remove(partial)
+    try:
+        with _os_errors(path):
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                at = 0
+                for part in parts:
+                    view = memoryview(part)
+                    while view:
+                        count = os.write(descriptor, view[:_PART_BYTES])
+                        _begin_to_sync(descriptor, at, count)
+                        at += count
+                        view = view[count:]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(partial, path)
+    except BaseException:
+        remove(partial)
         raise
-    finally:
-        os.close(descriptor)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file that is never written again; a copy where the file system has no links."""
+    """Give a file that is never written again a second name; copy it if the file system has no hard links.
+
+    An existing target is replaced: callers check before that it may be.
+    """
     remove(target)
     try:
         os.link(source, target)
@@ -98,11 +173,11 @@ def link_or_copy(source: Path, target: Path) -> None:
         raise
     except OSError:
         with open(source, "rb") as file:
-            write_new(target, iter(lambda: file.read(_PART_BYTES), b""))
+            write_file(target, iter(lambda: file.read(_PART_BYTES), b""))
 
 
 def remove(path: Path) -> None:
-    """Remove a file where there is one."""
+    """Remove a file if it exists."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -119,7 +194,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _begin_to_sync(descriptor: int, at: int, nbytes: int) -> None:
-    """Let the disk begin with a part of a file while the next one is written; fsync() waits for all of them."""
+    """Start writing a part of a file to the disk while the next part is computed; fsync() waits for all parts."""
     if sys.platform == "linux":
         sync = getattr(ctypes.CDLL(None), "sync_file_range", None)
         if sync is not None:
@@ -127,10 +202,11 @@ def _begin_to_sync(descriptor: int, at: int, nbytes: int) -> None:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _os_errors(path: Path) -> Iterator[None]:
+    """Raise CapacityError in place of OSError."""
     try:
         yield
     except OSError as error:
-        raise CapacityError(
-            f"cannot write {path} ({error.strerror or error}): free some space on this disk, or use another folder"
-        ) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space on this disk, or use another folder" if is_full else "use another folder"
+        raise CapacityError(f"cannot write {path} ({error.strerror or error}): {advice}") from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from headinfer.errors import UsageError
+from headinfer.files import check_output, write_file
 from headinfer.plan.compare import METHODS, OURS, memory_by_method, seconds_by_method
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.planner import Plan
@@ -16,6 +18,8 @@ from headinfer.plan.units import format_tokens
 
 __all__ = ["draw"]
 
+_CREATOR = "headinfer plan"
+_FORMATS_WITH_METADATA = ("", ".png", ".svg", ".pdf", ".eps", ".ps")
 _CONTEXTS = tuple(1024 * 2**power for power in range(13))  # 1K to 4M
 _INCHES = (9.0, 13.0)  # 900 pixels wide at 100 dpi, the width of a README
 _COMPONENTS: tuple[tuple[str, str, Callable[[Footprint], int]], ...] = (
@@ -29,7 +33,16 @@ _MARKERS = ("o", "s", "^", "v", "D", "*")
 
 
 def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -> None:
-    """Draw the three plots, one above the other, into an image file. Raises UsageError where it cannot."""
+    """Draw the three plots, one above the other, into an image file.
+
+    Raises:
+        UsageError: matplotlib is missing or does not know the format, or the file holds something else than an
+            earlier plot.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot draw into {path}: there is no folder {path.parent}")
+    check_output(path, is_ours=_is_plot)
+    metadata = {"Creator": _CREATOR} if path.suffix.lower() in _FORMATS_WITH_METADATA else None
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -42,10 +55,17 @@ def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -
         _draw_memory(memory, plan, model)
         _draw_seconds(seconds, plan, model)
         _draw_roofline(roofline, plan, points)
+        image_bytes = io.BytesIO()
         try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
+            figure.savefig(image_bytes, format=path.suffix.removeprefix(".") or "png", metadata=metadata)
+        except ValueError as error:
             raise UsageError(f"cannot draw into {path}: {error}") from error
+    write_file(path, [image_bytes.getvalue()])
+
+
+def _is_plot(path: Path) -> bool:
+    """Whether a file is a picture that draw() wrote; only formats with metadata can tell."""
+    return path.suffix.lower() in _FORMATS_WITH_METADATA and _CREATOR.encode() in path.read_bytes()
 
 
 def _draw_memory(axes: Any, plan: Plan, model: str) -> None:

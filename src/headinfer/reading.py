@@ -29,6 +29,7 @@ from headinfer.plan.memory import format_bytes, free_disk_bytes
 from headinfer.run_plan import fixed_fields, plan_run, planned
 from headinfer.sessions.folder import Lock, at_rest, session_folder
 from headinfer.sessions.manifest import MANIFEST, Manifest
+from headinfer.sessions.ownership import check_no_foreign_files
 
 __all__ = ["ReadJob", "ReadResult", "ToRead", "prepare_read", "read"]
 
@@ -87,6 +88,8 @@ def prepare_read(job: ReadJob) -> ToRead:
     Raises UsageError, UnsupportedError, CapacityError or SessionError with what is wrong and what would work.
     """
     folder = session_folder(job.root, job.name)
+    check_folder(job.root, "keep sessions")
+    check_no_foreign_files(folder)
     if not job.document.strip():
         raise UsageError("the document is empty: there is nothing to read")
     device = checked_device(job.device)
@@ -156,7 +159,6 @@ def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
 
 
 def _check_disk(root: Path, nbytes: int) -> None:
-    check_folder(root, "keep sessions")
     free = free_disk_bytes(root)
     if nbytes > free:
         raise CapacityError(

@@ -15,7 +15,7 @@ from rich.console import Console
 from headinfer.errors import SessionError
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.units import parse_bytes
-from headinfer.sessions.folder import Lock, default_root, remove_session, session_folder, session_names
+from headinfer.sessions.folder import default_root, remove_session, session_folder, session_names
 from headinfer.sessions.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -264,22 +264,21 @@ def _verified(folder: Path) -> tuple[Manifest, list[str]]:
 def rm(name: Name, sessions: Root = None) -> None:
     """Remove a session from the disk."""
     folder = session_folder(sessions or default_root(), name)
-    remove_session(folder)
-    _say(f"removed {folder}")
+    is_gone = remove_session(folder)
+    _say(f"removed {folder}" if is_gone else f"removed the session; {folder} holds other files and stays")
 
 
 @app.command()
 def export(
     name: Name,
-    file: Annotated[Path, typer.Argument(help="The archive to write, e.g. mybook.tar.")],
+    file: Annotated[Path, typer.Argument(help="The archive to write, e.g. mybook.tar; it must not exist yet.")],
     sessions: Root = None,
 ) -> None:
     """Write a session into one tar file, for another machine: unpack it into the folder for sessions there."""
     from headinfer.sessions.archive import export_session
 
     folder = session_folder(sessions or default_root(), name)
-    with Lock(folder):
-        export_session(folder, file)
+    export_session(folder, file)
     print(f"written to {file} ({format_bytes(file.stat().st_size)})")
 
 

@@ -10,23 +10,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headinfer.bench.gpu_job import Job, Line
 from headinfer.info import accelerator, gather_info, machine
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.units import format_seconds
 
-__all__ = ["HEADER", "gpu_json", "gpu_markdown", "gpu_rows", "result_paths"]
+__all__ = ["HEADER", "gpu_json", "gpu_markdown", "gpu_rows", "is_result_markdown", "result_paths"]
 
+_HEADING = "# GPU benchmark: "
 HEADER = ("", "way", "measured", "x headinfer's", "KV on the device", "to reach", "reached", "note")
 
 
-def result_paths(output: Path, job: Job) -> tuple[Path, Path]:
-    """Where JSON and Markdown go: beside each other, a FILE.json as it is named, or in a folder by the GPU's name."""
+def result_paths(output: Path, device: torch.device, gpu_memory_bytes: int | None) -> tuple[Path, Path]:
+    """The files for JSON and Markdown, beside each other: FILE.json as it is named, else in a folder by the GPU's name.
+
+    gpu_memory_bytes: of a smaller card that the device stands for, if any.
+    """
     if output.suffix == ".json":
         return output, output.with_suffix(".md")
-    name = re.sub(r"[^a-z0-9]+", "-", accelerator(job.device)["name"].lower()).strip("-")
-    cap = f"-{job.gpu_memory_bytes / 1e9:.3g}gb" if job.gpu_memory_bytes is not None else ""
+    name = re.sub(r"[^a-z0-9]+", "-", accelerator(device)["name"].lower()).strip("-")
+    cap = f"-{gpu_memory_bytes / 1e9:.3g}gb" if gpu_memory_bytes is not None else ""
     return output / f"{name}{cap}.json", output / f"{name}{cap}.md"
+
+
+def is_result_markdown(path: Path) -> bool:
+    """Whether a file begins as gpu_markdown() does."""
+    with open(path, "rb") as file:
+        return file.read(len(_HEADING)) == _HEADING.encode()
 
 
 def gpu_json(job: Job, lines: Sequence[Line], arguments: Sequence[str]) -> str:
@@ -73,7 +85,7 @@ def gpu_markdown(job: Job, lines: Sequence[Line], arguments: Sequence[str]) -> s
     found = accelerator(job.device)
     cap = f", held to {format_bytes(job.gpu_memory_bytes)}" if job.gpu_memory_bytes is not None else ""
     parts = [
-        f"# GPU benchmark: {found['name']}{cap}",
+        f"{_HEADING}{found['name']}{cap}",
         f"`{shlex.join(['headinfer', *arguments])}`\n\nMachine: {machine()}.\n\nModel: `{job.sizes.model}`.",
         f"{len(goals) - len(missed)} of {len(goals)} goals are reached."
         + ("\n\n" + "\n".join(missed) if missed else ""),

@@ -7,14 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from headinfer.files import read_json_object
 from headinfer.plan.memory import format_bytes
 
-__all__ = ["Measure", "Peak", "Sizes", "in_turns", "ratio", "step", "timed"]
+__all__ = ["Measure", "Peak", "Sizes", "in_turns", "is_result_json", "ratio", "step", "timed"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Measure:
         if self.unit == "bytes":
             return format_bytes(self.value)
         return f"{self.value:.3g}{'' if self.unit == 'x' else ' '}{self.unit}"
+
+
+def is_result_json(path: Path) -> bool:
+    """Whether a file is the JSON of an earlier `headinfer bench`: an object with its command and its figures."""
+    found = read_json_object(path)
+    return str(found.get("command", "")).startswith("headinfer ") and ("measures" in found or "lines" in found)
 
 
 def step(model: Any, cache: Any, tokens: int = 1, mask: torch.Tensor | None = None) -> None:

@@ -20,7 +20,7 @@ from headinfer.errors import UsageError
 from headinfer.info import machine
 from headinfer.probe import probe
 
-__all__ = ["check_table", "markdown_table", "result_json", "run_check", "run_suites"]
+__all__ = ["check_suites", "check_table", "markdown_table", "result_json", "run_check", "run_suites"]
 
 _QUICK = Sizes(
     short_tokens=256,
@@ -36,6 +36,12 @@ _QUICK = Sizes(
 )
 
 
+def check_suites(names: Sequence[str]) -> None:
+    """Raise UsageError for a name that is no suite's."""
+    if unknown := [name for name in names if name not in (*SUITES, *DISK_SUITES)]:
+        raise UsageError(f"there is no suite {unknown[0]!r}: choose among {', '.join((*SUITES, *DISK_SUITES))}")
+
+
 def run_suites(
     names: Sequence[str], *, quick: bool, on_stage: Callable[[str], None], folder: Path | None = None
 ) -> list[Measure]:
@@ -43,8 +49,7 @@ def run_suites(
 
     folder: of the disk to measure, else the system's for temporary files. Raises UsageError for an unknown name.
     """
-    if unknown := [name for name in names if name not in (*SUITES, *DISK_SUITES)]:
-        raise UsageError(f"there is no suite {unknown[0]!r}: choose among {', '.join((*SUITES, *DISK_SUITES))}")
+    check_suites(names)
     place = folder or Path(tempfile.gettempdir())
     if not place.is_dir():
         raise UsageError(f"there is no folder {place}: name one on the disk that is to be measured")

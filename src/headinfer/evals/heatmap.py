@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from headinfer.errors import UsageError
 from headinfer.evals.run import Results
+from headinfer.files import check_output, write_file
 from headinfer.plan.units import format_tokens
 
-__all__ = ["save_heatmap"]
+__all__ = ["is_heatmap", "save_heatmap"]
+
+_CREATOR = "headinfer eval"
+_PNG = b"\x89PNG\r\n"
 
 
 def save_heatmap(results: Results, path: Path) -> None:
     """Write a PNG: one column a length, one row a depth, green where all answers are right.
 
-    Raises UsageError where matplotlib is missing.
+    Raises UsageError if matplotlib is missing, or if the file holds something else than an earlier heatmap.
     """
     try:
         from matplotlib.figure import Figure
@@ -43,6 +48,14 @@ def save_heatmap(results: Results, path: Path) -> None:
     bar = figure.colorbar(image, ax=axes)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.tight_layout()
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    image_bytes = io.BytesIO()
+    figure.savefig(image_bytes, format="png", metadata={"Creator": _CREATOR})
+    check_output(path, is_ours=is_heatmap)
+    write_file(path, [image_bytes.getvalue()])
+
+
+def is_heatmap(path: Path) -> bool:
+    """Whether a file is a picture that save_heatmap() wrote."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    return start.startswith(_PNG) and _CREATOR.encode() in start

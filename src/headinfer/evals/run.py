@@ -13,7 +13,7 @@ from typing import Any
 from headinfer.errors import UsageError
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, Reader, Reading
 from headinfer.evals.tasks import Document, Question
-from headinfer.files import write_text
+from headinfer.files import check_output, write_text
 from headinfer.info import machine
 from headinfer.plan.memory import available_host_bytes, format_bytes
 
@@ -40,7 +40,8 @@ class Results:
     def open(cls, folder: Path, about: dict[str, Any]) -> Results:
         """The results in a folder, or new ones. Raises UsageError where those there are of another evaluation."""
         results = cls(folder / "results.json", about)
-        if not results.path.exists():
+        check_output(results.path, is_ours=lambda _: True)  # what an existing file holds is checked below
+        if not results.path.exists() or not results.path.stat().st_size:
             return results
         try:
             found = json.loads(results.path.read_text(encoding="utf-8"))

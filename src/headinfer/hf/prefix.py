@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from headinfer.errors import SessionError
-from headinfer.files import FileEntry, link_or_copy, remove, sync_folder
+from headinfer.files import FileEntry, link_or_copy, sync_folder
 from headinfer.hf.compat import versions
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.folder import session_names
 from headinfer.sessions.manifest import Manifest, first_chain
+from headinfer.sessions.ownership import check_replaceable, remove_unused
 
 __all__ = ["Prefix", "find_prefix", "take_over"]
 
@@ -74,6 +75,7 @@ def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, An
     blocks = manifest.blocks[: prefix.blocks]
     try:
         for block in blocks:
+            check_replaceable(folder / block.file.name, named=())
             link_or_copy(source / block.file.name, folder / block.file.name)
         end = _end(source, folder, manifest, is_whole=prefix.is_whole)
     except FileNotFoundError as error:
@@ -92,10 +94,8 @@ def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, An
         about=about,
         versions=versions(),
     ).write(folder)
-    kept = {entry.name for entry in (*(block.file for block in blocks), end)}
-    for path in folder.glob("*.safetensors"):
-        if path.name not in kept:
-            remove(path)
+    named = {entry.name for entry in (*(block.file for block in blocks), end)}
+    remove_unused(folder, named=named, named_before=())
 
 
 def _end(source: Path, folder: Path, manifest: Manifest, *, is_whole: bool) -> FileEntry:
@@ -104,4 +104,6 @@ def _end(source: Path, folder: Path, manifest: Manifest, *, is_whole: bool) -> F
     tensors = {name: file.read(name) for name in file.names()}
     if not is_whole:
         tensors = {name: tensor[..., :0] if name == _IDS else tensor[:, :, :0] for name, tensor in tensors.items()}
-    return write_tensors(folder / "end-000001.safetensors", tensors)
+    path = folder / "end-000001.safetensors"
+    check_replaceable(path, named=())
+    return write_tensors(path, tensors)

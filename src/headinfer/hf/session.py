@@ -20,7 +20,7 @@ import torch
 
 from headinfer.engine import Options
 from headinfer.errors import SessionError, StateError, UsageError
-from headinfer.files import remove, sync_folder
+from headinfer.files import FileEntry, sync_folder
 from headinfer.hf.compat import PreTrainedModel, layer_device, versions
 from headinfer.hf.fingerprint import check_fingerprint, fingerprint
 from headinfer.hf.layer_state import from_plain, to_plain
@@ -30,7 +30,8 @@ from headinfer.kv.segments import Segment, Span
 from headinfer.kv.stored import StoredSegment
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.folder import Lock
-from headinfer.sessions.manifest import Block, Manifest, first_chain
+from headinfer.sessions.manifest import MANIFEST, Block, Manifest, first_chain
+from headinfer.sessions.ownership import check_replaceable, remove_unused
 
 if TYPE_CHECKING:
     from headinfer.hf.cache import HeadCache
@@ -72,8 +73,8 @@ class _Snapshot:
 class SessionWriter:
     """Writes checkpoints of a cache to a folder, each behind the computation of what follows it.
 
-    Holds the folder's lock. Raises SessionError where another writer holds it, and where the folder keeps a session
-    that this cache does not go on from.
+    Holds the folder's lock. Raises SessionError if another writer holds it, if the folder holds a file that no session
+    wrote, and if it keeps a session that this cache does not go on from.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class SessionWriter:
         saved = cache.saved
         if saved is None or saved.folder != self.folder:
             saved = Saved(self.folder)
-        on_disk = Manifest.read(self.folder).generation if (self.folder / "manifest.json").exists() else 0
-        if on_disk != saved.generation:
+        on_disk = Manifest.read(self.folder) if (self.folder / MANIFEST).exists() else None
+        if (on_disk.generation if on_disk is not None else 0) != saved.generation:
             raise SessionError(
                 f"{self.folder} holds another session, or was written since this cache was loaded: choose another "
                 "folder, or load it again"
@@ -111,25 +112,35 @@ class SessionWriter:
             raise StateError("the cache is empty: there is nothing to save before the model has read something")
         cache.engine.settle()
         cache.saved = saved
-        self._job = self._thread.submit(self._write, _snapshot(cache, saved, self._model, token_ids), saved)
+        named_before = {entry.name for entry in on_disk.files()} if on_disk is not None else set()
+        taken = _snapshot(cache, saved, self._model, token_ids)
+        self._job = self._thread.submit(self._write, taken, saved, named_before)
         if cache.engine.options.host_kv_budget is not None:
             self.finish()  # what is being written stays in memory: no more of it than has to
 
-    def _write(self, taken: _Snapshot, saved: Saved) -> None:
-        """New blocks, then the end, then the manifest; only then what the checkpoint before had is removed."""
+    def _write(self, taken: _Snapshot, saved: Saved, named_before: set[str]) -> None:
+        """Write new blocks, then the end, then the manifest; only then remove what the checkpoint before needed.
+
+        named_before: the files that the manifest of the checkpoint before names.
+        """
+
+        def write(name: str, tensors: dict[str, torch.Tensor]) -> FileEntry:
+            check_replaceable(self.folder / name, named_before)
+            return write_tensors(self.folder / name, tensors)
+
         blocks: dict[Segment, Block] = {}
         number = saved.next_number
         for segment in dict.fromkeys(span.segment for table in taken.tables for span in table):
             if segment in taken.segments:
                 tensors = taken.segments[segment]
-                entry = write_tensors(self.folder / f"block-{number:06}.safetensors", tensors)
+                entry = write(f"block-{number:06}.safetensors", tensors)
                 tokens = tensors[min(tensors)].shape[1]
                 blocks[segment] = Block(entry, tokens, taken.chains.get(segment, ""))
                 number += 1
             else:
                 blocks[segment] = saved.written[segment]
         generation = saved.generation + 1
-        end = write_tensors(self.folder / f"end-{generation:06}.safetensors", taken.end)
+        end = write(f"end-{generation:06}.safetensors", taken.end)
         sync_folder(self.folder)
         order = {segment: index for index, segment in enumerate(blocks)}
         manifest = Manifest(
@@ -147,10 +158,8 @@ class SessionWriter:
         manifest.write(self.folder)
         saved.generation, saved.next_number = generation, number
         saved.written.update(blocks)
-        kept = {entry.name for entry in manifest.files()}
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in kept:
-                remove(path)
+        named = {entry.name for entry in manifest.files()}
+        remove_unused(self.folder, named=named, named_before=named_before)
 
     def finish(self) -> None:
         """Wait for what was begun. Raises what went wrong with it; the checkpoint before is still there then."""

@@ -17,13 +17,12 @@ import torch
 import xxhash
 
 from headinfer.errors import SessionError
-from headinfer.files import FileEntry, write_new
+from headinfer.files import CHECKSUM_PREFIX, FileEntry, write_file
 
 __all__ = ["TensorFile", "write_tensors"]
 
 _PAGE_BYTES = 4096
 _LENGTH_BYTES = 8
-_CHECKSUM = "xxh3:"  # before a tensor's name, in the header's __metadata__
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,11 +50,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
         nbytes = tensor.numel() * tensor.element_size()
         place = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + nbytes]}
         header[name], at = place, at + nbytes
-        sums[_CHECKSUM + name] = _checksum(parts[name])
+        sums[CHECKSUM_PREFIX + name] = _checksum(parts[name])
     text = json.dumps({"__metadata__": sums, **header}, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _PAGE_BYTES)
     head = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    write_new(path, [head, *(part for name in tensors for part in parts[name])])
+    write_file(path, [head, *(part for name in tensors for part in parts[name])])
     return FileEntry(path.name, len(head) + at, xxhash.xxh3_128_hexdigest(head))
 
 
@@ -107,7 +106,8 @@ class TensorFile:
     def verify(self, name: str) -> None:
         """Read a tensor and compare its checksum. Raises SessionError where it differs."""
         begin, nbytes = self.place(name)
-        if xxhash.xxh3_128_hexdigest(memoryview(self._map)[begin : begin + nbytes]) != self._sums[_CHECKSUM + name]:
+        found = xxhash.xxh3_128_hexdigest(memoryview(self._map)[begin : begin + nbytes])
+        if found != self._sums[CHECKSUM_PREFIX + name]:
             raise SessionError(f"{name} in {self.path} is not as it was written: {_ADVICE}")
 
     def read(self, name: str) -> torch.Tensor:

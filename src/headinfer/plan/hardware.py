@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headinfer.errors import UsageError
-from headinfer.files import write_text
+from headinfer.files import read_json_object, write_text
 from headinfer.plan.tiles import TileRates
 
-__all__ = ["HARDWARE", "Hardware", "find_hardware", "probe_path"]
+__all__ = ["HARDWARE", "Hardware", "find_hardware", "is_probe", "probe_path"]
 
 MIB = 2**20
 TERA, GIGA = 10**12, 10**9
@@ -209,6 +209,11 @@ def find_hardware(name: str) -> Hardware:
         return HARDWARE[keys[_key(name)]]
     near = dict.fromkeys(keys[key] for key in difflib.get_close_matches(_key(name), keys, n=3, cutoff=0.5))
     raise UsageError(f"there is no device {name!r} in the table: choose one of {', '.join(near or HARDWARE)}")
+
+
+def is_probe(path: Path) -> bool:
+    """Whether a file is what `headinfer probe` wrote, with whatever fields that version had."""
+    return str(read_json_object(path).get("source", "")).startswith("headinfer probe")
 
 
 def probe_path() -> Path:

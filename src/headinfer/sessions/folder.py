@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from headinfer.errors import SessionError, UsageError
+from headinfer.files import remove
 from headinfer.sessions.manifest import MANIFEST, Manifest
+from headinfer.sessions.ownership import LOCK, LOCK_TEXT, check_no_foreign_files, own_files
 
 __all__ = ["Lock", "at_rest", "default_root", "remove_session", "session_folder", "session_names"]
 
 T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_LOCK = "lock"
 
 
 def default_root() -> Path:
@@ -62,33 +62,53 @@ def at_rest(folder: Path, look: Callable[[Manifest], T]) -> T:
                 raise
 
 
-def remove_session(folder: Path) -> None:
-    """Remove a session, its manifest first. Raises SessionError where one is writing it, or where there is none."""
-    if not (folder / MANIFEST).exists() and not (folder / _LOCK).exists():
-        raise SessionError(f"there is no session {folder.name} in {folder.parent}")
-    lock = Lock(folder)
-    try:
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-    finally:
-        lock.release()
+def remove_session(folder: Path) -> bool:
+    """Remove a session: the files that it wrote, its manifest first, then the folder.
+
+    Returns:
+        Whether the folder is gone too. It stays if another program has put a file there meanwhile.
+
+    Raises:
+        SessionError: the folder is no session, holds files that no session wrote, or is being written. Nothing was
+            removed then.
+    """
+    if not own_files(folder):
+        raise SessionError(f"there is no session {folder.name} in {folder.parent}: nothing was removed")
+    with Lock(folder):
+        for name in sorted(own_files(folder), key=lambda name: (name != MANIFEST, name == LOCK)):
+            remove(folder / name)
+        try:
+            folder.rmdir()
+        except OSError:
+            return False
+    return True
 
 
 class Lock:
-    """One writer at a time: held until release(), or until the process ends.
+    """The right to write a session: one writer at a time, until release() or the end of the process.
 
-    The folder is made where there is none. Raises SessionError where another process or writer holds it.
+    Args:
+        folder: the session's folder; it is created if there is none.
+
+    Raises:
+        SessionError: another process or writer holds the lock, the folder is not writable, or it holds files that no
+            session wrote. Nothing was written then.
     """
 
     def __init__(self, folder: Path) -> None:
+        self._descriptor = -1
+        check_no_foreign_files(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            while self._descriptor < 0:
+                self._descriptor = _open_locked(folder / LOCK)
+            if not os.fstat(self._descriptor).st_size:
+                os.write(self._descriptor, LOCK_TEXT)
+        except SessionError:
+            raise
         except OSError as error:
+            self.release()
             raise SessionError(f"cannot write into {folder} ({error.strerror}): choose another folder") from error
-        if not _lock(self._descriptor):
-            os.close(self._descriptor)
-            raise SessionError(f"another process is writing {folder}: wait for it to end, or use another name")
 
     def release(self) -> None:
         """Let others write."""
@@ -103,6 +123,34 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _open_locked(path: Path) -> int:
+    """Open a lock's file and lock it; -1 if its last holder has removed it meanwhile.
+
+    Raises:
+        SessionError: another process or writer holds the lock.
+        OSError: the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        if not _lock(descriptor):
+            raise SessionError(f"another process is writing {path.parent}: wait for it to end, or use another name")
+        if _is_same(descriptor, path):
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return -1
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int) -> bool:

@@ -16,13 +16,13 @@ from typing import Any
 import xxhash
 
 from headinfer.errors import SessionError
-from headinfer.files import FileEntry, replace_text
+from headinfer.files import FileEntry, write_text
 
-__all__ = ["FORMAT", "MANIFEST", "VERSION", "Block", "Manifest", "first_chain"]
+__all__ = ["FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Block", "Manifest", "first_chain"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "headinfer session", 1
-_FILE_NAME = re.compile(r"(block|end)-\d{6,}\.safetensors")
+FILE_NAME = re.compile(r"(block|end)-\d{6,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,14 @@ class Manifest:
         """All data files."""
         return [*(block.file for block in self.blocks), self.end]
 
+    def text(self) -> str:
+        """The content of the manifest's file."""
+        body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
+
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest: at any instant the old one or this one is there, whole."""
-        body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        replace_text(folder / MANIFEST, json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n")
+        write_text(folder / MANIFEST, self.text())
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -104,7 +108,7 @@ class Manifest:
             found = Manifest(**body)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SessionError(f"{path} has other fields than version {VERSION} of the format: {error}") from error
-        if outside := [entry.name for entry in found.files() if not _FILE_NAME.fullmatch(entry.name)]:
+        if outside := [entry.name for entry in found.files() if not FILE_NAME.fullmatch(entry.name)]:
             raise SessionError(f"{path} names {outside[0]!r}, which is no file of a session: do not use it")
         return found
 

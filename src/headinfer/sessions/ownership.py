@@ -1,0 +1,154 @@
+"""Which files of a folder a session wrote. Nothing else in the folder is ever replaced, removed or written beside.
+
+A file belongs to a session if it is a regular file and one of these holds:
+
+- it is `manifest.json` (or a partial one) and its content says that it is a session's manifest;
+- the folder's manifest names it;
+- it is called as a data file is, and its header holds the checksums that only headinfer writes;
+- it is `lock` and holds LOCK_TEXT;
+- its name ends with PARTIAL_SUFFIX: a write was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from headinfer.errors import SessionError
+from headinfer.files import CHECKSUM_PREFIX, PARTIAL_SUFFIX, remove
+from headinfer.sessions.manifest import FILE_NAME, FORMAT, MANIFEST, Manifest
+
+__all__ = ["LOCK", "LOCK_TEXT", "check_no_foreign_files", "check_replaceable", "own_files", "remove_unused"]
+
+LOCK = "lock"
+LOCK_TEXT = b"lock of a headinfer session\n"
+_MANIFESTS = (MANIFEST, MANIFEST + ".partial")  # the second one: left by a killed write of headinfer 0.1.0
+_MANIFEST_START = f'{{\n "format": "{FORMAT}"'.encode()
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+def own_files(folder: Path) -> list[str]:
+    """The names of the files in a folder that a session provably wrote; empty if there is no such folder."""
+    return _sorted_out(folder)[0]
+
+
+def check_no_foreign_files(folder: Path) -> None:
+    """Check that a session may be written to a folder: it does not exist, is empty, or holds a session's files only.
+
+    Files of the file system itself (.nfs*, .DS_Store) and an empty file called `lock`, as earlier versions made it, do
+    not count.
+
+    Raises:
+        SessionError: the folder holds something else, or cannot be listed. Nothing was written or removed.
+    """
+    foreign = _sorted_out(folder)[1]
+    if foreign:
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise SessionError(
+            f"{folder} holds {foreign[0]}{others}, which no session of headinfer wrote: nothing was written or removed "
+            "there; choose a folder of its own for the session, or move the other files away"
+        )
+
+
+def check_replaceable(path: Path, named: Collection[str]) -> None:
+    """Check that a data file may be written to a path.
+
+    Args:
+        path: the file to write.
+        named: the files that the folder's manifest names.
+
+    Raises:
+        SessionError: a file of this name exists that no session wrote.
+    """
+    if os.path.lexists(path) and not _is_own(path, named):
+        raise SessionError(
+            f"{path} was not written by headinfer and is not replaced: move it away, or use another folder"
+        )
+
+
+def remove_unused(folder: Path, *, named: Collection[str], named_before: Collection[str]) -> None:
+    """Remove the data files that the last checkpoint needed and this one does not, and what killed writes left.
+
+    Args:
+        folder: a session, whose lock is held.
+        named: the files that its manifest names now.
+        named_before: the files that its manifest named before.
+    """
+    for path in folder.iterdir():
+        is_leftover = path.name.endswith(PARTIAL_SUFFIX) or FILE_NAME.fullmatch(path.name)
+        if path.name not in named and is_leftover and _is_own(path, named_before):
+            remove(path)
+
+
+def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a folder's own and foreign entries; what does not count is in neither list."""
+    named = _named_by_manifest(folder)
+    own: list[str] = []
+    foreign: list[str] = []
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return own, foreign
+    except OSError as error:
+        raise SessionError(f"cannot write into {folder} ({error.strerror}): choose another folder") from error
+    for path in paths:
+        if path.name.startswith(".nfs") or path.name == ".DS_Store" or not os.path.lexists(path):
+            continue
+        if path.name == LOCK and path.is_file() and not path.is_symlink() and path.stat().st_size == 0:
+            continue
+        (own if _is_own(path, named) else foreign).append(path.name)
+    return own, foreign
+
+
+def _named_by_manifest(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in Manifest.read(folder).files()}
+    except SessionError:  # there is none, or it is damaged or of another program: then each file speaks for itself
+        return set()
+
+
+def _is_own(path: Path, named: Collection[str]) -> bool:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        if path.name in named or path.name.endswith(PARTIAL_SUFFIX):
+            return True
+        if path.name == LOCK:
+            return path.stat().st_size == len(LOCK_TEXT) and path.read_bytes() == LOCK_TEXT
+        if path.name in _MANIFESTS:
+            return _is_manifest(path)
+        return FILE_NAME.fullmatch(path.name) is not None and _has_checksums(path)
+    except FileNotFoundError:  # the process that writes the session was quicker
+        return True
+    except OSError:
+        return False
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file says that it is a session's manifest; a damaged one too, as long as its beginning is whole."""
+    data = path.read_bytes()
+    if data.startswith(_MANIFEST_START):
+        return True
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def _has_checksums(path: Path) -> bool:
+    """Whether a file is a safetensors file with a checksum for each tensor (docs/session-format.md)."""
+    with open(path, "rb") as file:
+        nbytes = int.from_bytes(file.read(8), "little")
+        if nbytes > min(_MAX_HEADER_BYTES, path.stat().st_size):
+            return False
+        try:
+            header = json.loads(file.read(nbytes))
+        except (ValueError, RecursionError):
+            return False
+    if not isinstance(header, dict):
+        return False
+    sums = header.pop("__metadata__", None)
+    return bool(header) and isinstance(sums, dict) and all(CHECKSUM_PREFIX + name in sums for name in header)
