@@ -63,11 +63,14 @@ PY
 mkdir -p "$results" || stop "cannot write into $results: name another folder as the first argument"
 
 mark="# benchmarks/gpu.sh" # begins each log, so that another program's file is never replaced
-for name in tests-gpu racecheck memcheck sanitizer bench-gpu bench-gpu-24gb; do
-  log=$results/$name.txt
-  if [ -s "$log" ] && [ "$(head -c ${#mark} "$log" | tr -d '\0')" != "$mark" ]; then
-    stop "$log is not a log of this script and is not replaced: move it away, or name another folder"
-  fi
+declare -A logs=([tests]="tests-gpu" [sanitizer]="racecheck memcheck sanitizer" [bench]="bench-gpu" [bench-24gb]="bench-gpu-24gb")
+for step in $steps; do
+  for name in ${logs[$step]}; do
+    log=$results/$name.txt
+    if [ -s "$log" ] && [ "$(head -c ${#mark} "$log" | tr -d '\0')" != "$mark" ]; then
+      stop "$log is not a log of this script and is not replaced: move it away, or name another folder"
+    fi
+  done
 done
 
 failed=()
@@ -112,7 +115,8 @@ if wanted bench-24gb; then
 fi
 
 if [ "$results" -ef "$own" ]; then # the document that places these figures beside the paper's
-  "$python" -m headinfer plan --paper > docs/paper-comparison.md.new && mv docs/paper-comparison.md.new docs/paper-comparison.md
+  new=$(mktemp) && "$python" -m headinfer plan --paper > "$new" && cat "$new" > docs/paper-comparison.md
+  rm -f "$new"
 fi
 
 if [ "${#failed[@]}" -gt 0 ]; then

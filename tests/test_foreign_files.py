@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -22,13 +23,15 @@ from safetensors.torch import save_file
 import headinfer
 from headinfer import CapacityError, HeadCache, SessionError, UsageError
 from headinfer.bench import gpu as gpu_bench
-from headinfer.files import PARTIAL_SUFFIX, check_output, write_file, write_text
+from headinfer.bench.measure import Measure
+from headinfer.files import PARTIAL_SUFFIX, Output, write_file, write_text
 from headinfer.kv.disk import DiskFile
-from headinfer.plan.hardware import HARDWARE, Hardware, is_probe
+from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.sessions.folder import Lock, remove_session
 from headinfer.sessions.manifest import Manifest
-from headinfer.sessions.ownership import LOCK_TEXT, own_files
+from headinfer.sessions.ownership import own_files
 
+ROOT = Path(__file__).parents[1]
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
 PNG = b"\x89PNG\r\n\x1a\n a picture of somebody else"
 NAMES = {
@@ -49,6 +52,8 @@ NAMES = {
     "plan.png": PNG,
     "plan.png.partial": PNG,
     "hardware.json": b'{"source": "my own description"}',
+    "drawing.svg": b"<?xml version='1.0'?><svg><text>headinfer plan, drawn by hand</text></svg>",
+    "drawing.pdf": b"%PDF-1.4 % made for the slides about headinfer plan",
     "book.tar": b"an archive",
     "book.tar.partial": b"half an archive",
     "notes.txt": b"headinfer eval headinfer plan headinfer probe",
@@ -191,6 +196,8 @@ STRAYS = {
 def test_a_foreign_file_in_a_session_stays_and_stops_what_writes(command, kept, book, tmp_path, name):
     put_file(kept / name, STRAYS[name])
     before = content_of(kept)
+    assert command("read", MODEL, "--file", book, "--session", "mybook")[0] == 0, "all is read: nothing is written"
+    book.write_text(book.read_text() + "It goes on.")
     for arguments in (
         ("session", "rm", "mybook"),
         ("ask", "--session", "mybook", "--keep", "--max-new-tokens", 2, "When?"),
@@ -228,24 +235,75 @@ def test_a_file_that_comes_while_a_session_is_written_stays(model, cache, tmp_pa
     assert Manifest.read(tmp_path / "book").tokens == 300
 
 
-def test_a_shared_prefix_replaces_nothing(command, kept, book, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["block-000000.safetensors", "end-000001.safetensors", "manifest.json"])
+def test_a_shared_prefix_replaces_nothing(command, kept, book, tmp_path, monkeypatch, name):
     """A second session takes files over from the first one while another program writes into its folder."""
     from headinfer import reading
 
     target, taken = tmp_path / "sessions" / "second", reading.take_over
 
     def meanwhile(*arguments):
-        put(target, "block-000000.safetensors", "end-000001.safetensors", "mine.safetensors")
+        put(target, name, "mine.safetensors")
         return taken(*arguments)
 
     monkeypatch.setattr(reading, "take_over", meanwhile)
+    content = content_of(put(tmp_path / "the same", name, "mine.safetensors"))
     code, _, err = command("read", MODEL, "--file", book, "--session", "second")
     assert code == 2
-    assert "block-000000.safetensors was not written by headinfer" in err
-    assert sorted(path.name for path in target.iterdir()) == [
-        "block-000000.safetensors", "end-000001.safetensors", "lock", "mine.safetensors",
-    ]  # fmt: skip
-    assert (target / "end-000001.safetensors").read_bytes() == NAMES["end-000001.safetensors"]
+    assert f"{name} was not written by headinfer" in err
+    assert content.items() <= content_of(target).items()
+
+
+def test_a_manifest_that_comes_while_a_session_is_written_stays(model, cache, tmp_path, monkeypatch):
+    from headinfer.hf import session
+
+    def meanwhile(path, tensors):
+        put(tmp_path / "book", "manifest.json")
+        return write_tensors(path, tensors)
+
+    write_tensors = session.write_tensors
+    monkeypatch.setattr(session, "write_tensors", meanwhile)
+    with pytest.raises(SessionError, match=r"manifest\.json was not written by headinfer"):
+        cache.save(tmp_path / "book")
+    assert (tmp_path / "book" / "manifest.json").read_bytes() == NAMES["manifest.json"]
+
+
+def test_a_manifest_that_is_a_pipe_is_refused(model, tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(SessionError, match="is not a regular file"):
+        HeadCache.load(tmp_path, model)
+
+
+@pytest.mark.parametrize("held", [200, 0], ids=["it goes on", "it begins"])
+def test_a_session_that_another_process_writes_meanwhile_is_not_written_again(command, book, tmp_path, held):
+    """Between the checks and the lock the other process reads further: tokens would be read twice, or files lost."""
+    from headinfer import reading
+
+    root = tmp_path / "sessions"
+    job = reading.ReadJob(MODEL, book.read_text(), "mybook", root, chunk_tokens=200)
+    if held:
+        begun = reading.ReadJob(MODEL, book.read_text()[:held], "mybook", root, chunk_tokens=200)
+        reading.read(reading.prepare_read(begun))
+    prepared = reading.prepare_read(job)
+    assert prepared.done == held
+    reading.read(reading.prepare_read(job))
+    before = content_of(root)
+    with pytest.raises(SessionError, match=r"another process has written the session .* run the same command again"):
+        reading.read(prepared)
+    assert content_of(root) == before
+    assert reading.read(reading.prepare_read(job)).tokens == len(book.read_text())
+
+
+def test_a_question_is_not_kept_in_a_session_that_changed_meanwhile(command, kept):
+    from headinfer import asking
+
+    job = asking.AskJob("mybook", kept.parent, ["When?"], max_new_tokens=2, keep=True)
+    prepared, later = asking.prepare_ask(job), asking.prepare_ask(job)
+    asking.ask(prepared, on_text=lambda _: None)
+    before = content_of(kept)
+    with pytest.raises(SessionError, match="another process has written the session"):
+        asking.ask(later, on_text=lambda _: None)
+    assert content_of(kept) == before
 
 
 def test_only_sessions_are_removed(command, tmp_path):
@@ -310,8 +368,10 @@ def test_sessions_of_earlier_versions_are_sessions(model, cache, tmp_path):
     folder = tmp_path / "book"
     (folder / "lock").write_bytes(b"")
     shutil.copy(folder / "manifest.json", folder / "manifest.json.partial")
+    (folder / "end-000077.safetensors").touch()  # a power cut left it without content
     HeadCache.load(folder, model).save(folder)
-    assert (folder / "lock").read_bytes() == LOCK_TEXT
+    assert (folder / "lock").read_bytes() == b""
+    assert not (folder / "end-000077.safetensors").exists()
     assert remove_session(folder)
     assert not folder.exists()
 
@@ -340,11 +400,13 @@ def test_a_session_that_never_had_a_checkpoint_can_be_removed_and_written(cache,
 def test_files_of_the_file_system_do_not_count(cache, tmp_path):
     folder = tmp_path / "book"
     folder.mkdir()
-    for name in (".nfs000000000012", ".DS_Store"):
+    names = [".nfs000000000012", ".fuse_hidden0001", ".DS_Store", "._block-000000.safetensors", "Thumbs.db"]
+    for name in names:
         (folder / name).write_bytes(b"the system's")
+    (folder / "lost+found").mkdir()
     cache.save(folder)
     assert not remove_session(folder), "the folder stays with them"
-    assert sorted(path.name for path in folder.iterdir()) == [".DS_Store", ".nfs000000000012"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "lost+found"])
 
 
 def test_a_lock_that_its_holder_removed_locks_nothing(tmp_path, monkeypatch):
@@ -382,49 +444,47 @@ def commands_with_output(path):
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name, content in NAMES.items() if content != b""])
 @pytest.mark.parametrize("which", commands_with_output(""))
 def test_a_result_replaces_no_foreign_file(command, tmp_path, monkeypatch, which, name):
     folder = put(tmp_path / "somebody's")
     arguments, expensive = commands_with_output(folder / name)[which]
-    if NAMES[name] == b"":
-        return  # an empty file may be replaced
     monkeypatch.setattr(expensive, lambda *_, **__: pytest.fail("it began before it looked at the file"))
     before = content_of(folder)
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
-    assert f"{name} holds something else than an earlier result of this command and is not replaced" in err
+    is_drawing = which != "plan --plot" or name.endswith((".png", ".svg", ".pdf"))
+    says = "is not an earlier result of this command and is not replaced" if is_drawing else "its name must end with"
+    assert f"{name}" in err
+    assert says in err
     assert content_of(folder) == before
 
 
 @pytest.mark.parametrize("which", [*commands_with_output(""), "session export", "eval"])
-@pytest.mark.parametrize("kind", ["a folder", "a device", "a link to nothing", "a pipe"])
-def test_a_result_replaces_no_folder_device_or_pipe(command, kept, tmp_path, which, kind):
-    path = {"a folder": tmp_path / "somebody's", "a device": Path("/dev/full")}.get(kind, tmp_path / "results.json")
+@pytest.mark.parametrize("kind", ["a folder", "a link to a folder", "a link to nothing", "a pipe", "a socket"])
+def test_a_result_replaces_nothing_but_a_regular_file(command, kept, tmp_path, which, kind):
+    """A device is one more kind, which stays out of this test: a fault would cost the machine its /dev/null."""
+    folder = put(tmp_path / "somebody's")
+    path = tmp_path / "out" / ("plan.png" if which == "plan --plot" else "results.json")
+    path.parent.mkdir()
     if kind == "a folder":
         put(path)
+    elif kind == "a link to a folder":
+        path.symlink_to(folder)
     elif kind == "a link to nothing":
         path.symlink_to(tmp_path / "nothing")
     elif kind == "a pipe":
         os.mkfifo(path)
+    else:
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    before, entries, mode = content_of(tmp_path), sorted(tmp_path.rglob("*")), path.lstat().st_mode
     commands = {name: arguments for name, (arguments, _) in commands_with_output(path).items()}
     commands["session export"] = ["session", "export", "mybook", path]
-    if kind == "a device":
-        (tmp_path / "results.json").symlink_to("/dev/full")
-    elif kind == "a folder":
-        (tmp_path / "results.json").mkdir()
-    commands["eval"] = ["eval", "niah", "embedded", "--lengths", "1K", "--out", tmp_path]
-    before = content_of(path) if kind == "a folder" else None
+    commands["eval"] = ["eval", "niah", "embedded", "--lengths", "1K", "--out", path.parent]
     code, out, err = command(*commands[which])
     assert (code, out) == (2, "")
     assert "cannot write a result to" in err
-    if kind == "a folder":
-        assert content_of(path) == before
-    elif kind == "a device":
-        assert path.is_char_device()
-    else:
-        assert path.is_symlink() if kind == "a link to nothing" else path.is_fifo()
-        assert not (tmp_path / "nothing").exists()
+    assert (content_of(tmp_path), sorted(tmp_path.rglob("*")), path.lstat().st_mode) == (before, entries, mode)
 
 
 def test_an_archive_replaces_nothing(command, kept, tmp_path):
@@ -435,13 +495,23 @@ def test_an_archive_replaces_nothing(command, kept, tmp_path):
         before = content_of(folder)
         code, out, err = command("session", "export", "mybook", folder / name)
         assert (code, out) == (2, "")
-        assert "is not replaced" in err
+        assert "exists and is not replaced" in err
         assert content_of(folder) == before
     archive = tmp_path / "mybook.tar"
     assert command("session", "export", "mybook", archive)[0] == 0
     before = archive.read_bytes()
     assert command("session", "export", "mybook", archive)[0] == 2  # not even an earlier archive
     assert archive.read_bytes() == before
+    code, _, err = command("session", "export", "mybook", kept / "mybook.tar")
+    assert code == 2
+    assert "it is a session's folder" in err
+    link, empty = tmp_path / "link.tar", tmp_path / "empty.tar"
+    empty.touch()
+    link.symlink_to(empty)
+    assert command("session", "export", "mybook", link)[0] == 0
+    assert link.is_symlink()
+    with tarfile.open(empty) as tar:
+        assert tar.getnames()[-1] == "mybook/manifest.json"
 
 
 def test_the_gpu_benchmark_replaces_no_foreign_file(command, tmp_path, monkeypatch):
@@ -452,11 +522,11 @@ def test_the_gpu_benchmark_replaces_no_foreign_file(command, tmp_path, monkeypat
     for name in ("results.json", "hardware.json"):
         code, out, err = command("bench", "--device", "cuda", "--output", folder / name)
         assert (code, out) == (2, "")
-        assert f"{name} holds something else" in err
+        assert f"{name} is not an earlier result" in err
     (folder / "results.json").unlink()
     code, _, err = command("bench", "--device", "cuda", "--output", folder / "results.json")
     assert code == 2
-    assert "results.md holds something else" in err
+    assert "results.md is not an earlier result" in err
     assert content_of(folder) == {path: data for path, data in before.items() if path.name != "results.json"}
 
 
@@ -478,41 +548,141 @@ def test_an_evaluation_replaces_no_foreign_file(command, tmp_path, monkeypatch):
         before = content_of(folder)
         code, out, err = command("eval", *arguments, "--out", folder)
         assert (code, out) == (2, ""), name
-        assert "holds no results of headinfer eval" in err or "niah.png holds something else" in err
+        assert "holds no results of headinfer eval" in err or "niah.png is not an earlier result" in err
         assert content_of(folder) == before
+    pytest.importorskip("matplotlib")
     folder = put(tmp_path / "picture", "niah.png")
     code, _, err = command("eval", *evaluations["niah"], "--out", folder)
     assert code == 2
-    assert "niah.png holds something else" in err
+    assert "niah.png is not an earlier result" in err
     assert content_of(folder) == {Path("niah.png"): PNG}
 
 
-def test_an_earlier_result_is_replaced(command, tmp_path):
+MEASURE = Measure("decode", "seconds of a token", 1.0, "s")
+PROBED = Hardware(**{**vars(HARDWARE["t4"]), "source": "headinfer probe, torch 2.11"})
+
+
+def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
     """Each command that may replace its own result does so, and the empty file of mktemp is free."""
     pytest.importorskip("matplotlib")
-    for name in ("plan.png", "plan.svg", "plan.pdf", "plan"):
+    monkeypatch.setattr("headinfer.bench.run.run_suites", lambda *_, **__: [MEASURE])
+    monkeypatch.setattr("headinfer.bench.run.run_check", lambda *_, **__: [])
+    monkeypatch.setattr("headinfer.probe.probe", lambda *_: PROBED)
+    plan = ["plan", "llama-3-8b", "--gpu", "rtx4090"]
+    for name in ("plan.png", "plan.svg", "plan.pdf", "plan.PNG"):
         path = tmp_path / name
         path.touch()
         for context in ("64K", "128K"):
             before = path.read_bytes()
-            code, _, err = command("plan", "llama-3-8b", "--gpu", "rtx4090", "--context", context, "--plot", path)
+            code, _, err = command(*plan, "--context", context, "--plot", path)
             assert code == 0, err
             assert path.read_bytes() != before
-    path = tmp_path / "hardware.json"
-    Hardware(**{**vars(HARDWARE["t4"]), "source": "headinfer probe, torch 2.11"}).save(path)
-    check_output(path, is_ours=is_probe)
-    HARDWARE["t4"].save(path)
+    for name, arguments in {
+        "bench.json": ["bench", "--output"],
+        "check.json": ["bench", "--check-plan", "--output"],
+        "probe.json": ["probe", "--device", "cpu", "--output"],
+    }.items():
+        path = tmp_path / name
+        path.touch()
+        for _ in range(2):
+            code, _, err = command(*arguments, path)
+            assert code == 0, err
+            assert json.loads(path.read_text())
+    HARDWARE["t4"].save(tmp_path / "mine.json")
     with pytest.raises(UsageError, match="is not replaced"):
-        check_output(path, is_ours=is_probe)
+        PROBED.save(tmp_path / "mine.json")
     evaluation = ["eval", "niah", "embedded", "--lengths", "1K", "--depths", "50", "--out", tmp_path / "out"]
     for _ in range(2):  # the second time all is answered already, and the heatmap is drawn again
         code, _, err = command(*evaluation)
         assert code == 0, err
     link = tmp_path / "link.png"
     link.symlink_to(tmp_path / "plan.png")
-    assert command("plan", "llama-3-8b", "--gpu", "rtx4090", "--plot", link)[0] == 0
+    assert command(*plan, "--plot", link)[0] == 0
     assert link.is_symlink()
     assert not [found.name for found in tmp_path.rglob(f"*{PARTIAL_SUFFIX}")]
+
+
+def test_a_file_that_comes_while_a_command_measures_stays(command, tmp_path, monkeypatch):
+    """The result is shown all the same, and the exit code says that it was not written."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "result.json"
+
+    def meanwhile(result):
+        def measured(*_, **__):
+            path.write_bytes(b"somebody's")
+            return result
+
+        return measured
+
+    monkeypatch.setattr("headinfer.bench.run.run_suites", meanwhile([MEASURE]))
+    monkeypatch.setattr("headinfer.bench.run.run_check", meanwhile([]))
+    monkeypatch.setattr("headinfer.probe.probe", meanwhile(PROBED))
+    for arguments, shown in (
+        (["bench"], "seconds of a token"),
+        (["bench", "--check-plan"], "predicted"),
+        (["probe", "--device", "cpu"], "T4"),
+    ):
+        path.unlink(missing_ok=True)
+        code, out, err = command(*arguments, "--output", path)
+        assert code == 2
+        assert shown in out
+        assert "is not an earlier result" in err
+        assert path.read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("name", ["results.json", "niah.png"])
+def test_a_file_that_comes_while_an_evaluation_runs_stays(command, tmp_path, monkeypatch, name):
+    pytest.importorskip("matplotlib")
+    from headinfer.evals import reader
+
+    original = reader.Reader.read
+
+    def meanwhile(self, document, method):
+        put(tmp_path / "out", name)
+        return original(self, document, method)
+
+    monkeypatch.setattr(reader.Reader, "read", meanwhile)
+    code, out, err = command("eval", "niah", "embedded", "--lengths", "1K", "--depths", "50", "--out", tmp_path / "out")
+    assert code == 2
+    assert f"{name} is not an earlier result" in err
+    assert (tmp_path / "out" / name).read_bytes() == NAMES[name]
+    if name == "niah.png":
+        assert "found" in out  # the scores are shown
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["answers"]
+
+
+def test_what_cannot_be_written_is_said_in_a_sentence(tmp_path, monkeypatch):
+    Output(tmp_path / ("x" * 240), is_ours=None).write("a long name")
+    with pytest.raises(UsageError, match=r"cannot write a result to .* \(File name too long\)"):
+        Output(tmp_path / ("x" * 300), is_ours=None)
+    path = tmp_path / "result.json"
+    path.write_bytes(b"{}")
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(UsageError, match=r"cannot write a result to .* \(Permission denied\)"):
+        Output(path, is_ours=refused)
+
+
+def test_two_exports_to_one_archive_do_not_mix(kept, tmp_path, monkeypatch):
+    """The one that ends last finds the other's archive; no partial file is shared, and none is left."""
+    from headinfer.sessions import archive
+
+    written, original = [], archive._write
+
+    def meanwhile(*arguments):
+        if not written:
+            written.append(arguments)
+            archive.export_session(kept, tmp_path / "mybook.tar")
+        original(*arguments)
+
+    monkeypatch.setattr(archive, "_write", meanwhile)
+    with pytest.raises(UsageError, match="exists and is not replaced"):
+        archive.export_session(kept, tmp_path / "mybook.tar")
+    with tarfile.open(tmp_path / "mybook.tar") as tar:
+        assert tar.getnames()[-1] == "mybook/manifest.json"
+    assert not list(tmp_path.glob(f"*{PARTIAL_SUFFIX}"))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -567,20 +737,48 @@ def test_a_benchmark_of_a_disk_leaves_its_folder_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("name", ["tests-gpu.txt", "bench-gpu.txt", "sanitizer.txt"])
 def test_the_gpu_script_replaces_only_its_own_logs(tmp_path, name):
-    script = (Path(__file__).parents[1] / "benchmarks" / "gpu.sh").read_text()
-    start, end = script.index("mark="), script.index("failed=()")
-    check = 'stop() { echo "$1" >&2; exit 2; }\nresults=$1\n' + script[start:end]
+    """The part of the script that writes logs, without a GPU: twice on its own log, then on other files."""
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    logs = script[script.index("mark=") : script.index("if wanted tests")]
+    begin = 'stop() { echo "$1" >&2; exit 2; }\nresults=$1\nsteps="tests sanitizer bench bench-24gb"\n'
+    run_step = f"\nstep {name.removesuffix('.txt')} 10 echo 1 passed\n"
 
     def run():
-        return subprocess.run(["bash", "-c", check, "-", str(tmp_path)], capture_output=True, text=True, check=False)
+        command = ["bash", "-c", begin + logs + run_step, "-", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    assert run().returncode == 0
-    for content, code in ((b"somebody's\n", 2), (b"\0binary", 2), (b"# benchmarks/gpu.sh: tests-gpu\n1 passed\n", 0)):
+    for _ in range(2):
+        done = run()
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name).read_text().splitlines()[1:] == ["1 passed"]
+    for content in (b"somebody's\n", b"\0binary"):
         (tmp_path / name).write_bytes(content)
         done = run()
-        assert done.returncode == code, done.stderr
-        assert (name in done.stderr) == (code == 2)
+        assert done.returncode == 2
+        assert name in done.stderr
         assert (tmp_path / name).read_bytes() == content
+
+
+def test_training_replaces_only_its_own_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "training")
+    import evaluate
+    import train
+
+    for name in ("new", "empty", "mine", "somebody's"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "new").rmdir()
+    (tmp_path / "mine" / "training.json").write_text('{"seed": 0, "batch_tokens": 1, "run": {}}')
+    for name in ("new", "empty", "mine"):
+        train.check_run_folder(tmp_path / name)
+    for made in (None, "{}"):
+        put(tmp_path / "somebody's", "model.safetensors")
+        if made is not None:
+            (tmp_path / "somebody's" / "training.json").write_text(made)
+        with pytest.raises(SystemExit, match="choose another --out"):
+            train.check_run_folder(tmp_path / "somebody's")
+    assert evaluate.is_table(ROOT / "docs" / "measurements" / "embedded.json")
+    folder = put(tmp_path / "results")
+    assert not [name for name in NAMES if evaluate.is_table(folder / name)]
 
 
 # -- the list is whole ------------------------------------------------------------------------------------------------
@@ -591,37 +789,54 @@ CALLS = {
     "attention/native.py": ["Path.replace", "TemporaryDirectory", "mkdir"],
     # all in a temporary folder
     "bench/disk.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
-    "bench_cli.py": ["write_text", "write_text", "write_text"],
+    "bench_cli.py": ["Output", "Output", "Output", "Output", "Output", "Output"],
+    "cli.py": ["Output", "Output"],
+    "eval_cli.py": ["Output"],
     # savefig: into memory
-    "evals/heatmap.py": ["savefig", "write_file"],
-    "evals/run.py": ["write_text"],
+    "evals/heatmap.py": ["Output", "savefig"],
+    "evals/run.py": ["Output", "Output"],
     "files.py": [
         "mkdir",
         "os.link",
         "os.open for writing",
+        "os.open for writing",
         "os.replace",
-        "remove",
         "remove",
         "remove",
         "unlink",
         "write_file",
         "write_file",
+        "write_file",
+        "write_text",
     ],
     # in a temporary folder
     "hf/parallel.py": ["TemporaryDirectory", "save_pretrained"],
     "hf/prefix.py": ["link_or_copy"],
     # a file that loses its name at once
-    "kv/disk.py": ["mkdir", "mkstemp", "unlink"],
+    "kv/disk.py": ["mkdir", "mkstemp", "os.open for writing", "unlink"],
     "kv/tensor_file.py": ["write_file"],
-    "plan/hardware.py": ["write_text"],
+    "plan/hardware.py": ["Output"],
     # savefig: into memory
-    "plan_plots.py": ["savefig", "write_file"],
+    "plan_plots.py": ["Output", "Output", "savefig"],
     # a temporary file
     "probe.py": ["NamedTemporaryFile"],
-    "sessions/archive.py": ["open for writing", "os.replace", "remove", "remove", "tarfile.open for writing"],
-    "sessions/folder.py": ["mkdir", "os.open for writing", "remove", "rmdir"],
+    "sessions/archive.py": ["Output", "open for writing", "os.replace", "remove", "tarfile.open for writing"],
+    "sessions/folder.py": [
+        "mkdir",
+        "open for writing",
+        "os.link",
+        "os.open for writing",
+        "remove",
+        "remove",
+        "rmdir",
+        "write_bytes",
+    ],
     "sessions/manifest.py": ["write_text"],
     "sessions/ownership.py": ["remove"],
+    "training/evaluate.py": ["Output", "Output"],
+    # the checkout's own files
+    "training/package.py": ["save_pretrained", "shutil.copyfile", "write_bytes", "write_text"],
+    "training/train.py": ["mkdir", "save_pretrained", "save_pretrained", "save_pretrained", "write_text", "write_text"],
 }
 METHODS = {
     "hardlink_to", "link_or_copy", "makedirs", "mkdir", "mkstemp", "rename", "renames", "rmdir", "rmtree", "savefig",
@@ -641,10 +856,13 @@ def changing_call(node):
     if name == "open":
         values = [*node.args, *(keyword.value for keyword in node.keywords)]
         modes = [one.value for one in values if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-        is_for_writing = any(set(mode) & set("wax+") for mode in modes) or "O_CREAT" in ast.unparse(node)
+        is_for_writing = any(set(mode) & set("wax+") for mode in modes) or "O_" in ast.unparse(node)
         return f"{called} for writing" if is_for_writing else None
+    if called in ("Output", "self.check().write", "written.write", "one.write"):
+        return "Output"
     if name == "replace":  # Path.replace(target); str.replace() has two arguments
-        return "Path.replace" if len(node.args) == 1 and not node.keywords and called != "dataclasses.replace" else None
+        is_path = (len(node.args) == 1 and not node.keywords) or any(one.arg == "target" for one in node.keywords)
+        return "Path.replace" if is_path and called != "dataclasses.replace" else None
     if called == "remove":
         return "remove"
     return name if name in METHODS else None
@@ -653,9 +871,9 @@ def changing_call(node):
 def test_every_place_that_changes_files_is_known():
     source = Path(headinfer.__file__).parent
     found = {}
-    for path in sorted(source.rglob("*.py")):
+    for path in sorted([*source.rglob("*.py"), *(ROOT / "training").glob("*.py")]):
         calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
         changing = sorted(what for node in calls if (what := changing_call(node)))
         if changing:
-            found[path.relative_to(source).as_posix()] = changing
+            found[path.relative_to(ROOT if "training" in path.parts else source).as_posix()] = changing
     assert found == CALLS

@@ -413,7 +413,7 @@ def test_one_writer_at_a_time(model, saved, enabled):
     assert HeadCache.load(saved, model).get_seq_length() == 510
 
 
-CALLS = ("open", "write", "fsync", "replace", "unlink")
+CALLS = ("open", "write", "fsync", "link", "replace", "unlink")
 
 
 def in_child(work):
@@ -486,6 +486,33 @@ def test_killed_at_every_point_of_saving(model, saved, enabled, tmp_path):
     assert seen[0] == 500
     assert seen[-1] == 900
     assert seen == sorted(seen)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_at_every_point_of_the_first_save(model, enabled, tmp_path):
+    """Whatever is left then, the same command again makes the session, and nothing of the first try stays."""
+    cache, ids, number, code = enabled.new_cache(), token_ids(300), 0, 9
+    forward(model, cache, ids)
+    while code == 9:
+        number += 1
+        folder = tmp_path / f"killed-{number}"
+
+        def save(folder=folder, number=number):
+            die_at(number)
+            cache.save(folder, ids)
+
+        code = in_child(save)
+        own = cache.fork()
+        if code == 9 and not (folder / "manifest.json").exists():
+            own.save(folder, ids)
+        else:
+            own = HeadCache.load(folder, model)
+            own.save(folder, ids)
+        named = {entry.name for entry in Manifest.read(folder).files()}
+        assert {path.name for path in folder.iterdir()} == {*named, "manifest.json", "lock"}
+        assert torch.equal(HeadCache.load(folder, model).token_ids, ids)
+    assert code == 0
+    assert number > 12
 
 
 def test_a_full_disk_costs_no_earlier_checkpoint(model, saved, enabled, monkeypatch):

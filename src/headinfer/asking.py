@@ -23,7 +23,7 @@ from headinfer.hf.prompts import frame, pad_id
 from headinfer.hf.session import SessionWriter, kept_options, saved_ids
 from headinfer.machine import this_machine
 from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes, free_disk_bytes
-from headinfer.sessions.folder import Lock, at_rest, session_folder
+from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
 
@@ -141,6 +141,8 @@ def ask(
     summaries: list[Summary] = []
     with ExitStack() as held:
         lock = held.enter_context(Lock(prepared.folder)) if job.keep else None
+        if lock is not None:
+            check_unchanged(prepared.folder, prepared.manifest.generation)
         dtype = getattr(torch, prepared.manifest.model["dtype"])
         model = prepared.source.load(dtype=dtype, device=prepared.device, seed=about.get("seed", 0))
         native.why_not()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from headinfer.errors import UsageError
+from headinfer.errors import HeadinferError, UsageError
 from headinfer.plan.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -64,35 +64,35 @@ def _cpu(
     from headinfer.bench.check import rows_of
     from headinfer.bench.measure import is_result_json
     from headinfer.bench.run import check_suites, check_table, markdown_table, result_json, run_check, run_suites
-    from headinfer.files import check_output, write_text
+    from headinfer.files import Output
     from headinfer.report import columns_table
 
-    def keep(text: str) -> None:
-        if output is not None:
-            check_output(output, is_ours=is_result_json)
-            write_text(output, text)
-
     check_suites(suites)
-    if output is not None:
-        check_output(output, is_ours=is_result_json)
+    written = Output(output, is_ours=is_result_json) if output is not None else None
     if check_plan:
         found = run_check(quick=quick, on_stage=_say)
-        if markdown:
-            print(check_table(found))
-        else:
-            header = ("", "predicted", "measured", "")
-            Console().print(columns_table("headinfer bench --check-plan", header, rows_of(found)))
-        keep(result_json(found, sys.argv[1:]))
+        try:
+            if written is not None:
+                written.write(result_json(found, sys.argv[1:]))
+        finally:  # what took minutes is shown also if it cannot be written
+            if markdown:
+                print(check_table(found))
+            else:
+                header = ("", "predicted", "measured", "")
+                Console().print(columns_table("headinfer bench --check-plan", header, rows_of(found)))
         if not all(one.is_right for one in found if one.unit == "bytes"):
             raise typer.Exit(1)
         return
     measures = run_suites(suites, quick=quick, on_stage=_say, folder=folder)
-    if markdown:
-        print(markdown_table(measures))
-    else:
-        rows = [(measure.what, measure.shown, measure.goal) for measure in measures]
-        Console().print(columns_table("headinfer bench", ("", "measured", "to reach"), rows))
-    keep(result_json(measures, sys.argv[1:]))
+    try:
+        if written is not None:
+            written.write(result_json(measures, sys.argv[1:]))
+    finally:
+        if markdown:
+            print(markdown_table(measures))
+        else:
+            rows = [(measure.what, measure.shown, measure.goal) for measure in measures]
+            Console().print(columns_table("headinfer bench", ("", "measured", "to reach"), rows))
 
 
 def _gpu(
@@ -115,7 +115,7 @@ def _gpu(
         result_paths,
     )
     from headinfer.bench.measure import is_result_json
-    from headinfer.files import check_folder, check_output, write_text
+    from headinfer.files import Output, check_folder
     from headinfer.report import columns_table
 
     check_gpu_suites(suites)
@@ -127,26 +127,30 @@ def _gpu(
     found = check_device(device)
     sizes = QUICK if quick else GpuSizes()
 
-    def check_results(output: Path) -> tuple[Path, Path]:
+    written: tuple[Output, Output] | None = None
+    if output is not None:
         json_path, markdown_path = result_paths(output, found, cap)
-        check_output(json_path, is_ours=is_result_json)
-        check_output(markdown_path, is_ours=is_result_markdown)
-        return json_path, markdown_path
+        written = Output(json_path, is_ours=is_result_json), Output(markdown_path, is_ours=is_result_markdown)
+    refused: list[HeadinferError] = []
 
     def keep(job: Job, lines: Sequence[Line]) -> None:
-        if output is not None:
-            json_path, markdown_path = check_results(output)
-            write_text(json_path, gpu_json(job, lines, sys.argv[1:]))
-            write_text(markdown_path, gpu_markdown(job, lines, sys.argv[1:]))
-            _say(f"written to {json_path} and {markdown_path}")
+        if written is None or refused:
+            return
+        try:
+            for one, text in zip(written, (gpu_json, gpu_markdown), strict=True):
+                one.write(text(job, lines, sys.argv[1:]))
+        except HeadinferError as error:  # raised below, when all has been measured and shown
+            refused.append(error)
+            return
+        _say(f"written to {written[0].path} and {written[1].path}")
 
-    if output is not None:
-        check_results(output)
     job, lines = run_gpu(suites, found, sizes, _say, limit_s=limit_s, gpu_memory_bytes=cap, keep=keep)
     if markdown:
         print(gpu_markdown(job, lines, sys.argv[1:]), end="")
     else:
         Console().print(columns_table("headinfer bench", HEADER, gpu_rows(lines), "left"))
+    if refused:
+        raise refused[0]
 
 
 def _say(line: str) -> None:

@@ -212,23 +212,23 @@ def probe(
     """Measure what this machine attains, for headinfer plan and for the plans of runs; wants an idle machine."""
     import torch
 
-    from headinfer.files import check_output
+    from headinfer.files import Output
     from headinfer.generation import checked_device
     from headinfer.plan.hardware import is_probe, probe_path
     from headinfer.probe import probe as measure
     from headinfer.report import hardware_table
 
     chosen = torch.device(checked_device(device))
-    path = output or probe_path()
-    check_output(path, is_ours=is_probe)
+    written = Output(output or probe_path(), is_ours=is_probe)
     found = measure(chosen, _say)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
-    else:
-        Console().print(hardware_table(found))
-    check_output(path, is_ours=is_probe)
-    found.save(path)
-    _stderr.print(f"written to {path}", highlight=False, markup=False)
+    try:
+        written.write(found.text())
+    finally:  # what took half a minute is shown also if it cannot be written
+        if as_json:
+            print(json.dumps(dataclasses.asdict(found)))
+        else:
+            Console().print(hardware_table(found))
+    _stderr.print(f"written to {written.path}", highlight=False, markup=False)
 
 
 def _say(line: str) -> None:

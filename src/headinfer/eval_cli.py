@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -78,10 +77,12 @@ def niah(
     niah_document(min(wanted), chosen, 0, hay, job.count, seed, gives_lead=lead)
     documents = niah_documents(wanted, chosen, samples, hay, job.count, seed, gives_lead=lead)
     results = job.run(documents, [length for length in wanted for _ in range(samples)], compare=compare)
-    _draw(results, out / "niah.png")
     scores = results.scores("length")
     rows = [(format_tokens(length), f"{scores[(length,)]:.1%}") for length in sorted(wanted)]
-    job.end(results, ("tokens", "found"), rows)
+    try:
+        _draw(results, out / "niah.png")
+    finally:  # the scores are shown also if the heatmap cannot be written
+        job.end(results, ("tokens", "found"), rows)
 
 
 @app.command()
@@ -294,21 +295,22 @@ def _tail_tokens(document: Document) -> int:
     return max(len(question.text) // 2 + question.new_tokens for question in document.questions)
 
 
-def _has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def _check_heatmap(path: Path) -> None:
     """Raise UsageError if the heatmap would replace a file that is none, before anything expensive starts."""
-    if _has_matplotlib():
-        from headinfer.evals.heatmap import is_heatmap
-        from headinfer.files import check_output
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:  # then none is drawn
+        return
+    from headinfer.evals.heatmap import is_heatmap
+    from headinfer.files import Output
 
-        check_output(path, is_ours=is_heatmap)
+    Output(path, is_ours=is_heatmap)
 
 
 def _draw(results: Results, path: Path) -> None:
-    if not _has_matplotlib():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
         _say("no heatmap is drawn: it needs matplotlib (pip install 'headinfer[eval]')")
         return
     from headinfer.evals.heatmap import save_heatmap

@@ -1,4 +1,4 @@
-"""Atomic, durable file writes that never replace a file of another program. OS errors become CapacityError."""
+"""Atomic, durable file writes; results that replace no other program's file. OS errors become CapacityError."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import errno
 import json
 import os
+import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +21,8 @@ __all__ = [
     "CHECKSUM_PREFIX",
     "PARTIAL_SUFFIX",
     "FileEntry",
+    "Output",
     "check_folder",
-    "check_output",
     "link_or_copy",
     "partial_path",
     "read_json_object",
@@ -36,6 +38,7 @@ CHECKSUM_PREFIX = "xxh3:"
 PARTIAL_SUFFIX = ".headinfer-partial"
 """Ends the name of a file that is being written. Only headinfer uses it, so what a killed write leaves is known."""
 
+_MAX_JSON_BYTES = 2**28
 _PART_BYTES = 8 * 1024 * 1024
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 
@@ -70,48 +73,79 @@ def check_folder(folder: Path, purpose: str) -> None:
         raise UsageError(f"cannot {purpose} in {folder}: {place} is no folder that you may write into")
 
 
-def check_output(path: Path, *, is_ours: Callable[[Path], bool]) -> None:
-    """Check that a result can be written to a path without the loss of anything that headinfer did not write there.
+class Output:
+    """The file that a command writes its result to. It may replace an earlier result of the same kind, nothing else.
 
-    A path that does not exist and an empty file are free. Call it before the work starts, and again right before the
-    file is written.
+    A path that does not exist is free, and so is an empty file. The constructor checks, so that a command can refuse
+    before it begins; write() checks again, since a command may take hours.
 
     Args:
-        path: the file that the user named.
-        is_ours: tells whether an existing file is an earlier result of the same kind, which may be replaced. It gets
-            the path of a regular file that is not empty.
+        path: the file that the user named. If it is a symbolic link, its target is written.
+        is_ours: tells whether an existing file is an earlier result of the same kind. It gets the path of a regular
+            file that is not empty. If it is None, no file is ever replaced.
 
     Raises:
-        UsageError: the path is a folder, a device or a pipe, its folder is not writable, or it holds another file.
+        UsageError: the path is a folder, a device or a pipe, its folder is not writable, or it holds something else.
     """
-    if path.is_dir():
-        raise UsageError(f"cannot write a result to {path}: it is a folder; name a file")
-    check_folder(path.parent, "write a result")
-    if path.is_symlink() and not path.exists():
-        raise UsageError(f"cannot write a result to {path}: it is a link to a file that does not exist; name a file")
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise UsageError(f"cannot write a result to {path}: it is not a regular file; name a file")
-    if path.stat().st_size and not is_ours(path):
-        raise UsageError(
-            f"{path} holds something else than an earlier result of this command and is not replaced: choose another "
-            "name, or move it away"
-        )
+
+    def __init__(self, path: Path, is_ours: Callable[[Path], bool] | None) -> None:
+        self.path = path
+        self._is_ours = is_ours
+        self.check()
+
+    def check(self) -> None:
+        """Raise UsageError if the result cannot be written, or if something else would be lost."""
+        try:
+            self._check(self.path.resolve())
+        except OSError as error:
+            raise UsageError(
+                f"cannot write a result to {self.path} ({error.strerror or error}): name another file"
+            ) from error
+
+    def _check(self, target: Path) -> None:
+        if self.path.is_symlink() and not target.exists():
+            raise UsageError(f"cannot write a result to {self.path}: it is a link to nothing; name a file")
+        if target.is_dir():
+            raise UsageError(f"cannot write a result to {self.path}: it is a folder; name a file")
+        if target.exists() and not target.is_file():
+            raise UsageError(f"cannot write a result to {self.path}: it is not a regular file; name a file")
+        check_folder(target.parent, "write a result")
+        if not target.exists() or not target.stat().st_size:
+            return
+        if self._is_ours is None:
+            raise UsageError(f"{self.path} exists and is not replaced: choose another name, or move it away")
+        if not self._is_ours(target):
+            raise UsageError(
+                f"{self.path} is not an earlier result of this command and is not replaced: choose another name, or "
+                "move it away"
+            )
+
+    def write(self, data: str | bytes) -> None:
+        """Check again, then write the whole result, text in UTF-8; the folder is created if there is none.
+
+        Raises:
+            UsageError: something else is at the path now.
+            CapacityError: the system refuses to write, for example because the disk is full.
+        """
+        self.check()
+        write_text(self.path, data) if isinstance(data, str) else write_file(self.path, [data])
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; an empty dictionary if the file is unreadable or holds something else."""
     try:
-        found = json.loads(path.read_bytes())
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_JSON_BYTES:
+            return {}
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def partial_path(path: Path) -> Path:
-    """The name under which a file is written before it is renamed to `path`."""
-    return path.with_name(path.name + PARTIAL_SUFFIX)
+    """A new name, beside `path`, for a file that is renamed to `path` when it is whole."""
+    return path.with_name(secrets.token_hex(8) + PARTIAL_SUFFIX)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,7 +173,6 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes]) -> None:
     """
     path = path.resolve()
     partial = partial_path(path)
-    remove(partial)
     try:
         with _os_errors(path):
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

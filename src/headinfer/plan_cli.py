@@ -63,7 +63,7 @@ def plan(
     weight_bits: Annotated[int | None, typer.Option(help="Bits of a weight, where it is quantised, e.g. 4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw memory, seconds and roofline into this file, e.g. plan.png.")
+        Path | None, typer.Option(help="Draw memory, seconds and roofline into this .png, .svg or .pdf file.")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Print the comparison with the paper, in Markdown.")] = False,
 ) -> None:

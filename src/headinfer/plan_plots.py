@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import UsageError
-from headinfer.files import check_output, write_file
+from headinfer.files import Output
 from headinfer.plan.compare import METHODS, OURS, memory_by_method, seconds_by_method
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.planner import Plan
@@ -19,7 +19,12 @@ from headinfer.plan.units import format_tokens
 __all__ = ["draw"]
 
 _CREATOR = "headinfer plan"
-_FORMATS_WITH_METADATA = ("", ".png", ".svg", ".pdf", ".eps", ".ps")
+_MARKS = {  # how a file of each format begins, and what it holds if draw() wrote it
+    ".png": (b"\x89PNG\r\n", b"tEXtCreator\0" + _CREATOR.encode()),
+    ".svg": (b"<?xml", b"<dc:title>" + _CREATOR.encode() + b"</dc:title>"),
+    ".pdf": (b"%PDF", b"/Creator (" + _CREATOR.encode() + b")"),
+}
+_MAX_PLOT_BYTES = 2**26
 _CONTEXTS = tuple(1024 * 2**power for power in range(13))  # 1K to 4M
 _INCHES = (9.0, 13.0)  # 900 pixels wide at 100 dpi, the width of a README
 _COMPONENTS: tuple[tuple[str, str, Callable[[Footprint], int]], ...] = (
@@ -39,10 +44,11 @@ def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -
         UsageError: matplotlib is missing or does not know the format, or the file holds something else than an
             earlier plot.
     """
+    if path.suffix.lower() not in _MARKS:
+        raise UsageError(f"cannot draw into {path}: its name must end with {', '.join(_MARKS)}")
     if not path.parent.is_dir():
         raise UsageError(f"cannot draw into {path}: there is no folder {path.parent}")
-    check_output(path, is_ours=_is_plot)
-    metadata = {"Creator": _CREATOR} if path.suffix.lower() in _FORMATS_WITH_METADATA else None
+    written = Output(path, is_ours=_is_plot)
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -55,17 +61,17 @@ def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -
         _draw_memory(memory, plan, model)
         _draw_seconds(seconds, plan, model)
         _draw_roofline(roofline, plan, points)
-        image_bytes = io.BytesIO()
-        try:
-            figure.savefig(image_bytes, format=path.suffix.removeprefix(".") or "png", metadata=metadata)
-        except ValueError as error:
-            raise UsageError(f"cannot draw into {path}: {error}") from error
-    write_file(path, [image_bytes.getvalue()])
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:].lower(), metadata={"Creator": _CREATOR})
+    written.write(drawn.getvalue())
 
 
 def _is_plot(path: Path) -> bool:
-    """Whether a file is a picture that draw() wrote; only formats with metadata can tell."""
-    return path.suffix.lower() in _FORMATS_WITH_METADATA and _CREATOR.encode() in path.read_bytes()
+    """Whether a file is a picture that draw() wrote: its format holds the creator's name."""
+    if path.stat().st_size > _MAX_PLOT_BYTES:
+        return False
+    data = path.read_bytes()
+    return any(data.startswith(start) and mark in data for start, mark in _MARKS.values())
 
 
 def _draw_memory(axes: Any, plan: Plan, model: str) -> None:

@@ -27,7 +27,7 @@ from headinfer.hf.session import SessionWriter, saved_ids
 from headinfer.model_shape import ModelShape
 from headinfer.plan.memory import format_bytes, free_disk_bytes
 from headinfer.run_plan import fixed_fields, plan_run, planned
-from headinfer.sessions.folder import Lock, at_rest, session_folder
+from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
 
@@ -54,7 +54,12 @@ class ReadJob:
 
 @dataclass(frozen=True)
 class ToRead:
-    """A document that has passed all checks; no weights are loaded yet. done: tokens that the session holds already."""
+    """A document that has passed all checks; no weights are loaded yet.
+
+    Attributes:
+        done: tokens that the session holds already.
+        generation: the checkpoint that holds them; 0 if there is none.
+    """
 
     job: ReadJob
     source: ModelSource
@@ -66,6 +71,7 @@ class ToRead:
     about: dict[str, Any]
     shape: ModelShape
     done: int
+    generation: int
 
 
 @dataclass
@@ -89,7 +95,9 @@ def prepare_read(job: ReadJob) -> ToRead:
     """
     folder = session_folder(job.root, job.name)
     check_folder(job.root, "keep sessions")
-    check_no_foreign_files(folder)
+    has_manifest = (folder / MANIFEST).exists()
+    if not has_manifest:
+        check_no_foreign_files(folder)
     if not job.document.strip():
         raise UsageError("the document is empty: there is nothing to read")
     device = checked_device(job.device)
@@ -98,13 +106,15 @@ def prepare_read(job: ReadJob) -> ToRead:
     tokenizer = source.tokenizer()
     input_ids = torch.tensor([list(document_ids(tokenizer, job.document, is_raw=job.raw))])
     shape, tokens = ModelShape.from_config(source.config), input_ids.shape[1]
-    found, done = (Manifest.read(folder) if (folder / MANIFEST).exists() else None), 0
+    found, done = (Manifest.read(folder) if has_manifest else None), 0
     if found is not None:
         check_config(found.model, source.config, folder)
         check_tokenizer(found.about.get("tokenizer"), tokenizer, folder)
         done = _held_tokens(folder, found, input_ids)
         _check_same(job, folder, found)
         dtype = getattr(torch, found.model["dtype"])
+        if done < tokens:  # else nothing is written
+            check_no_foreign_files(folder)
     # Another day has other memory to spare, and the session is to go on with the same bits then: nothing is resident.
     fixed = fixed_fields(job.options, job.chunk_tokens) | {"keeps_resident": False}
     plan = plan_run(shape, torch.device(device), dtype, tokens, fixed=fixed)
@@ -118,7 +128,8 @@ def prepare_read(job: ReadJob) -> ToRead:
     about = {"model": job.model, "seed": job.seed, "raw": job.raw, "document_tokens": tokens, "answers": 0}
     about["tokenizer"] = tokenizer_fingerprint(tokenizer)
     about["asked_for"] = _asked_for(job) if found is None else found.about.get("asked_for", {})
-    return ToRead(job, source, folder, input_ids, dtype, device, arithmetic, about, shape, done)
+    generation = found.generation if found is not None else 0
+    return ToRead(job, source, folder, input_ids, dtype, device, arithmetic, about, shape, done, generation)
 
 
 def _where(options: Options) -> dict[str, Any]:
@@ -184,6 +195,7 @@ def read(
     if prepared.done < tokens:
         try:
             with Lock(folder) as lock:  # before anything expensive
+                check_unchanged(folder, prepared.generation)
                 model = prepared.source.load(dtype=prepared.dtype, device=prepared.device, seed=job.seed)
                 native.why_not()  # compiles the decode kernel where that was never done here
                 done = _resume(prepared, model, on_resumed)
@@ -206,7 +218,7 @@ def _resume(prepared: ToRead, model: PreTrainedModel, on_resumed: Callable[[int,
     if not done:
         root, folder, ids = prepared.job.root, prepared.folder, prepared.input_ids[0]
         whole_only = not all(type(layer) is HeadLayer for layer in HeadCache(model.config).layers)
-        found = find_prefix(root, fingerprint(model), ids, whole_only=whole_only)
+        found = find_prefix(root, fingerprint(model), ids, besides=prepared.job.name, whole_only=whole_only)
         if found is not None:
             take_over(root, found, folder, prepared.arithmetic, prepared.about)
             done, origin = found.tokens, f"of the session {found.name}"

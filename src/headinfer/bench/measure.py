@@ -57,7 +57,7 @@ class Measure:
 def is_result_json(path: Path) -> bool:
     """Whether a file is the JSON of an earlier `headinfer bench`: an object with its command and its figures."""
     found = read_json_object(path)
-    return str(found.get("command", "")).startswith("headinfer ") and ("measures" in found or "lines" in found)
+    return str(found.get("command", "")).startswith("headinfer") and ("measures" in found or "lines" in found)
 
 
 def step(model: Any, cache: Any, tokens: int = 1, mask: torch.Tensor | None = None) -> None:

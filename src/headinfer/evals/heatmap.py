@@ -8,7 +8,7 @@ from typing import Any
 
 from headinfer.errors import UsageError
 from headinfer.evals.run import Results
-from headinfer.files import check_output, write_file
+from headinfer.files import Output
 from headinfer.plan.units import format_tokens
 
 __all__ = ["is_heatmap", "save_heatmap"]
@@ -48,14 +48,13 @@ def save_heatmap(results: Results, path: Path) -> None:
     bar = figure.colorbar(image, ax=axes)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.tight_layout()
-    image_bytes = io.BytesIO()
-    figure.savefig(image_bytes, format="png", metadata={"Creator": _CREATOR})
-    check_output(path, is_ours=is_heatmap)
-    write_file(path, [image_bytes.getvalue()])
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Creator": _CREATOR})
+    Output(path, is_ours=is_heatmap).write(drawn.getvalue())
 
 
 def is_heatmap(path: Path) -> bool:
     """Whether a file is a picture that save_heatmap() wrote."""
     with open(path, "rb") as file:
         start = file.read(4096)
-    return start.startswith(_PNG) and _CREATOR.encode() in start
+    return start.startswith(_PNG) and b"tEXtCreator\0" + _CREATOR.encode() in start

@@ -13,7 +13,7 @@ from typing import Any
 from headinfer.errors import UsageError
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, Reader, Reading
 from headinfer.evals.tasks import Document, Question
-from headinfer.files import check_output, write_text
+from headinfer.files import Output, read_json_object
 from headinfer.info import machine
 from headinfer.plan.memory import available_host_bytes, format_bytes
 
@@ -40,22 +40,25 @@ class Results:
     def open(cls, folder: Path, about: dict[str, Any]) -> Results:
         """The results in a folder, or new ones. Raises UsageError where those there are of another evaluation."""
         results = cls(folder / "results.json", about)
-        check_output(results.path, is_ours=lambda _: True)  # what an existing file holds is checked below
-        if not results.path.exists() or not results.path.stat().st_size:
-            return results
-        try:
-            found = json.loads(results.path.read_text(encoding="utf-8"))
-            before = found["about"]
-            results.records, results.skipped = found["answers"], found["skipped"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{results.path} holds no results of headinfer eval: choose another --out") from error
-        for name in {**before, **about}:
-            if before.get(name) != about.get(name):
-                raise UsageError(
-                    f"{results.path} holds another evaluation: its {name} is {before.get(name)!r}, not "
-                    f"{about.get(name)!r}; choose another --out"
-                )
+        if results.path.is_file() and results.path.stat().st_size:
+            found = read_json_object(results.path)
+            before = found.get("about")
+            if not isinstance(before, dict) or not {"answers", "skipped"} <= found.keys():
+                raise UsageError(f"{results.path} holds no results of headinfer eval: choose another --out")
+            results.records = found["answers"]
+            results.skipped = found["skipped"]
+            for name in {**before, **about}:
+                if before.get(name) != about.get(name):
+                    raise UsageError(
+                        f"{results.path} holds another evaluation: its {name} is {before.get(name)!r}, not "
+                        f"{about.get(name)!r}; choose another --out"
+                    )
+        results.check()
         return results
+
+    def check(self) -> Output:
+        """The file, which may be written: it is free, or holds this evaluation. Raises UsageError if it may not."""
+        return Output(self.path, is_ours=lambda path: read_json_object(path).get("about") == self.about)
 
     def has(self, document: Document, method: Method) -> bool:
         """Whether every question of a document was answered with a method."""
@@ -92,7 +95,7 @@ class Results:
         about |= {"summary": self.summary(), "skipped": self.skipped}
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in self.records)
         head = json.dumps(about, indent=1, ensure_ascii=False).removesuffix("\n}")
-        write_text(self.path, f'{head},\n "answers": [\n{lines}\n]}}\n')
+        self.check().write(f'{head},\n "answers": [\n{lines}\n]}}\n')
 
     def scores(self, *names: str, method: Method = HEAD_WISE) -> dict[tuple[Any, ...], float]:
         """The mean score by the facts named, e.g. ("length", "depth")."""

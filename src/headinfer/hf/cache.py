@@ -201,8 +201,8 @@ class HeadCache(Cache):  # type: ignore[misc]
         """Keep all of it in a folder, as docs/session-format.md describes; saved again, only what is new is written.
 
         token_ids [rows, tokens] or longer: of all tokens that it holds, so that load() can give them back. about: facts
-        of your own, for JSON. Raises SessionError where the folder holds another session or is being written,
-        CapacityError where the disk is full; then what was saved before is still there.
+        of your own, for JSON. Raises SessionError if the folder holds another session, files that no session wrote, or
+        is being written, and CapacityError if the disk is full; what was saved before is still there then.
         """
         model = self.model()
         if model is None:

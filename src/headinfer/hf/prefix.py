@@ -14,7 +14,7 @@ from headinfer.hf.compat import versions
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.folder import session_names
 from headinfer.sessions.manifest import Manifest, first_chain
-from headinfer.sessions.ownership import check_replaceable, remove_unused
+from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
 
 __all__ = ["Prefix", "find_prefix", "take_over"]
 
@@ -32,13 +32,26 @@ class Prefix:
     is_whole: bool
 
 
-def find_prefix(root: Path, model: dict[str, Any], token_ids: torch.Tensor, *, whole_only: bool) -> Prefix | None:
-    """What the sessions of a root hold of the longest beginning of token_ids [T], made by the same model.
+def find_prefix(
+    root: Path, model: dict[str, Any], token_ids: torch.Tensor, *, besides: str, whole_only: bool
+) -> Prefix | None:
+    """Find the session with the longest common prefix with a document.
 
-    whole_only: only all of a session will do, since layers of the model have a state that can not go back.
+    Args:
+        root: the folder of all sessions.
+        model: the fingerprint of the model; sessions of other models do not count.
+        token_ids: [T] int64, the document.
+        besides: the name of the session that is to be written, which does not count.
+        whole_only: only a session that is a prefix as a whole counts, since layers of the model have a state that
+            cannot go back.
+
+    Returns:
+        What the session holds of the prefix; None if no session has any.
     """
     best: Prefix | None = None
     for name in session_names(root):
+        if name == besides:
+            continue
         try:
             found = _match(root, name, Manifest.read(root / name), model, token_ids)
         except SessionError:
@@ -82,7 +95,7 @@ def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, An
         raise SessionError(f"the session {source} was removed in this moment: run the same command again") from error
     sync_folder(folder)
     rows = [[(index, 0, block.tokens) for index, block in enumerate(blocks)]]
-    Manifest(
+    taken = Manifest(
         1,
         prefix.tokens,
         model=manifest.model,
@@ -93,9 +106,9 @@ def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, An
         layers=manifest.layers,
         about=about,
         versions=versions(),
-    ).write(folder)
-    named = {entry.name for entry in (*(block.file for block in blocks), end)}
-    remove_unused(folder, named=named, named_before=())
+    )
+    write_manifest(folder, taken)
+    remove_unused(folder, named={entry.name for entry in taken.files()}, named_before=())
 
 
 def _end(source: Path, folder: Path, manifest: Manifest, *, is_whole: bool) -> FileEntry:

@@ -31,7 +31,7 @@ from headinfer.kv.stored import StoredSegment
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.folder import Lock
 from headinfer.sessions.manifest import MANIFEST, Block, Manifest, first_chain
-from headinfer.sessions.ownership import check_replaceable, remove_unused
+from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
 
 if TYPE_CHECKING:
     from headinfer.hf.cache import HeadCache
@@ -155,7 +155,7 @@ class SessionWriter:
             about=self.about,
             versions=versions(),
         )
-        manifest.write(self.folder)
+        write_manifest(self.folder, manifest)
         saved.generation, saved.next_number = generation, number
         saved.written.update(blocks)
         named = {entry.name for entry in manifest.files()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headinfer.errors import UsageError
-from headinfer.files import read_json_object, write_text
+from headinfer.files import Output, read_json_object
 from headinfer.plan.tiles import TileRates
 
 __all__ = ["HARDWARE", "Hardware", "find_hardware", "is_probe", "probe_path"]
@@ -110,9 +110,17 @@ class Hardware:
             multiprocessors=self.multiprocessors,
         )
 
+    def text(self) -> str:
+        """The description as JSON, which load() reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
     def save(self, path: Path) -> None:
-        """Write as JSON; the file is whole or not there."""
-        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write text() to a file, in place of an earlier probe but of nothing else.
+
+        Raises:
+            UsageError: the file holds something else.
+        """
+        Output(path, is_ours=is_probe).write(self.text())
 
     @classmethod
     def load(cls, path: Path) -> Hardware:

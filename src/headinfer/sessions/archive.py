@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import time
 from pathlib import Path
 
-from headinfer.errors import CapacityError, SessionError
-from headinfer.files import check_output, partial_path, remove
+from headinfer.errors import CapacityError, HeadinferError, SessionError, UsageError
+from headinfer.files import FileEntry, Output, partial_path, remove, sync_folder
 from headinfer.sessions.folder import at_rest
 from headinfer.sessions.manifest import MANIFEST, Manifest
+from headinfer.sessions.ownership import own_files
 
 __all__ = ["export_session"]
 
@@ -22,20 +24,24 @@ def export_session(folder: Path, archive: Path) -> None:
 
     Args:
         folder: the session.
-        archive: the file to write. An existing file is never replaced.
+        archive: the file to write. A file that exists and is not empty is never replaced.
 
     Raises:
-        UsageError: the archive exists, or its folder is not writable.
+        UsageError: the archive exists, its folder is not writable, or it would lie in a session's folder.
         SessionError: there is no session in the folder, or it is damaged.
         CapacityError: the system refuses to write.
     """
-    check_output(archive, is_ours=lambda _: False)
+    output = Output(archive, is_ours=None)
+    archive = archive.resolve()
+    if own_files(archive.parent):
+        raise UsageError(f"cannot write an archive into {archive.parent}: it is a session's folder; choose another one")
     partial = partial_path(archive)
     try:
         at_rest(folder, lambda manifest: _write(folder, manifest, partial))
-        check_output(archive, is_ours=lambda _: False)
+        output.check()
         os.replace(partial, archive)
-    except SessionError:
+        sync_folder(archive.parent)
+    except HeadinferError:
         raise
     except OSError as error:
         raise CapacityError(f"cannot write {archive} ({error.strerror or error}): choose another place") from error
@@ -45,20 +51,26 @@ def export_session(folder: Path, archive: Path) -> None:
 
 def _write(folder: Path, manifest: Manifest, partial: Path) -> None:
     text = manifest.text().encode("utf-8")
-    remove(partial)
-    with open(partial, "xb") as file:
+    about = tarfile.TarInfo(f"{folder.name}/{MANIFEST}")
+    about.size = len(text)
+    about.mtime = int(time.time())
+    with open(partial, "wb") as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
             for entry in manifest.files():
-                path = folder / entry.name
-                try:
-                    data = open(path, "rb")  # noqa: SIM115  closed below
-                except FileNotFoundError as error:
-                    raise SessionError(f"cannot open {path} ({error.strerror}): the session is damaged") from error
-                with data:
-                    tar.addfile(tar.gettarinfo(arcname=f"{folder.name}/{entry.name}", fileobj=data), data)
-            about = tarfile.TarInfo(f"{folder.name}/{MANIFEST}")
-            about.size = len(text)
-            about.mtime = int((folder / MANIFEST).stat().st_mtime)
+                _add(tar, folder, entry)
             tar.addfile(about, io.BytesIO(text))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _add(tar: tarfile.TarFile, folder: Path, entry: FileEntry) -> None:
+    path = folder / entry.name
+    try:
+        data = open(path, "rb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise SessionError(f"cannot open {path} ({error.strerror}): the session is damaged") from error
+    with data:
+        about = tar.gettarinfo(arcname=f"{folder.name}/{entry.name}", fileobj=data)
+        if about.size != entry.nbytes:
+            raise SessionError(f"{path} has {about.size:,} bytes and was written with {entry.nbytes:,}: it is damaged")
+        tar.addfile(about, data)

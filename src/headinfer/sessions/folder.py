@@ -10,14 +10,15 @@ from types import TracebackType
 from typing import TypeVar
 
 from headinfer.errors import SessionError, UsageError
-from headinfer.files import remove
+from headinfer.files import partial_path, remove, sync_folder
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import LOCK, LOCK_TEXT, check_no_foreign_files, own_files
 
-__all__ = ["Lock", "at_rest", "default_root", "remove_session", "session_folder", "session_names"]
+__all__ = ["Lock", "at_rest", "check_unchanged", "default_root", "remove_session", "session_folder", "session_names"]
 
 T = TypeVar("T")
 
+_ATTEMPTS = 100  # to lock a folder that other processes remove at the same time
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -62,6 +63,21 @@ def at_rest(folder: Path, look: Callable[[Manifest], T]) -> T:
                 raise
 
 
+def check_unchanged(folder: Path, generation: int) -> None:
+    """Check, with the lock held, that a session is as it was before the lock was taken.
+
+    Args:
+        folder: the session's folder.
+        generation: that of the checkpoint that the folder had before; 0 if it had none.
+
+    Raises:
+        SessionError: another process has written the session meanwhile.
+    """
+    now = Manifest.read(folder).generation if (folder / MANIFEST).exists() else 0
+    if now != generation:
+        raise SessionError(f"another process has written the session {folder} meanwhile: run the same command again")
+
+
 def remove_session(folder: Path) -> bool:
     """Remove a session: the files that it wrote, its manifest first, then the folder.
 
@@ -99,16 +115,18 @@ class Lock:
         self._descriptor = -1
         check_no_foreign_files(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            while self._descriptor < 0:
-                self._descriptor = _open_locked(folder / LOCK)
-            if not os.fstat(self._descriptor).st_size:
-                os.write(self._descriptor, LOCK_TEXT)
+            for _ in range(_ATTEMPTS):
+                if not folder.is_dir():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    sync_folder(folder.parent)
+                self._descriptor = _open_locked(folder)
+                if self._descriptor >= 0:
+                    return
         except SessionError:
             raise
         except OSError as error:
-            self.release()
             raise SessionError(f"cannot write into {folder} ({error.strerror}): choose another folder") from error
+        raise SessionError(f"cannot lock {folder}: its lock is removed again and again; choose another folder")
 
     def release(self) -> None:
         """Let others write."""
@@ -125,17 +143,23 @@ class Lock:
         self.release()
 
 
-def _open_locked(path: Path) -> int:
-    """Open a lock's file and lock it; -1 if its last holder has removed it meanwhile.
+def _open_locked(folder: Path) -> int:
+    """Open a folder's lock and lock it; -1 if its last holder has removed it, or the folder, meanwhile.
 
     Raises:
         SessionError: another process or writer holds the lock.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be created or opened.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    path = folder / LOCK
+    try:
+        if not os.path.lexists(path):
+            _create_lock(path)
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except FileNotFoundError:
+        return -1
     try:
         if not _lock(descriptor):
-            raise SessionError(f"another process is writing {path.parent}: wait for it to end, or use another name")
+            raise SessionError(f"another process is writing {folder}: wait for it to end, or use another name")
         if _is_same(descriptor, path):
             return descriptor
     except BaseException:
@@ -143,6 +167,23 @@ def _open_locked(path: Path) -> int:
         raise
     os.close(descriptor)
     return -1
+
+
+def _create_lock(path: Path) -> None:
+    """Create a lock's file together with its text, so that a process that is killed never leaves an empty one."""
+    partial = partial_path(path)
+    try:
+        partial.write_bytes(LOCK_TEXT)
+        os.link(partial, path)
+    except FileExistsError:  # another process was quicker
+        return
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "ab") as file:
+            file.write(LOCK_TEXT if not file.tell() else b"")
+    finally:
+        remove(partial)
 
 
 def _is_same(descriptor: int, path: Path) -> bool:

@@ -82,12 +82,16 @@ class Manifest:
         """The folder's manifest. Raises SessionError where there is none, or one that is damaged, foreign or newer."""
         path = folder / MANIFEST
         try:
+            if path.exists() and not path.is_file():
+                raise SessionError(f"{path} is not a regular file: choose another folder")
             body = json.loads(path.read_bytes())
+        except SessionError:
+            raise
         except FileNotFoundError:
             raise SessionError(f"{folder} is no session: it has no {MANIFEST}") from None
         except OSError as error:
             raise SessionError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SessionError(f"{path} is damaged ({error}): read the document again to make it anew") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise SessionError(f"{path} is not a manifest of headinfer: choose another folder")

@@ -1,18 +1,21 @@
-"""Which files of a folder a session wrote. Nothing else in the folder is ever replaced, removed or written beside.
+"""Which files of a folder a session wrote. Only those are replaced or removed, and nothing is written beside others.
 
 A file belongs to a session if it is a regular file and one of these holds:
 
-- it is `manifest.json` (or a partial one) and its content says that it is a session's manifest;
+- it is `manifest.json` (or `manifest.json.partial`) and its content says that it is a session's manifest;
 - the folder's manifest names it;
 - it is called as a data file is, and its header holds the checksums that only headinfer writes;
 - it is `lock` and holds LOCK_TEXT;
-- its name ends with PARTIAL_SUFFIX: a write was killed.
+- its name ends with PARTIAL_SUFFIX: a write was killed;
+- it is empty, has one of these names, and another file of the folder belongs to a session.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
@@ -20,30 +23,38 @@ from headinfer.errors import SessionError
 from headinfer.files import CHECKSUM_PREFIX, PARTIAL_SUFFIX, remove
 from headinfer.sessions.manifest import FILE_NAME, FORMAT, MANIFEST, Manifest
 
-__all__ = ["LOCK", "LOCK_TEXT", "check_no_foreign_files", "check_replaceable", "own_files", "remove_unused"]
+__all__ = [
+    "LOCK",
+    "LOCK_TEXT",
+    "check_no_foreign_files",
+    "check_replaceable",
+    "own_files",
+    "remove_unused",
+    "write_manifest",
+]
 
 LOCK = "lock"
 LOCK_TEXT = b"lock of a headinfer session\n"
 _MANIFESTS = (MANIFEST, MANIFEST + ".partial")  # the second one: left by a killed write of headinfer 0.1.0
 _MANIFEST_START = f'{{\n "format": "{FORMAT}"'.encode()
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_SYSTEM_FILES = (".nfs*", ".fuse_hidden*", ".DS_Store", "._*", "Thumbs.db", "lost+found")
 
 
 def own_files(folder: Path) -> list[str]:
     """The names of the files in a folder that a session provably wrote; empty if there is no such folder."""
-    return _sorted_out(folder)[0]
+    return _own_and_foreign(folder)[0]
 
 
 def check_no_foreign_files(folder: Path) -> None:
     """Check that a session may be written to a folder: it does not exist, is empty, or holds a session's files only.
 
-    Files of the file system itself (.nfs*, .DS_Store) and an empty file called `lock`, as earlier versions made it, do
-    not count.
+    Files that the system keeps in folders (_SYSTEM_FILES) do not count.
 
     Raises:
         SessionError: the folder holds something else, or cannot be listed. Nothing was written or removed.
     """
-    foreign = _sorted_out(folder)[1]
+    foreign = _own_and_foreign(folder)[1]
     if foreign:
         others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise SessionError(
@@ -53,19 +64,30 @@ def check_no_foreign_files(folder: Path) -> None:
 
 
 def check_replaceable(path: Path, named: Collection[str]) -> None:
-    """Check that a data file may be written to a path.
+    """Check that a session's file may be written to a path.
 
     Args:
         path: the file to write.
-        named: the files that the folder's manifest names.
+        named: the data files that the folder's manifest names.
 
     Raises:
         SessionError: a file of this name exists that no session wrote.
     """
-    if os.path.lexists(path) and not _is_own(path, named):
+    if os.path.lexists(path) and not _is_own(path, named) and not _is_empty(path):
         raise SessionError(
             f"{path} was not written by headinfer and is not replaced: move it away, or use another folder"
         )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest of a session, whose lock is held.
+
+    Raises:
+        SessionError: the folder has a manifest of another program.
+        CapacityError: the system refuses to write, for example because the disk is full.
+    """
+    check_replaceable(folder / MANIFEST, named=())
+    manifest.write(folder)
 
 
 def remove_unused(folder: Path, *, named: Collection[str], named_before: Collection[str]) -> None:
@@ -77,16 +99,17 @@ def remove_unused(folder: Path, *, named: Collection[str], named_before: Collect
         named_before: the files that its manifest named before.
     """
     for path in folder.iterdir():
-        is_leftover = path.name.endswith(PARTIAL_SUFFIX) or FILE_NAME.fullmatch(path.name)
-        if path.name not in named and is_leftover and _is_own(path, named_before):
+        may_be_unused = path.name.endswith(PARTIAL_SUFFIX) or FILE_NAME.fullmatch(path.name)
+        if may_be_unused and path.name not in named and (_is_own(path, named_before) or _is_empty(path)):
             remove(path)
 
 
-def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of a folder's own and foreign entries; what does not count is in neither list."""
+def _own_and_foreign(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a folder's own and foreign entries, without those of the system."""
     named = _named_by_manifest(folder)
     own: list[str] = []
     foreign: list[str] = []
+    empty: list[str] = []
     try:
         paths = sorted(folder.iterdir())
     except FileNotFoundError:
@@ -94,11 +117,15 @@ def _sorted_out(folder: Path) -> tuple[list[str], list[str]]:
     except OSError as error:
         raise SessionError(f"cannot write into {folder} ({error.strerror}): choose another folder") from error
     for path in paths:
-        if path.name.startswith(".nfs") or path.name == ".DS_Store" or not os.path.lexists(path):
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _SYSTEM_FILES):
             continue
-        if path.name == LOCK and path.is_file() and not path.is_symlink() and path.stat().st_size == 0:
-            continue
-        (own if _is_own(path, named) else foreign).append(path.name)
+        if _is_own(path, named):
+            own.append(path.name)
+        elif _is_empty(path):
+            empty.append(path.name)
+        else:
+            foreign.append(path.name)
+    (own if own else foreign).extend(empty)  # an earlier version's lock, and what a power cut left of a file
     return own, foreign
 
 
@@ -110,8 +137,9 @@ def _named_by_manifest(folder: Path) -> set[str]:
 
 
 def _is_own(path: Path, named: Collection[str]) -> bool:
+    """Whether a session wrote a file, judged by its name, its content and its folder's manifest."""
     try:
-        if path.is_symlink() or not path.is_file():
+        if not stat.S_ISREG(path.lstat().st_mode):
             return False
         if path.name in named or path.name.endswith(PARTIAL_SUFFIX):
             return True
@@ -120,10 +148,20 @@ def _is_own(path: Path, named: Collection[str]) -> bool:
         if path.name in _MANIFESTS:
             return _is_manifest(path)
         return FILE_NAME.fullmatch(path.name) is not None and _has_checksums(path)
-    except FileNotFoundError:  # the process that writes the session was quicker
+    except FileNotFoundError:  # the process that writes the session has renamed or removed it
         return True
     except OSError:
         return False
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file has a name that sessions use and holds nothing."""
+    has_name = path.name in (LOCK, *_MANIFESTS) or FILE_NAME.fullmatch(path.name) is not None
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return has_name and stat.S_ISREG(found.st_mode) and found.st_size == 0
 
 
 def _is_manifest(path: Path) -> bool:
