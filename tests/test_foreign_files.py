@@ -505,6 +505,7 @@ def test_an_archive_replaces_nothing(command, kept, tmp_path):
     code, _, err = command("session", "export", "mybook", kept / "mybook.tar")
     assert code == 2
     assert "it is a session's folder" in err
+    (tmp_path / f"left{PARTIAL_SUFFIX}").write_bytes(b"of a killed export")
     link, empty = tmp_path / "link.tar", tmp_path / "empty.tar"
     empty.touch()
     link.symlink_to(empty)
@@ -804,10 +805,10 @@ CALLS = {
         "remove",
         "remove",
         "unlink",
+        "write_bytes",
+        "write_bytes",
         "write_file",
         "write_file",
-        "write_file",
-        "write_text",
     ],
     # in a temporary folder
     "hf/parallel.py": ["TemporaryDirectory", "save_pretrained"],

@@ -28,6 +28,7 @@ __all__ = [
     "read_json_object",
     "remove",
     "sync_folder",
+    "write_bytes",
     "write_file",
     "write_text",
 ]
@@ -128,7 +129,7 @@ class Output:
             CapacityError: the system refuses to write, for example because the disk is full.
         """
         self.check()
-        write_text(self.path, data) if isinstance(data, str) else write_file(self.path, [data])
+        write_bytes(self.path, data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -149,14 +150,19 @@ def partial_path(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, as write_file() does; its folder is created if there is none.
+    """Write a text file in UTF-8, as write_bytes() does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file as write_file() does, and bring its name to the disk; its folder is created if there is none.
 
     Raises:
         CapacityError: the system refuses to write, for example because the disk is full.
     """
     with _os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, [text.encode("utf-8")])
+    write_file(path, [data])
     with _os_errors(path):
         sync_folder(path.resolve().parent)
 

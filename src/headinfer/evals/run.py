@@ -43,10 +43,12 @@ class Results:
         if results.path.is_file() and results.path.stat().st_size:
             found = read_json_object(results.path)
             before = found.get("about")
-            if not isinstance(before, dict) or not {"answers", "skipped"} <= found.keys():
+            records = found.get("answers")
+            skipped = found.get("skipped")
+            if not (isinstance(before, dict) and isinstance(records, list) and isinstance(skipped, dict)):
                 raise UsageError(f"{results.path} holds no results of headinfer eval: choose another --out")
-            results.records = found["answers"]
-            results.skipped = found["skipped"]
+            results.records = records
+            results.skipped = skipped
             for name in {**before, **about}:
                 if before.get(name) != about.get(name):
                     raise UsageError(

@@ -33,7 +33,7 @@ def export_session(folder: Path, archive: Path) -> None:
     """
     output = Output(archive, is_ours=None)
     archive = archive.resolve()
-    if own_files(archive.parent):
+    if MANIFEST in own_files(archive.parent):
         raise UsageError(f"cannot write an archive into {archive.parent}: it is a session's folder; choose another one")
     partial = partial_path(archive)
     try:
