@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headinfer import device_kv, streaming
 from headinfer.attention.state import AttentionState
-from headinfer.engine import Engine, Options
+from headinfer.engine import device_kv, streaming
+from headinfer.engine.engine import Engine, Options
 from headinfer.plan.tiles import MERGE_BYTES, TileRates
 
 HEADS, KV_HEADS, DIM, LAYERS, LINEAR_WEIGHTS = 32, 8, 128, 32, 218_103_808  # Llama-3-8B

@@ -6,8 +6,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 from headinfer.errors import UnsupportedError
 from headinfer.hf.families import REFUSED as WHY
 from headinfer.hf.parallel import check_shards
-from headinfer.model_shape import ModelShape
-from headinfer.ranks import Ranks
+from headinfer.hf.ranks import Ranks
+from headinfer.plan.model_shape import ModelShape
 
 VOCAB = 128
 COMMON = {

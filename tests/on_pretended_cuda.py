@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_gpu import attend_all
 
-from headinfer import cli
-from headinfer.engine import Options
+from headinfer.cli import main as cli
+from headinfer.engine.engine import Options
 from headinfer.kv.streams import CudaStreams
 
 CUDA = torch.device("cuda", 0)

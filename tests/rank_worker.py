@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import headinfer
-from headinfer import cli, generation
+from headinfer.cli import main as cli
+from headinfer.jobs import generate as generation
 from headinfer.hf import parallel
-from headinfer.ranks import Ranks
+from headinfer.hf.ranks import Ranks
 
 CHUNK_TOKENS, STEPS = 40, 5
 STAGED = {"device_kv_budget": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "staging": "early"}

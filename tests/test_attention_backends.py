@@ -19,13 +19,13 @@ from headinfer.attention import cuda, native, triton_calls
 from headinfer.attention.backends import BACKENDS, TABLE, Problem, backend_names, capability_of, choose, recorded
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
+from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import UsageError
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import WriteInPlace
 from headinfer.plan.tiles import TilePlan
-from headinfer.streaming import attend_streaming
 
 PROPERTY = settings(
     deadline=None, derandomize=True, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]

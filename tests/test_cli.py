@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headinfer.attention.backends import backend_names
-from headinfer.cli import parse_bytes
+from headinfer.cli.main import parse_bytes
 from headinfer.errors import UsageError
 
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
@@ -63,7 +63,7 @@ def test_generate_json_counts_every_byte(book):
 
 
 def test_the_same_seed_gives_the_same_text_however_it_is_cut(book, capsys, monkeypatch):
-    from headinfer import cli
+    from headinfer.cli import main as cli
 
     def result_of(*arguments):
         monkeypatch.setattr(sys, "argv", ["headinfer", "generate", MODEL, "--file", str(book), *map(str, arguments)])
@@ -90,7 +90,8 @@ def test_a_prompt_beyond_the_models_context_is_warned_about(book):
 
 @pytest.mark.parametrize("forwards", [1, 30], ids=["while reading", "while writing"])
 def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch):
-    from headinfer import cli, report
+    from headinfer.cli import main as cli
+    from headinfer.cli import report
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     calls = []
@@ -117,7 +118,7 @@ def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch
 
 @pytest.mark.parametrize("text", ["Grüße, 世界 🌍! " * 5, "plain words", "\x80 half"])
 def test_the_streamer_shows_whole_characters_and_loses_none(text):
-    from headinfer.generation import Streamer, Summary
+    from headinfer.jobs.generate import Streamer, Summary
     from headinfer.hf.models import byte_tokenizer
 
     pieces, summary = [], Summary("m")
@@ -182,7 +183,7 @@ def test_a_folder_without_config_and_an_unserved_family(tmp_path, capsys, monkey
 
 def refuses_in_process(arguments, says, capsys, monkeypatch):
     """main() exits with 2 and one sentence, and no weights were made."""
-    from headinfer import cli
+    from headinfer.cli import main as cli
     from headinfer.hf.models import ModelSource
 
     monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded first"))

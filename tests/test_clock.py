@@ -10,7 +10,7 @@ import math
 import pytest
 from clock import KV_HEADS, LAYERS, TOKEN_BYTES, last_pass
 
-from headinfer import streaming
+from headinfer.engine import streaming
 from headinfer.kv.transfer import SlotRing
 from headinfer.plan.tiles import TileRates
 

@@ -9,9 +9,9 @@ import torch
 from test_seam import generate, make_model, padded, prompt
 
 import headinfer
-from headinfer import device_kv
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.engine import Engine, Options
+from headinfer.engine import device_kv
+from headinfer.engine.engine import Engine, Options
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import numa, tiers
@@ -339,7 +339,8 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
 def test_info_says_whether_host_memory_is_pinned(monkeypatch, allowed, said):
     from typer.testing import CliRunner
 
-    from headinfer import cli, info
+    from headinfer import info
+    from headinfer.cli import main as cli
 
     pageable(monkeypatch, allowed)
 

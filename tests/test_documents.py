@@ -24,7 +24,7 @@ WORDS = "It was a bright cold day in April, and the clocks were striking thirtee
 @pytest.fixture
 def headinfer(capsys, monkeypatch, tmp_path):
     """Run a command in this process; returns its exit code, stdout and stderr."""
-    from headinfer import cli
+    from headinfer.cli import main as cli
 
     monkeypatch.setenv("HEADINFER_SESSIONS", str(tmp_path / "sessions"))
     monkeypatch.setenv("COLUMNS", "200")
@@ -133,7 +133,7 @@ def test_kept_questions_are_the_next_ones_past(headinfer, book, tmp_path):
 
 @pytest.mark.parametrize("after_chunks", [1, 3])
 def test_ctrl_c_costs_one_chunk_at_most_and_the_same_command_goes_on(headinfer, book, after_chunks, monkeypatch):
-    from headinfer import report
+    from headinfer.cli import report
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     calls = []
@@ -357,7 +357,7 @@ def test_other_weights_are_refused_once_they_are_known(headinfer, book):
 
 
 def test_what_will_be_slow_is_said_before(headinfer, book, monkeypatch):
-    from headinfer import asking
+    from headinfer.jobs import ask as asking
 
     read(headinfer, book)
     machine = asking.this_machine
@@ -398,8 +398,8 @@ def test_a_reader_looks_again_where_a_writer_was_quicker(headinfer, book, tmp_pa
         opened(self, where, entry)
 
     monkeypatch.setattr(TensorFile, "__init__", meanwhile)
-    from headinfer.hf.session import saved_ids
     from headinfer.sessions.folder import at_rest
+    from headinfer.sessions.writer import saved_ids
 
     assert at_rest(folder, lambda found: saved_ids(folder, found)).shape[1] > len(book.read_bytes())
     next(folder.glob("end-*")).unlink()

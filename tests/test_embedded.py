@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import headinfer.embedded
-from headinfer import cli, embedded
-from headinfer.demo import Demo, DemoResult, largest_demo
+from headinfer import embedded
+from headinfer.cli import main as cli
 from headinfer.embedded import embedded_model, embedded_text
 from headinfer.errors import UsageError
+from headinfer.evals.demo import Demo, DemoResult, largest_demo
 from headinfer.evals.needles import random_words
 from headinfer.evals.niah import niah_document
 from headinfer.evals.reader import HEAD_WISE, Answer, Reader
@@ -120,7 +121,7 @@ def test_a_result_knows_wrong_and_differing_answers():
 def test_the_demos_size_follows_the_machine(monkeypatch):
     demo = Demo("cpu")
     seconds = iter([0.0, 1.0, 0.0, 100.0])
-    monkeypatch.setattr("headinfer.demo.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("headinfer.evals.demo.time.perf_counter", lambda: next(seconds))
     monkeypatch.setattr(Demo, "read", lambda *_: None)
     fast = largest_demo(demo, 75.0)
     assert demo.shape.prefill_flops(fast) <= 75 * demo.shape.prefill_flops(8192) < demo.shape.prefill_flops(2 * fast)

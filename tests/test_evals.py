@@ -19,7 +19,7 @@ from headinfer.evals.ruler import RULER_TASKS, ruler_documents
 from headinfer.evals.run import Results, evaluate
 from headinfer.evals.tasks import Document, Question, fit, match_all, match_part
 from headinfer.hf.models import byte_tokenizer, resolve
-from headinfer.model_shape import ModelShape
+from headinfer.plan.model_shape import ModelShape
 
 ESSAY = " ".join(f"Sentence {n} of the essay says {'rather ' * (n % 7)}little." for n in range(900))
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headinfer
 from headinfer.hf.families import SUPPORTED_FAMILIES
-from headinfer.model_shape import ModelShape
+from headinfer.plan.model_shape import ModelShape
 
 TOKENS, CHUNK_TOKENS, STEPS = 300, 40, 5
 BOUND = 5e-5  # of the logits' standard deviation; transformers' own chunked and whole results differ by up to 2e-5

@@ -24,12 +24,12 @@ import headinfer
 from headinfer import CapacityError, HeadCache, SessionError, UsageError
 from headinfer.bench import gpu as gpu_bench
 from headinfer.bench.measure import Measure
-from headinfer.files import PARTIAL_SUFFIX, Output, write_file, write_text
 from headinfer.kv.disk import DiskFile
 from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.sessions.folder import Lock, remove_session
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import own_files
+from headinfer.utils.files import PARTIAL_SUFFIX, Output, write_file, write_text
 
 ROOT = Path(__file__).parents[1]
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
@@ -105,7 +105,7 @@ def token_ids(tokens):
 @pytest.fixture
 def command(capsys, monkeypatch, tmp_path):
     """Run a command in this process; returns its exit code, stdout and stderr."""
-    from headinfer import cli
+    from headinfer.cli import main as cli
 
     monkeypatch.setenv("HEADINFER_SESSIONS", str(tmp_path / "sessions"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -218,7 +218,7 @@ def test_a_foreign_file_in_a_session_stays_and_stops_what_writes(command, kept, 
 
 def test_a_file_that_comes_while_a_session_is_written_stays(model, cache, tmp_path):
     """Between the lock and the checkpoint: under a name that the checkpoint needs, and under one that it cleans up."""
-    from headinfer.hf.session import SessionWriter
+    from headinfer.sessions.writer import SessionWriter
 
     with SessionWriter(tmp_path / "book", model, {}, {}) as writer:
         put(tmp_path / "book", "end-000001.safetensors", "end-000002.safetensors", "mine.safetensors")
@@ -238,7 +238,7 @@ def test_a_file_that_comes_while_a_session_is_written_stays(model, cache, tmp_pa
 @pytest.mark.parametrize("name", ["block-000000.safetensors", "end-000001.safetensors", "manifest.json"])
 def test_a_shared_prefix_replaces_nothing(command, kept, book, tmp_path, monkeypatch, name):
     """A second session takes files over from the first one while another program writes into its folder."""
-    from headinfer import reading
+    from headinfer.jobs import read as reading
 
     target, taken = tmp_path / "sessions" / "second", reading.take_over
 
@@ -255,7 +255,7 @@ def test_a_shared_prefix_replaces_nothing(command, kept, book, tmp_path, monkeyp
 
 
 def test_a_manifest_that_comes_while_a_session_is_written_stays(model, cache, tmp_path, monkeypatch):
-    from headinfer.hf import session
+    from headinfer.sessions import writer as session
 
     def meanwhile(path, tensors):
         put(tmp_path / "book", "manifest.json")
@@ -277,7 +277,7 @@ def test_a_manifest_that_is_a_pipe_is_refused(model, tmp_path):
 @pytest.mark.parametrize("held", [200, 0], ids=["it goes on", "it begins"])
 def test_a_session_that_another_process_writes_meanwhile_is_not_written_again(command, book, tmp_path, held):
     """Between the checks and the lock the other process reads further: tokens would be read twice, or files lost."""
-    from headinfer import reading
+    from headinfer.jobs import read as reading
 
     root = tmp_path / "sessions"
     job = reading.ReadJob(MODEL, book.read_text(), "mybook", root, chunk_tokens=200)
@@ -295,7 +295,7 @@ def test_a_session_that_another_process_writes_meanwhile_is_not_written_again(co
 
 
 def test_a_question_is_not_kept_in_a_session_that_changed_meanwhile(command, kept):
-    from headinfer import asking
+    from headinfer.jobs import ask as asking
 
     job = asking.AskJob("mybook", kept.parent, ["When?"], max_new_tokens=2, keep=True)
     prepared, later = asking.prepare_ask(job), asking.prepare_ask(job)
@@ -436,10 +436,10 @@ def commands_with_output(path):
     return {
         "bench": (["bench", "decode", "--quick", "--output", path], "headinfer.bench.run.run_suites"),
         "bench --check-plan": (["bench", "--check-plan", "--quick", "--output", path], "headinfer.bench.run.run_check"),
-        "probe": (["probe", "--device", "cpu", "--output", path], "headinfer.probe.probe"),
+        "probe": (["probe", "--device", "cpu", "--output", path], "headinfer.bench.probe.probe"),
         "plan --plot": (
             ["plan", "llama-3-8b", "--gpu", "rtx4090", "--plot", path],
-            "headinfer.plan_plots._draw_memory",
+            "headinfer.cli.plan_plots._draw_memory",
         ),
     }
 
@@ -568,7 +568,7 @@ def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("headinfer.bench.run.run_suites", lambda *_, **__: [MEASURE])
     monkeypatch.setattr("headinfer.bench.run.run_check", lambda *_, **__: [])
-    monkeypatch.setattr("headinfer.probe.probe", lambda *_: PROBED)
+    monkeypatch.setattr("headinfer.bench.probe.probe", lambda *_: PROBED)
     plan = ["plan", "llama-3-8b", "--gpu", "rtx4090"]
     for name in ("plan.png", "plan.svg", "plan.pdf", "plan.PNG"):
         path = tmp_path / name
@@ -617,7 +617,7 @@ def test_a_file_that_comes_while_a_command_measures_stays(command, tmp_path, mon
 
     monkeypatch.setattr("headinfer.bench.run.run_suites", meanwhile([MEASURE]))
     monkeypatch.setattr("headinfer.bench.run.run_check", meanwhile([]))
-    monkeypatch.setattr("headinfer.probe.probe", meanwhile(PROBED))
+    monkeypatch.setattr("headinfer.bench.probe.probe", meanwhile(PROBED))
     for arguments, shown in (
         (["bench"], "seconds of a token"),
         (["bench", "--check-plan"], "predicted"),
@@ -790,13 +790,13 @@ CALLS = {
     "attention/native.py": ["Path.replace", "TemporaryDirectory", "mkdir"],
     # all in a temporary folder
     "bench/disk.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
-    "bench_cli.py": ["Output", "Output", "Output", "Output", "Output", "Output"],
-    "cli.py": ["Output", "Output"],
-    "eval_cli.py": ["Output"],
+    "cli/bench.py": ["Output", "Output", "Output", "Output", "Output", "Output"],
+    "cli/main.py": ["Output", "Output"],
+    "cli/evals.py": ["Output"],
     # savefig: into memory
     "evals/heatmap.py": ["Output", "savefig"],
     "evals/run.py": ["Output", "Output"],
-    "files.py": [
+    "utils/files.py": [
         "mkdir",
         "os.link",
         "os.open for writing",
@@ -812,15 +812,15 @@ CALLS = {
     ],
     # in a temporary folder
     "hf/parallel.py": ["TemporaryDirectory", "save_pretrained"],
-    "hf/prefix.py": ["link_or_copy"],
+    "sessions/prefix.py": ["link_or_copy"],
     # a file that loses its name at once
     "kv/disk.py": ["mkdir", "mkstemp", "os.open for writing", "unlink"],
     "kv/tensor_file.py": ["write_file"],
     "plan/hardware.py": ["Output"],
     # savefig: into memory
-    "plan_plots.py": ["Output", "Output", "savefig"],
+    "cli/plan_plots.py": ["Output", "Output", "savefig"],
     # a temporary file
-    "probe.py": ["NamedTemporaryFile"],
+    "bench/probe.py": ["NamedTemporaryFile"],
     "sessions/archive.py": ["Output", "open for writing", "os.replace", "remove", "tarfile.open for writing"],
     "sessions/folder.py": [
         "mkdir",

@@ -12,7 +12,7 @@ from test_seam import generate, make_model, padded, prompt
 
 import headinfer
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.engine import Engine, Options
+from headinfer.engine.engine import Engine, Options
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import tiers
 from headinfer.kv.ledger import Ledger

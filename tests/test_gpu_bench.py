@@ -426,7 +426,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_get_one_sentence_before_anything_is_made(without_cuda, monkeypatch, name):
-    from headinfer import bench_cli
+    from headinfer.cli import bench as bench_cli
 
     monkeypatch.setattr(gpu, "run_gpu", lambda *_, **__: pytest.fail("it began"))
     import typer
@@ -445,7 +445,7 @@ def test_a_result_is_written_where_it_is_wanted(run, monkeypatch, tmp_path):
     import typer
     from typer.testing import CliRunner
 
-    from headinfer import bench_cli
+    from headinfer.cli import bench as bench_cli
 
     def ran(*_, keep, **__):
         keep(run[0], run[1][:3])  # after a suite
@@ -511,7 +511,7 @@ def test_what_the_script_names_exists():
         [sys.executable, "-m", "pytest", "--collect-only", one], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.returncode == 0, done.stdout
-    from headinfer.bench_cli import bench
+    from headinfer.cli.bench import bench
 
     for option in ("--device", "--gpu-memory", "--limit-s", "--output"):
         assert option in text

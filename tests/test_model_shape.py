@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headinfer.model_shape import ModelShape
+from headinfer.plan.model_shape import ModelShape
 
 SMALL = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 1024}
 DENSE = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 1536}

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headinfer.errors import CapacityError
 from headinfer.hf.models import RANDOM_CONFIGS, byte_tokenizer, resolve
-from headinfer.model_shape import ModelShape
 from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes
+from headinfer.plan.model_shape import ModelShape
 
 
 @pytest.mark.parametrize("text", ["plain", "Grüße, 世界 🌍\n\ttabs  and   spaces\r\n", "\x00\x7f", "<|eos|", ""])

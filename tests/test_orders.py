@@ -7,8 +7,8 @@ import pytest
 import torch
 from orders import Recorded, explore, place, unordered
 
-from headinfer import device_kv, streaming
-from headinfer.engine import Engine, Options
+from headinfer.engine import device_kv, streaming
+from headinfer.engine.engine import Engine, Options
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter

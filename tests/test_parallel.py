@@ -17,8 +17,8 @@ from transformers import AutoConfig, DynamicCache
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.hf.models import resolve
 from headinfer.hf.parallel import check_shards, rank_device
-from headinfer.model_shape import ModelShape
-from headinfer.ranks import Ranks
+from headinfer.hf.ranks import Ranks
+from headinfer.plan.model_shape import ModelShape
 
 BOUND = 5e-5  # of the logits' standard deviation, as in test_families.py
 TWO = Ranks(0, 2, 0, 2)

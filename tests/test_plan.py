@@ -12,7 +12,6 @@ import headinfer
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.hf.models import resolve
 from headinfer.kv import head_store
-from headinfer.model_shape import LayerShape, ModelShape
 from headinfer.plan import footprint
 from headinfer.plan.compare import METHODS, OURS, Baseline, memory_by_method, seconds_by_method
 from headinfer.plan.fit import CHUNK_TOKENS, HOST_OVERHEAD_BYTES, STREAMING_BYTES, longest_context
@@ -25,6 +24,7 @@ from headinfer.plan.footprint import (
     streaming_footprint,
 )
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware
+from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.planner import candidates, make_plan
 from headinfer.plan.request import Request

@@ -13,7 +13,7 @@ from headinfer.plan import paper, paper_notes
 from headinfer.plan.compare import METHODS
 from headinfer.plan.hardware import HARDWARE
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
-from headinfer.plan.units import format_seconds, format_tokens, parse_bytes, parse_tokens
+from headinfer.utils.units import format_seconds, format_tokens, parse_bytes, parse_tokens
 
 ROOT = Path(__file__).parent.parent
 JOB = ("llama-3-8b", "--context", "1M", "--gpu", "rtx4090", "--ram", "256GB")
@@ -28,7 +28,7 @@ def run(*arguments, **environment):
 def test_it_answers_in_under_a_second_without_torch_and_transformers():
     script = f"""
 import sys
-from headinfer.cli import main
+from headinfer.cli.main import main
 sys.argv = ["headinfer", "plan", *{JOB!r}]
 try:
     main()

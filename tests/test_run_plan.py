@@ -10,12 +10,14 @@ import torch
 from families import VOCAB, tiny_model
 
 import headinfer
-from headinfer import cli, generation, machine, probe, run_plan
-from headinfer.bench import check
-from headinfer.engine import Options
+from headinfer.bench import check, probe
+from headinfer.cli import main as cli
+from headinfer.engine import machine, run_plan
+from headinfer.engine.engine import Options
 from headinfer.errors import CapacityError
-from headinfer.model_shape import ModelShape
+from headinfer.jobs import generate as generation
 from headinfer.plan.hardware import HARDWARE, Hardware, probe_path
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.models import find_shape
 from headinfer.plan.tiles import TileRates
 

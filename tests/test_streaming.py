@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headinfer import streaming
 from headinfer.attention.backends import BACKENDS as ALL
 from headinfer.attention.reference import attend_reference, causal_mask
+from headinfer.engine import streaming
+from headinfer.engine.streaming import attend_streaming, tiles_of
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.resident import Residency, Share
@@ -20,7 +21,6 @@ from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
 from headinfer.plan.tiles import TilePlan
-from headinfer.streaming import attend_streaming, tiles_of
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.engine import Engine, Options
+from headinfer.engine.engine import Engine, Options
+from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
 from headinfer.kv.head_store import HeadStore
@@ -16,7 +17,6 @@ from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
 from headinfer.plan.tiles import TilePlan
-from headinfer.streaming import attend_streaming
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")

@@ -52,7 +52,7 @@ def test_importing_headinfer_s_kernels_imports_no_triton():
         "import sys\n"
         "from headinfer.attention import triton_calls\n"
         "from headinfer.attention.backends import choose\n"
-        "import headinfer.streaming\n"
+        "import headinfer.engine.streaming\n"
         "assert 'headinfer.attention.triton_kernels' not in sys.modules\n"
         "print(triton_calls.why_not())\n"
     )

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from headinfer.files import Output
+from headinfer.utils.files import Output
 
 # Tokens, depths (so many needles in a text), texts, and whether the beginning of the answer is given.
 PLAN = (

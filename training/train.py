@@ -20,7 +20,7 @@ from corpus import VOCAB_SIZE, make_tokenizer, read_texts
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from headinfer.evals.needles import SYLLABLES, Needle, is_held_out, random_needles
-from headinfer.files import read_json_object
+from headinfer.utils.files import read_json_object
 
 MADE = "training.json"  # in the folder of each run: what made it
 SEED = 0

@@ -1,5 +1,5 @@
 """python -m headinfer"""
 
-from headinfer.cli import main
+from headinfer.cli.main import main
 
 main()

@@ -206,8 +206,19 @@ class Runs:
         for plan in (
             ("llama-3-8b", "--context", "1M", "--gpu", "rtx4090", "--ram", "256GB"),
             ("llama-3-8b", "--context", "4M", "--gpu", "h200", "--ram", "1024GB", "--no-resident"),
-            ("llama-3-8b", "--context", "256K", "--gpu", "rtx3060", "--ram", "16GB", "--disk", "200GB",
-             "--weight-bits", "4"),
+            (
+                "llama-3-8b",
+                "--context",
+                "256K",
+                "--gpu",
+                "rtx3060",
+                "--ram",
+                "16GB",
+                "--disk",
+                "200GB",
+                "--weight-bits",
+                "4",
+            ),
         ):
             self.note(f"command {' '.join(('plan', *plan))}", json.loads(self.command("plan", *plan, "--json")))
 

@@ -18,9 +18,9 @@ from headinfer.bench.model import fill_head_wise
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.hf.models import resolve
-from headinfer.model_shape import ModelShape
 from headinfer.plan.footprint import streaming_footprint
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.roofline import Schedule, decode_seconds, prefill_seconds
 
 __all__ = ["Comparison", "check_plan", "rows_of"]

@@ -27,8 +27,8 @@ from headinfer.bench.measure import Measure, Peak, Sizes, in_turns, ratio, step,
 from headinfer.bench.model import BENCH_MODEL, append_noise, fill_head_wise, kv_bytes, load_model
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
-from headinfer.hf.session import SessionWriter
 from headinfer.kv.disk import DiskFile, Read
+from headinfer.sessions.writer import SessionWriter
 
 __all__ = ["DISK_SUITES"]
 

@@ -11,8 +11,8 @@ from headinfer.attention.backends import BACKENDS, Backend, choose
 from headinfer.attention.reference import attend_reference
 from headinfer.bench.gpu_job import Job, Line
 from headinfer.bench.gpu_link import tile_of
+from headinfer.engine.streaming import BLOCK_TOKENS
 from headinfer.errors import CapacityError
-from headinfer.streaming import BLOCK_TOKENS
 
 __all__ = ["attention"]
 

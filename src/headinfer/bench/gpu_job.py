@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from headinfer.engine.machine import free_device_bytes
 from headinfer.hf.models import resolve
-from headinfer.machine import free_device_bytes
-from headinfer.model_shape import ModelShape
 from headinfer.plan.memory import available_host_bytes
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES
-from headinfer.plan.units import format_tokens
+from headinfer.utils.units import format_tokens
 
 __all__ = ["QUICK", "GpuSizes", "Job", "Line", "Rates", "goal_reached"]
 

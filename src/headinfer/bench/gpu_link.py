@@ -11,13 +11,13 @@ import torch
 from headinfer.attention.backends import Problem, capability_of
 from headinfer.bench.gpu_job import Job, Line, Rates
 from headinfer.bench.model import DRAM_BUFFER_BYTES, dram_reader
+from headinfer.engine.machine import this_machine
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.numa import node_of
 from headinfer.kv.segments import Segment
 from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
-from headinfer.machine import this_machine
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes

@@ -15,10 +15,10 @@ from headinfer.bench.check import Comparison, check_plan, rows_of
 from headinfer.bench.disk import DISK_SUITES
 from headinfer.bench.measure import Measure, Sizes
 from headinfer.bench.model import BENCH_MODEL
+from headinfer.bench.probe import probe
 from headinfer.bench.suites import SUITES
 from headinfer.errors import UsageError
 from headinfer.info import machine
-from headinfer.probe import probe
 
 __all__ = ["check_suites", "check_table", "markdown_table", "result_json", "run_check", "run_suites"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from headinfer.errors import UsageError
 from headinfer.evals.run import Results
-from headinfer.files import Output
-from headinfer.plan.units import format_tokens
+from headinfer.utils.files import Output
+from headinfer.utils.units import format_tokens
 
 __all__ = ["is_heatmap", "save_heatmap"]
 

@@ -20,7 +20,7 @@ from headinfer.evals.tasks import Document, Question
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import enable
-from headinfer.hf.prompts import document_ids, frame, pad_id
+from headinfer.jobs.prompts import document_ids, frame, pad_id
 
 __all__ = ["HEAD_WISE", "STANDARD", "Answer", "Method", "Reader", "Reading"]
 

@@ -13,9 +13,9 @@ from typing import Any
 from headinfer.errors import UsageError
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, Reader, Reading
 from headinfer.evals.tasks import Document, Question
-from headinfer.files import Output, read_json_object
 from headinfer.info import machine
 from headinfer.plan.memory import available_host_bytes, format_bytes
+from headinfer.utils.files import Output, read_json_object
 
 __all__ = ["Results", "evaluate"]
 
@@ -175,7 +175,7 @@ def _room(reader: Reader) -> int:
     """Bytes that are free where the standard cache lies."""
     device = reader.model.device
     if device.type == "cuda":
-        from headinfer.machine import free_device_bytes
+        from headinfer.engine.machine import free_device_bytes
 
         return free_device_bytes(device)
     return available_host_bytes()

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from headinfer.attention.backends import recorded
-from headinfer.engine import Engine, Options
+from headinfer.engine.engine import Engine, Options
 from headinfer.errors import StateError, UnsupportedError
-from headinfer.hf import session
 from headinfer.hf.compat import (
     Cache,
     DynamicLayer,
@@ -30,6 +29,7 @@ from headinfer.hf.compat import (
     shared_full_layers,
 )
 from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, why_not_croppable
+from headinfer.sessions import writer as session
 from headinfer.sessions.folder import at_rest
 from headinfer.sessions.manifest import Manifest
 

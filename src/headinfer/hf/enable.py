@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from headinfer.engine import Options
+from headinfer.engine.engine import Options
+from headinfer.engine.run_plan import fixed_fields, plan_run, planned, tightest
 from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageError
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
@@ -35,9 +36,8 @@ from headinfer.hf.copies import one_of_each, repeat_logits
 from headinfer.hf.families import check_family
 from headinfer.hf.layers import HeadLayer
 from headinfer.kv.ledger import Ledger
-from headinfer.model_shape import ModelShape
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
-from headinfer.run_plan import fixed_fields, plan_run, planned, tightest
 
 __all__ = ["Enabled", "check_model", "enable"]
 

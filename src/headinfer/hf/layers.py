@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from headinfer.engine import Engine
+from headinfer.engine.engine import Engine
 from headinfer.errors import StateError
 from headinfer.hf.compat import (
     CacheLayerMixin,

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from headinfer.errors import HeadinferError, StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import DistributedConfig, PreTrainedConfig, PreTrainedModel, tensor_parallel_plan
-from headinfer.model_shape import ModelShape
-from headinfer.ranks import Ranks
+from headinfer.hf.ranks import Ranks
+from headinfer.plan.model_shape import ModelShape
 
 __all__ = [
     "_NOT_SHARDED",

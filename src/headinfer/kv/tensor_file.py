@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from headinfer.errors import SessionError
-from headinfer.files import CHECKSUM_PREFIX, FileEntry, write_file
+from headinfer.utils.files import CHECKSUM_PREFIX, FileEntry, write_file
 
 __all__ = ["TensorFile", "write_tensors"]
 

@@ -16,7 +16,7 @@ from headinfer.plan.footprint import (
 from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles
-from headinfer.plan.units import format_tokens
+from headinfer.utils.units import format_tokens
 
 __all__ = [
     "CHUNK_TOKENS",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from headinfer.model_shape import LayerShape, ModelShape
+from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.tiles import RING_SLOTS, ring_slot_bytes
 
 __all__ = [

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headinfer.errors import UsageError
-from headinfer.files import Output, read_json_object
 from headinfer.plan.tiles import TileRates
+from headinfer.utils.files import Output, read_json_object
 
 __all__ = ["HARDWARE", "Hardware", "find_hardware", "is_probe", "probe_path"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import UsageError
-from headinfer.plan.units import format_tokens
+from headinfer.utils.units import format_tokens
 
 __all__ = ["RESULTS", "measured_section"]
 

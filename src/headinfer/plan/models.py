@@ -11,7 +11,7 @@ from typing import Any
 
 from headinfer.embedded import EMBEDDED, embedded_model
 from headinfer.errors import UsageError
-from headinfer.model_shape import ModelShape
+from headinfer.plan.model_shape import ModelShape
 
 __all__ = ["BUILT_IN_CONFIGS", "find_shape"]
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from headinfer.model_shape import ModelShape
 from headinfer.plan.compare import Baseline
 from headinfer.plan.footprint import BASELINES, Footprint, activation_bytes, paper_activation_bytes
 from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.plan.measured import measured_section
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.models import find_shape
 from headinfer.plan.paper_notes import HEAD, NOTES, inconsistencies
 from headinfer.plan.planner import make_plan

@@ -26,7 +26,7 @@ from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, hiding_chunk_tokens, prefill_seconds
 from headinfer.plan.tiles import RING_SLOTS, TilePlan
-from headinfer.plan.units import format_seconds, format_tokens
+from headinfer.utils.units import format_seconds, format_tokens
 
 __all__ = ["Plan", "candidates", "make_plan"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headinfer.errors import UnsupportedError, UsageError
-from headinfer.model_shape import LayerShape, ModelShape
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.model_shape import LayerShape, ModelShape
 
 __all__ = ["Request"]
 

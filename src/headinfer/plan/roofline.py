@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headinfer.model_shape import LayerShape, ModelShape
 from headinfer.plan.hardware import Hardware
+from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.overlap import LayerChunks
 from headinfer.plan.tiles import MERGE_BYTES, TILE_LAUNCHES
 

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from headinfer.errors import CapacityError, HeadinferError, SessionError, UsageError
-from headinfer.files import FileEntry, Output, partial_path, remove, sync_folder
 from headinfer.sessions.folder import at_rest
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import own_files
+from headinfer.utils.files import FileEntry, Output, partial_path, remove, sync_folder
 
 __all__ = ["export_session"]
 

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from headinfer.errors import SessionError, UsageError
-from headinfer.files import partial_path, remove, sync_folder
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import LOCK, LOCK_TEXT, check_no_foreign_files, own_files
+from headinfer.utils.files import partial_path, remove, sync_folder
 
 __all__ = ["Lock", "at_rest", "check_unchanged", "default_root", "remove_session", "session_folder", "session_names"]
 

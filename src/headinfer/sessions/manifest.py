@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from headinfer.errors import SessionError
-from headinfer.files import FileEntry, write_text
+from headinfer.utils.files import FileEntry, write_text
 
 __all__ = ["FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Block", "Manifest", "first_chain"]
 

@@ -20,8 +20,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from headinfer.errors import SessionError
-from headinfer.files import CHECKSUM_PREFIX, PARTIAL_SUFFIX, remove
 from headinfer.sessions.manifest import FILE_NAME, FORMAT, MANIFEST, Manifest
+from headinfer.utils.files import CHECKSUM_PREFIX, PARTIAL_SUFFIX, remove
 
 __all__ = [
     "LOCK",

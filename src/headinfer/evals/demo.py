@@ -21,7 +21,7 @@ from headinfer.evals.niah import niah_document
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, OnText, Reader, Reading
 from headinfer.evals.tasks import Document
 from headinfer.hf.models import resolve
-from headinfer.model_shape import ModelShape
+from headinfer.plan.model_shape import ModelShape
 
 __all__ = ["DEMO_TOKENS", "Demo", "DemoResult", "largest_demo"]
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from headinfer.engine import Options
-from headinfer.files import check_folder
-from headinfer.machine import free_device_bytes, this_machine
-from headinfer.model_shape import ModelShape
+from headinfer.engine.engine import Options
+from headinfer.engine.machine import free_device_bytes, this_machine
 from headinfer.plan.footprint import weight_bytes
 from headinfer.plan.memory import available_host_bytes, free_disk_bytes
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
+from headinfer.utils.files import check_folder
 
 __all__ = ["fixed_fields", "plan_run", "planned", "tightest"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import UsageError
-from headinfer.files import Output
 from headinfer.plan.compare import METHODS, OURS, memory_by_method, seconds_by_method
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.planner import Plan
 from headinfer.plan.roofline import OperatingPoint
-from headinfer.plan.units import format_tokens
+from headinfer.utils.files import Output
+from headinfer.utils.units import format_tokens
 
 __all__ = ["draw"]
 

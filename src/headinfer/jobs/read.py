@@ -11,25 +11,25 @@ from typing import Any
 import torch
 
 from headinfer.attention import native
-from headinfer.engine import Options
+from headinfer.engine.engine import Options
+from headinfer.engine.run_plan import fixed_fields, plan_run, planned
 from headinfer.errors import CapacityError, SessionError, UsageError
-from headinfer.files import check_folder
-from headinfer.generation import checked_device, chosen_dtype
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import enable
-from headinfer.hf.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.hf.prefix import find_prefix, take_over
-from headinfer.hf.prompts import document_ids
-from headinfer.hf.session import SessionWriter, saved_ids
-from headinfer.model_shape import ModelShape
+from headinfer.jobs.generate import checked_device, chosen_dtype
+from headinfer.jobs.prompts import document_ids
 from headinfer.plan.memory import format_bytes, free_disk_bytes
-from headinfer.run_plan import fixed_fields, plan_run, planned
+from headinfer.plan.model_shape import ModelShape
+from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
+from headinfer.sessions.prefix import find_prefix, take_over
+from headinfer.sessions.writer import SessionWriter, saved_ids
+from headinfer.utils.files import check_folder
 
 __all__ = ["ReadJob", "ReadResult", "ToRead", "prepare_read", "read"]
 

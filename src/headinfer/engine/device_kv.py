@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from headinfer.engine.machine import free_device_bytes
 from headinfer.errors import CapacityError
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.head_store import HeadStore
@@ -21,7 +22,6 @@ from headinfer.kv.streams import Staging, Streams, open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, Ring, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace, Writer
-from headinfer.machine import free_device_bytes
 from headinfer.plan.footprint import host_kv_tokens, write_back_bytes
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes

@@ -22,7 +22,7 @@ from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import OperatingPoint, Seconds, operating_points
-from headinfer.plan.units import format_seconds, format_tokens, parse_bytes, parse_tokens
+from headinfer.utils.units import format_seconds, format_tokens, parse_bytes, parse_tokens
 
 __all__ = ["CONTEXTS", "plan"]
 
@@ -99,7 +99,7 @@ def plan(
     for warning in warnings:
         stderr.print(f"headinfer: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     if plot is not None:
-        from headinfer.plan_plots import draw
+        from headinfer.cli.plan_plots import draw
 
         draw(made, model, plot, _points(made))
     if as_json:

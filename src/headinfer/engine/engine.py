@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 
 from headinfer.attention.backends import preferences
-from headinfer.device_kv import DeviceKV
+from headinfer.engine.device_kv import DeviceKV
+from headinfer.engine.machine import this_machine
+from headinfer.engine.streaming import Tile, attend_streaming, tiles_of
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.kv.disk import FarPiece
 from headinfer.kv.disk_tier import DiskTier
@@ -22,9 +24,8 @@ from headinfer.kv.ledger import Ledger
 from headinfer.kv.segments import Segment
 from headinfer.kv.streams import Staging
 from headinfer.kv.tiers import HostTier
-from headinfer.machine import this_machine
-from headinfer.model_shape import ModelShape
 from headinfer.plan.footprint import write_back_bytes
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.tiles import (
     DEFAULT_BUDGET_BYTES,
     FEW_QUERY_TOKENS,
@@ -33,7 +34,6 @@ from headinfer.plan.tiles import (
     choose_tiles,
     ring_slot_bytes,
 )
-from headinfer.streaming import Tile, attend_streaming, tiles_of
 
 __all__ = ["Engine", "Options"]
 

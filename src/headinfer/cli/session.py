@@ -14,12 +14,12 @@ from rich.console import Console
 
 from headinfer.errors import SessionError
 from headinfer.plan.memory import format_bytes
-from headinfer.plan.units import parse_bytes
 from headinfer.sessions.folder import default_root, remove_session, session_folder, session_names
 from headinfer.sessions.manifest import Manifest
+from headinfer.utils.units import parse_bytes
 
 if TYPE_CHECKING:
-    from headinfer.generation import Summary
+    from headinfer.jobs.generate import Summary
 
 __all__ = ["app", "ask", "read"]
 
@@ -56,8 +56,10 @@ def read(
     as_json: Json = False,
 ) -> None:
     """Read a document and keep its KV on disk, to ask it again and again; goes on where it was interrupted."""
-    from headinfer import generation, reading, report
-    from headinfer.engine import Options
+    from headinfer.cli import report
+    from headinfer.engine.engine import Options
+    from headinfer.jobs import generate as generation
+    from headinfer.jobs import read as reading
 
     options = Options(**_placed(device_kv_budget, host_kv_budget, disk_tier))
     job = reading.ReadJob(
@@ -113,9 +115,9 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask a document that was read before. Questions know nothing of each other, and leave no trace without --keep."""
-    from headinfer import asking
-    from headinfer.engine import Options
-    from headinfer.report import columns_table
+    from headinfer.cli.report import columns_table
+    from headinfer.engine.engine import Options
+    from headinfer.jobs import ask as asking
 
     placed = _placed(device_kv_budget, host_kv_budget, disk_tier)
     Options(**placed)  # refuses what cannot be, before all else
@@ -185,7 +187,7 @@ def _row(number: int, summary: Summary) -> tuple[str, str, str, str]:
 @app.command(name="list")
 def list_sessions(sessions: Root = None, as_json: Json = False) -> None:
     """All sessions: tokens, bytes, model."""
-    from headinfer.report import columns_table
+    from headinfer.cli.report import columns_table
 
     root = sessions or default_root()
     found: list[dict[str, Any]] = []
@@ -212,7 +214,7 @@ def list_sessions(sessions: Root = None, as_json: Json = False) -> None:
 @app.command()
 def info(name: Name, sessions: Root = None, as_json: Json = False) -> None:
     """What a session holds, and what made it."""
-    from headinfer.report import columns_table
+    from headinfer.cli.report import columns_table
 
     manifest = Manifest.read(session_folder(sessions or default_root(), name))
     facts = _facts(manifest)

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from headinfer.attention.backends import Problem, capability_of, choose
-from headinfer.machine import device_name, this_machine
+from headinfer.engine.machine import device_name, this_machine
 from headinfer.plan.hardware import Hardware
 
 __all__ = ["probe"]

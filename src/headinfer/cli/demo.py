@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from headinfer.plan.units import parse_tokens
+from headinfer.utils.units import parse_tokens
 
 if TYPE_CHECKING:
-    from headinfer.demo import Demo, DemoResult
+    from headinfer.evals.demo import Demo, DemoResult
     from headinfer.evals.reader import Answer, Method, OnText, Reading
     from headinfer.evals.tasks import Document, Question
 
@@ -34,9 +34,9 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find facts in a very long text with the head-wise cache and with transformers' own, and compare all tokens."""
-    from headinfer.demo import Demo, DemoResult, largest_demo
+    from headinfer.evals.demo import Demo, DemoResult, largest_demo
     from headinfer.evals.reader import HEAD_WISE, STANDARD
-    from headinfer.generation import checked_device
+    from headinfer.jobs.generate import checked_device
 
     tokens = parse_tokens(context) if context is not None else None
     shown = _Progress()
@@ -109,8 +109,8 @@ def _answers() -> OnText:
 
 
 def _show(result: DemoResult) -> None:
+    from headinfer.cli.report import columns_table
     from headinfer.plan.memory import format_bytes
-    from headinfer.report import columns_table
 
     runs = (result.standard, result.head_wise)
     rows = [

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from headinfer.errors import UsageError
-from headinfer.plan.units import format_tokens, parse_bytes, parse_tokens
+from headinfer.utils.units import format_tokens, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from headinfer.evals.run import Results
     from headinfer.evals.tasks import Document
     from headinfer.hf.models import ModelSource
-    from headinfer.model_shape import ModelShape
+    from headinfer.plan.model_shape import ModelShape
 
 __all__ = ["app"]
 
@@ -177,9 +177,9 @@ class _Job:
     def prepare(self, longest: int, about: dict[str, Any], out: Path) -> None:
         """Check all that can be checked before weights are loaded."""
         from headinfer.evals.run import Results
-        from headinfer.generation import checked_device, chosen_dtype
         from headinfer.hf.models import resolve
-        from headinfer.model_shape import ModelShape
+        from headinfer.jobs.generate import checked_device, chosen_dtype
+        from headinfer.plan.model_shape import ModelShape
 
         self.device = checked_device(self.device_name)
         self.source: ModelSource = resolve(self.model)
@@ -195,7 +195,7 @@ class _Job:
         """Refuse what cannot fit; CapacityError with what would."""
         import torch
 
-        from headinfer.run_plan import plan_run
+        from headinfer.engine.run_plan import plan_run
 
         fixed = {"device_kv_budget_bytes": self.budget}
         plan_run(self.shape, torch.device(self.device), self.dtype, tokens, fixed=fixed)
@@ -238,7 +238,7 @@ class _Job:
 
     def end(self, results: Results, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Show scores and the comparison; exit code 1 where the caches differ."""
-        from headinfer.report import columns_table
+        from headinfer.cli.report import columns_table
 
         summary = results.summary()
         compared = summary.get("compared")
@@ -283,7 +283,7 @@ def _depths(text: str) -> list[float]:
 
 def _text(path: Path | None) -> str:
     from headinfer.embedded import embedded_text
-    from headinfer.generation import read_text
+    from headinfer.jobs.generate import read_text
 
     text = read_text(path) if path is not None else embedded_text()
     if not text.strip():
@@ -302,7 +302,7 @@ def _check_heatmap(path: Path) -> None:
     except ImportError:  # then none is drawn
         return
     from headinfer.evals.heatmap import is_heatmap
-    from headinfer.files import Output
+    from headinfer.utils.files import Output
 
     Output(path, is_ours=is_heatmap)
 

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 
 from headinfer.attention import native
+from headinfer.engine.machine import this_machine
 from headinfer.errors import CapacityError, SessionError, UsageError
-from headinfer.files import check_folder
-from headinfer.generation import Streamer, Summary, checked_device
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
-from headinfer.hf.fingerprint import check_config, check_tokenizer
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.hf.prompts import frame, pad_id
-from headinfer.hf.session import SessionWriter, kept_options, saved_ids
-from headinfer.machine import this_machine
+from headinfer.jobs.generate import Streamer, Summary, checked_device
+from headinfer.jobs.prompts import frame, pad_id
 from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes, free_disk_bytes
+from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
+from headinfer.sessions.writer import SessionWriter, kept_options, saved_ids
+from headinfer.utils.files import check_folder
 
 __all__ = ["AskJob", "Asked", "ask", "prepare_ask"]
 

@@ -13,18 +13,18 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from headinfer.attention import native
-from headinfer.engine import Options
+from headinfer.engine.engine import Options
+from headinfer.engine.run_plan import fixed_fields, plan_run, planned
 from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.parallel import all_of, check_shards, load_random_shard, load_shard, rank_device
-from headinfer.model_shape import ModelShape
+from headinfer.hf.ranks import Ranks
 from headinfer.plan.memory import available_host_bytes, check_host_memory
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
-from headinfer.ranks import Ranks
-from headinfer.run_plan import fixed_fields, plan_run, planned
 
 __all__ = [
     "DTYPES",

@@ -10,11 +10,11 @@ from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from headinfer.generation import Summary
 from headinfer.hf.cache import HeadCache
-from headinfer.model_shape import ModelShape
+from headinfer.jobs.generate import Summary
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import format_bytes
+from headinfer.plan.model_shape import ModelShape
 
 __all__ = ["GenerationProgress", "columns_table", "hardware_table", "summary_table"]
 

@@ -18,20 +18,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from headinfer.engine import Options
+from headinfer.engine.engine import Options
 from headinfer.errors import SessionError, StateError, UsageError
-from headinfer.files import FileEntry, sync_folder
 from headinfer.hf.compat import PreTrainedModel, layer_device, versions
-from headinfer.hf.fingerprint import check_fingerprint, fingerprint
-from headinfer.hf.layer_state import from_plain, to_plain
 from headinfer.hf.layers import HeadLayer, restore, state_of
 from headinfer.kv.head_store import HeadStore
 from headinfer.kv.segments import Segment, Span
 from headinfer.kv.stored import StoredSegment
 from headinfer.kv.tensor_file import TensorFile, write_tensors
+from headinfer.sessions.fingerprint import check_fingerprint, fingerprint
 from headinfer.sessions.folder import Lock
+from headinfer.sessions.layer_state import from_plain, to_plain
 from headinfer.sessions.manifest import MANIFEST, Block, Manifest, first_chain
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
+from headinfer.utils.files import FileEntry, sync_folder
 
 if TYPE_CHECKING:
     from headinfer.hf.cache import HeadCache

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from headinfer.errors import SessionError
-from headinfer.files import FileEntry, link_or_copy, sync_folder
 from headinfer.hf.compat import versions
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.folder import session_names
 from headinfer.sessions.manifest import Manifest, first_chain
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
+from headinfer.utils.files import FileEntry, link_or_copy, sync_folder
 
 __all__ = ["Prefix", "find_prefix", "take_over"]
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from headinfer.errors import HeadinferError, UsageError
-from headinfer.plan.units import parse_bytes
+from headinfer.utils.units import parse_bytes
 
 if TYPE_CHECKING:
     from headinfer.bench.gpu_job import Job, Line
@@ -64,8 +64,8 @@ def _cpu(
     from headinfer.bench.check import rows_of
     from headinfer.bench.measure import is_result_json
     from headinfer.bench.run import check_suites, check_table, markdown_table, result_json, run_check, run_suites
-    from headinfer.files import Output
-    from headinfer.report import columns_table
+    from headinfer.cli.report import columns_table
+    from headinfer.utils.files import Output
 
     check_suites(suites)
     written = Output(output, is_ours=is_result_json) if output is not None else None
@@ -115,8 +115,8 @@ def _gpu(
         result_paths,
     )
     from headinfer.bench.measure import is_result_json
-    from headinfer.files import Output, check_folder
-    from headinfer.report import columns_table
+    from headinfer.cli.report import columns_table
+    from headinfer.utils.files import Output, check_folder
 
     check_gpu_suites(suites)
     cap = parse_bytes(gpu_memory) if gpu_memory is not None else None

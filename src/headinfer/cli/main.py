@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from headinfer.bench_cli import bench
-from headinfer.demo_cli import demo
+from headinfer.cli.bench import bench
+from headinfer.cli.demo import demo
+from headinfer.cli.evals import app as eval_app
+from headinfer.cli.plan import plan
+from headinfer.cli.session import app as session_app
+from headinfer.cli.session import ask, read
 from headinfer.errors import HeadinferError, UsageError
-from headinfer.eval_cli import app as eval_app
-from headinfer.plan.units import parse_bytes
-from headinfer.plan_cli import plan
-from headinfer.ranks import Ranks
-from headinfer.session_cli import app as session_app
-from headinfer.session_cli import ask, read
+from headinfer.hf.ranks import Ranks
+from headinfer.utils.units import parse_bytes
 
 if TYPE_CHECKING:
-    from headinfer.generation import Prepared, Summary
+    from headinfer.jobs.generate import Prepared, Summary
 
 __all__ = ["app", "main", "parse_bytes"]
 
@@ -89,9 +89,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Read a document, answer a question about it, streaming the text to stdout."""
-    from headinfer import generation
-    from headinfer.engine import Options
+    from headinfer.engine.engine import Options
     from headinfer.hf import parallel
+    from headinfer.jobs import generate as generation
 
     ranks = Ranks.from_environment()
 
@@ -140,7 +140,8 @@ def generate(
 
 def _show_generation(prepared: Prepared, *, as_json: bool) -> Summary:
     """Generate with warnings and progress on stderr, the text or a JSON object on stdout."""
-    from headinfer import generation, report
+    from headinfer.cli import report
+    from headinfer.jobs import generate as generation
 
     for warning in prepared.warnings:
         _stderr.print(f"headinfer: warning: {warning}", style="yellow", highlight=False)
@@ -169,9 +170,9 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Versions, devices, memory, attention backends and model families of this installation."""
+    from headinfer.cli.report import columns_table
     from headinfer.info import gather_info
     from headinfer.plan.memory import format_bytes
-    from headinfer.report import columns_table
 
     found = gather_info()
     if as_json:
@@ -212,11 +213,11 @@ def probe(
     """Measure what this machine attains, for headinfer plan and for the plans of runs; wants an idle machine."""
     import torch
 
-    from headinfer.files import Output
-    from headinfer.generation import checked_device
+    from headinfer.bench.probe import probe as measure
+    from headinfer.cli.report import hardware_table
+    from headinfer.jobs.generate import checked_device
     from headinfer.plan.hardware import is_probe, probe_path
-    from headinfer.probe import probe as measure
-    from headinfer.report import hardware_table
+    from headinfer.utils.files import Output
 
     chosen = torch.device(checked_device(device))
     written = Output(output or probe_path(), is_ours=is_probe)
