@@ -89,12 +89,12 @@ step() { # step NAME SECONDS COMMAND...: its output on the screen and in a file;
 }
 
 if wanted tests; then
-  mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py)
+  mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
   step tests-gpu 600 "$python" -m pytest -W default -m gpu "${tests[@]}" # other versions' warnings are no faults
 fi
 
 if wanted sanitizer; then
-  one='tests/test_gpu.py::test_the_engine_against_float64[dims0-0.5-dtype0-0.0078125-cuda]'
+  one='tests/engine/test_gpu.py::test_the_engine_against_float64[dims0-0.5-dtype0-0.0078125-cuda]'
   if command -v compute-sanitizer > /dev/null; then
     for tool in racecheck memcheck; do
       step "$tool" 300 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 3 \

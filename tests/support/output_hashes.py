@@ -50,10 +50,7 @@ class Runs:
         self.torch.set_num_threads(1)
         self.headinfer = importlib.import_module("headinfer")
         assert Path(self.headinfer.__file__).is_relative_to(checkout), self.headinfer.__file__
-        try:
-            self.families = importlib.import_module("support.families")
-        except ImportError:
-            self.families = importlib.import_module("families")
+        self.families = importlib.import_module("families")
         fields = self.headinfer.Options.__dataclass_fields__
         self.has_transport = "transport" in fields
 

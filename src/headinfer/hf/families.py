@@ -7,7 +7,7 @@ from headinfer.hf.compat import PreTrainedConfig
 
 __all__ = ["REFUSED", "SUPPORTED_FAMILIES", "check_family"]
 
-# transformers' model_type of the text model. Each has a parity test on a tiny config: tests/test_families.py.
+# transformers' model_type of the text model. Each has a parity test on a tiny config: tests/hf/test_families.py.
 SUPPORTED_FAMILIES = (
     "afmoe", "apertus", "arcee", "aria_text", "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1",
     "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo", "gemma", "gemma2", "gemma3_text",

@@ -8,7 +8,7 @@ Work within a queue runs in order. Between queues nothing is in order but by eve
 runs on when all is done that was in the event's queue when it was recorded. The ring and the write-back are written
 for `Streams`; what is right for every order that events allow is right on CudaStreams. AtOnce and AtLast are its two
 extremes on a CPU, for tests: copies run when they are queued, or not before somebody waits for them, and until then
-their destination is NaN. tests/orders.py explores all orders in between.
+their destination is NaN. tests/support/orders.py explores all orders in between.
 """
 
 from __future__ import annotations

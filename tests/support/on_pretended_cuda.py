@@ -9,7 +9,7 @@ import warnings
 import pretend_cuda
 import pytest
 import torch
-from test_gpu import attend_all
+from engine_runs import attend_all
 
 from headinfer.cli import main as cli
 from headinfer.engine.engine import Options

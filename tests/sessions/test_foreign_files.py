@@ -31,7 +31,7 @@ from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import own_files
 from headinfer.utils.files import PARTIAL_SUFFIX, Output, write_file, write_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
 PNG = b"\x89PNG\r\n\x1a\n a picture of somebody else"
 NAMES = {

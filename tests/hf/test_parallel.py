@@ -22,6 +22,7 @@ from headinfer.plan.model_shape import ModelShape
 
 BOUND = 5e-5  # of the logits' standard deviation, as in test_families.py
 TWO = Ranks(0, 2, 0, 2)
+SUPPORT = Path(__file__).parents[1] / "support"
 JOB = ("generate", "random:tiny-llama", "--prompt", "What is it?", "--max-new-tokens", "6", "--temperature", "1")
 
 
@@ -64,7 +65,7 @@ def test_every_family_that_splits_is_exact_over_two_ranks(tmp_path):
         save_file({"ids": ids}, tmp_path / family / "ids.safetensors")
         model = tiny_model(family)
         wanted[family] = read(model, ids, DynamicCache(config=model.config))
-    code, _, err = finish(torchrun(Path(__file__).with_name("rank_worker.py"), "families", tmp_path), timeout=500)
+    code, _, err = finish(torchrun(SUPPORT / "rank_worker.py", "families", tmp_path), timeout=500)
     assert code == 0, err
     for family in families:
         found = load_file(tmp_path / family / "found.safetensors")
@@ -95,7 +96,7 @@ def test_a_mistake_is_said_once():
 
 
 def test_a_rank_that_cannot_ends_all_before_loading():
-    code, out, err = finish(torchrun(Path(__file__).with_name("rank_worker.py"), "poor", *JOB))
+    code, out, err = finish(torchrun(SUPPORT / "rank_worker.py", "poor", *JOB))
     assert (code != 0, out) == (True, "")
     assert "headinfer: error: rank 1 of 2: " in err
     assert "0 B are available" in err
@@ -104,7 +105,7 @@ def test_a_rank_that_cannot_ends_all_before_loading():
 
 
 def test_a_rank_that_dies_ends_all_with_a_message():
-    code, _, err = finish(torchrun(Path(__file__).with_name("rank_worker.py"), "dying", *JOB))
+    code, _, err = finish(torchrun(SUPPORT / "rank_worker.py", "dying", *JOB))
     assert code != 0
     assert "rank      : 1" in err, "torchrun says which rank failed first"
     assert "headinfer/cli.py" not in err, "torchrun shows a traceback of its own, we show none"

@@ -210,7 +210,7 @@ def test_another_program_can_read_it(model, saved):
 
 def test_the_format_is_as_its_document_says(model, saved):
     """docs/session-format.md: its program, its checksums and its chains."""
-    text = (Path(__file__).parents[1] / "docs" / "session-format.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "session-format.md").read_text()
     program: dict = {}
     exec(textwrap.dedent(text.split("ten lines\n", 1)[1]), program)
     stores = [layer.store for layer in HeadCache.load(saved, model).head_layers]

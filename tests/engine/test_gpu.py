@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from test_seam import generate, make_model, padded, prompt
+from engine_runs import attend_all
+from generation import generate, make_model, padded, prompt
 
 import headinfer
-from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine.engine import Engine, Options
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import tiers
@@ -73,29 +73,6 @@ def test_windows_soft_caps_and_sinks(device, family):
             for chunk in ids.to(device).split(250, dim=1):
                 found = model(chunk, past_key_values=cache).logits[:, -20:]
     assert (found.cpu() - wanted).abs().max() < 2e-3 * wanted.std()
-
-
-def attend_all(device, dtype, lengths, options, dims=(128, 128), rows=1, layers=2):
-    """Forward passes of an engine's layers; the relative error of each output against float64, and the engine."""
-    rng, engine, stores, told, errors = torch.Generator().manual_seed(0), Engine(options, layers), [], [], []
-    for tokens in lengths:
-        for layer in range(layers):
-            shapes = ((8, dims[0]), (2, dims[0]), (2, dims[1]))
-            q, k, v = (torch.randn(rows, heads, tokens, dim, generator=rng).to(dtype) for heads, dim in shapes)
-            here = [x.to(device) for x in (q, k, v)]
-            if len(stores) == layer:
-                stores.append(engine.new_store(*here[1:]))
-                told.append((k, v))
-            else:
-                told[layer] = tuple(torch.cat(both, dim=2) for both in zip(told[layer], (k, v), strict=True))
-            if layer == 0:
-                engine.begin(stores[0], 8, tokens)
-            out = engine.attend(*here, stores[layer], scale=0.1, softcap=None, sinks=None, runs=None)
-            stores[layer].append(*here[1:])
-            mask = causal_mask(tokens, told[layer][0].shape[2])
-            wanted = attend_reference(q, *told[layer], scale=0.1, mask=mask).out.transpose(1, 2)
-            errors.append(float((out.cpu().double() - wanted).norm() / wanted.norm()))
-    return errors, engine, stores
 
 
 @on_devices

@@ -23,7 +23,7 @@ from headinfer.bench.stores import Past, noise
 from headinfer.errors import CapacityError, UsageError
 from headinfer.plan import measured, paper
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LAYERS, KV_HEADS, DIM = 2, 2, 16
 TOKEN_BYTES = 2 * KV_HEADS * DIM * 4  # of one layer, float32

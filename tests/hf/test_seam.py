@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from generation import generate, make_model, padded, prompt
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import headinfer
@@ -11,7 +12,6 @@ from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageE
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 STAGINGS = ("auto", "early", "late")
-VOCAB = 300
 
 
 def options_of(staging):
@@ -27,27 +27,6 @@ def options_of(staging):
     }
 
 
-def make_model(family, **changes):
-    fields = {
-        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "sliding_window": None,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-    }  # fmt: skip
-    if family == "llama":
-        fields.pop("sliding_window")
-    if family == "gemma3_text":
-        fields |= {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**fields, **changes})).eval()
-    with torch.no_grad():  # fresh weights attend to all tokens alike and repeat one token: sharpen both
-        for name, weight in model.named_parameters():
-            if any(part in name for part in ("q_proj.weight", "k_proj.weight")):
-                weight.mul_(8)
-            if any(part in name for part in ("v_proj.weight", "o_proj.weight")):
-                weight.mul_(5)
-    return model
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     return make_model(request.param)
@@ -56,29 +35,6 @@ def model(request):
 @pytest.fixture(scope="module")
 def llama():
     return make_model("llama")
-
-
-def prompt(rows=1, tokens=500, seed=1):
-    ids = torch.randint(0, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def padded(rows=3, tokens=500):
-    inputs = prompt(rows, tokens)
-    for row, start in enumerate((0, 37, 290)[:rows]):
-        inputs["attention_mask"][row, :start] = 0
-    return inputs
-
-
-def generate(model, inputs, **options):
-    torch.manual_seed(3)
-    found = model.generate(
-        **inputs,
-        **{"max_new_tokens": 24, "do_sample": False, "no_repeat_ngram_size": 2, "pad_token_id": 0, **options},
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return found.sequences, torch.stack(found.logits)
 
 
 def assert_same(model, enabled, expected, found):

@@ -118,8 +118,8 @@ def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch
 
 @pytest.mark.parametrize("text", ["Grüße, 世界 🌍! " * 5, "plain words", "\x80 half"])
 def test_the_streamer_shows_whole_characters_and_loses_none(text):
-    from headinfer.jobs.generate import Streamer, Summary
     from headinfer.hf.models import byte_tokenizer
+    from headinfer.jobs.generate import Streamer, Summary
 
     pieces, summary = [], Summary("m")
     streamer = Streamer(byte_tokenizer(), pieces.append, summary, time.perf_counter())

@@ -1,6 +1,9 @@
 """The tests of a GPU on devices that are not there: see pretend_cuda.py. Each runs in a process of its own.
 
-All of it: TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p pretend_cuda -m gpu tests/test_gpu.py tests/test_gpu_bench.py
+All of it:
+
+    TRITON_INTERPRET=1 PYTHONPATH=tests/support pytest -p pretend_cuda -m gpu tests/engine/test_gpu.py \\
+        tests/bench/test_gpu_bench.py
 """
 
 import ctypes
@@ -37,22 +40,22 @@ def rehearse(*arguments, triton=False):
         *arguments,
         timeout_s=900,
         HEADINFER_TRITON=str(int(triton)),  # a kernel takes its interpreter hundreds of times as long
-        PYTHONPATH=os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+        PYTHONPATH=os.pathsep.join(filter(None, [str(TESTS / "support"), os.environ.get("PYTHONPATH")])),
         TRITON_INTERPRET="1",
     )
 
 
 def test_the_pretence_sees_mistakes_and_commands_run():
-    rehearse("tests/on_pretended_cuda.py")
+    rehearse("tests/support/on_pretended_cuda.py")
 
 
 def test_the_engine_and_transformers():
-    rehearse("-m", "gpu", "tests/test_gpu.py", "-k", "not (float64 and (dims1 or dims2)) and not inputs1-256")
+    rehearse("-m", "gpu", "tests/engine/test_gpu.py", "-k", "not (float64 and (dims1 or dims2)) and not inputs1-256")
 
 
 def test_the_engine_with_triton_kernels():
-    rehearse("-m", "gpu", "tests/test_gpu.py", "-k", "float64 and dims1 and 0.5", triton=True)
+    rehearse("-m", "gpu", "tests/engine/test_gpu.py", "-k", "float64 and dims1 and 0.5", triton=True)
 
 
 def test_the_benchmarks():
-    rehearse("-m", "gpu", "tests/test_gpu_bench.py")
+    rehearse("-m", "gpu", "tests/bench/test_gpu_bench.py")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import headinfer
 from headinfer.cli import main as cli
-from headinfer.jobs import generate as generation
 from headinfer.hf import parallel
 from headinfer.hf.ranks import Ranks
+from headinfer.jobs import generate as generation
 
 CHUNK_TOKENS, STEPS = 40, 5
 STAGED = {"device_kv_budget": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "staging": "early"}

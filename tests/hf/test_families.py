@@ -172,5 +172,5 @@ def test_the_families_are_those_of_the_list_and_of_the_table():
     assert sorted(CHANGES) == sorted(SUPPORTED_FAMILIES)
     if present() != sorted(CHANGES):
         pytest.skip("the table is made with a transformers that has all of them")
-    docs = Path(__file__).parent.parent / "docs" / "models.md"
-    assert docs.read_text(encoding="utf-8") == models_table(), "run: python tests/families.py > docs/models.md"
+    docs = Path(__file__).parents[2] / "docs" / "models.md"
+    assert docs.read_text(encoding="utf-8") == models_table(), "run: python tests/support/families.py > docs/models.md"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_cases import BOUND, relative_error, seeded, with_head_stride
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,25 +39,6 @@ needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native ker
 on_cpu = pytest.mark.parametrize(
     "name", [pytest.param("cpu-native", marks=needs_native), pytest.param("cpu-flash"), pytest.param("eager")]
 )
-
-# These compute in float32, whatever the dtype of K and V: one bound for all. (cpu-flash-bf16 does not.)
-BOUND = 2e-6
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def relative_error(found, wanted):
-    """Frobenius norm of the difference over that of `wanted`."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def with_head_stride(heads, tokens, dim, extra, rng, dtype, device="cpu"):
-    """[heads, tokens, dim] of normal numbers; each head contiguous, other data (NaN) between the heads."""
-    memory = torch.full((heads, tokens + extra, dim), torch.nan, dtype=dtype)
-    memory[:, :tokens] = torch.randn(heads, tokens, dim, generator=rng).to(dtype)
-    return memory.to(device)[:, :tokens]
 
 
 def assert_matches(found, wanted, keys, bound=BOUND):

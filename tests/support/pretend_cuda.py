@@ -10,7 +10,7 @@ device's rules:
 - after set_sync_debug_mode("error") whatever would make the host wait is an error
 - attention kernels take what the real ones take, and answer in their types and layouts; Triton's run in its interpreter
 
-What it can not show: the real kernels' numbers, real clocks, and other orders of events (tests/orders.py has those).
+What it can not show: the real kernels' numbers, real clocks, and other orders of events (orders.py has those).
 """
 
 import ctypes

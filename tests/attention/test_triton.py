@@ -1,7 +1,7 @@
 """The Triton kernels: what they compute is tested through Triton's interpreter, in a process of its own.
 
 The interpreter must be asked for before triton is imported, and then there is no compiler: hence the process. What it
-runs is triton_on_cpu.py; alone: TRITON_INTERPRET=1 pytest tests/triton_on_cpu.py
+runs is triton_on_cpu.py; alone: TRITON_INTERPRET=1 pytest tests/support/triton_on_cpu.py
 """
 
 import importlib.util
@@ -18,13 +18,13 @@ from headinfer.attention import triton_calls
 from headinfer.attention.backends import Problem, choose
 from headinfer.attention.state import AttentionState
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 SWITCHED_OFF = "switched off by HEADINFER_TRITON=0"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernels_through_the_interpreter():
-    run_pytest(HERE / "triton_on_cpu.py", timeout_s=600, TRITON_INTERPRET="1")
+    run_pytest(SUPPORT / "triton_on_cpu.py", timeout_s=600, TRITON_INTERPRET="1")
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import math
 
 import pytest
 import torch
-from test_attention_backends import relative_error, seeded, with_head_stride
-from test_attention_state import copy_of, random_state
+from attention_cases import copy_of, random_state, relative_error, seeded, with_head_stride
 
 from headinfer.attention import triton_calls
 from headinfer.attention.backends import BACKENDS, Problem, capability_of

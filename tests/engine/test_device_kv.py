@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_seam import generate, make_model, padded, prompt
+from generation import generate, make_model, padded, prompt
 
 import headinfer
 from headinfer.attention.reference import attend_reference, causal_mask

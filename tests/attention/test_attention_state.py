@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_cases import copy_of, random_state, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,22 +14,6 @@ PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 2**31 - 1)
 shapes = st.lists(st.sampled_from([1, 2, 3, 5, 7]), min_size=1, max_size=3).map(tuple)
 dims = st.sampled_from([1, 3, 8, 33])
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_state(shape, dim, rng, *, dtype=torch.float64, spread=30.0, empty=0.2):
-    """A state as some keys could give it; a part of its rows has seen none."""
-    out = torch.randn(*shape, dim, generator=rng, dtype=dtype)
-    lse = spread * torch.randn(*shape, generator=rng, dtype=dtype)
-    unseen = torch.rand(shape, generator=rng) < empty
-    return AttentionState(out.masked_fill(unseen.unsqueeze(-1), 0.0), lse.masked_fill(unseen, -torch.inf))
-
-
-def copy_of(state):
-    return AttentionState(state.out.clone(), state.lse.clone())
 
 
 def assert_close(found, wanted, tolerance):

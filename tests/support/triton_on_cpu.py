@@ -5,10 +5,9 @@ import os
 
 import pytest
 import torch
+from attention_cases import BOUND, copy_of, random_state, relative_error, seeded, with_head_stride
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_attention_backends import BOUND, relative_error, seeded, with_head_stride
-from test_attention_state import copy_of, random_state
 
 from headinfer.attention import triton_calls
 from headinfer.attention.backends import BACKENDS, Problem

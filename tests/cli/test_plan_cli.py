@@ -15,7 +15,7 @@ from headinfer.plan.hardware import HARDWARE
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.utils.units import format_seconds, format_tokens, parse_bytes, parse_tokens
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 JOB = ("llama-3-8b", "--context", "1M", "--gpu", "rtx4090", "--ram", "256GB")
 
 
