@@ -155,7 +155,7 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
         device, torch.float32, [900, 300], Options(staging="late" if device == "cpu" else "auto")
     )
     assert max(errors) < 1e-5
-    segments = {span.segment for store in stores for table in store._tables for span in table}
+    segments = {part.segment for store in stores for table in store._tables for part in table}
     assert engine.ledger.host_bytes == sum(len(segment.bytes()) for segment in segments)
     assert not any(segment.is_loose for segment in segments)
     if device == "cuda":

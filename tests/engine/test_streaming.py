@@ -294,10 +294,13 @@ def test_the_same_plan_gives_the_same_bits(tokens, heads_per_group):
 def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
     for tokens in lengths:
         bench.fill(tokens)
-        before, spans = bench.ledger.host_to_device_bytes, [span for table in bench.store._tables for span in table]
+        before, slices = (
+            bench.ledger.host_to_device_bytes,
+            [part for table in bench.store._tables for part in table],
+        )
         bench.attend(*bench.chunk(3))
         crossed = bench.ledger.host_to_device_bytes - before
-        on_host_only = sum(max(span.stop - span.segment.resident_tokens, 0) for span in spans)
+        on_host_only = sum(max(part.stop - part.segment.resident_tokens, 0) for part in slices)
         assert crossed == (on_host_only * bench.shape.token_bytes if bench.ring else 0)
 
 
@@ -373,7 +376,7 @@ def test_tiles_are_cut_where_the_plan_says():
         k, v = (torch.cat(side, dim=1) for side in sides)
         assert torch.equal(k, bench.k[row, 1:3, :host])
         assert torch.equal(v, bench.v[row, 1:3, :host])
-    segment = bench.store.lanes()[0].spans[0].segment
+    segment = bench.store.lanes()[0].slices[0].segment
     assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view: nothing is copied here
 
 
@@ -399,7 +402,7 @@ def test_any_split_between_device_and_host_is_the_oracle_s(staging, resident_tok
     assert held <= 2 * resident_tokens * bench.shape.token_bytes
     on_device = min(resident_tokens, bench.store.host_tokens)
     for table in bench.store._tables:
-        assert sum(min(span.segment.resident_tokens, span.stop) for span in table) == on_device
+        assert sum(min(part.segment.resident_tokens, part.stop) for part in table) == on_device
     before = bench.ledger.host_to_device_bytes
     bench.assert_step(1)
     crossed = bench.ledger.host_to_device_bytes - before

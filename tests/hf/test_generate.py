@@ -19,7 +19,7 @@ from transformers import (
 import headinfer
 from headinfer.hf.chunks import chunks_of
 from headinfer.hf.models import byte_tokenizer
-from headinfer.kv.head_store import Segment, Span
+from headinfer.kv.head_store import Segment, SegmentSlice
 
 CHUNK_TOKENS = 64
 
@@ -316,7 +316,7 @@ def pretend(cache, tokens):
         segment.v.copy_(torch.randn_like(segment.v))
         segment.sealed = True
         names = [copy.copy(segment) for _ in range(tokens // 2**14)]  # the same memory
-        store._tables = [[Span(name, 0, 2**14) for name in names] for _ in range(store.rows)]
+        store._tables = [[SegmentSlice(name, 0, 2**14) for name in names] for _ in range(store.rows)]
         store.host_tokens, store._whole_lanes = tokens, None
 
 
@@ -374,7 +374,7 @@ def test_beams_and_several_returned_share_the_prompt(family, mode):
     store = on.last_cache.head_layers[0].store
     assert read[: 400 // CHUNK_TOKENS] == [2] * (400 // CHUNK_TOKENS), "the prompt is read once for each row"
     assert (store.rows, read[-1]) == (8, 8)
-    shared = {id(span.segment) for table in store._tables for span in table}
+    shared = {id(part.segment) for table in store._tables for part in table}
     assert len(shared) == 2 * len(store._tables[0]), "all rows of a prompt name the same segments"
 
 

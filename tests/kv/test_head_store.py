@@ -92,7 +92,7 @@ class Bench:
 
 
 def segments_of(*stores):
-    found = {id(span.segment): span.segment for store in stores for lane in store.lanes() for span in lane.spans}
+    found = {id(part.segment): part.segment for store in stores for lane in store.lanes() for part in lane.slices}
     return list(found.values())
 
 
@@ -110,12 +110,16 @@ def assert_holds(store, k, v):
 
 def host_part(store, row, lanes):
     """K and V of a row's host tokens, put together from lanes."""
-    spans = [span for lane in lanes if row in lane.rows for span in lane.spans]
-    if not spans:
+    slices = [part for lane in lanes if row in lane.rows for part in lane.slices]
+    if not slices:
         empty = store.dense()
         return empty[0][row, :, :0], empty[1][row, :, :0]
     return tuple(
-        torch.cat([getattr(span.segment, side)[:, span.start : span.stop] for span in spans], dim=1) for side in "kv"
+        torch.cat(
+            [getattr(part.segment, side)[:, part.start : part.stop] for part in slices],
+            dim=1,
+        )
+        for side in "kv"
     )
 
 
@@ -124,11 +128,11 @@ def assert_lanes_do_not_overlap(lanes):
     seen = {}
     for lane in lanes:
         assert lane.rows == tuple(sorted(set(lane.rows)))
-        for span in lane.spans:
-            assert 0 <= span.start < span.stop <= span.segment.tokens
-            for start, stop in seen.setdefault(id(span.segment), []):
-                assert span.stop <= start or stop <= span.start
-            seen[id(span.segment)].append((span.start, span.stop))
+        for part in lane.slices:
+            assert 0 <= part.start < part.stop <= part.segment.tokens
+            for start, stop in seen.setdefault(id(part.segment), []):
+                assert part.stop <= start or stop <= part.start
+            seen[id(part.segment)].append((part.start, part.stop))
 
 
 # -- against the model -----------------------------------------------------------------------------------------
@@ -330,8 +334,8 @@ def test_growing_never_moves_old_data():
             assert torch.equal(segment.k[:, :held], k)
             assert torch.equal(segment.v[:, :held], v)
         for lane in store.lanes():
-            for span in lane.spans:
-                segment, held = span.segment, span.stop
+            for part in lane.slices:
+                segment, held = part.segment, part.stop
                 contents = segment.k[:, :held].clone(), segment.v[:, :held].clone()
                 known[id(segment)] = segment, (segment.k.data_ptr(), segment.v.data_ptr()), held, *contents
     assert len(known) > 4
@@ -472,14 +476,14 @@ def test_rows_that_share_are_one_lane_and_part_when_they_go_on():
     store.select_rows([0, 0, 0])
     (lane,) = store.lanes()
     assert lane.rows == (0, 1, 2)
-    assert sum(span.tokens for span in lane.spans) == shared
+    assert sum(part.tokens for part in lane.slices) == shared
     new_k, new_v = bench.new(3, 500)
     store.append(new_k, new_v)
     first, *own = store.lanes()
     assert first == lane
     assert [each.rows for each in own] == [(0,), (1,), (2,)]
-    assert all(sum(span.tokens for span in each.spans) == store.host_tokens - shared for each in own)
-    assert len({id(span.segment) for each in own for span in each.spans}) >= 3
+    assert all(sum(part.tokens for part in each.slices) == store.host_tokens - shared for each in own)
+    assert len({id(part.segment) for each in own for part in each.slices}) >= 3
     assert_holds(store, torch.cat([k[[0, 0, 0]], new_k], dim=2), torch.cat([v[[0, 0, 0]], new_v], dim=2))
     store.select_rows([1, 1, 2])
     assert [each.rows for each in store.lanes()] == [(0, 1, 2), (0, 1), (2,)]
@@ -543,7 +547,7 @@ def test_memory_lives_as_long_as_a_view_of_it():
     """A tile that is still being read keeps its pages, whatever happens to the store."""
     bench = Bench()
     store, k, _ = bench.filled(1000)
-    view = store.lanes()[0].spans[0].segment.k[1, 10:20]
+    view = store.lanes()[0].slices[0].segment.k[1, 10:20]
     store.close()
     gc.collect()
     assert bench.ledger.host_bytes > 0

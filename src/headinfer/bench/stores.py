@@ -15,7 +15,7 @@ import torch
 from headinfer.bench.gpu_job import Job
 from headinfer.hf.cache import HeadCache
 from headinfer.kv.head_store import TAIL_UNIT_TOKENS
-from headinfer.kv.segments import Segment, Span
+from headinfer.kv.segments import Segment, SegmentSlice
 
 __all__ = ["Past", "noise"]
 
@@ -73,7 +73,14 @@ class Past:
             layer.lazy_initialization(k, v)
             assert layer.store is not None
             tables = [
-                [Span(own.setdefault(id(span.segment), copy.copy(span.segment)), span.start, span.stop) for span in row]
+                [
+                    SegmentSlice(
+                        own.setdefault(id(part.segment), copy.copy(part.segment)),
+                        part.start,
+                        part.stop,
+                    )
+                    for part in row
+                ]
                 for row in self._tables[at]
             ]
             layer.store.restore(tables, *self._tails[at])

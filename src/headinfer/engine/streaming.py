@@ -25,7 +25,7 @@ from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.disk import FarPiece, LoosePiece
 from headinfer.kv.head_store import HeadStore, Runs, first_of
-from headinfer.kv.segments import Arena, Lane, Span
+from headinfer.kv.segments import Arena, Lane, SegmentSlice
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 
@@ -164,13 +164,13 @@ def tiles_of(store: HeadStore, heads: slice, plan: TilePlan, runs: Sequence[Runs
         resident, far = _by_place(lane)
         if resident:
             yield Tile(lane.rows, near=tuple(_joined(resident, heads)))
-        pieces: list[Span] = []
-        room = most = _tile_tokens(plan, sum(span.tokens for span in far))
-        for span in far:
-            start = span.start
-            while start < span.stop:
-                stop = min(span.stop, start + room)
-                pieces.append(Span(span.segment, start, stop))
+        pieces: list[SegmentSlice] = []
+        room = most = _tile_tokens(plan, sum(part.tokens for part in far))
+        for part in far:
+            start = part.start
+            while start < part.stop:
+                stop = min(part.stop, start + room)
+                pieces.append(SegmentSlice(part.segment, start, stop))
                 room, start = room - (stop - start), stop
                 if room == 0:
                     yield _tile(lane.rows, heads, pieces)
@@ -187,29 +187,29 @@ def _tile_tokens(plan: TilePlan, tokens: int) -> int:
     return min(-(-tokens // tiles // _EVEN_TOKENS) * _EVEN_TOKENS, plan.tile_tokens)
 
 
-def _by_place(lane: Lane) -> tuple[list[Span], list[Span]]:
+def _by_place(lane: Lane) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
     """The spans of a lane, or parts of them, on the device and on the host only."""
     near, far = [], []
-    for span in lane.spans:
-        stop = min(max(span.segment.resident_tokens, span.start), span.stop)
-        if span.start < stop:
-            near.append(Span(span.segment, span.start, stop))
-        if stop < span.stop:
-            far.append(Span(span.segment, stop, span.stop))
+    for part in lane.slices:
+        stop = min(max(part.segment.resident_tokens, part.start), part.stop)
+        if part.start < stop:
+            near.append(SegmentSlice(part.segment, part.start, stop))
+        if stop < part.stop:
+            far.append(SegmentSlice(part.segment, stop, part.stop))
     return near, far
 
 
-def _joined(spans: Sequence[Span], heads: slice) -> Iterator[Piece]:
+def _joined(slices: Sequence[SegmentSlice], heads: slice) -> Iterator[Piece]:
     """Resident spans as few pieces: neighbours in an arena are one."""
     arena: Arena | None = None
     begin = end = 0
-    for span in spans:
-        start = span.segment.arena_start + span.start
-        if span.segment.arena is not arena or start != end:
+    for part in slices:
+        start = part.segment.arena_start + part.start
+        if part.segment.arena is not arena or start != end:
             if arena is not None:
                 yield arena.k[heads, begin:end], arena.v[heads, begin:end]
-            arena, begin = span.segment.arena, start
-        end = start + span.tokens
+            arena, begin = part.segment.arena, start
+        end = start + part.tokens
     if arena is not None:
         yield arena.k[heads, begin:end], arena.v[heads, begin:end]
 
@@ -228,11 +228,11 @@ def _calls(layer: Layer, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequenc
             start = stop
 
 
-def _tile(rows: tuple[int, ...], heads: slice, spans: Sequence[Span]) -> Tile:
+def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
     """A tile that has to be fetched."""
-    pieces = tuple(span.segment.piece(heads, span.start, span.stop) for span in spans)
-    after = dict.fromkeys(span.segment.landed for span in spans if span.segment.landed is not None)
-    key = tuple((s.segment, s.segment.rewinds, heads.start, heads.stop, s.start, s.stop) for s in spans)
+    pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
+    after = dict.fromkeys(part.segment.landed for part in slices if part.segment.landed is not None)
+    key = tuple((s.segment, s.segment.rewinds, heads.start, heads.stop, s.start, s.stop) for s in slices)
     return Tile(rows, pieces, tuple(after), key)
 
 

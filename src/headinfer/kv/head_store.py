@@ -19,11 +19,11 @@ import torch
 from headinfer.errors import StateError
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.resident import Share
-from headinfer.kv.segments import Lane, Runs, Segment, Span, clip, group, seal
+from headinfer.kv.segments import Lane, Runs, Segment, SegmentSlice, clip, group, seal
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import Writer
 
-__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Runs", "Segment", "Span", "first_of"]
+__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Runs", "Segment", "SegmentSlice", "first_of"]
 
 TAIL_UNIT_TOKENS = 128
 _SMALL_SEGMENT_TOKENS = 256
@@ -68,7 +68,7 @@ class HeadStore:
         self.dtype, self.device = k.dtype, k.device
         self.host_tokens = 0
         self.tail_tokens = 0
-        self._tables: list[list[Span]] = [[] for _ in range(k.shape[0])]
+        self._tables: list[list[SegmentSlice]] = [[] for _ in range(k.shape[0])]
         self._whole_lanes: list[Lane] | None = None
         self._tail_count = _TailCount(ledger)
         weakref.finalize(self, self._tail_count.set, 0).atexit = False  # also where nobody calls close()
@@ -113,14 +113,14 @@ class HeadStore:
         self.write.settle()
         rows_k, rows_v = [], []
         for row, table in enumerate(self._tables):
-            whole = [(span.segment.dense(), span.stop) for span in table]
-            spans = [(k[:, :stop], v[:, :stop]) for (k, v), stop in whole]
-            pairs = spans + [(k.cpu(), v.cpu()) for k, v in self.tail(row)]
+            whole = [(part.segment.dense(), part.stop) for part in table]
+            slices = [(k[:, :stop], v[:, :stop]) for (k, v), stop in whole]
+            pairs = slices + [(k.cpu(), v.cpu()) for k, v in self.tail(row)]
             rows_k.append(torch.cat([k for k, _ in pairs] or [self._tail_k[row, :, :0].cpu()], dim=1))
             rows_v.append(torch.cat([v for _, v in pairs] or [self._tail_v[row, :, :0].cpu()], dim=1))
         return torch.stack(rows_k), torch.stack(rows_v)
 
-    def saved_tables(self) -> list[list[Span]]:
+    def saved_tables(self) -> list[list[SegmentSlice]]:
         """The host part of each row. Its segments are sealed: they will never be written again."""
         for table in self._tables:
             seal(table)
@@ -130,10 +130,10 @@ class HeadStore:
         """The tails of all rows as views: k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         return self._tail_k[:, :, : self.tail_tokens], self._tail_v[:, :, : self.tail_tokens]
 
-    def restore(self, tables: Sequence[list[Span]], tail_k: torch.Tensor, tail_v: torch.Tensor) -> None:
+    def restore(self, tables: Sequence[list[SegmentSlice]], tail_k: torch.Tensor, tail_v: torch.Tensor) -> None:
         """Fill an empty store with what saved_tables() and tails() gave."""
         self._tables, self._whole_lanes = [list(table) for table in tables], None
-        self.host_tokens, self.tail_tokens = sum(span.tokens for span in tables[0]), tail_k.shape[2]
+        self.host_tokens, self.tail_tokens = sum(part.tokens for part in tables[0]), tail_k.shape[2]
         self._tail_k[:, :, : self.tail_tokens] = tail_k
         self._tail_v[:, :, : self.tail_tokens] = tail_v
         self._is_promoted = False
@@ -148,7 +148,7 @@ class HeadStore:
     @property
     def is_all_resident(self) -> bool:
         """Whether nothing has to come from the host."""
-        return all(span.stop <= span.segment.resident_tokens for table in self._tables for span in table)
+        return all(part.stop <= part.segment.resident_tokens for table in self._tables for part in table)
 
     # -- growing and shrinking -------------------------------------------------------------------------------
 
@@ -193,8 +193,8 @@ class HeadStore:
             self.tail_tokens = tokens - self.host_tokens
             return
         for table in self._tables:
-            for span in table:  # what a ring has fetched ahead of them is not theirs any more
-                span.segment.rewinds += 0 if span.segment.sealed else 1
+            for part in table:  # what a ring has fetched ahead of them is not theirs any more
+                part.segment.rewinds += 0 if part.segment.sealed else 1
         self._tables = [clip(table, [(0, tokens)]) for table in self._tables]
         self.host_tokens, self.tail_tokens = tokens, 0
         self._whole_lanes = None
@@ -266,21 +266,21 @@ class HeadStore:
             self._tail_v = torch.zeros(*shape, self.value_dim, dtype=self.dtype, device=self.device)
         self._tail_count.set(self.tail_bytes)
 
-    def _with_room(self, table: list[Span], tokens: int) -> list[Span]:
+    def _with_room(self, table: list[SegmentSlice], tokens: int) -> list[SegmentSlice]:
         """The table with spans for `tokens` more tokens, not yet written."""
         table = list(table)
         while tokens:
             last = table[-1] if table else None
             if last is not None and not last.segment.sealed and last.stop < last.segment.tokens:
                 taken = min(tokens, last.segment.tokens - last.stop)
-                table[-1] = Span(last.segment, last.start, last.stop + taken)
+                table[-1] = SegmentSlice(last.segment, last.start, last.stop + taken)
             else:
                 segment = self._new_segment(self._next_segment_tokens(table, tokens))
                 if self.share is not None:
-                    start = sum(span.tokens for span in table)
+                    start = sum(part.tokens for part in table)
                     self.share.place(segment, start, last.segment if last is not None else None, self.rows)
                 taken = min(tokens, segment.tokens)
-                table.append(Span(segment, 0, taken))
+                table.append(SegmentSlice(segment, 0, taken))
             tokens -= taken
         return table
 
@@ -298,27 +298,27 @@ class HeadStore:
     def _allocate(self, tokens: int) -> Segment:
         return Segment(self.tier, self.heads, tokens, self.key_dim, self.value_dim, self.dtype)
 
-    def _next_segment_tokens(self, table: list[Span], tokens: int) -> int:
+    def _next_segment_tokens(self, table: list[SegmentSlice], tokens: int) -> int:
         """Small at first and after a fork, up to 16K later; to the end where the final length is known."""
-        held = sum(span.tokens for span in table)
+        held = sum(part.tokens for part in table)
         left = self.expected_tokens - held
         if left > 0 and not (table and table[-1].segment.sealed):
             return min(max(-(-left // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS, tokens), _LARGE_SEGMENT_TOKENS)
         largest = _LARGE_SEGMENT_TOKENS if self.on_full is None else _LEAVING_SEGMENT_TOKENS
-        own = sum(span.tokens for span in itertools.takewhile(lambda s: not s.segment.sealed, reversed(table)))
+        own = sum(part.tokens for part in itertools.takewhile(lambda s: not s.segment.sealed, reversed(table)))
         size = max(own // _SLACK // _SMALL_SEGMENT_TOKENS * _SMALL_SEGMENT_TOKENS, _SMALL_SEGMENT_TOKENS, tokens)
         return min(size, largest)
 
-    def _fill(self, table: list[Span], k: torch.Tensor, v: torch.Tensor, offset: int) -> None:
+    def _fill(self, table: list[SegmentSlice], k: torch.Tensor, v: torch.Tensor, offset: int) -> None:
         """Write k and v [Hkv, T, D] at the host position host_tokens + offset of a row's (grown) table."""
         at, done = 0, 0
         begin = self.host_tokens + offset
-        for span in table:
-            lo, hi = max(begin + done, at), min(begin + k.shape[1], at + span.tokens)
+        for part in table:
+            lo, hi = max(begin + done, at), min(begin + k.shape[1], at + part.tokens)
             if lo < hi:
-                self._write(span.segment, span.start + lo - at, *(x[:, done : done + hi - lo] for x in (k, v)))
+                self._write(part.segment, part.start + lo - at, *(x[:, done : done + hi - lo] for x in (k, v)))
                 done += hi - lo
-            at += span.tokens
+            at += part.tokens
 
     def _write(self, segment: Segment, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v [Hkv, T, D] to a segment, from its token `start` on."""

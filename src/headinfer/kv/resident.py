@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.kv.ledger import Ledger
-from headinfer.kv.segments import Arena, Segment, Span
+from headinfer.kv.segments import Arena, Segment, SegmentSlice
 from headinfer.kv.streams import Streams
 
 __all__ = ["RESIDENT_UNIT_TOKENS", "Residency", "Share"]
@@ -101,11 +101,11 @@ class Share:
         arena.segments.add(segment)
         return True
 
-    def promote(self, table: Sequence[Span], rows: int) -> None:
+    def promote(self, table: Sequence[SegmentSlice], rows: int) -> None:
         """Bring the first segments of a row to the device that were not written through, such as a session's."""
         start, before = 0, None
-        for span in table:
-            segment = span.segment
+        for part in table:
+            segment = part.segment
             if segment.resident_tokens == 0:
                 if segment.place is not None or not self.place(segment, start, before, rows):
                     return
@@ -114,4 +114,4 @@ class Share:
                 (k, v), tokens = segment.resident(slice(None), 0, segment.resident_tokens), segment.resident_tokens
                 pairs = [*zip(k, segment.k[:, :tokens], strict=True), *zip(v, segment.v[:, :tokens], strict=True)]
                 self.pool.streams.copy(pairs, "compute")
-            start, before = start + span.tokens, segment
+            start, before = start + part.tokens, segment

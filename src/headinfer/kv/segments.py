@@ -13,7 +13,7 @@ import torch
 from headinfer.kv.disk import DiskFile, FarPiece, LoosePiece, Place
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["Arena", "Lane", "Piece", "Runs", "Segment", "Span", "clip", "group", "seal"]
+__all__ = ["Arena", "Lane", "Piece", "Runs", "Segment", "SegmentSlice", "clip", "group", "seal"]
 
 Runs = Sequence[tuple[int, int]]
 Piece = tuple[torch.Tensor, torch.Tensor]
@@ -117,7 +117,7 @@ class Arena:
 
 
 @dataclass(frozen=True)
-class Span:
+class SegmentSlice:
     """The tokens [start, stop) of a segment."""
 
     segment: Segment
@@ -140,36 +140,36 @@ class Lane:
     """Rows of the batch that see the same spans: one pass over these K and V serves all of them."""
 
     rows: tuple[int, ...]
-    spans: tuple[Span, ...]
+    slices: tuple[SegmentSlice, ...]
 
 
-def seal(table: list[Span]) -> None:
+def seal(table: list[SegmentSlice]) -> None:
     """Mark a row's segments as shared. Those before the newest sealed one already are."""
-    for span in reversed(table):
-        if span.segment.sealed:
+    for part in reversed(table):
+        if part.segment.sealed:
             return
-        span.segment.sealed = True
+        part.segment.sealed = True
 
 
-def clip(table: list[Span], runs: Runs) -> list[Span]:
+def clip(table: list[SegmentSlice], runs: Runs) -> list[SegmentSlice]:
     """The parts of a row's spans that lie in the half-open token ranges."""
     clipped, at = [], 0
-    for span in table:
+    for part in table:
         for start, stop in runs:
-            lo, hi = max(start, at), min(stop, at + span.tokens)
+            lo, hi = max(start, at), min(stop, at + part.tokens)
             if lo < hi:
-                clipped.append(Span(span.segment, span.start + lo - at, span.start + hi - at))
-        at += span.tokens
+                clipped.append(SegmentSlice(part.segment, part.start + lo - at, part.start + hi - at))
+        at += part.tokens
     return clipped
 
 
-def group(tables: Sequence[list[Span]]) -> list[Lane]:
+def group(tables: Sequence[list[SegmentSlice]]) -> list[Lane]:
     """Spans that several rows see become one lane; neighbours with the same rows are joined."""
-    sharers: dict[tuple[int, int, int], tuple[Span, list[int]]] = {}
+    sharers: dict[tuple[int, int, int], tuple[SegmentSlice, list[int]]] = {}
     for row, table in enumerate(tables):
-        for span in table:
-            sharers.setdefault((id(span.segment), span.start, span.stop), (span, []))[1].append(row)
+        for part in table:
+            sharers.setdefault((id(part.segment), part.start, part.stop), (part, []))[1].append(row)
     return [
-        Lane(rows, tuple(span for span, _ in members))
+        Lane(rows, tuple(part for part, _ in members))
         for rows, members in itertools.groupby(sharers.values(), key=lambda entry: tuple(entry[1]))
     ]

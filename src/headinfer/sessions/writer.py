@@ -23,7 +23,7 @@ from headinfer.errors import SessionError, StateError, UsageError
 from headinfer.hf.compat import PreTrainedModel, layer_device, versions
 from headinfer.hf.layers import HeadLayer, restore, state_of
 from headinfer.kv.head_store import HeadStore
-from headinfer.kv.segments import Segment, Span
+from headinfer.kv.segments import Segment, SegmentSlice
 from headinfer.kv.stored import StoredSegment
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.fingerprint import check_fingerprint, fingerprint
@@ -63,7 +63,7 @@ class _Snapshot:
     """A cache as it was: what will not change any more by reference, copies of the rest."""
 
     tokens: int
-    tables: list[list[Span]]
+    tables: list[list[SegmentSlice]]
     segments: dict[Segment, dict[str, torch.Tensor]]
     chains: dict[Segment, str]
     end: dict[str, torch.Tensor]
@@ -130,7 +130,7 @@ class SessionWriter:
 
         blocks: dict[Segment, Block] = {}
         number = saved.next_number
-        for segment in dict.fromkeys(span.segment for table in taken.tables for span in table):
+        for segment in dict.fromkeys(part.segment for table in taken.tables for part in table):
             if segment in taken.segments:
                 tensors = taken.segments[segment]
                 entry = write(f"block-{number:06}.safetensors", tensors)
@@ -149,7 +149,7 @@ class SessionWriter:
             model=self._model,
             arithmetic=self.arithmetic,
             blocks=list(blocks.values()),
-            rows=[[(order[span.segment], span.start, span.stop) for span in table] for table in taken.tables],
+            rows=[[(order[part.segment], part.start, part.stop) for part in table] for table in taken.tables],
             end=end,
             layers=taken.layers,
             about=self.about,
@@ -197,23 +197,23 @@ def _snapshot(cache: HeadCache, saved: Saved, model: dict[str, Any], token_ids: 
     chains: dict[Segment, str] = {}
     for row, table in enumerate(leading):
         chain, at = first_chain(model), 0
-        for number, span in enumerate(table):
+        for number, part in enumerate(table):
             if ids is not None:
-                seen = ids[row, at : at + span.tokens].contiguous()
+                seen = ids[row, at : at + part.tokens].contiguous()
                 chain.update(seen.numpy().data)
-            if span.segment not in saved.written and span.segment not in segments:
+            if part.segment not in saved.written and part.segment not in segments:
                 tensors = {}
                 for index, its_tables in tables.items():
-                    its_span = its_tables[row][number]
-                    k, v = its_span.segment.dense()
+                    its_slice = its_tables[row][number]
+                    k, v = its_slice.segment.dense()
                     tensors[f"layers.{index}.k"], tensors[f"layers.{index}.v"] = (
-                        side[:, : its_span.stop] for side in (k, v)
+                        side[:, : its_slice.stop] for side in (k, v)
                     )
                 if ids is not None:
                     tensors[_IDS] = seen
-                    chains[span.segment] = chain.hexdigest()
-                segments[span.segment] = tensors
-            at += span.tokens
+                    chains[part.segment] = chain.hexdigest()
+                segments[part.segment] = tensors
+            at += part.tokens
     end: dict[str, torch.Tensor] = {}
     layers = [to_plain(state_of(layer)["fields"], f"layers.{index}", end) for index, layer in enumerate(cache.layers)]
     for index, store in stores.items():
@@ -248,7 +248,7 @@ def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manif
         names = f"layers.{index}.k", f"layers.{index}.v"
         engine = cache.engine
         segments = [StoredSegment(file, *names, engine.segment_tier(store), engine.on_full) for file in files]
-        tables = [[Span(segments[block], start, stop) for block, start, stop in row] for row in manifest.rows]
+        tables = [[SegmentSlice(segments[block], start, stop) for block, start, stop in row] for row in manifest.rows]
         store.restore(tables, tail_k, tail_v)
         if not saved.written:
             saved.written.update(zip(segments, manifest.blocks, strict=True))
