@@ -376,7 +376,7 @@ def test_tiles_are_cut_where_the_plan_says():
         k, v = (torch.cat(side, dim=1) for side in sides)
         assert torch.equal(k, bench.k[row, 1:3, :host])
         assert torch.equal(v, bench.v[row, 1:3, :host])
-    segment = bench.store.lanes()[0].slices[0].segment
+    segment = bench.store.shared_prefixes()[0].slices[0].segment
     assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view: nothing is copied here
 
 

@@ -317,7 +317,7 @@ def pretend(cache, tokens):
         segment.sealed = True
         names = [copy.copy(segment) for _ in range(tokens // 2**14)]  # the same memory
         store._tables = [[SegmentSlice(name, 0, 2**14) for name in names] for _ in range(store.rows)]
-        store.host_tokens, store._whole_lanes = tokens, None
+        store.host_tokens, store._whole_prefixes = tokens, None
 
 
 @pytest.mark.parametrize("padded", [False, True])

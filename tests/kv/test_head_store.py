@@ -92,7 +92,12 @@ class Bench:
 
 
 def segments_of(*stores):
-    found = {id(part.segment): part.segment for store in stores for lane in store.lanes() for part in lane.slices}
+    found = {
+        id(part.segment): part.segment
+        for store in stores
+        for shared in store.shared_prefixes()
+        for part in shared.slices
+    }
     return list(found.values())
 
 
@@ -108,9 +113,9 @@ def assert_holds(store, k, v):
     assert torch.equal(found_v, v)
 
 
-def host_part(store, row, lanes):
-    """K and V of a row's host tokens, put together from lanes."""
-    slices = [part for lane in lanes if row in lane.rows for part in lane.slices]
+def host_part(store, row, shared_prefixes):
+    """K and V of a row's host tokens, put together from shared prefixes."""
+    slices = [part for shared in shared_prefixes if row in shared.rows for part in shared.slices]
     if not slices:
         empty = store.dense()
         return empty[0][row, :, :0], empty[1][row, :, :0]
@@ -123,12 +128,12 @@ def host_part(store, row, lanes):
     )
 
 
-def assert_lanes_do_not_overlap(lanes):
-    """No token of a segment is in two lanes: what rows share is there once."""
+def assert_shared_prefixes_do_not_overlap(shared_prefixes):
+    """No token of a segment is in two shared prefixes: what rows share is there once."""
     seen = {}
-    for lane in lanes:
-        assert lane.rows == tuple(sorted(set(lane.rows)))
-        for part in lane.slices:
+    for shared in shared_prefixes:
+        assert shared.rows == tuple(sorted(set(shared.rows)))
+        for part in shared.slices:
             assert 0 <= part.start < part.stop <= part.segment.tokens
             for start, stop in seen.setdefault(id(part.segment), []):
                 assert part.stop <= start or stop <= part.start
@@ -248,9 +253,9 @@ class StoreMachine(RuleBasedStateMachine):
             list(zip(edges[row % 2 :: 2], edges[row % 2 + 1 :: 2], strict=False)) if row != 2 else []
             for row in range(store.rows)
         ]
-        lanes = store.lanes(runs)
+        shared_prefixes = store.shared_prefixes(runs)
         for row in range(store.rows):
-            for side, (found, whole) in enumerate(zip(host_part(store, row, lanes), (k, v), strict=True)):
+            for side, (found, whole) in enumerate(zip(host_part(store, row, shared_prefixes), (k, v), strict=True)):
                 seen = [whole[row, :, a : min(b, store.host_tokens)] for a, b in runs[row] if a < store.host_tokens]
                 wanted = torch.cat(seen, dim=1) if seen else whole[row, :, :0]
                 # A row that shares some spans and not others may see them out of order: the tokens are the same.
@@ -268,12 +273,12 @@ class StoreMachine(RuleBasedStateMachine):
             assert 0 <= store.tail_tokens <= 2 * UNIT
 
     @invariant()
-    def lanes_cover_the_host_part(self):
+    def shared_prefixes_cover_the_host_part(self):
         for store, k, v in self.pairs:
-            lanes = store.lanes()
-            assert_lanes_do_not_overlap(lanes)
+            shared_prefixes = store.shared_prefixes()
+            assert_shared_prefixes_do_not_overlap(shared_prefixes)
             for row in range(store.rows):
-                found_k, found_v = host_part(store, row, lanes)
+                found_k, found_v = host_part(store, row, shared_prefixes)
                 assert torch.equal(found_k, k[row, :, : store.host_tokens])
                 assert torch.equal(found_v, v[row, :, : store.host_tokens])
 
@@ -333,8 +338,8 @@ def test_growing_never_moves_old_data():
             assert (segment.k.data_ptr(), segment.v.data_ptr()) == addresses
             assert torch.equal(segment.k[:, :held], k)
             assert torch.equal(segment.v[:, :held], v)
-        for lane in store.lanes():
-            for part in lane.slices:
+        for shared in store.shared_prefixes():
+            for part in shared.slices:
                 segment, held = part.segment, part.stop
                 contents = segment.k[:, :held].clone(), segment.v[:, :held].clone()
                 known[id(segment)] = segment, (segment.k.data_ptr(), segment.v.data_ptr()), held, *contents
@@ -469,24 +474,24 @@ def test_beam_search_never_copies_segments():
     assert bench.ledger.host_bytes - base <= 3 * (300 + 3 * 256) * bench.token_bytes
 
 
-def test_rows_that_share_are_one_lane_and_part_when_they_go_on():
+def test_rows_that_share_a_prefix_are_read_together_until_they_go_on():
     bench = Bench()
     store, k, v = bench.filled(1000)
     shared = store.host_tokens
     store.select_rows([0, 0, 0])
-    (lane,) = store.lanes()
-    assert lane.rows == (0, 1, 2)
-    assert sum(part.tokens for part in lane.slices) == shared
+    (shared,) = store.shared_prefixes()
+    assert shared.rows == (0, 1, 2)
+    assert sum(part.tokens for part in shared.slices) == shared
     new_k, new_v = bench.new(3, 500)
     store.append(new_k, new_v)
-    first, *own = store.lanes()
-    assert first == lane
+    first, *own = store.shared_prefixes()
+    assert first == shared
     assert [each.rows for each in own] == [(0,), (1,), (2,)]
     assert all(sum(part.tokens for part in each.slices) == store.host_tokens - shared for each in own)
     assert len({id(part.segment) for each in own for part in each.slices}) >= 3
     assert_holds(store, torch.cat([k[[0, 0, 0]], new_k], dim=2), torch.cat([v[[0, 0, 0]], new_v], dim=2))
     store.select_rows([1, 1, 2])
-    assert [each.rows for each in store.lanes()] == [(0, 1, 2), (0, 1), (2,)]
+    assert [each.rows for each in store.shared_prefixes()] == [(0, 1, 2), (0, 1), (2,)]
 
 
 def test_what_is_shared_is_never_written():
@@ -503,10 +508,10 @@ def test_what_is_shared_is_never_written():
     assert_holds(twin, torch.cat([k[:, :, :301], second[0]], dim=2), torch.cat([v[:, :, :301], second[1]], dim=2))
 
 
-def test_no_lane_where_nothing_is_on_the_host():
+def test_no_shared_prefix_if_nothing_is_on_the_host():
     store, k, v = Bench().filled(200, rows=2)
-    assert store.lanes() == []
-    assert store.lanes([[(0, 200)], [(5, 6)]]) == []
+    assert store.shared_prefixes() == []
+    assert store.shared_prefixes([[(0, 200)], [(5, 6)]]) == []
     (seen,) = store.tail(1, [(5, 6)])
     assert torch.equal(seen[0], k[1, :, 5:6])
     assert torch.equal(seen[1], v[1, :, 5:6])
@@ -547,7 +552,7 @@ def test_memory_lives_as_long_as_a_view_of_it():
     """A tile that is still being read keeps its pages, whatever happens to the store."""
     bench = Bench()
     store, k, _ = bench.filled(1000)
-    view = store.lanes()[0].slices[0].segment.k[1, 10:20]
+    view = store.shared_prefixes()[0].slices[0].segment.k[1, 10:20]
     store.close()
     gc.collect()
     assert bench.ledger.host_bytes > 0
@@ -568,7 +573,7 @@ def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
             raise CapacityError("no more memory, on purpose")
         return real(shape, dtype)
 
-    host, lanes, writes = bench.ledger.host_bytes, store.lanes(), bench.write.calls
+    host, shared_prefixes, writes = bench.ledger.host_bytes, store.shared_prefixes(), bench.write.calls
     with monkeypatch.context() as patch:
         patch.setattr(bench.tier, "allocate", allocate)
         with pytest.raises(CapacityError):
@@ -576,7 +581,7 @@ def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
         assert bench.write.calls == writes
     gc.collect()
     assert bench.ledger.host_bytes == host
-    assert store.lanes() == lanes
+    assert store.shared_prefixes() == shared_prefixes
     assert_holds(store, k, v)
     new_k, new_v = bench.new(2, 900)
     store.append(new_k, new_v)
@@ -587,7 +592,7 @@ def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
 def test_a_failed_write_leaves_the_store_as_it_was(allowed):
     bench = Bench()
     store, k, v = bench.filled(400, rows=2)
-    lanes, count = store.lanes(), itertools.count()
+    shared_prefixes, count = store.shared_prefixes(), itertools.count()
 
     class Failing(WriteInPlace):
         def __call__(self, destination, source, landed):
@@ -598,7 +603,7 @@ def test_a_failed_write_leaves_the_store_as_it_was(allowed):
     store.write = Failing()
     with pytest.raises(CapacityError):
         store.append(*bench.new(2, 900))
-    assert store.lanes() == lanes
+    assert store.shared_prefixes() == shared_prefixes
     assert_holds(store, k, v)
     store.write, (new_k, new_v) = bench.write, bench.new(2, 900)
     store.append(new_k, new_v)

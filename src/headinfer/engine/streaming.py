@@ -25,7 +25,7 @@ from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.disk import FarPiece, LoosePiece
 from headinfer.kv.head_store import HeadStore, Runs, first_of
-from headinfer.kv.segments import Arena, Lane, SegmentSlice
+from headinfer.kv.segments import Arena, SegmentSlice, SharedPrefix
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 
@@ -160,10 +160,10 @@ def attend_streaming(
 
 def tiles_of(store: HeadStore, heads: slice, plan: TilePlan, runs: Sequence[Runs] | None) -> Iterator[Tile]:
     """The segments of a head group as tiles: what lies on the device whole, the rest as the plan cuts it."""
-    for lane in store.lanes(runs):
-        resident, far = _by_place(lane)
+    for shared in store.shared_prefixes(runs):
+        resident, far = _by_place(shared)
         if resident:
-            yield Tile(lane.rows, near=tuple(_joined(resident, heads)))
+            yield Tile(shared.rows, near=tuple(_joined(resident, heads)))
         pieces: list[SegmentSlice] = []
         room = most = _tile_tokens(plan, sum(part.tokens for part in far))
         for part in far:
@@ -173,10 +173,10 @@ def tiles_of(store: HeadStore, heads: slice, plan: TilePlan, runs: Sequence[Runs
                 pieces.append(SegmentSlice(part.segment, start, stop))
                 room, start = room - (stop - start), stop
                 if room == 0:
-                    yield _tile(lane.rows, heads, pieces)
+                    yield _tile(shared.rows, heads, pieces)
                     pieces, room = [], most
         if pieces:
-            yield _tile(lane.rows, heads, pieces)
+            yield _tile(shared.rows, heads, pieces)
 
 
 def _tile_tokens(plan: TilePlan, tokens: int) -> int:
@@ -187,10 +187,10 @@ def _tile_tokens(plan: TilePlan, tokens: int) -> int:
     return min(-(-tokens // tiles // _EVEN_TOKENS) * _EVEN_TOKENS, plan.tile_tokens)
 
 
-def _by_place(lane: Lane) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
-    """The spans of a lane, or parts of them, on the device and on the host only."""
+def _by_place(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
+    """The spans of a shared prefix, or parts of them, on the device and on the host only."""
     near, far = [], []
-    for part in lane.slices:
+    for part in shared.slices:
         stop = min(max(part.segment.resident_tokens, part.start), part.stop)
         if part.start < stop:
             near.append(SegmentSlice(part.segment, part.start, stop))

@@ -19,11 +19,11 @@ import torch
 from headinfer.errors import StateError
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.resident import Share
-from headinfer.kv.segments import Lane, Runs, Segment, SegmentSlice, clip, group, seal
+from headinfer.kv.segments import Runs, Segment, SegmentSlice, SharedPrefix, clip, group, seal
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import Writer
 
-__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Lane", "Runs", "Segment", "SegmentSlice", "first_of"]
+__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Runs", "Segment", "SegmentSlice", "SharedPrefix", "first_of"]
 
 TAIL_UNIT_TOKENS = 128
 _SMALL_SEGMENT_TOKENS = 256
@@ -69,7 +69,7 @@ class HeadStore:
         self.host_tokens = 0
         self.tail_tokens = 0
         self._tables: list[list[SegmentSlice]] = [[] for _ in range(k.shape[0])]
-        self._whole_lanes: list[Lane] | None = None
+        self._whole_prefixes: list[SharedPrefix] | None = None
         self._tail_count = _TailCount(ledger)
         weakref.finalize(self, self._tail_count.set, 0).atexit = False  # also where nobody calls close()
         self._new_tail(k.shape[0])
@@ -86,15 +86,15 @@ class HeadStore:
         """Tokens of every row."""
         return self.host_tokens + self.tail_tokens
 
-    def lanes(self, runs: Sequence[Runs] | None = None) -> list[Lane]:
-        """The host part, cut into lanes of rows that share their spans, in the order of the tokens.
+    def shared_prefixes(self, runs: Sequence[Runs] | None = None) -> list[SharedPrefix]:
+        """The host part, cut into shared prefixes of rows that share their spans, in the order of the tokens.
 
         runs: for each row the half-open ranges of tokens that are seen, or None where all are.
         """
         if runs is None:
-            if self._whole_lanes is None:
-                self._whole_lanes = group(self._tables)
-            return self._whole_lanes
+            if self._whole_prefixes is None:
+                self._whole_prefixes = group(self._tables)
+            return self._whole_prefixes
         return group([clip(table, row_runs) for table, row_runs in zip(self._tables, runs, strict=True)])
 
     def tail(self, row: int, runs: Runs | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -132,7 +132,7 @@ class HeadStore:
 
     def restore(self, tables: Sequence[list[SegmentSlice]], tail_k: torch.Tensor, tail_v: torch.Tensor) -> None:
         """Fill an empty store with what saved_tables() and tails() gave."""
-        self._tables, self._whole_lanes = [list(table) for table in tables], None
+        self._tables, self._whole_prefixes = [list(table) for table in tables], None
         self.host_tokens, self.tail_tokens = sum(part.tokens for part in tables[0]), tail_k.shape[2]
         self._tail_k[:, :, : self.tail_tokens] = tail_k
         self._tail_v[:, :, : self.tail_tokens] = tail_v
@@ -180,7 +180,7 @@ class HeadStore:
             tail[:, :, kept : total - leaving] = new[:, :, from_new:]
         self.host_tokens += leaving
         self.tail_tokens = total - leaving
-        self._whole_lanes = None
+        self._whole_prefixes = None
         if self.on_full is not None:
             full = {s.segment: None for table in tables for s in table if not s.segment.sealed and s.is_to_the_end}
             self.on_full(list(full))
@@ -197,7 +197,7 @@ class HeadStore:
                 part.segment.rewinds += 0 if part.segment.sealed else 1
         self._tables = [clip(table, [(0, tokens)]) for table in self._tables]
         self.host_tokens, self.tail_tokens = tokens, 0
-        self._whole_lanes = None
+        self._whole_prefixes = None
 
     # -- rows ------------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class HeadStore:
             new[:, :, : self.tail_tokens] = old[chosen, :, : self.tail_tokens]
             self.ledger.tail_moved_bytes += new[:, :, : self.tail_tokens].numel() * new.element_size()
         self._tail_count.set(self.tail_bytes)
-        self._whole_lanes = None
+        self._whole_prefixes = None
 
     def fork(self) -> HeadStore:
         """A second store with the same content: segments are shared, the tail is copied."""
@@ -247,7 +247,7 @@ class HeadStore:
 
     def close(self) -> None:
         """Let go of all memory; the store is not to be used again."""
-        self._tables, self._whole_lanes, self._reserved = [], None, []
+        self._tables, self._whole_prefixes, self._reserved = [], None, []
         self._tail_k = self._tail_v = torch.empty(0, 0, 0, 0)
         self._tail_count.set(0)
         self.host_tokens = self.tail_tokens = 0

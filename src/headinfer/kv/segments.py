@@ -1,4 +1,4 @@
-"""Segments of host memory, the spans of them that a row sees, and the lanes of rows that see the same."""
+"""Segments of host memory, the spans of them that a row sees, and the shared prefixes of rows that see the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from headinfer.kv.disk import DiskFile, FarPiece, LoosePiece, Place
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["Arena", "Lane", "Piece", "Runs", "Segment", "SegmentSlice", "clip", "group", "seal"]
+__all__ = ["Arena", "Piece", "Runs", "Segment", "SegmentSlice", "SharedPrefix", "clip", "group", "seal"]
 
 Runs = Sequence[tuple[int, int]]
 Piece = tuple[torch.Tensor, torch.Tensor]
@@ -136,7 +136,7 @@ class SegmentSlice:
 
 
 @dataclass(frozen=True)
-class Lane:
+class SharedPrefix:
     """Rows of the batch that see the same spans: one pass over these K and V serves all of them."""
 
     rows: tuple[int, ...]
@@ -163,13 +163,13 @@ def clip(table: list[SegmentSlice], runs: Runs) -> list[SegmentSlice]:
     return clipped
 
 
-def group(tables: Sequence[list[SegmentSlice]]) -> list[Lane]:
-    """Spans that several rows see become one lane; neighbours with the same rows are joined."""
+def group(tables: Sequence[list[SegmentSlice]]) -> list[SharedPrefix]:
+    """Spans that several rows see become one shared prefix; neighbours with the same rows are joined."""
     sharers: dict[tuple[int, int, int], tuple[SegmentSlice, list[int]]] = {}
     for row, table in enumerate(tables):
         for part in table:
             sharers.setdefault((id(part.segment), part.start, part.stop), (part, []))[1].append(row)
     return [
-        Lane(rows, tuple(part for part, _ in members))
+        SharedPrefix(rows, tuple(part for part, _ in members))
         for rows, members in itertools.groupby(sharers.values(), key=lambda entry: tuple(entry[1]))
     ]
