@@ -314,7 +314,7 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
             if layer == 0:
                 engine.begin(stores[0], 4, tokens)
             told[layer].append((k, v))
-            out = engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, runs=None)
+            out = engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
             stores[layer].append(k, v)
             all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])

@@ -107,7 +107,7 @@ def test_the_same_options_give_the_same_bits(device):
             if not engine.devices:
                 store = engine.new_store(k, v)
             engine.begin(store, 8, tokens)
-            found.append(engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, runs=None).cpu())
+            found.append(engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, token_ranges=None).cpu())
             store.append(k, v)
         return found
 
@@ -182,7 +182,7 @@ def test_the_host_never_waits_for_the_device_in_the_loop():
             for store in stores:
                 if store is stores[0]:
                     engine.begin(store, 8, q.shape[2])
-                engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, runs=None)
+                engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, token_ranges=None)
                 store.append(k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -205,7 +205,7 @@ def test_device_memory_does_not_grow_with_the_context():
         for tokens in (1, 1):
             q = torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=rng)
             engine.begin(store, 8, tokens)
-            engine.attend(q, k[:, :, :1], v[:, :, :1], store, scale=0.1, softcap=None, sinks=None, runs=None)
+            engine.attend(q, k[:, :, :1], v[:, :, :1], store, scale=0.1, softcap=None, sinks=None, token_ranges=None)
         return engine.ledger.device_peak_bytes, torch.cuda.max_memory_allocated() - before
 
     held = [held_after(past) for past in (4096, 65_536)]

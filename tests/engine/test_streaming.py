@@ -29,7 +29,7 @@ BOUND = 3e-6
 BACKENDS = {backend.name: backend for backend in ALL}
 
 
-def runs_of(visible):
+def ranges_of(visible):
     """For each row of a bool [B, T] the half-open ranges that are True."""
     return [
         [
@@ -115,7 +115,7 @@ class Bench:
 
     def attend(self, q, k, v, *, visible=None, backend=None, **options):
         """The loop on a chunk that is not yet kept."""
-        runs = runs_of(visible[:, : self.store.tokens + q.shape[2]]) if visible is not None else None
+        token_ranges = ranges_of(visible[:, : self.store.tokens + q.shape[2]]) if visible is not None else None
         return attend_streaming(
             q,
             k,
@@ -124,7 +124,7 @@ class Bench:
             plan=self.plan,
             ring=self.ring,
             scale=self.shape.key_dim**-0.5,
-            runs=runs,
+            token_ranges=token_ranges,
             backend=backend,
             used=self.used,
             **options,

@@ -249,19 +249,23 @@ class StoreMachine(RuleBasedStateMachine):
     def look_through_runs(self, which, cuts):
         store, k, v = self.pick(which)
         edges = sorted({min(cut, store.tokens) for cut in cuts})
-        runs = [
+        token_ranges = [
             list(zip(edges[row % 2 :: 2], edges[row % 2 + 1 :: 2], strict=False)) if row != 2 else []
             for row in range(store.rows)
         ]
-        shared_prefixes = store.shared_prefixes(runs)
+        shared_prefixes = store.shared_prefixes(token_ranges)
         for row in range(store.rows):
             for side, (found, whole) in enumerate(zip(host_part(store, row, shared_prefixes), (k, v), strict=True)):
-                seen = [whole[row, :, a : min(b, store.host_tokens)] for a, b in runs[row] if a < store.host_tokens]
+                seen = [
+                    whole[row, :, a : min(b, store.host_tokens)] for a, b in token_ranges[row] if a < store.host_tokens
+                ]
                 wanted = torch.cat(seen, dim=1) if seen else whole[row, :, :0]
                 # A row that shares some spans and not others may see them out of order: the tokens are the same.
                 assert sorted_tokens(found) == sorted_tokens(wanted)
-                tails = [pair[side] for pair in store.tail(row, runs[row])]
-                late = [whole[row, :, max(a, store.host_tokens) : b] for a, b in runs[row] if b > store.host_tokens]
+                tails = [pair[side] for pair in store.tail(row, token_ranges[row])]
+                late = [
+                    whole[row, :, max(a, store.host_tokens) : b] for a, b in token_ranges[row] if b > store.host_tokens
+                ]
                 assert len(tails) == len(late)
                 assert all(map(torch.equal, tails, late))
 

@@ -182,7 +182,7 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
             if layer == 0:
                 engine.begin(stores[0], 4, tokens)
             streams.write([k, v], "new")
-            engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, runs=None)
+            engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
             stores[layer].append(k, v)
         for store in stores:
             if event is not None:
@@ -260,7 +260,7 @@ def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch
             if layer == 0:
                 engine.begin(store, 4, 1)
             order.append(f"layer {layer}")
-            engine.attend(q, k, v, store, scale=0.25, softcap=None, sinks=None, runs=None)
+            engine.attend(q, k, v, store, scale=0.25, softcap=None, sinks=None, token_ranges=None)
             store.append(k, v)
     tiles = -(-stores[0].host_tokens // 200)
     assert order == [step for layer in range(3) for step in (f"layer {layer}", *["fetch", "kernel"] * tiles)]

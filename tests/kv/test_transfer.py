@@ -372,7 +372,7 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(staging, mon
             if layer == 0:
                 engine.begin(stores[0], 4, tokens)
             told[layer].append((k, v))
-            out = engine.attend(q, k, v, stores[layer], scale=scale, softcap=None, sinks=None, runs=None)
+            out = engine.attend(q, k, v, stores[layer], scale=scale, softcap=None, sinks=None, token_ranges=None)
             stores[layer].append(k, v)
             all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])

@@ -84,8 +84,8 @@ def install(monkeypatch, clock):
             clock.kernel(0, MERGE_BYTES * outputs, what="merging")
         return state or streaming._empty(layer, heads)
 
-    def own_state(layer, heads, runs, past_runs):
-        state, own = own_state_before(layer, heads, runs, past_runs)
+    def own_state(layer, heads, token_ranges, past_ranges):
+        state, own = own_state_before(layer, heads, token_ranges, past_ranges)
         if state is not None:
             outputs = state.out.numel()
             clock.kernel(2 * outputs * layer.q.shape[2], 10 * outputs, 3)
@@ -143,7 +143,7 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
             if store is stores[0]:
                 engine.begin(store, HEADS, query_tokens)
             clock.kernel(flops // 4, nbytes // 4, LINEAR_LAUNCHES // 2)  # Q, K, V
-            engine.attend(q, k, v, store, scale=1.0, softcap=None, sinks=None, runs=None)
+            engine.attend(q, k, v, store, scale=1.0, softcap=None, sinks=None, token_ranges=None)
             store.append(k, v)
             clock.kernel(flops * 3 // 4, nbytes * 3 // 4, LINEAR_LAUNCHES // 2)
             if host_waits:

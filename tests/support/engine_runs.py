@@ -21,7 +21,7 @@ def attend_all(device, dtype, lengths, options, dims=(128, 128), rows=1, layers=
                 told[layer] = tuple(torch.cat(both, dim=2) for both in zip(told[layer], (k, v), strict=True))
             if layer == 0:
                 engine.begin(stores[0], 8, tokens)
-            out = engine.attend(*here, stores[layer], scale=0.1, softcap=None, sinks=None, runs=None)
+            out = engine.attend(*here, stores[layer], scale=0.1, softcap=None, sinks=None, token_ranges=None)
             stores[layer].append(*here[1:])
             mask = causal_mask(tokens, told[layer][0].shape[2])
             wanted = attend_reference(q, *told[layer], scale=0.1, mask=mask).out.transpose(1, 2)

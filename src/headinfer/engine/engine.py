@@ -19,7 +19,7 @@ from headinfer.engine.streaming import Tile, attend_streaming, tiles_of
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.kv.disk import FarPiece
 from headinfer.kv.disk_tier import DiskTier
-from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore, Runs, first_of
+from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore, TokenRanges, first_of
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.segments import Segment
 from headinfer.kv.streams import Staging
@@ -168,7 +168,7 @@ class Engine:
         scale: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
-        runs: Sequence[Runs] | None,
+        token_ranges: Sequence[TokenRanges] | None,
         past_tokens: int | None = None,
     ) -> torch.Tensor:
         """Attention of a chunk on a store and on itself; see `attend_streaming`."""
@@ -187,14 +187,14 @@ class Engine:
             scale=scale,
             softcap=softcap,
             sinks=sinks,
-            runs=runs,
+            token_ranges=token_ranges,
             past_tokens=past_tokens,
             backend=self.options.backend,
             used=self.backends_used,
-            following=self._following(store, runs),
+            following=self._following(store, token_ranges),
         )
 
-    def _following(self, store: HeadStore, runs: Sequence[Runs] | None) -> Iterable[Tile]:
+    def _following(self, store: HeadStore, token_ranges: Sequence[TokenRanges] | None) -> Iterable[Tile]:
         """The first tiles to fetch of the store on its device that came after this one in the pass before.
 
         After the last one there it is the first one, for the next token; for the next chunk other tiles may be
@@ -211,12 +211,12 @@ class Engine:
         coming, is_last = before[at](), at <= place
         if coming is None or coming.rows != store.rows:
             return ()
-        if is_last and (runs is not None or (self.disk is None and self._queries[1] > FEW_QUERY_TOKENS)):
+        if is_last and (token_ranges is not None or (self.disk is None and self._queries[1] > FEW_QUERY_TOKENS)):
             return ()
         plan = self.devices[self._place(store)].plan
         assert plan is not None
         heads = slice(0, min(plan.heads_per_group, coming.heads))
-        seen = first_of(runs, coming.tokens, coming.rows) if runs is not None else None
+        seen = first_of(token_ranges, coming.tokens, coming.rows) if token_ranges is not None else None
         tiles = tiles_of(coming, heads, plan, seen)
         if self.disk is not None:  # the rest is in memory: only reading is begun ahead
             return (tile for tile in tiles if any(isinstance(piece, FarPiece) for piece in tile.pieces))

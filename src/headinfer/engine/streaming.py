@@ -24,7 +24,7 @@ import torch
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.disk import FarPiece, LoosePiece
-from headinfer.kv.head_store import HeadStore, Runs, first_of
+from headinfer.kv.head_store import HeadStore, TokenRanges, first_of
 from headinfer.kv.segments import Arena, SegmentSlice, SharedPrefix
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
@@ -109,7 +109,7 @@ def attend_streaming(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    runs: Sequence[Runs] | None = None,
+    token_ranges: Sequence[TokenRanges] | None = None,
     past_tokens: int | None = None,
     backend: str | None = None,
     used: set[str] | None = None,
@@ -117,7 +117,7 @@ def attend_streaming(
 ) -> torch.Tensor:
     """Causal attention of a chunk on the store's first past_tokens tokens (None: all of them) and on itself.
 
-    q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv]. sinks [Hq]: scores of a key with value 0. runs: for each
+    q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv]. sinks [Hq]: scores of a key with value 0. token_ranges: for each
     row the half-open token ranges that are seen, over the past tokens and the chunk's; None: all of them.
     ring None: the segments lie on the compute device and are read in place. Returns [B, T, Hq, Dv] in q's dtype;
     query rows that see no key give 0. `used` collects the names of the kernels that ran. following: the first tiles of
@@ -126,17 +126,17 @@ def attend_streaming(
     q = q.contiguous()  # packed once, not per tile
     past = store.tokens if past_tokens is None else past_tokens
     layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set())
-    past_runs = runs if past == store.tokens else first_of(runs, past, q.shape[0])
+    past_ranges = token_ranges if past == store.tokens else first_of(token_ranges, past, q.shape[0])
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [list(tiles_of(store, heads, plan, past_runs)) for heads in groups]
+    work = [list(tiles_of(store, heads, plan, past_ranges)) for heads in groups]
     way: Ring = ring if ring is not None else InPlace()
     coming = (tile for tiles in work for tile in tiles if not tile.near)
     after = iter(following)
     tickets = deque(way.fetch(tile.pieces, tile.after, tile.key) for tile in itertools.islice(coming, way.depth))
     for heads, tiles in zip(groups, work, strict=True):
-        state, own = _own_state(layer, heads, runs, past_runs)
+        state, own = _own_state(layer, heads, token_ranges, past_ranges)
         for tile in tiles:
             near = own.pop(tile.rows[0], ()) if layer.is_few and len(tile.rows) == 1 else ()
             if not tile.near:
@@ -158,9 +158,11 @@ def attend_streaming(
     return out
 
 
-def tiles_of(store: HeadStore, heads: slice, plan: TilePlan, runs: Sequence[Runs] | None) -> Iterator[Tile]:
+def tiles_of(
+    store: HeadStore, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
+) -> Iterator[Tile]:
     """The segments of a head group as tiles: what lies on the device whole, the rest as the plan cuts it."""
-    for shared in store.shared_prefixes(runs):
+    for shared in store.shared_prefixes(token_ranges):
         resident, far = _by_place(shared)
         if resident:
             yield Tile(shared.rows, near=tuple(_joined(resident, heads)))
@@ -267,7 +269,7 @@ def _empty(layer: Layer, heads: slice) -> AttentionState:
 
 
 def _own_state(
-    layer: Layer, heads: slice, runs: Sequence[Runs] | None, past_runs: Sequence[Runs] | None
+    layer: Layer, heads: slice, token_ranges: Sequence[TokenRanges] | None, past_ranges: Sequence[TokenRanges] | None
 ) -> tuple[AttentionState | None, dict[int, tuple[Piece, ...]]]:
     """The chunk on itself, and per row what else lies on the device: the tail, and a chunk of one token.
 
@@ -280,26 +282,28 @@ def _own_state(
     past = layer.past_tokens
     resident: dict[int, tuple[Piece, ...]] = {}
     for row in range(rows):
-        seen = runs[row] if runs is not None else None
-        near = layer.store.tail(row, past_runs[row] if past_runs is not None else None)
+        seen = token_ranges[row] if token_ranges is not None else None
+        near = layer.store.tail(row, past_ranges[row] if past_ranges is not None else None)
         pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in near]
         if tokens == 1 and (seen is None or any(start <= past < stop for start, stop in seen)):
             pieces.append((k[row], v[row]))
         if pieces:
             resident[row] = tuple(pieces)
-    if tokens > 1 and (runs is None or all(any(a <= past and past + tokens <= b for a, b in row) for row in runs)):
+    if tokens > 1 and (
+        token_ranges is None or all(any(a <= past and past + tokens <= b for a, b in row) for row in token_ranges)
+    ):
         return layer.kernel(0).square(q, k, v, layer.scale, layer.softcap), resident
     if tokens == 1:
         return None, resident
     state = _empty(layer, heads)
-    if runs is not None:
+    if token_ranges is not None:
         for row in range(rows):
-            for start, stop in runs[row]:
-                _run_in_chunk(layer, state, q, k, v, row, max(start - past, 0), min(stop - past, tokens))
+            for start, stop in token_ranges[row]:
+                _attend_range_in_chunk(layer, state, q, k, v, row, max(start - past, 0), min(stop - past, tokens))
     return state, resident
 
 
-def _run_in_chunk(
+def _attend_range_in_chunk(
     layer: Layer, state: AttentionState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: int, lo: int, hi: int
 ) -> None:
     """Merge the keys [lo, hi) of a chunk: causal for the queries among them, all of them for the later ones."""

@@ -22,9 +22,9 @@ from headinfer.hf.compat import (
     sdpa_mask,
 )
 from headinfer.hf.layers import Tag
-from headinfer.kv.head_store import Runs
+from headinfer.kv.head_store import TokenRanges
 
-__all__ = ["NAME", "headinfer_attention", "headinfer_mask", "register", "visible_runs"]
+__all__ = ["NAME", "headinfer_attention", "headinfer_mask", "register", "visible_token_ranges"]
 
 NAME = "headinfer"
 _LARGEST_MASK_BYTES = 2**31
@@ -36,7 +36,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, headinfer_mask)
 
 
-def visible_runs(mask: torch.Tensor) -> list[Runs]:
+def visible_token_ranges(mask: torch.Tensor) -> list[TokenRanges]:
     """For each row of a 2D mask [B, Tk] (True: seen) the half-open ranges of tokens that are seen."""
     edges = torch.nn.functional.pad(mask.bool().cpu().to(torch.int8), (1, 1)).diff(dim=1)
     return [
@@ -57,7 +57,7 @@ def headinfer_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """None where the mask is plainly causal, a padding mask [B, 1, 1, Tk] with its runs, or sdpa's [B, 1, Tq, Tk].
+    """None where the mask is plainly causal, a padding mask [B, 1, 1, Tk] with its token ranges, or sdpa's [B, 1, Tq, Tk].
 
     The last serves windows and overlays, which stay with transformers' layers. A padding mask has four dims since
     Gemma 4 slices the queries of its masks.
@@ -87,9 +87,9 @@ def headinfer_mask(
                 f"the attention mask covers {padding.shape[1]} tokens and the cache and input have {kv_length}: "
                 "pass the mask of all tokens, old and new"
             )
-        runs = visible_runs(padding)
+        token_ranges = visible_token_ranges(padding)
         padding = padding[:, None, None, :]
-        padding._headinfer_runs = runs  # type: ignore[attr-defined]
+        padding._headinfer_token_ranges = token_ranges  # type: ignore[attr-defined]
     return padding
 
 
@@ -124,11 +124,11 @@ def headinfer_attention(
     assert isinstance(tag, Tag)
     shares = tag.is_stored and getattr(module, "is_kv_shared_layer", False)
     _check_streamable(module, query, key, attention_mask, kwargs, shares=shares)
-    runs: Sequence[Runs] | None = None
+    token_ranges: Sequence[TokenRanges] | None = None
     if attention_mask is not None:
-        runs = getattr(attention_mask, "_headinfer_runs", None)
-        runs = visible_runs(attention_mask.flatten(1)) if runs is None else runs
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux, "runs": runs}
+        token_ranges = getattr(attention_mask, "_headinfer_token_ranges", None)
+        token_ranges = visible_token_ranges(attention_mask.flatten(1)) if token_ranges is None else token_ranges
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux, "token_ranges": token_ranges}
     with torch.no_grad():
         if shares:
             return tag.layer.attend_shared(query, key, value, past_tokens=tag.past_tokens, **options), None

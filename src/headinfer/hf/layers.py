@@ -21,7 +21,7 @@ from headinfer.hf.compat import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
-from headinfer.kv.head_store import HeadStore, Runs
+from headinfer.kv.head_store import HeadStore, TokenRanges
 
 __all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "why_not_croppable"]
 
@@ -87,14 +87,16 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         scale: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
-        runs: Sequence[Runs] | None,
+        token_ranges: Sequence[TokenRanges] | None,
     ) -> torch.Tensor:
         """Attention of the chunk on all tokens so far, then keep the chunk. Returns [B, T, Hq, Dv]."""
         if self.pending is None or self.store is None:
             raise StateError("the attention of a HeadCache layer ran twice, or without an update before it")
         if self.leads:
             self.engine.begin(self.store, q.shape[1], q.shape[2])
-        out = self.engine.attend(q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, runs=runs)
+        out = self.engine.attend(
+            q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, token_ranges=token_ranges
+        )
         self.store.append(k, v)
         self.pending.is_stored = True
         self.pending = self.engine.awaiting = None
@@ -110,7 +112,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         scale: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
-        runs: Sequence[Runs] | None,
+        token_ranges: Sequence[TokenRanges] | None,
     ) -> torch.Tensor:
         """Attention of another layer that shares this one's K and V, which hold the chunk already.
 
@@ -121,7 +123,15 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         past_tokens += k.shape[2] - q.shape[2]
         k, v = k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :]
         return self.engine.attend(
-            q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, runs=runs, past_tokens=past_tokens
+            q,
+            k,
+            v,
+            self.store,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            token_ranges=token_ranges,
+            past_tokens=past_tokens,
         )
 
     @property

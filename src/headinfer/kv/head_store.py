@@ -19,11 +19,11 @@ import torch
 from headinfer.errors import StateError
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.resident import Share
-from headinfer.kv.segments import Runs, Segment, SegmentSlice, SharedPrefix, clip, group, seal
+from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRanges, clip, group, seal
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import Writer
 
-__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Runs", "Segment", "SegmentSlice", "SharedPrefix", "first_of"]
+__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "first_of"]
 
 TAIL_UNIT_TOKENS = 128
 _SMALL_SEGMENT_TOKENS = 256
@@ -86,23 +86,23 @@ class HeadStore:
         """Tokens of every row."""
         return self.host_tokens + self.tail_tokens
 
-    def shared_prefixes(self, runs: Sequence[Runs] | None = None) -> list[SharedPrefix]:
+    def shared_prefixes(self, token_ranges: Sequence[TokenRanges] | None = None) -> list[SharedPrefix]:
         """The host part, cut into shared prefixes of rows that share their spans, in the order of the tokens.
 
-        runs: for each row the half-open ranges of tokens that are seen, or None where all are.
+        token_ranges: for each row the half-open ranges of tokens that are seen, or None where all are.
         """
-        if runs is None:
+        if token_ranges is None:
             if self._whole_prefixes is None:
                 self._whole_prefixes = group(self._tables)
             return self._whole_prefixes
-        return group([clip(table, row_runs) for table, row_runs in zip(self._tables, runs, strict=True)])
+        return group([clip(table, row_ranges) for table, row_ranges in zip(self._tables, token_ranges, strict=True)])
 
-    def tail(self, row: int, runs: Runs | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def tail(self, row: int, token_ranges: TokenRanges | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The tail of a row as views k [Hkv, T, Dk] and v [Hkv, T, Dv], one pair per visible range."""
         if self.tail_tokens == 0:
             return []
         found = []
-        for start, stop in runs if runs is not None else ((0, self.tokens),):
+        for start, stop in token_ranges if token_ranges is not None else ((0, self.tokens),):
             visible = slice(max(start - self.host_tokens, 0), min(stop - self.host_tokens, self.tail_tokens))
             if visible.start < visible.stop:
                 found.append((self._tail_k[row, :, visible], self._tail_v[row, :, visible]))
@@ -330,9 +330,9 @@ class HeadStore:
         segment.write_through(start, k, v)
 
 
-def first_of(runs: Sequence[Runs] | None, tokens: int, rows: int) -> list[Runs]:
-    """What the runs of each row (None: everything is seen) show of the first `tokens` tokens."""
-    whole = runs if runs is not None else [[(0, tokens)]] * rows
+def first_of(token_ranges: Sequence[TokenRanges] | None, tokens: int, rows: int) -> list[TokenRanges]:
+    """What the token ranges of each row (None: everything is seen) show of the first `tokens` tokens."""
+    whole = token_ranges if token_ranges is not None else [[(0, tokens)]] * rows
     return [[(start, min(stop, tokens)) for start, stop in row if start < tokens] for row in whole]
 
 

@@ -13,9 +13,9 @@ import torch
 from headinfer.kv.disk import DiskFile, FarPiece, LoosePiece, Place
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["Arena", "Piece", "Runs", "Segment", "SegmentSlice", "SharedPrefix", "clip", "group", "seal"]
+__all__ = ["Arena", "Piece", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
 
-Runs = Sequence[tuple[int, int]]
+TokenRanges = Sequence[tuple[int, int]]
 Piece = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -151,11 +151,11 @@ def seal(table: list[SegmentSlice]) -> None:
         part.segment.sealed = True
 
 
-def clip(table: list[SegmentSlice], runs: Runs) -> list[SegmentSlice]:
+def clip(table: list[SegmentSlice], token_ranges: TokenRanges) -> list[SegmentSlice]:
     """The parts of a row's spans that lie in the half-open token ranges."""
     clipped, at = [], 0
     for part in table:
-        for start, stop in runs:
+        for start, stop in token_ranges:
             lo, hi = max(start, at), min(stop, at + part.tokens)
             if lo < hi:
                 clipped.append(SegmentSlice(part.segment, part.start + lo - at, part.start + hi - at))
