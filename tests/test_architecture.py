@@ -59,7 +59,11 @@ def test_every_third_party_has_a_contract():
         ("evals/tasks.py", "from headinfer.cli import report", "Floors"),
         ("unknown.py", "", "Floors"),
         ("kv/tiers.py", "if TYPE_CHECKING:\n    from headinfer.hf.cache import HeadCache", "No circles"),
-        ("kv/transfer.py", "from headinfer.kv import head_store", "The ring and the store do not know each other"),
+        (
+            "kv/transfer.py",
+            "from headinfer.kv import layer_kv",
+            "The ring and the KV of a layer do not know each other",
+        ),
         ("attention/state.py", "from headinfer.attention import triton_kernels", "triton"),
         ("attention/cuda.py", "import triton.language as tl", "triton"),
         ("attention/backends.py", "from . import reference", "The float64 oracle"),

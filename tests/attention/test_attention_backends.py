@@ -22,7 +22,7 @@ from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
 from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import UsageError
-from headinfer.kv.head_store import HeadStore
+from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import WriteInPlace
@@ -822,11 +822,11 @@ def decode_error(dtype=torch.float32, backend=None):
     rng, ledger, used = seeded(21), Ledger(), set()
     k, v = (torch.randn(2, 2, 701, 32, generator=rng).to(dtype) for _ in range(2))
     q = torch.randn(2, 6, 1, 32, generator=rng).to(dtype)
-    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
-    store.append(k[:, :, :700], v[:, :, :700])
+    layer_kv = LayerKV(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
+    layer_kv.append(k[:, :, :700], v[:, :, :700])
     plan = TilePlan(2, 701, "")
     out = attend_streaming(
-        q, k[:, :, 700:], v[:, :, 700:], store, plan=plan, ring=None, scale=0.3, backend=backend, used=used
+        q, k[:, :, 700:], v[:, :, 700:], layer_kv, plan=plan, ring=None, scale=0.3, backend=backend, used=used
     )
     return relative_error(out, attend_reference(q, k, v, scale=0.3).out.transpose(1, 2)), used
 

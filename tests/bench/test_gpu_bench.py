@@ -17,9 +17,9 @@ from headinfer.bench.gpu import GPU_SUITES, check_device, run_gpu
 from headinfer.bench.gpu_job import QUICK, GpuSizes, Job, Rates, goal_reached
 from headinfer.bench.gpu_point import OURS
 from headinfer.bench.gpu_report import HEADER, gpu_json, gpu_markdown, result_paths, shown
+from headinfer.bench.past import Past, noise
 from headinfer.bench.rivals import Rival, compare, ring_budget_bytes, rivals_of
 from headinfer.bench.runners import HeadRunner, TransformersRunner
-from headinfer.bench.stores import Past, noise
 from headinfer.errors import CapacityError, UsageError
 from headinfer.plan import measured, paper
 

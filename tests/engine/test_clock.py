@@ -65,8 +65,8 @@ def test_the_next_layer_is_fetched_ahead_where_the_host_waits(monkeypatch):
 def test_the_clock_sees_a_short_last_tile(monkeypatch):
     tiles_of = streaming.tiles_of
 
-    def uneven(store, heads, plan, token_ranges):
-        return tiles_of(store, heads, dataclasses.replace(plan, is_even=False), token_ranges)
+    def uneven(layer_kv, heads, plan, token_ranges):
+        return tiles_of(layer_kv, heads, dataclasses.replace(plan, is_even=False), token_ranges)
 
     monkeypatch.setattr(streaming, "tiles_of", uneven)
     found = last_pass(monkeypatch, H100, LONG[0], hidden_chunk(H100), count=2)

@@ -147,7 +147,7 @@ def test_decoding_fetches_each_byte_once_a_token(llama, staging):
         for _ in range(3):
             before = cache.stats().link_to_device_bytes
             llama(torch.tensor([[3]]), past_key_values=cache)
-            on_host = cache.head_layers[0].store.host_tokens
+            on_host = cache.head_layers[0].layer_kv.host_tokens
             assert cache.stats().link_to_device_bytes - before == LAYERS * on_host * TOKEN_BYTES
 
 
@@ -171,7 +171,7 @@ def test_a_cache_filled_in_inference_mode_is_used_without_it(llama, staging):
         with torch.inference_mode():
             llama(ids[:, :500], past_key_values=cache)
         found = llama(ids[:, 500:], past_key_values=cache, logits_to_keep=1).logits
-        assert not any(tensor.is_inference() for layer in cache.head_layers for tensor in layer.store.tails())
+        assert not any(tensor.is_inference() for layer in cache.head_layers for tensor in layer.layer_kv.tails())
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -273,8 +273,8 @@ def test_a_preferred_node_is_asked_for(tmp_path, monkeypatch):
 
 def test_memory_of_a_known_length_is_taken_with_the_first_tokens(llama, monkeypatch):
     """As on a CUDA device, which has to wait while memory is pinned."""
-    make = device_kv.HeadStore
-    monkeypatch.setattr(device_kv, "HeadStore", lambda *both, **options: make(*both, **options | {"reserves": True}))
+    make = device_kv.LayerKV
+    monkeypatch.setattr(device_kv, "LayerKV", lambda *both, **options: make(*both, **options | {"reserves": True}))
     ids = prompt(tokens=900)["input_ids"]
     with torch.no_grad():
         wanted = llama(ids).logits[:, -1]
@@ -303,19 +303,19 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
     layers, rng = 4, torch.Generator().manual_seed(0)
     engine = Spread(Options(staging=staging, device_kv_budget=700_000, tile_tokens=100), layers)
     engine.layers_on = {"device 0": 2, "device 1": 2}
-    stores, told = [], [[] for _ in range(layers)]
+    layer_kvs, told = [], [[] for _ in range(layers)]
     for tokens in (300, 400, 1, 5, 1):
         for layer in range(layers):
             q, k, v = (torch.randn(1, heads, tokens, 16, generator=rng) for heads in (4, 2, 2))
             k.where = f"device {layer // 2}"
-            if len(stores) == layer:
-                stores.append(engine.new_store(k, v))
-                stores[layer].where = k.where
+            if len(layer_kvs) == layer:
+                layer_kvs.append(engine.new_layer_kv(k, v))
+                layer_kvs[layer].where = k.where
             if layer == 0:
-                engine.begin(stores[0], 4, tokens)
+                engine.begin(layer_kvs[0], 4, tokens)
             told[layer].append((k, v))
-            out = engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
-            stores[layer].append(k, v)
+            out = engine.attend(q, k, v, layer_kvs[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
+            layer_kvs[layer].append(k, v)
             all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])
             wanted = attend_reference(q, all_k, all_v, scale=0.25, mask=mask).out.transpose(1, 2)

@@ -105,10 +105,10 @@ def test_the_same_options_give_the_same_bits(device):
         for tokens in (400, 900, 1, 1):
             q, k, v = (torch.randn(1, h, tokens, 64, generator=rng).to(device, torch.bfloat16) for h in (8, 2, 2))
             if not engine.devices:
-                store = engine.new_store(k, v)
-            engine.begin(store, 8, tokens)
-            found.append(engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, token_ranges=None).cpu())
-            store.append(k, v)
+                layer_kv = engine.new_layer_kv(k, v)
+            engine.begin(layer_kv, 8, tokens)
+            found.append(engine.attend(q, k, v, layer_kv, scale=0.1, softcap=None, sinks=None, token_ranges=None).cpu())
+            layer_kv.append(k, v)
         return found
 
     assert all(map(torch.equal, run(), run()))
@@ -151,20 +151,20 @@ def test_a_refusal_to_pin_leaves_no_error_behind():
 
 @on_devices
 def test_host_memory_is_pinned_exactly_and_given_back(device):
-    errors, engine, stores = attend_all(
+    errors, engine, layer_kvs = attend_all(
         device, torch.float32, [900, 300], Options(staging="late" if device == "cpu" else "auto")
     )
     assert max(errors) < 1e-5
-    segments = {part.segment for store in stores for table in store._tables for part in table}
+    segments = {part.segment for layer_kv in layer_kvs for table in layer_kv._tables for part in table}
     assert engine.ledger.host_bytes == sum(len(segment.bytes()) for segment in segments)
     assert not any(segment.is_loose for segment in segments)
     if device == "cuda":
         assert all(segment.k.is_pinned() for segment in segments)
     engine.settle()
-    for store in stores:
-        store.close()
+    for layer_kv in layer_kvs:
+        layer_kv.close()
     engine.forget_expected()
-    del segments, store
+    del segments, layer_kv
     gc.collect()
     assert engine.ledger.host_bytes == 0
 
@@ -172,18 +172,18 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
 @pytest.mark.gpu
 def test_the_host_never_waits_for_the_device_in_the_loop():
     options = Options(device_kv_budget=64 << 20, streaming_budget=64 << 20, tile_tokens=500)
-    _, engine, stores = attend_all("cuda", torch.bfloat16, [1300], options)
+    _, engine, layer_kvs = attend_all("cuda", torch.bfloat16, [1300], options)
     chunks = [[torch.randn(1, h, t, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)] for t in (1, 64, 1)]
     try:
         with warnings.catch_warnings():  # torch says that the mode is a prototype, after it is set
             warnings.filterwarnings("ignore", message="Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("error")
         for q, k, v in chunks:
-            for store in stores:
-                if store is stores[0]:
-                    engine.begin(store, 8, q.shape[2])
-                engine.attend(q, k, v, store, scale=0.1, softcap=None, sinks=None, token_ranges=None)
-                store.append(k, v)
+            for layer_kv in layer_kvs:
+                if layer_kv is layer_kvs[0]:
+                    engine.begin(layer_kv, 8, q.shape[2])
+                engine.attend(q, k, v, layer_kv, scale=0.1, softcap=None, sinks=None, token_ranges=None)
+                layer_kv.append(k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -199,13 +199,13 @@ def test_device_memory_does_not_grow_with_the_context():
         before = torch.cuda.memory_allocated()
         engine, rng = Engine(options, 1), torch.Generator("cuda").manual_seed(0)
         k, v = (torch.randn(1, 2, 4096, 128, device="cuda", dtype=torch.bfloat16, generator=rng) for _ in range(2))
-        store = engine.new_store(k, v)
+        layer_kv = engine.new_layer_kv(k, v)
         for _ in range(past // 4096):
-            store.append(k, v)
+            layer_kv.append(k, v)
         for tokens in (1, 1):
             q = torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=rng)
-            engine.begin(store, 8, tokens)
-            engine.attend(q, k[:, :, :1], v[:, :, :1], store, scale=0.1, softcap=None, sinks=None, token_ranges=None)
+            engine.begin(layer_kv, 8, tokens)
+            engine.attend(q, k[:, :, :1], v[:, :, :1], layer_kv, scale=0.1, softcap=None, sinks=None, token_ranges=None)
         return engine.ledger.device_peak_bytes, torch.cuda.max_memory_allocated() - before
 
     held = [held_after(past) for past in (4096, 65_536)]

@@ -13,7 +13,7 @@ from headinfer.attention.backends import BACKENDS as ALL
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import streaming
 from headinfer.engine.streaming import attend_streaming, tiles_of
-from headinfer.kv.head_store import HeadStore
+from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.resident import Residency, Share
 from headinfer.kv.streams import open_streams
@@ -82,7 +82,9 @@ class Bench:
             room = resident_tokens * shape.token_bytes * shape.rows
             share = Share(Residency(room, CPU, self.ledger, streams), room, 0)
         _, self.k, self.v = self.chunk(0)
-        self.store = HeadStore(self.k, self.v, tier=HostTier(self.ledger), ledger=self.ledger, write=write, share=share)
+        self.layer_kv = LayerKV(
+            self.k, self.v, tier=HostTier(self.ledger), ledger=self.ledger, write=write, share=share
+        )
         self.used = set()
 
     def chunk(self, tokens):
@@ -105,22 +107,22 @@ class Bench:
         self.keep(k, v)
 
     def keep(self, k, v):
-        self.store.append(k, v)
+        self.layer_kv.append(k, v)
         self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
 
     def select_rows(self, indices):
-        self.store.select_rows(indices)
+        self.layer_kv.select_rows(indices)
         self.k, self.v = self.k[indices], self.v[indices]
         self.shape.rows = len(indices)
 
     def attend(self, q, k, v, *, visible=None, backend=None, **options):
         """The loop on a chunk that is not yet kept."""
-        token_ranges = ranges_of(visible[:, : self.store.tokens + q.shape[2]]) if visible is not None else None
+        token_ranges = ranges_of(visible[:, : self.layer_kv.tokens + q.shape[2]]) if visible is not None else None
         return attend_streaming(
             q,
             k,
             v,
-            self.store,
+            self.layer_kv,
             plan=self.plan,
             ring=self.ring,
             scale=self.shape.key_dim**-0.5,
@@ -149,7 +151,7 @@ class Bench:
         assert found.dtype == q.dtype
         assert found.isfinite().all()
         assert (found[~sees] == 0).all()
-        usual = math.sqrt(wanted[0].numel() / (self.store.tokens + tokens))  # few outputs may cancel below this
+        usual = math.sqrt(wanted[0].numel() / (self.layer_kv.tokens + tokens))  # few outputs may cancel below this
         for row in range(len(q)):  # a row's error does not hide behind another's size
             assert float((found[row].double() - wanted[row]).norm()) <= bound * max(usual, float(wanted[row].norm()))
         self.keep(k, v)
@@ -187,7 +189,7 @@ def test_any_past_and_chunk_is_the_oracle_s(bench, lengths):
         bench.assert_step(tokens)
     assert bench.ledger.device_to_host_bytes in (
         0,
-        bench.shape.rows * bench.store.host_tokens * bench.shape.token_bytes,
+        bench.shape.rows * bench.layer_kv.host_tokens * bench.shape.token_bytes,
     )
 
 
@@ -296,7 +298,7 @@ def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
         bench.fill(tokens)
         before, slices = (
             bench.ledger.host_to_device_bytes,
-            [part for table in bench.store._tables for part in table],
+            [part for table in bench.layer_kv._tables for part in table],
         )
         bench.attend(*bench.chunk(3))
         crossed = bench.ledger.host_to_device_bytes - before
@@ -309,7 +311,7 @@ def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
 def test_rows_that_share_a_document_fetch_it_once(staging, tokens):
     bench = Bench(Shape(), staging, heads_per_group=1, tile_tokens=150)
     bench.fill(1000)
-    shared = bench.store.host_tokens
+    shared = bench.layer_kv.host_tokens
     bench.select_rows([0, 0, 0])
 
     def crossed():
@@ -320,7 +322,7 @@ def test_rows_that_share_a_document_fetch_it_once(staging, tokens):
     tokens_crossed = crossed() / bench.shape.token_bytes
     assert tokens_crossed == (shared if bench.ring else 0)
     bench.fill(600)  # the rows go their own ways
-    own = bench.store.host_tokens - shared
+    own = bench.layer_kv.host_tokens - shared
     assert own > 0
     assert crossed() / bench.shape.token_bytes == (shared + 3 * own if bench.ring else 0)
     bench.select_rows([2, 0, 0, 1])
@@ -346,7 +348,7 @@ def test_rows_that_share_and_part_are_the_oracle_s(bench, moves, tokens):
 def test_masked_tokens_do_not_cross_the_link(staging):
     bench = Bench(Shape(rows=2), staging, tile_tokens=64, model_layout=False)
     bench.fill(900)
-    host, visible = bench.store.host_tokens, torch.ones(2, 901, dtype=torch.bool)
+    host, visible = bench.layer_kv.host_tokens, torch.ones(2, 901, dtype=torch.bool)
     visible[0, :500] = False
     visible[1, 10:20] = False
     before = bench.ledger.host_to_device_bytes
@@ -359,7 +361,7 @@ def test_an_empty_past_moves_nothing():
     bench = Bench(Shape(rows=2), "late")
     bench.assert_step(5)
     bench.assert_step(1)
-    assert bench.store.host_tokens == 0
+    assert bench.layer_kv.host_tokens == 0
     assert bench.ledger.host_to_device_bytes == 0
 
 
@@ -367,8 +369,8 @@ def test_tiles_are_cut_where_the_plan_says():
     bench = Bench(Shape(rows=2, kv_heads=3))
     bench.fill(700)
     bench.fill(400)
-    host = bench.store.host_tokens
-    tiles = list(tiles_of(bench.store, slice(1, 3), TilePlan(2, 250, ""), None))
+    host = bench.layer_kv.host_tokens
+    tiles = list(tiles_of(bench.layer_kv, slice(1, 3), TilePlan(2, 250, ""), None))
     for row in (0, 1):
         mine = [tile for tile in tiles if tile.rows == (row,)]
         assert [sum(k.shape[1] for k, _ in tile.pieces) for tile in mine] == [250] * (host // 250) + [host % 250]
@@ -376,7 +378,7 @@ def test_tiles_are_cut_where_the_plan_says():
         k, v = (torch.cat(side, dim=1) for side in sides)
         assert torch.equal(k, bench.k[row, 1:3, :host])
         assert torch.equal(v, bench.v[row, 1:3, :host])
-    segment = bench.store.shared_prefixes()[0].slices[0].segment
+    segment = bench.layer_kv.shared_prefixes()[0].slices[0].segment
     assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view: nothing is copied here
 
 
@@ -400,15 +402,15 @@ def test_any_split_between_device_and_host_is_the_oracle_s(staging, resident_tok
         bench.assert_step(tokens)
     held = bench.ledger.device_bytes["resident"]
     assert held <= 2 * resident_tokens * bench.shape.token_bytes
-    on_device = min(resident_tokens, bench.store.host_tokens)
-    for table in bench.store._tables:
+    on_device = min(resident_tokens, bench.layer_kv.host_tokens)
+    for table in bench.layer_kv._tables:
         assert sum(min(part.segment.resident_tokens, part.stop) for part in table) == on_device
     before = bench.ledger.host_to_device_bytes
     bench.assert_step(1)
     crossed = bench.ledger.host_to_device_bytes - before
     assert (
         crossed
-        == 2 * (bench.store.host_tokens - min(resident_tokens, bench.store.host_tokens)) * bench.shape.token_bytes
+        == 2 * (bench.layer_kv.host_tokens - min(resident_tokens, bench.layer_kv.host_tokens)) * bench.shape.token_bytes
     )
 
 
@@ -416,15 +418,15 @@ def test_any_split_between_device_and_host_is_the_oracle_s(staging, resident_tok
 def test_letting_go_of_resident_tokens_changes_nothing(staging):
     bench = Bench(Shape(rows=2), staging, 1, 150, resident_tokens=2000)
     bench.fill(700)
-    pool, token_bytes = bench.store.share.pool, bench.shape.token_bytes
-    assert bench.store.is_all_resident
+    pool, token_bytes = bench.layer_kv.share.pool, bench.shape.token_bytes
+    assert bench.layer_kv.is_all_resident
     for tokens in (500, 256, 128, 0):
         bench.assert_step(2)
         bench.fill(130)
         pool.let_go(2 * tokens * token_bytes)
         gc.collect()
         assert pool.held_bytes <= 2 * tokens * token_bytes
-        assert not bench.store.is_all_resident
+        assert not bench.layer_kv.is_all_resident
     bench.assert_step(5)
     assert pool.held_bytes == 0
 
@@ -440,7 +442,7 @@ def test_resident_tokens_are_shared_and_written_again_after_a_crop(staging):
     bench.fill(300)  # the rows go their own ways
     bench.assert_step(1)
     for tokens in (800, 130, 0):
-        bench.store.crop(tokens)
+        bench.layer_kv.crop(tokens)
         bench.k, bench.v = bench.k[:, :, :tokens], bench.v[:, :, :tokens]
         bench.assert_step(400)
         bench.assert_step(1)
@@ -449,13 +451,13 @@ def test_resident_tokens_are_shared_and_written_again_after_a_crop(staging):
 def test_a_known_length_is_one_piece_on_the_device():
     """Then attention on the past is one call, as without offloading."""
     bench = Bench(Shape(rows=2), "early", resident_tokens=4000)
-    share = bench.store.share
-    bench.store.share, bench.store.expected_tokens = Share(share.pool, share.nbytes, 2048), 2048
+    share = bench.layer_kv.share
+    bench.layer_kv.share, bench.layer_kv.expected_tokens = Share(share.pool, share.nbytes, 2048), 2048
     for tokens in (300, 600, 700):
         bench.fill(tokens)
-        (first, second) = tiles_of(bench.store, slice(0, 2), TilePlan(2, 100, ""), None)
+        (first, second) = tiles_of(bench.layer_kv, slice(0, 2), TilePlan(2, 100, ""), None)
         assert [len(tile.near) for tile in (first, second)] == [1, 1]
-        assert first.near[0][0].shape[1] == bench.store.host_tokens
+        assert first.near[0][0].shape[1] == bench.layer_kv.host_tokens
     assert bench.ledger.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
     bench.assert_step(3)
 
@@ -466,11 +468,11 @@ def test_tiles_of_a_prompt_are_about_even_and_hold_all_that_streams(tokens, tile
     bench = Bench(Shape(rows=1, kv_heads=1, group=1), "early", 1, tile_tokens, resident_tokens=resident)
     bench.fill(tokens)
     even, usual = (
-        [tile for tile in tiles_of(bench.store, slice(0, 1), plan, None) if not tile.near]
+        [tile for tile in tiles_of(bench.layer_kv, slice(0, 1), plan, None) if not tile.near]
         for plan in (TilePlan(1, tile_tokens, "", is_even=True), TilePlan(1, tile_tokens, ""))
     )
     lengths = [sum(k.shape[1] for k, _ in tile.pieces) for tile in even]
-    assert sum(lengths) == max(bench.store.host_tokens - min(resident, bench.store.host_tokens), 0)
+    assert sum(lengths) == max(bench.layer_kv.host_tokens - min(resident, bench.layer_kv.host_tokens), 0)
     assert all(length <= tile_tokens for length in lengths)
     assert len(set(lengths[:-1])) <= 1
     assert len(even) <= len(usual)

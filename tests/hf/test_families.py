@@ -54,7 +54,10 @@ def test_logits_are_transformers(family):
         stats = cache.stats()
         assert stats.layers_offloaded == full_layers(model.config) > 0
         assert stats.host_kv_bytes > 0
-        held = sum(layer.store.heads * (layer.store.key_dim + layer.store.value_dim) * 4 for layer in cache.head_layers)
+        held = sum(
+            layer.layer_kv.heads * (layer.layer_kv.key_dim + layer.layer_kv.value_dim) * 4
+            for layer in cache.head_layers
+        )
         assert ModelShape.from_config(model.config).kv_bytes_per_token(4) == held, "what is checked before loading"
         assert (stats.link_to_device_bytes > stats.host_kv_bytes) == bool(options)
 
@@ -127,7 +130,7 @@ def test_cropping_a_running_state_is_refused_before_it_starts(family):
         model(text(rows=1, tokens=50), past_key_values=cache)
         with pytest.raises(headinfer.StateError, match="cannot crop"):
             cache.crop(-3)
-        assert all(layer.store.tokens == 50 for layer in cache.head_layers)
+        assert all(layer.layer_kv.tokens == 50 for layer in cache.head_layers)
 
 
 @pytest.mark.parametrize("repeats", [1, 3])

@@ -19,7 +19,7 @@ from transformers import (
 import headinfer
 from headinfer.hf.chunks import chunks_of
 from headinfer.hf.models import byte_tokenizer
-from headinfer.kv.head_store import Segment, SegmentSlice
+from headinfer.kv.layer_kv import Segment, SegmentSlice
 
 CHUNK_TOKENS = 64
 
@@ -275,7 +275,7 @@ def test_an_error_in_a_later_chunk_brings_back_the_length_before_the_pass(llama)
         with pytest.raises(KeyboardInterrupt):
             llama(ids[:, 100:], past_key_values=cache, logits_to_keep=1)
         handle.remove()
-        assert [layer.store.tokens for layer in cache.head_layers] == [100] * 4
+        assert [layer.layer_kv.tokens for layer in cache.head_layers] == [100] * 4
         found = llama(ids[:, 100:], past_key_values=cache, logits_to_keep=1).logits
     wanted = llama(ids, logits_to_keep=1).logits
     assert (found - wanted).abs().max() < 5e-5 * wanted.std()
@@ -306,18 +306,18 @@ class LargestTensor(TorchDispatchMode):
 def pretend(cache, tokens):
     """A cache that has read something gets `tokens` tokens on the host: one segment seen again and again."""
     for layer in cache.layers:
-        store = getattr(layer, "store", None)
-        if store is None:
+        layer_kv = getattr(layer, "store", None)
+        if layer_kv is None:
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = tokens + layer.cumulative_length
             continue
-        segment = Segment(store.tier, store.heads, 2**14, store.key_dim, store.value_dim, store.dtype)
+        segment = Segment(layer_kv.tier, layer_kv.heads, 2**14, layer_kv.key_dim, layer_kv.value_dim, layer_kv.dtype)
         segment.k.copy_(torch.randn_like(segment.k))
         segment.v.copy_(torch.randn_like(segment.v))
         segment.sealed = True
         names = [copy.copy(segment) for _ in range(tokens // 2**14)]  # the same memory
-        store._tables = [[SegmentSlice(name, 0, 2**14) for name in names] for _ in range(store.rows)]
-        store.host_tokens, store._whole_prefixes = tokens, None
+        layer_kv._tables = [[SegmentSlice(name, 0, 2**14) for name in names] for _ in range(layer_kv.rows)]
+        layer_kv.host_tokens, layer_kv._whole_prefixes = tokens, None
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -371,11 +371,11 @@ def test_beams_and_several_returned_share_the_prompt(family, mode):
     ) as on:
         torch.manual_seed(3)
         assert torch.equal(model.generate(ids, **more), expected)
-    store = on.last_cache.head_layers[0].store
+    layer_kv = on.last_cache.head_layers[0].layer_kv
     assert read[: 400 // CHUNK_TOKENS] == [2] * (400 // CHUNK_TOKENS), "the prompt is read once for each row"
-    assert (store.rows, read[-1]) == (8, 8)
-    shared = {id(part.segment) for table in store._tables for part in table}
-    assert len(shared) == 2 * len(store._tables[0]), "all rows of a prompt name the same segments"
+    assert (layer_kv.rows, read[-1]) == (8, 8)
+    shared = {id(part.segment) for table in layer_kv._tables for part in table}
+    assert len(shared) == 2 * len(layer_kv._tables[0]), "all rows of a prompt name the same segments"
 
 
 def test_rows_that_stay_copies_are_separated_when_it_matters(llama):

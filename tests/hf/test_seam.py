@@ -231,7 +231,7 @@ def test_beams_move_table_entries_not_segments(llama):
     after = cache.stats()
     assert after.host_kv_bytes <= before.host_kv_bytes
     token_bytes = 4 * 4 * 2 * 16 * 4  # layers, heads, K and V, width, float32
-    tail = cache.head_layers[0].store.tail_tokens
+    tail = cache.head_layers[0].layer_kv.tail_tokens
     assert after.tail_moved_bytes - before.tail_moved_bytes == 4 * tail * token_bytes
 
 
@@ -243,14 +243,14 @@ def test_device_bytes_do_not_grow_with_the_context(llama):
             noise = torch.randn(1, 4, tokens, 16)
             for layer in cache.head_layers:
                 layer.lazy_initialization(noise, noise)
-                layer.store.append(noise, noise)
+                layer.layer_kv.append(noise, noise)
             before = cache.stats()
             llama(torch.tensor([[5]]), past_key_values=cache)
             stats = cache.stats()
         held[tokens] = stats.device_kv_peak_bytes
         assert stats.device_kv_bytes == stats.device_ring_bytes + stats.device_tail_bytes + stats.device_staging_bytes
         assert stats.device_kv_peak_bytes <= enabled.options.device_kv_budget
-        host_tokens = cache.head_layers[0].store.host_tokens
+        host_tokens = cache.head_layers[0].layer_kv.host_tokens
         crossed = stats.link_to_device_bytes - before.link_to_device_bytes
         assert crossed == host_tokens * 4 * 4 * 2 * 16 * 4, "each past byte crosses the link once"
         assert stats.link_to_host_bytes == host_tokens * 4 * 4 * 2 * 16 * 4, "each new byte goes back once"
@@ -384,7 +384,7 @@ def test_a_tile_that_cannot_be_is_refused_and_the_cache_stays_as_it_was(llama, o
             noise = torch.randn(1, 4, 12_000, 16)
             for layer in cache.head_layers:
                 layer.lazy_initialization(noise, noise)
-                layer.store.append(noise, noise)
+                layer.layer_kv.append(noise, noise)
         length = cache.get_seq_length()
         with pytest.raises(error):
             llama(prompt(1, 600)["input_ids"], past_key_values=cache)

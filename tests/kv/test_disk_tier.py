@@ -93,7 +93,7 @@ def test_the_dense_form_is_the_same(model, tmp_path):
     _, plain = read_and_write(model, ids)
     _, cache = read_and_write(model, ids, host_kv_budget=BUDGET, disk_tier=str(tmp_path))
     for ours, theirs in zip(cache.head_layers, plain.head_layers, strict=True):
-        for side, expected in zip(ours.store.dense(), theirs.store.dense(), strict=True):
+        for side, expected in zip(ours.layer_kv.dense(), theirs.layer_kv.dense(), strict=True):
             torch.testing.assert_close(side, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_space_is_reserved_before_the_start(model, tmp_path, monkeypatch):
     with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget=BUDGET, disk_tier=str(tmp_path)) as enabled:
         cache = enabled.new_cache(expected_tokens=4000)
         forward(model, cache, token_ids(100))
-        token_bytes = sum(2 * layer.store.heads * layer.store.key_dim * 4 for layer in cache.head_layers)
+        token_bytes = sum(2 * layer.layer_kv.heads * layer.layer_kv.key_dim * 4 for layer in cache.head_layers)
         assert asked == [4000 * token_bytes]
         forward(model, cache, token_ids(3900))
     assert len(asked) == 1, "and that was enough"

@@ -173,29 +173,29 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
     budget = streaming_budget + layers * resident_tokens * token_bytes * rows
     options = Options(staging="late", device_kv_budget=budget, streaming_budget=streaming_budget, tile_tokens=200)
     engine = Engine(options, layers)
-    rng, stores = torch.Generator().manual_seed(0), []
+    rng, layer_kvs = torch.Generator().manual_seed(0), []
     for tokens, event in itertools.zip_longest(lengths, events):
         for layer in range(layers):
             q, k, v = (torch.randn(rows, heads, tokens, 16, generator=rng) for heads in (4, 2, 2))
-            if len(stores) == layer:
-                stores.append(engine.new_store(k, v))
+            if len(layer_kvs) == layer:
+                layer_kvs.append(engine.new_layer_kv(k, v))
             if layer == 0:
-                engine.begin(stores[0], 4, tokens)
+                engine.begin(layer_kvs[0], 4, tokens)
             streams.write([k, v], "new")
-            engine.attend(q, k, v, stores[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
-            stores[layer].append(k, v)
-        for store in stores:
+            engine.attend(q, k, v, layer_kvs[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
+            layer_kvs[layer].append(k, v)
+        for layer_kv in layer_kvs:
             if event is not None:
-                event(store)
-    return engine, stores
+                event(layer_kv)
+    return engine, layer_kvs
 
 
-def crop(store):
-    store.crop(450)
+def crop(layer_kv):
+    layer_kv.crop(450)
 
 
-def swap(store):
-    store.select_rows([1, 0])
+def swap(layer_kv):
+    layer_kv.select_rows([1, 0])
 
 
 PASSES = [300, 500, 1, 1, 130, 1, 200, 1]
@@ -208,12 +208,12 @@ PASSES = [300, 500, 1, 1, 130, 1, 200, 1]
 )
 def test_a_forward_pass_leaves_nothing_to_chance(monkeypatch, options):
     streams = Recorded()
-    engine, stores = record_engine(monkeypatch, streams, PASSES, **options)
+    engine, layer_kvs = record_engine(monkeypatch, streams, PASSES, **options)
     assert all(len(streams.jobs[queue]) > 30 for queue in ("compute", "fetch", "back"))
     assert not unordered(streams)
     if "resident_tokens" in options:
         assert engine.ledger.device_bytes["resident"] == 3 * 256 * 2 * 32 * 4
-        assert all(span.segment.resident_tokens for store in stores for span in store._tables[0][:1])
+        assert all(span.segment.resident_tokens for layer_kv in layer_kvs for span in layer_kv._tables[0][:1])
 
 
 @pytest.mark.parametrize("forgotten", [("compute", "fetch"), ("fetch", "compute"), ("fetch", "back"),
@@ -245,7 +245,7 @@ def test_the_host_never_waits_in_the_loop(monkeypatch):
 def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch):
     """In the fetch queue, its copies stand before what waits for the layer's last kernel."""
     streams = Recorded()
-    engine, stores = record_engine(monkeypatch, streams, [300, 600])
+    engine, layer_kvs = record_engine(monkeypatch, streams, [300, 600])
     before = engine.ledger.host_to_device_bytes
     order = []
     begin = SlotRing._begin
@@ -255,15 +255,15 @@ def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch
     rng = torch.Generator().manual_seed(1)
     for _ in range(3):  # decode: each pass fetches what it reads, once, and the last layer the next token's first tile
         order.clear()
-        for layer, store in enumerate(stores):
+        for layer, layer_kv in enumerate(layer_kvs):
             q, k, v = (torch.randn(1, heads, 1, 16, generator=rng) for heads in (4, 2, 2))
             if layer == 0:
-                engine.begin(store, 4, 1)
+                engine.begin(layer_kv, 4, 1)
             order.append(f"layer {layer}")
-            engine.attend(q, k, v, store, scale=0.25, softcap=None, sinks=None, token_ranges=None)
-            store.append(k, v)
-    tiles = -(-stores[0].host_tokens // 200)
+            engine.attend(q, k, v, layer_kv, scale=0.25, softcap=None, sinks=None, token_ranges=None)
+            layer_kv.append(k, v)
+    tiles = -(-layer_kvs[0].host_tokens // 200)
     assert order == [step for layer in range(3) for step in (f"layer {layer}", *["fetch", "kernel"] * tiles)]
-    host_bytes = sum(store.host_tokens for store in stores) * 2 * 32 * 4
+    host_bytes = sum(layer_kv.host_tokens for layer_kv in layer_kvs) * 2 * 32 * 4
     first_tile_bytes = 200 * 2 * 32 * 4
     assert engine.ledger.host_to_device_bytes - before == 3 * host_bytes + first_tile_bytes

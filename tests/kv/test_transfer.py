@@ -10,7 +10,7 @@ from headinfer.engine.engine import Engine, Options
 from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
-from headinfer.kv.head_store import HeadStore
+from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.streams import AtLast, AtOnce
 from headinfer.kv.tiers import HostTier
@@ -236,13 +236,13 @@ def stream_with(ring, ledger, backend):
     rng = seeded(3)
     k, v = (torch.randn(1, 2, 701, 16, generator=rng) for _ in range(2))
     q = torch.randn(1, 4, 1, 16, generator=rng)
-    store = HeadStore(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
-    store.append(k[:, :, :700], v[:, :, :700])
+    layer_kv = LayerKV(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
+    layer_kv.append(k[:, :, :700], v[:, :, :700])
     out = attend_streaming(
         q,
         k[:, :, 700:],
         v[:, :, 700:],
-        store,
+        layer_kv,
         plan=TilePlan(2, 100, ""),
         ring=ring,
         scale=0.5,
@@ -363,23 +363,23 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(staging, mon
     monkeypatch.setattr(WriteInPlace, "__call__", refuse)
     rng, layers, scale = seeded(1), 2, 0.25
     engine = Engine(Options(staging=staging, device_kv_budget=700_000, tile_tokens=300), layers)
-    stores, told = [], [[], []]
+    layer_kvs, told = [], [[], []]
     for tokens in (300, 600, 1, 5, 1):
         for layer in range(layers):
             q, k, v = (torch.randn(2, tokens, heads, 16, generator=rng).transpose(1, 2) for heads in (4, 2, 2))
-            if len(stores) == layer:
-                stores.append(engine.new_store(k, v))
+            if len(layer_kvs) == layer:
+                layer_kvs.append(engine.new_layer_kv(k, v))
             if layer == 0:
-                engine.begin(stores[0], 4, tokens)
+                engine.begin(layer_kvs[0], 4, tokens)
             told[layer].append((k, v))
-            out = engine.attend(q, k, v, stores[layer], scale=scale, softcap=None, sinks=None, token_ranges=None)
-            stores[layer].append(k, v)
+            out = engine.attend(q, k, v, layer_kvs[layer], scale=scale, softcap=None, sinks=None, token_ranges=None)
+            layer_kvs[layer].append(k, v)
             all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])
             wanted = attend_reference(q, all_k, all_v, scale=scale, mask=mask).out.transpose(1, 2)
             torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
     ledger = engine.ledger
-    host_bytes = sum(store.rows * store.host_tokens * 2 * 32 * 4 for store in stores)
+    host_bytes = sum(layer_kv.rows * layer_kv.host_tokens * 2 * 32 * 4 for layer_kv in layer_kvs)
     assert ledger.device_to_host_bytes == host_bytes  # each new token goes home once
     assert ledger.host_to_device_bytes > 3 * host_bytes
     assert sum(moved) == ledger.host_to_device_bytes + ledger.device_to_host_bytes

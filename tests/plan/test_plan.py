@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import headinfer
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.hf.models import resolve
-from headinfer.kv import head_store
+from headinfer.kv import layer_kv
 from headinfer.plan import footprint
 from headinfer.plan.compare import METHODS, OURS, Baseline, memory_by_method, seconds_by_method
 from headinfer.plan.fit import CHUNK_TOKENS, HOST_OVERHEAD_BYTES, STREAMING_BYTES, longest_context
@@ -329,8 +329,8 @@ def test_transfer_hides_from_so_many_tokens_of_a_chunk_on():
 
 
 def test_constants_are_those_of_the_engine():
-    assert footprint.TAIL_UNIT_TOKENS == head_store.TAIL_UNIT_TOKENS
-    assert footprint.SEGMENT_TOKENS == head_store._LARGE_SEGMENT_TOKENS
+    assert footprint.TAIL_UNIT_TOKENS == layer_kv.TAIL_UNIT_TOKENS
+    assert footprint.SEGMENT_TOKENS == layer_kv._LARGE_SEGMENT_TOKENS
 
 
 @pytest.mark.parametrize("room", [0, 500_000, 64 * MIB])
@@ -345,7 +345,7 @@ def test_the_footprint_is_what_the_engine_holds(tokens, room):
         cache = headinfer.HeadCache(model.config, expected_tokens=tokens, **options)
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
         for layer in cache.head_layers:
-            layer.store.append(*torch.zeros(2, 1, 2, tokens - 2, 16))
+            layer.layer_kv.append(*torch.zeros(2, 1, 2, tokens - 2, 16))
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
         stats = cache.stats()
     del enabled

@@ -204,7 +204,7 @@ def test_another_program_can_read_it(model, saved):
         parts.append(file.get_tensor("layers.1.tail_k")[0])
         ids.append(file.get_tensor("token_ids")[0])
     assert torch.equal(torch.cat(ids), token_ids(500)[0])
-    k, _ = HeadCache.load(saved, model).head_layers[1].store.dense()
+    k, _ = HeadCache.load(saved, model).head_layers[1].layer_kv.dense()
     assert torch.equal(torch.cat(parts, dim=1), k[0])
 
 
@@ -213,9 +213,9 @@ def test_the_format_is_as_its_document_says(model, saved):
     text = (Path(__file__).parents[2] / "docs" / "session-format.md").read_text()
     program: dict = {}
     exec(textwrap.dedent(text.split("ten lines\n", 1)[1]), program)
-    stores = [layer.store for layer in HeadCache.load(saved, model).head_layers]
-    for layer, store in enumerate(stores):
-        assert torch.equal(program["keys"](saved, layer, 0), store.dense()[0][0])
+    layer_kvs = [layer.layer_kv for layer in HeadCache.load(saved, model).head_layers]
+    for layer, layer_kv in enumerate(layer_kvs):
+        assert torch.equal(program["keys"](saved, layer, 0), layer_kv.dense()[0][0])
     manifest = json.loads((saved / "manifest.json").read_text())
     checksum = manifest.pop("checksum")
     plain = {"sort_keys": True, "separators": (",", ":")}

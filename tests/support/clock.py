@@ -129,22 +129,22 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
     expected = past_tokens + 8 * query_tokens
     engine = Engine(Options(staging="late", rates=rates, expected_tokens=expected, **budget), layers)
     new = [torch.zeros(1, KV_HEADS, 16_384, DIM, dtype=torch.bfloat16) for _ in range(2)]
-    stores = [engine.new_store(*new) for _ in range(layers)]
-    for store in stores:
+    layer_kvs = [engine.new_layer_kv(*new) for _ in range(layers)]
+    for layer_kv in layer_kvs:
         for start in range(0, past_tokens, 16_384):
-            store.append(*(x[:, :, : past_tokens - start] for x in new))
+            layer_kv.append(*(x[:, :, : past_tokens - start] for x in new))
     q = torch.zeros(1, HEADS, query_tokens, DIM, dtype=torch.bfloat16)
     k, v = (x[:, :, :query_tokens] for x in new)
     flops, nbytes = 2 * LINEAR_WEIGHTS * query_tokens, 2 * LINEAR_WEIGHTS
     clock.drain()
     for _ in range(count):
         before, worked, fetched = clock.now["compute"], clock.busy["compute"], engine.ledger.host_to_device_bytes
-        for store in stores:
-            if store is stores[0]:
-                engine.begin(store, HEADS, query_tokens)
+        for layer_kv in layer_kvs:
+            if layer_kv is layer_kvs[0]:
+                engine.begin(layer_kv, HEADS, query_tokens)
             clock.kernel(flops // 4, nbytes // 4, LINEAR_LAUNCHES // 2)  # Q, K, V
-            engine.attend(q, k, v, store, scale=1.0, softcap=None, sinks=None, token_ranges=None)
-            store.append(k, v)
+            engine.attend(q, k, v, layer_kv, scale=1.0, softcap=None, sinks=None, token_ranges=None)
+            layer_kv.append(k, v)
             clock.kernel(flops * 3 // 4, nbytes * 3 // 4, LINEAR_LAUNCHES // 2)
             if host_waits:
                 clock.finish(Event(clock.now["compute"]))

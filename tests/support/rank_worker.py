@@ -41,7 +41,7 @@ def families(folder):
             with headinfer.enable(model):
                 cache = headinfer.HeadCache(model.config, **STAGED)
                 logits = read(model, ids, cache)
-            heads = torch.tensor([layer.store.heads for layer in cache.head_layers])
+            heads = torch.tensor([layer.layer_kv.heads for layer in cache.head_layers])
             if ranks.is_first:
                 save_file({"logits": logits, "heads": heads}, path / "found.safetensors")
 

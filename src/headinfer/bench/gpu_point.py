@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from headinfer.bench.gpu_job import Job, Line, goal_reached
+from headinfer.bench.past import Past
 from headinfer.bench.rivals import Outcome, measure_alone
 from headinfer.bench.runners import HeadRunner
-from headinfer.bench.stores import Past
 from headinfer.errors import CapacityError
 from headinfer.plan.memory import format_bytes
 

@@ -63,10 +63,10 @@ def append_noise(cache: HeadCache, config: Any, tokens: int) -> None:
 
 def _append(cache: HeadCache, k: torch.Tensor, v: torch.Tensor) -> None:
     for layer in cache.head_layers:
-        if layer.store is None:
+        if layer.layer_kv is None:
             layer.lazy_initialization(k, v)
-        assert layer.store is not None
-        layer.store.append(k, v)
+        assert layer.layer_kv is not None
+        layer.layer_kv.append(k, v)
 
 
 def fill_dynamic(cache: Any, config: Any, tokens: int) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from headinfer.bench.gpu_job import Job
+from headinfer.bench.past import Past
 from headinfer.bench.runners import HeadRunner, Runner, TransformersRunner
-from headinfer.bench.stores import Past
 from headinfer.errors import CapacityError
 from headinfer.kv.resident import RESIDENT_UNIT_TOKENS
 from headinfer.plan.footprint import tail_bytes, write_back_bytes

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from headinfer.bench.gpu_job import Job
-from headinfer.bench.stores import noise
+from headinfer.bench.past import noise
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 

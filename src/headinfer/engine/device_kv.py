@@ -13,7 +13,7 @@ import torch
 from headinfer.engine.machine import free_device_bytes
 from headinfer.errors import CapacityError
 from headinfer.kv.disk_tier import DiskTier
-from headinfer.kv.head_store import HeadStore
+from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.numa import node_of
 from headinfer.kv.read_ahead import ReadAhead, read_slot_bytes
@@ -85,7 +85,7 @@ class DeviceKV:
         """Device bytes of all KV."""
         return sum(self.ledger.device_bytes.values())
 
-    def new_store(self, k: torch.Tensor, v: torch.Tensor) -> HeadStore:
+    def new_layer_kv(self, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         """An empty store for k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] that lie here."""
         share = None
         if self.residency is not None:
@@ -94,7 +94,7 @@ class DeviceKV:
             )
         token_bytes = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
         expected_bytes = self.all_layers * token_bytes * self.expected_tokens
-        return HeadStore(
+        return LayerKV(
             k,
             v,
             tier=self.tier,
@@ -111,7 +111,7 @@ class DeviceKV:
         return available_host_bytes() + self.tier.ledger.host_bytes
 
     def begin(
-        self, store: HeadStore, query_heads: int, query_tokens: int, row_copies: int, fixed: dict[str, int | None]
+        self, layer_kv: LayerKV, query_heads: int, query_tokens: int, row_copies: int, fixed: dict[str, int | None]
     ) -> None:
         """Before the first attention of a forward pass here: fit the ring to the budget and choose the tile.
 
@@ -119,27 +119,27 @@ class DeviceKV:
         """
         # One tail more than there are layers, since reordering rows copies a tail; and forks have tails too.
         held = self.ledger.device_bytes
-        tails = max((self.layers + 1) * store.tail_bytes * row_copies, held["tail"] + store.tail_bytes)
+        tails = max((self.layers + 1) * layer_kv.tail_bytes * row_copies, held["tail"] + layer_kv.tail_bytes)
         taken = tails + held["staging"]
         residency, queries = self.residency, (query_heads, query_tokens)
         if residency is not None and residency.held_bytes > max(self.budget - taken, 0):
             self._let_go(max(self.budget - taken, 0))
-        if self.streams is None or store.is_all_resident:
-            self._choose(store, *queries, None, fixed)
+        if self.streams is None or layer_kv.is_all_resident:
+            self._choose(layer_kv, *queries, None, fixed)
             if self.streams is None:
                 self._use_ring(None)
             return
         try:
-            self._begin_streaming(store, *queries, taken, fixed)
+            self._begin_streaming(layer_kv, *queries, taken, fixed)
         except CapacityError:
             if residency is None or not residency.held_bytes:
                 raise
             self._let_go(max(self.budget - max(DEFAULT_BUDGET_BYTES, 2 * taken), 0))
-            self._begin_streaming(store, *queries, taken, fixed)
+            self._begin_streaming(layer_kv, *queries, taken, fixed)
 
-    def can_fetch(self, store: HeadStore) -> bool:
+    def can_fetch(self, layer_kv: LayerKV) -> bool:
         """Whether what a store has on the host only can come as things are; else begin() is to be called with it."""
-        if self.streams is None or store.is_all_resident:
+        if self.streams is None or layer_kv.is_all_resident:
             return True
         return self._has_slots and not self._is_outdated()
 
@@ -156,10 +156,10 @@ class DeviceKV:
             self.ring.abandon()
 
     def _begin_streaming(
-        self, store: HeadStore, query_heads: int, query_tokens: int, taken: int, fixed: dict[str, int | None]
+        self, layer_kv: LayerKV, query_heads: int, query_tokens: int, taken: int, fixed: dict[str, int | None]
     ) -> None:
         slot_bytes = ring_slot_bytes(self.streaming_bytes, taken)
-        self._choose(store, query_heads, query_tokens, slot_bytes, fixed)
+        self._choose(layer_kv, query_heads, query_tokens, slot_bytes, fixed)
         self._use_ring(slot_bytes)
 
     def _let_go(self, room_bytes: int) -> None:
@@ -174,7 +174,7 @@ class DeviceKV:
 
     def _choose(
         self,
-        store: HeadStore,
+        layer_kv: LayerKV,
         query_heads: int,
         query_tokens: int,
         slot_bytes: int | None,
@@ -185,14 +185,14 @@ class DeviceKV:
         if self.disk is not None or self.tier.pin_refusal:
             bound.append(read_slot_bytes(self.disk.host_budget if self.disk is not None else None))
         self.plan = choose_tiles(
-            kv_heads=store.heads,
-            group_queries=query_heads // store.heads,
-            head_token_bytes=(store.key_dim + store.value_dim) * store.dtype.itemsize,
-            rows=store.rows,
+            kv_heads=layer_kv.heads,
+            group_queries=query_heads // layer_kv.heads,
+            head_token_bytes=(layer_kv.key_dim + layer_kv.value_dim) * layer_kv.dtype.itemsize,
+            rows=layer_kv.rows,
             query_tokens=query_tokens,
-            past_tokens=store.tokens,
+            past_tokens=layer_kv.tokens,
             slot_bytes=min(bound, default=None),
-            element_bytes=store.dtype.itemsize,
+            element_bytes=layer_kv.dtype.itemsize,
             rates=self.rates,
             **fixed,
         )

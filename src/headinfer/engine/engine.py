@@ -19,7 +19,7 @@ from headinfer.engine.streaming import Tile, attend_streaming, tiles_of
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.kv.disk import FarPiece
 from headinfer.kv.disk_tier import DiskTier
-from headinfer.kv.head_store import TAIL_UNIT_TOKENS, HeadStore, TokenRanges, first_of
+from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV, TokenRanges, first_of
 from headinfer.kv.ledger import Ledger
 from headinfer.kv.segments import Segment
 from headinfer.kv.streams import Staging
@@ -102,7 +102,7 @@ class Engine:
         self.disk: DiskTier | None = None
         self._queries = (1, 1)  # heads and tokens of the forward pass
         self._begun: set[torch.device] = set()  # in this pass
-        self._order: tuple[list[weakref.ref[HeadStore]], list[weakref.ref[HeadStore]]] = ([], [])
+        self._order: tuple[list[weakref.ref[LayerKV]], list[weakref.ref[LayerKV]]] = ([], [])
 
     @property
     def plan(self) -> TilePlan | None:
@@ -139,22 +139,22 @@ class Engine:
                 tile_tokens=self.options.tile_tokens,
             )
 
-    def new_store(self, k: torch.Tensor, v: torch.Tensor) -> HeadStore:
+    def new_layer_kv(self, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         """An empty store with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
-        return self._device_kv(k, v).new_store(k, v)
+        return self._device_kv(k, v).new_layer_kv(k, v)
 
-    def begin(self, store: HeadStore, query_heads: int, query_tokens: int) -> None:
+    def begin(self, layer_kv: LayerKV, query_heads: int, query_tokens: int) -> None:
         """Before a forward pass, with the store of its first offloaded layer."""
         self._order = ([], self._order[0])
         self._queries, self._begun = (query_heads, query_tokens), set()
-        self._begin_on(store)
+        self._begin_on(layer_kv)
 
-    def _begin_on(self, store: HeadStore) -> DeviceKV:
-        place = self._place(store)
+    def _begin_on(self, layer_kv: LayerKV) -> DeviceKV:
+        place = self._place(layer_kv)
         kv = self.devices[place]
-        if place not in self._begun or not kv.can_fetch(store):
+        if place not in self._begun or not kv.can_fetch(layer_kv):
             fixed = {"heads_per_group": self.options.heads_per_group, "tile_tokens": self.options.tile_tokens}
-            kv.begin(store, *self._queries, self.row_copies, fixed)
+            kv.begin(layer_kv, *self._queries, self.row_copies, fixed)
             self._begun.add(place)
         return kv
 
@@ -163,7 +163,7 @@ class Engine:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        store: HeadStore,
+        layer_kv: LayerKV,
         *,
         scale: float,
         softcap: float | None,
@@ -173,15 +173,15 @@ class Engine:
     ) -> torch.Tensor:
         """Attention of a chunk on a store and on itself; see `attend_streaming`."""
         self.attentions += 1
-        store.promote()
-        kv = self._begin_on(store)
+        layer_kv.promote()
+        kv = self._begin_on(layer_kv)
         kv.check()
         assert kv.plan is not None
         return attend_streaming(
             q,
             k,
             v,
-            store,
+            layer_kv,
             plan=kv.plan,
             ring=kv.ring,
             scale=scale,
@@ -191,10 +191,10 @@ class Engine:
             past_tokens=past_tokens,
             backend=self.options.backend,
             used=self.backends_used,
-            following=self._following(store, token_ranges),
+            following=self._following(layer_kv, token_ranges),
         )
 
-    def _following(self, store: HeadStore, token_ranges: Sequence[TokenRanges] | None) -> Iterable[Tile]:
+    def _following(self, layer_kv: LayerKV, token_ranges: Sequence[TokenRanges] | None) -> Iterable[Tile]:
         """The first tiles to fetch of the store on its device that came after this one in the pass before.
 
         After the last one there it is the first one, for the next token; for the next chunk other tiles may be
@@ -202,18 +202,18 @@ class Engine:
         """
         now, before = self._order
         place = len(now)
-        now.append(weakref.ref(store))
-        if place >= len(before) or before[place]() is not store:
+        now.append(weakref.ref(layer_kv))
+        if place >= len(before) or before[place]() is not layer_kv:
             return ()
         cycle = itertools.chain(range(place + 1, len(before)), range(place + 1))
-        here = self._place(store)
+        here = self._place(layer_kv)
         at = next(at for at in cycle if (one := before[at]()) is not None and self._place(one) == here)
         coming, is_last = before[at](), at <= place
-        if coming is None or coming.rows != store.rows:
+        if coming is None or coming.rows != layer_kv.rows:
             return ()
         if is_last and (token_ranges is not None or (self.disk is None and self._queries[1] > FEW_QUERY_TOKENS)):
             return ()
-        plan = self.devices[self._place(store)].plan
+        plan = self.devices[self._place(layer_kv)].plan
         assert plan is not None
         heads = slice(0, min(plan.heads_per_group, coming.heads))
         seen = first_of(token_ranges, coming.tokens, coming.rows) if token_ranges is not None else None
@@ -227,9 +227,9 @@ class Engine:
         for kv in self.devices.values():
             kv.write.settle()
 
-    def segment_tier(self, store: HeadStore) -> HostTier | None:
+    def segment_tier(self, layer_kv: LayerKV) -> HostTier | None:
         """Memory that segments of a file must be copied to; None where they can be read where they are mapped."""
-        kv = self.devices[self._place(store)]
+        kv = self.devices[self._place(layer_kv)]
         is_needed = kv.staging == "cuda" or (self.disk is not None and kv.staging != "none")
         return kv.tier if is_needed else None
 
@@ -250,7 +250,7 @@ class Engine:
             if kv.ring is not None:
                 kv.ring.forget()
 
-    def _place(self, what: HeadStore | torch.Tensor) -> torch.device:
+    def _place(self, what: LayerKV | torch.Tensor) -> torch.device:
         """The device that a store's layer, or its K, lies on."""
         return what.device
 

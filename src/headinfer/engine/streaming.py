@@ -24,7 +24,7 @@ import torch
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.disk import FarPiece, LoosePiece
-from headinfer.kv.head_store import HeadStore, TokenRanges, first_of
+from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
 from headinfer.kv.segments import Arena, SegmentSlice, SharedPrefix
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
@@ -58,7 +58,7 @@ class Layer:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    store: HeadStore
+    layer_kv: LayerKV
     scale: float
     softcap: float | None
     backend: str | None
@@ -102,7 +102,7 @@ def attend_streaming(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    store: HeadStore,
+    layer_kv: LayerKV,
     *,
     plan: TilePlan,
     ring: Ring | None,
@@ -124,13 +124,13 @@ def attend_streaming(
     the layer after this one, for a ring that reads ahead from a disk.
     """
     q = q.contiguous()  # packed once, not per tile
-    past = store.tokens if past_tokens is None else past_tokens
-    layer = Layer(q, k, v, store, scale, softcap, backend, past, used if used is not None else set())
-    past_ranges = token_ranges if past == store.tokens else first_of(token_ranges, past, q.shape[0])
+    past = layer_kv.tokens if past_tokens is None else past_tokens
+    layer = Layer(q, k, v, layer_kv, scale, softcap, backend, past, used if used is not None else set())
+    past_ranges = token_ranges if past == layer_kv.tokens else first_of(token_ranges, past, q.shape[0])
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [list(tiles_of(store, heads, plan, past_ranges)) for heads in groups]
+    work = [list(tiles_of(layer_kv, heads, plan, past_ranges)) for heads in groups]
     way: Ring = ring if ring is not None else InPlace()
     coming = (tile for tiles in work for tile in tiles if not tile.near)
     after = iter(following)
@@ -159,10 +159,10 @@ def attend_streaming(
 
 
 def tiles_of(
-    store: HeadStore, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
+    layer_kv: LayerKV, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
 ) -> Iterator[Tile]:
     """The segments of a head group as tiles: what lies on the device whole, the rest as the plan cuts it."""
-    for shared in store.shared_prefixes(token_ranges):
+    for shared in layer_kv.shared_prefixes(token_ranges):
         resident, far = _by_place(shared)
         if resident:
             yield Tile(shared.rows, near=tuple(_joined(resident, heads)))
@@ -283,7 +283,7 @@ def _own_state(
     resident: dict[int, tuple[Piece, ...]] = {}
     for row in range(rows):
         seen = token_ranges[row] if token_ranges is not None else None
-        near = layer.store.tail(row, past_ranges[row] if past_ranges is not None else None)
+        near = layer.layer_kv.tail(row, past_ranges[row] if past_ranges is not None else None)
         pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in near]
         if tokens == 1 and (seen is None or any(start <= past < stop for start, stop in seen)):
             pieces.append((k[row], v[row]))

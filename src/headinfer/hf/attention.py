@@ -22,7 +22,7 @@ from headinfer.hf.compat import (
     sdpa_mask,
 )
 from headinfer.hf.layers import Tag
-from headinfer.kv.head_store import TokenRanges
+from headinfer.kv.layer_kv import TokenRanges
 
 __all__ = ["NAME", "headinfer_attention", "headinfer_mask", "register", "visible_token_ranges"]
 

@@ -189,8 +189,8 @@ class HeadCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             copied = copy.copy(layer)
             restore(copied, state_of(layer))
-            if isinstance(layer, HeadLayer) and layer.store is not None:
-                copied.store = layer.store.fork()
+            if isinstance(layer, HeadLayer) and layer.layer_kv is not None:
+                copied.layer_kv = layer.layer_kv.fork()
             twin.layers.append(copied)
         twin.saved = self.saved.copy() if self.saved is not None else None
         return twin

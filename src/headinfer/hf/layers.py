@@ -21,7 +21,7 @@ from headinfer.hf.compat import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
-from headinfer.kv.head_store import HeadStore, TokenRanges
+from headinfer.kv.layer_kv import LayerKV, TokenRanges
 
 __all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "why_not_croppable"]
 
@@ -49,13 +49,13 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """leads: this is the first offloaded layer, whose update begins a forward pass."""
         super().__init__()
         self.engine, self.leads = engine, leads
-        self.store: HeadStore | None = None
+        self.layer_kv: LayerKV | None = None
         self.pending: Tag | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Create the store with the batch, heads, dims, dtype and device of the first chunk."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.store = self.engine.new_store(key_states, value_states)
+        self.layer_kv = self.engine.new_layer_kv(key_states, value_states)
         self.is_initialized = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -69,12 +69,12 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
                 "headinfer.enable(model) before you pass it a HeadCache (or, if it is enabled, this model changes "
                 "K and V on the way and cannot be served)"
             )
-        if self.store is None:
+        if self.layer_kv is None:
             self.lazy_initialization(key_states, value_states)
-        assert self.store is not None
-        if key_states.shape[0] != self.store.rows:
-            raise StateError(f"the cache holds {self.store.rows} rows and the model was given {key_states.shape[0]}")
-        self.pending = self.engine.awaiting = Tag(self, self.store.tokens)
+        assert self.layer_kv is not None
+        if key_states.shape[0] != self.layer_kv.rows:
+            raise StateError(f"the cache holds {self.layer_kv.rows} rows and the model was given {key_states.shape[0]}")
+        self.pending = self.engine.awaiting = Tag(self, self.layer_kv.tokens)
         key_states._headinfer = value_states._headinfer = self.pending  # type: ignore[attr-defined]
         return key_states, value_states
 
@@ -90,14 +90,14 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         token_ranges: Sequence[TokenRanges] | None,
     ) -> torch.Tensor:
         """Attention of the chunk on all tokens so far, then keep the chunk. Returns [B, T, Hq, Dv]."""
-        if self.pending is None or self.store is None:
+        if self.pending is None or self.layer_kv is None:
             raise StateError("the attention of a HeadCache layer ran twice, or without an update before it")
         if self.leads:
-            self.engine.begin(self.store, q.shape[1], q.shape[2])
+            self.engine.begin(self.layer_kv, q.shape[1], q.shape[2])
         out = self.engine.attend(
-            q, k, v, self.store, scale=scale, softcap=softcap, sinks=sinks, token_ranges=token_ranges
+            q, k, v, self.layer_kv, scale=scale, softcap=softcap, sinks=sinks, token_ranges=token_ranges
         )
-        self.store.append(k, v)
+        self.layer_kv.append(k, v)
         self.pending.is_stored = True
         self.pending = self.engine.awaiting = None
         return out
@@ -119,14 +119,14 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         q may be the last queries of the chunk only (Gemma 4 drops the others): then the chunk's earlier tokens are
         past to them.
         """
-        assert self.store is not None
+        assert self.layer_kv is not None
         past_tokens += k.shape[2] - q.shape[2]
         k, v = k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :]
         return self.engine.attend(
             q,
             k,
             v,
-            self.store,
+            self.layer_kv,
             scale=scale,
             softcap=softcap,
             sinks=sinks,
@@ -137,11 +137,11 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def rows(self) -> int:
         """Rows of the batch; 0 before the first chunk."""
-        return self.store.rows if self.store is not None else 0
+        return self.layer_kv.rows if self.layer_kv is not None else 0
 
     def get_seq_length(self) -> int:
         """Tokens of each row."""
-        return self.store.tokens if self.store is not None else 0
+        return self.layer_kv.tokens if self.layer_kv is not None else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask covers: all tokens, from the first."""
@@ -157,35 +157,35 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        if self.store is not None:
-            self.store.close()
+        if self.layer_kv is not None:
+            self.layer_kv.close()
             self.engine.forget_expected()
         if self.pending is not None:
             self.engine.awaiting = None
-        self.store, self.pending, self.is_initialized = None, None, False
+        self.layer_kv, self.pending, self.is_initialized = None, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -tokens_to_remove tokens (a negative number); a positive number is the length to keep."""
-        if self.store is not None:
-            length = self.store.tokens
-            self.store.crop(
+        if self.layer_kv is not None:
+            length = self.layer_kv.tokens
+            self.layer_kv.crop(
                 max(length + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, length)
             )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes row beam_idx[i]: table entries move, segments do not."""
-        if self.store is not None:
-            self.store.select_rows(beam_idx.tolist())
+        if self.layer_kv is not None:
+            self.layer_kv.select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows that share its segments."""
-        if self.store is not None:
-            self.store.select_rows([row for row in range(self.store.rows) for _ in range(repeats)])
+        if self.layer_kv is not None:
+            self.layer_kv.select_rows([row for row in range(self.layer_kv.rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that an index tensor or bool mask names."""
-        if self.store is not None:
-            self.store.select_rows(torch.arange(self.store.rows)[indices.cpu()].tolist())
+        if self.layer_kv is not None:
+            self.layer_kv.select_rows(torch.arange(self.layer_kv.rows)[indices.cpu()].tolist())
 
     def offload(self) -> None:
         """Nothing to do: the KV lies on the host."""
@@ -240,7 +240,7 @@ def state_of(layer: Any) -> dict[str, Any]:
     Linear-attention states are written in place by transformers, so they are copied; windows are replaced, not written.
     """
     fields = {name: _copied(value) for name, value in layer.__dict__.items() if name not in _NOT_STATE}
-    return {"fields": fields, "tokens": layer.store.tokens if isinstance(layer, HeadLayer) and layer.store else 0}
+    return {"fields": fields, "tokens": layer.layer_kv.tokens if isinstance(layer, HeadLayer) and layer.layer_kv else 0}
 
 
 def restore(layer: Any, state: dict[str, Any]) -> None:
@@ -251,8 +251,8 @@ def restore(layer: Any, state: dict[str, Any]) -> None:
     layer.__dict__.update(kept)
     if isinstance(layer, HeadLayer):
         layer.pending = None
-        if layer.store is not None:
-            layer.store.crop(state["tokens"])
+        if layer.layer_kv is not None:
+            layer.layer_kv.crop(state["tokens"])
 
 
 def why_not_croppable(layer: Any) -> str:

@@ -22,7 +22,7 @@ from headinfer.engine.engine import Options
 from headinfer.errors import SessionError, StateError, UsageError
 from headinfer.hf.compat import PreTrainedModel, layer_device, versions
 from headinfer.hf.layers import HeadLayer, restore, state_of
-from headinfer.kv.head_store import HeadStore
+from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.segments import Segment, SegmentSlice
 from headinfer.kv.stored import StoredSegment
 from headinfer.kv.tensor_file import TensorFile, write_tensors
@@ -108,7 +108,7 @@ class SessionWriter:
                 "folder, or load it again"
             )
         layers = cache.head_layers
-        if any(layer.store is None for layer in layers):
+        if any(layer.layer_kv is None for layer in layers):
             raise StateError("the cache is empty: there is nothing to save before the model has read something")
         cache.engine.settle()
         cache.saved = saved
@@ -186,10 +186,10 @@ class SessionWriter:
 
 
 def _snapshot(cache: HeadCache, saved: Saved, model: dict[str, Any], token_ids: torch.Tensor | None) -> _Snapshot:
-    stores = {index: layer.store for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer)}
-    tables = {index: store.saved_tables() for index, store in stores.items() if store is not None}
+    layer_kvs = {index: layer.layer_kv for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer)}
+    tables = {index: layer_kv.saved_tables() for index, layer_kv in layer_kvs.items() if layer_kv is not None}
     leading = next(iter(tables.values()))
-    first = next(store for store in stores.values() if store is not None)
+    first = next(layer_kv for layer_kv in layer_kvs.values() if layer_kv is not None)
     ids = token_ids.cpu()[:, : first.tokens] if token_ids is not None else None
     if ids is not None and tuple(ids.shape) != (first.rows, first.tokens):
         raise UsageError(f"the cache holds {first.rows} x {first.tokens} tokens, and {tuple(ids.shape)} ids were given")
@@ -216,9 +216,9 @@ def _snapshot(cache: HeadCache, saved: Saved, model: dict[str, Any], token_ids: 
             at += part.tokens
     end: dict[str, torch.Tensor] = {}
     layers = [to_plain(state_of(layer)["fields"], f"layers.{index}", end) for index, layer in enumerate(cache.layers)]
-    for index, store in stores.items():
-        assert store is not None
-        end[f"layers.{index}.tail_k"], end[f"layers.{index}.tail_v"] = (tail.clone() for tail in store.tails())
+    for index, layer_kv in layer_kvs.items():
+        assert layer_kv is not None
+        end[f"layers.{index}.tail_k"], end[f"layers.{index}.tail_v"] = (tail.clone() for tail in layer_kv.tails())
     if ids is not None:
         end[_IDS] = ids[:, first.host_tokens :].clone()
     return _Snapshot(first.tokens, leading, segments, chains, end, layers)
@@ -243,13 +243,13 @@ def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manif
         device = layer_device(model, index)
         tail_k, tail_v = (tensors[f"layers.{index}.tail_{side}"].to(device) for side in "kv")
         layer.lazy_initialization(tail_k[:, :, :0], tail_v[:, :, :0])
-        store = layer.store
-        assert isinstance(store, HeadStore)
+        layer_kv = layer.layer_kv
+        assert isinstance(layer_kv, LayerKV)
         names = f"layers.{index}.k", f"layers.{index}.v"
         engine = cache.engine
-        segments = [StoredSegment(file, *names, engine.segment_tier(store), engine.on_full) for file in files]
+        segments = [StoredSegment(file, *names, engine.segment_tier(layer_kv), engine.on_full) for file in files]
         tables = [[SegmentSlice(segments[block], start, stop) for block, start, stop in row] for row in manifest.rows]
-        store.restore(tables, tail_k, tail_v)
+        layer_kv.restore(tables, tail_k, tail_v)
         if not saved.written:
             saved.written.update(zip(segments, manifest.blocks, strict=True))
         for earlier, later in zip(before, segments, strict=False):

@@ -14,7 +14,7 @@ import torch
 
 from headinfer.bench.gpu_job import Job
 from headinfer.hf.cache import HeadCache
-from headinfer.kv.head_store import TAIL_UNIT_TOKENS
+from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
 from headinfer.kv.segments import Segment, SegmentSlice
 
 __all__ = ["Past", "noise"]
@@ -48,16 +48,16 @@ class Past:
         for start in range(0, tokens, _NOISE_TOKENS):
             size = min(_NOISE_TOKENS, tokens - start)
             for layer in layers:
-                if layer.store is None:
+                if layer.layer_kv is None:
                     layer.lazy_initialization(k, v)
-                assert layer.store is not None
-                layer.store.append(k[:, :, :size], v[:, :, :size])
+                assert layer.layer_kv is not None
+                layer.layer_kv.append(k[:, :, :size], v[:, :, :size])
         source.engine.settle()
-        stores = [layer.store for layer in layers if layer.store is not None]
+        layer_kvs = [layer.layer_kv for layer in layers if layer.layer_kv is not None]
         self.host_bytes = source.engine.ledger.host_bytes
         self._pin_refusal = next(iter(source.engine.devices.values())).tier.pin_refusal
-        self._tables = [store.saved_tables() for store in stores]
-        self._tails = [tuple(tail.clone() for tail in store.tails()) for store in stores]
+        self._tables = [layer_kv.saved_tables() for layer_kv in layer_kvs]
+        self._tails = [tuple(tail.clone() for tail in layer_kv.tails()) for layer_kv in layer_kvs]
 
     def cache(self, *, room_tokens: int = 0, **options: Any) -> HeadCache:
         """A cache of these tokens with its own options, tails, ring and resident KV.
@@ -71,7 +71,7 @@ class Past:
         for index, layer in enumerate(cache.head_layers):
             at = 0 if self.is_simulation else index
             layer.lazy_initialization(k, v)
-            assert layer.store is not None
+            assert layer.layer_kv is not None
             tables = [
                 [
                     SegmentSlice(
@@ -83,11 +83,11 @@ class Past:
                 ]
                 for row in self._tables[at]
             ]
-            layer.store.restore(tables, *self._tails[at])
-            layer.store.expected_tokens = 0  # they are here: memory for them is not to be reserved again
+            layer.layer_kv.restore(tables, *self._tails[at])
+            layer.layer_kv.expected_tokens = 0  # they are here: memory for them is not to be reserved again
             if room_tokens:
-                layer.store.append(k, v)
-                layer.store.crop(self.tokens)
+                layer.layer_kv.append(k, v)
+                layer.layer_kv.crop(self.tokens)
         for kv in cache.engine.devices.values():
             kv.tier.pin_refusal = self._pin_refusal  # what the shared memory is, it is for this cache too
         return cache

@@ -23,7 +23,7 @@ from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRang
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import Writer
 
-__all__ = ["TAIL_UNIT_TOKENS", "HeadStore", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "first_of"]
+__all__ = ["TAIL_UNIT_TOKENS", "LayerKV", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "first_of"]
 
 TAIL_UNIT_TOKENS = 128
 _SMALL_SEGMENT_TOKENS = 256
@@ -32,7 +32,7 @@ _LEAVING_SEGMENT_TOKENS = 2048  # where segments go to a disk when they are full
 _SLACK = 16  # a new segment is at most 1/16 of the row: the last one is all that can be partly empty
 
 
-class HeadStore:
+class LayerKV:
     """K and V of all rows of one layer.
 
     Tensors come and go as k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] on the compute device. `write` brings new tokens to
@@ -224,9 +224,9 @@ class HeadStore:
         self._tail_count.set(self.tail_bytes)
         self._whole_prefixes = None
 
-    def fork(self) -> HeadStore:
+    def fork(self) -> LayerKV:
         """A second store with the same content: segments are shared, the tail is copied."""
-        twin = HeadStore(
+        twin = LayerKV(
             self._tail_k[:, :, :0],
             self._tail_v[:, :, :0],
             tier=self.tier,
