@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import headinfer
 from headinfer import CapacityError, HeadCache, UsageError
-from headinfer.kv.disk import DiskFile, FarPiece, Place
+from headinfer.kv.disk import DiskFile, DiskSlice, Place
 from headinfer.kv.read_ahead import READ_SLOTS, ReadAhead, read_slot_bytes
 
 CHUNK = 256
@@ -124,7 +124,7 @@ def test_tiles_are_read_ahead_of_their_use(model, tmp_path, monkeypatch):
     begin, wait = ReadAhead._begin, ReadAhead.wait
 
     def note_begin(ring, pieces, after):
-        if is_far := any(isinstance(piece, FarPiece) for piece in pieces):
+        if is_far := any(isinstance(piece, DiskSlice) for piece in pieces):
             events.append(1)
         tile = begin(ring, pieces, after)
         assert bool(tile.reads) == is_far
@@ -170,7 +170,7 @@ def test_any_piece_comes_back_from_the_file(tmp_path_factory, data):
     last = data.draw(st.integers(first + 1, heads))
     begin = data.draw(st.integers(0, tokens - 1))
     stop = data.draw(st.integers(begin + 1, tokens))
-    piece = FarPiece(place, first, last, begin, stop)
+    piece = DiskSlice(place, first, last, begin, stop)
     reads, (found_k, found_v) = piece.into(torch.zeros(piece.nbytes + 64, dtype=torch.uint8))
     file.read(reads)
     assert torch.equal(found_k, k[first:last, begin:stop])

@@ -17,7 +17,7 @@ from headinfer.engine.device_kv import DeviceKV
 from headinfer.engine.machine import this_machine
 from headinfer.engine.streaming import Tile, attend_streaming, tiles_of
 from headinfer.errors import UnsupportedError, UsageError
-from headinfer.kv.disk import FarPiece
+from headinfer.kv.disk import DiskSlice
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV, TokenRanges, first_of
 from headinfer.kv.ledger import Ledger
@@ -219,7 +219,7 @@ class Engine:
         seen = first_of(token_ranges, coming.tokens, coming.rows) if token_ranges is not None else None
         tiles = tiles_of(coming, heads, plan, seen)
         if self.disk is not None:  # the rest is in memory: only reading is begun ahead
-            return (tile for tile in tiles if any(isinstance(piece, FarPiece) for piece in tile.pieces))
+            return (tile for tile in tiles if any(isinstance(piece, DiskSlice) for piece in tile.pieces))
         return (tile for tile in tiles if not tile.near)
 
     def settle(self) -> None:

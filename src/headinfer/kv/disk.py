@@ -15,7 +15,7 @@ import torch
 
 from headinfer.errors import CapacityError
 
-__all__ = ["DiskFile", "FarPiece", "LoosePiece", "Place", "Read", "split_reads"]
+__all__ = ["DiskFile", "DiskSlice", "LoosePiece", "Place", "Read", "split_reads"]
 
 _ALIGN_BYTES = 4096
 _MOST_VIEWS = 512  # of one system call; systems allow 1,024
@@ -147,7 +147,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class FarPiece:
+class DiskSlice:
     """Heads [first, last) by tokens [start, stop) of a segment on disk."""
 
     place: Place
@@ -205,7 +205,7 @@ class LoosePiece:
         return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
 
     def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], tuple[torch.Tensor, torch.Tensor]]:
-        """As FarPiece.bring: a copy for each of K and V."""
+        """As DiskSlice.bring: a copy for each of K and V."""
         flat = memory[: self.nbytes].view(self.k.dtype)
         k, v = (
             part.view(side.shape)

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from headinfer.kv.disk import FarPiece, LoosePiece
+from headinfer.kv.disk import DiskSlice, LoosePiece
 from headinfer.kv.segments import Piece
 from headinfer.kv.streams import Streams
 from headinfer.kv.tiers import HostTier
@@ -27,7 +27,7 @@ _LARGEST_SLOT_BYTES = 32 * 1024 * 1024
 _SLOT_ALIGN_BYTES = 64 * 1024
 _READERS = 4
 
-AnyPiece = Piece | FarPiece | LoosePiece
+AnyPiece = Piece | DiskSlice | LoosePiece
 
 
 def read_slot_bytes(host_budget: int | None = None) -> int:
@@ -140,7 +140,7 @@ class ReadAhead:
             at += piece.nbytes
             tile.reads += [self._readers.submit(job) for job in jobs]
             tile.pieces.append(near)
-            if isinstance(piece, FarPiece):
+            if isinstance(piece, DiskSlice):
                 self.ledger.disk_to_host_bytes += piece.nbytes
         return tile
 

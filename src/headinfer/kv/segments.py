@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headinfer.kv.disk import DiskFile, FarPiece, LoosePiece, Place
+from headinfer.kv.disk import DiskFile, DiskSlice, LoosePiece, Place
 from headinfer.kv.tiers import HostTier
 
 __all__ = ["Arena", "Piece", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
@@ -55,10 +55,10 @@ class Segment:
         """V in host memory."""
         return self._pair[1]
 
-    def piece(self, heads: slice, start: int, stop: int) -> Piece | FarPiece | LoosePiece:
+    def piece(self, heads: slice, start: int, stop: int) -> Piece | DiskSlice | LoosePiece:
         """Some heads of the tokens [start, stop), to be read; a segment that lies in a session comes in here."""
         if self.place is not None:
-            return FarPiece(self.place, heads.start, heads.stop, start, stop)
+            return DiskSlice(self.place, heads.start, heads.stop, start, stop)
         k, v = self.k[heads, start:stop], self.v[heads, start:stop]
         return LoosePiece(k, v) if self.is_loose else (k, v)
 
@@ -79,7 +79,7 @@ class Segment:
         """K and V in host memory, from the disk where they lie there: a copy then."""
         if self.place is None:
             return self.k, self.v
-        whole = FarPiece(self.place, 0, self.place.heads, 0, self.tokens)
+        whole = DiskSlice(self.place, 0, self.place.heads, 0, self.tokens)
         reads, piece = whole.into(torch.empty(whole.nbytes, dtype=torch.uint8))
         self.place.file.read(reads)
         return piece
