@@ -239,9 +239,9 @@ def test_a_tier_says_what_is_not_pinned(monkeypatch):
     first = tier.allocate((3, 5), torch.float32)
     with pytest.warns(UserWarning, match="stays pageable"):
         second = tier.allocate((7,), torch.bfloat16)
-    assert not tier.is_loose(first)
-    assert tier.is_loose(second)
-    assert not tiers.HostTier(ledger).is_loose(second)
+    assert not tier.is_pageable(first)
+    assert tier.is_pageable(second)
+    assert not tiers.HostTier(ledger).is_pageable(second)
     del first, second
     gc.collect()
     assert ledger.host_bytes == 0

@@ -157,7 +157,7 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
     assert max(errors) < 1e-5
     segments = {part.segment for layer_kv in layer_kvs for table in layer_kv._tables for part in table}
     assert engine.ledger.host_bytes == sum(len(segment.bytes()) for segment in segments)
-    assert not any(segment.is_loose for segment in segments)
+    assert not any(segment.is_pageable for segment in segments)
     if device == "cuda":
         assert all(segment.k.is_pinned() for segment in segments)
     engine.settle()

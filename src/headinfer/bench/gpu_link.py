@@ -178,7 +178,7 @@ def _tiles(job: Job, query_tokens: int) -> Line:
     assert streams is not None
     tier = host_tier(job)
     segment = Segment(tier, plan.heads_per_group, plan.tile_tokens, problem.key_dim, problem.value_dim, problem.dtype)
-    if segment.is_loose:
+    if segment.is_pageable:
         return Line("link", "tiles", "pinned, through the ring", note=f"could not be pinned: {tier.pin_refusal}")
     ring = SlotRing(RING_SLOTS, slot_bytes, job.device, ledger, streams)
     rounds = max(2, max(job.sizes.copy_bytes) // slot_bytes)

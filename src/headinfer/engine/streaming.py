@@ -23,7 +23,7 @@ import torch
 
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
-from headinfer.kv.disk import DiskSlice, LoosePiece
+from headinfer.kv.disk import DiskSlice, PageableSlice
 from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
 from headinfer.kv.segments import Arena, SegmentSlice, SharedPrefix
 from headinfer.kv.transfer import InPlace, Piece, Ring
@@ -45,7 +45,7 @@ class Tile:
     """
 
     rows: tuple[int, ...]
-    pieces: tuple[Piece | DiskSlice | LoosePiece, ...] = ()
+    pieces: tuple[Piece | DiskSlice | PageableSlice, ...] = ()
     after: tuple[Any, ...] = ()
     key: Hashable = None
     near: tuple[Piece, ...] = ()

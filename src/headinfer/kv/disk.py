@@ -15,7 +15,7 @@ import torch
 
 from headinfer.errors import CapacityError
 
-__all__ = ["DiskFile", "DiskSlice", "LoosePiece", "Place", "Read", "split_reads"]
+__all__ = ["DiskFile", "DiskSlice", "PageableSlice", "Place", "Read", "split_reads"]
 
 _ALIGN_BYTES = 4096
 _MOST_VIEWS = 512  # of one system call; systems allow 1,024
@@ -193,7 +193,7 @@ class DiskSlice:
 
 
 @dataclass(frozen=True)
-class LoosePiece:
+class PageableSlice:
     """K [h, T, Dk] and V [h, T, Dv] in host memory that could not be pinned: they go through a pinned buffer."""
 
     k: torch.Tensor

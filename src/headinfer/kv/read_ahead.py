@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from headinfer.kv.disk import DiskSlice, LoosePiece
+from headinfer.kv.disk import DiskSlice, PageableSlice
 from headinfer.kv.segments import Piece
 from headinfer.kv.streams import Streams
 from headinfer.kv.tiers import HostTier
@@ -27,7 +27,7 @@ _LARGEST_SLOT_BYTES = 32 * 1024 * 1024
 _SLOT_ALIGN_BYTES = 64 * 1024
 _READERS = 4
 
-AnyPiece = Piece | DiskSlice | LoosePiece
+AnyPiece = Piece | DiskSlice | PageableSlice
 
 
 def read_slot_bytes(host_budget: int | None = None) -> int:
@@ -126,7 +126,7 @@ class ReadAhead:
         slot = self._free.pop(0)
         if slot in self._used_by:
             self.inner.copied(self._used_by.pop(slot))
-        if self._streams is not None and any(isinstance(piece, LoosePiece) for piece in pieces):
+        if self._streams is not None and any(isinstance(piece, PageableSlice) for piece in pieces):
             for (
                 event
             ) in after:  # the threads read what was written back; to pageable memory that was not behind anything

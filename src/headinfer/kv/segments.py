@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headinfer.kv.disk import DiskFile, DiskSlice, LoosePiece, Place
+from headinfer.kv.disk import DiskFile, DiskSlice, PageableSlice, Place
 from headinfer.kv.tiers import HostTier
 
 __all__ = ["Arena", "Piece", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
@@ -27,7 +27,7 @@ class Segment:
     """
 
     place: Place | None = None
-    is_loose = False  # a device copies from pinned memory only, and this is not pinned
+    is_pageable = False  # a device copies from pinned memory only, and this is not pinned
     arena: Arena | None = None  # where the first resident_tokens also lie on the device, from arena_start on
     arena_start = 0
     resident_tokens = 0
@@ -38,7 +38,7 @@ class Segment:
         self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
     ) -> None:
         self._memory = tier.allocate((heads, tokens * (key_dim + value_dim)), dtype)
-        self.is_loose = tier.is_loose(self._memory)
+        self.is_pageable = tier.is_pageable(self._memory)
         k = self._memory[:, : tokens * key_dim].unflatten(1, (tokens, key_dim))
         v = self._memory[:, tokens * key_dim :].unflatten(1, (tokens, value_dim))
         self._pair: Piece = (k, v)
@@ -55,12 +55,12 @@ class Segment:
         """V in host memory."""
         return self._pair[1]
 
-    def piece(self, heads: slice, start: int, stop: int) -> Piece | DiskSlice | LoosePiece:
+    def piece(self, heads: slice, start: int, stop: int) -> Piece | DiskSlice | PageableSlice:
         """Some heads of the tokens [start, stop), to be read; a segment that lies in a session comes in here."""
         if self.place is not None:
             return DiskSlice(self.place, heads.start, heads.stop, start, stop)
         k, v = self.k[heads, start:stop], self.v[heads, start:stop]
-        return LoosePiece(k, v) if self.is_loose else (k, v)
+        return PageableSlice(k, v) if self.is_pageable else (k, v)
 
     def resident(self, heads: slice, start: int, stop: int) -> Piece:
         """The same, of tokens that also lie on the device."""

@@ -100,7 +100,7 @@ class HostTier:
                 return tensor
         return self.allocate((nbytes,), torch.uint8)
 
-    def is_loose(self, tensor: torch.Tensor) -> bool:
+    def is_pageable(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor that allocate() gave should be pinned and is not."""
         return self.device is not None and tensor.untyped_storage().data_ptr() not in self._pinned
 
