@@ -130,10 +130,10 @@ def test_tiles_are_read_ahead_of_their_use(model, tmp_path, monkeypatch):
         assert bool(tile.reads) == is_far
         return tile
 
-    def note_wait(ring, ticket):
-        if ring._tiles[ticket].slot is not None:
+    def note_wait(ring, handle):
+        if ring._tiles[handle].slot is not None:
             events.append(-1)
-        return wait(ring, ticket)
+        return wait(ring, handle)
 
     monkeypatch.setattr(ReadAhead, "_begin", note_begin)
     monkeypatch.setattr(ReadAhead, "wait", note_wait)

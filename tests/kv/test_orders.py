@@ -30,8 +30,8 @@ class Without(Recorded):
 
 
 class Unwaiting(SlotRing):
-    def wait(self, ticket):
-        return (self._in_use[ticket][0],)
+    def wait(self, handle):
+        return (self._in_use[handle][0],)
 
 
 class Loop:
@@ -75,19 +75,19 @@ class Loop:
     def forward(self, number):
         for layer, tiles in enumerate(self.host):
             following = (layer + 1) % len(self.host)
-            tickets = [self.fetch(tiles[0], (layer, 0), self.ring.fetch)]
+            handles = [self.fetch(tiles[0], (layer, 0), self.ring.fetch)]
             for at, (_, values, _) in enumerate(tiles):
                 if at + 1 < len(tiles):
-                    tickets.append(self.fetch(tiles[at + 1], (layer, at + 1), self.ring.fetch))
+                    handles.append(self.fetch(tiles[at + 1], (layer, at + 1), self.ring.fetch))
                 elif self.expects:
                     self.fetch(self.host[following][0], (following, 0), self.ring.expect)
-                ticket = tickets.pop(0)
-                ((k, v),) = self.ring.wait(ticket)
+                handle = handles.pop(0)
+                ((k, v),) = self.ring.wait(handle)
                 if self.releases_early:
-                    self.ring.release(ticket)
+                    self.ring.release(handle)
                 self.streams.read([k, v], values)
                 if not self.releases_early:
-                    self.ring.release(ticket)
+                    self.ring.release(handle)
             self.append(layer, f"layer {layer} pass {number}")
 
     def append(self, layer, name):

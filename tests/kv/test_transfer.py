@@ -55,24 +55,24 @@ def test_tiles_come_out_as_their_pieces_joined(kind, data):
     slots = draw(st.integers(2, 4))
     ring = SlotRing(slots, 4096, CPU, ledger, kind())
     total = copies = 0
-    tickets = []
+    handles = []
     for _ in range(draw(st.integers(1, 8))):
         dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
         heads, dims = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([(4, 4), (3, 5), (16, 1)]))
         sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
         pieces = random_pieces(rng, heads, sizes, dims, dtype)
-        tickets.append((ring.fetch(pieces), joined(pieces)))
+        handles.append((ring.fetch(pieces), joined(pieces)))
         total += nbytes(*joined(pieces))
         copies += 2 * heads * len(pieces)
-        if len(tickets) == slots:  # as the loop does: the oldest is read while the newest comes in
-            ticket, wanted = tickets.pop(0)
-            found = joined(ring.wait(ticket))
+        if len(handles) == slots:  # as the loop does: the oldest is read while the newest comes in
+            handle, wanted = handles.pop(0)
+            found = joined(ring.wait(handle))
             assert all(map(torch.equal, found, wanted))
             assert all(side.dtype == dtype for side, dtype in zip(found, (x.dtype for x in wanted), strict=True))
-            ring.release(ticket)
-    for ticket, wanted in tickets:
-        assert all(map(torch.equal, joined(ring.wait(ticket)), wanted))
-        ring.release(ticket)
+            ring.release(handle)
+    for handle, wanted in handles:
+        assert all(map(torch.equal, joined(ring.wait(handle)), wanted))
+        ring.release(handle)
     assert ledger.host_to_device_bytes == total
     assert ledger.copies == copies
     assert ledger.device_to_host_bytes == 0
@@ -123,18 +123,18 @@ def test_abandon_frees_all_slots(kind):
     ring.fetch(pieces)
     ring.abandon()
     fresh = random_pieces(seeded(5), 1, [6], (4, 4))
-    tickets = [ring.fetch(fresh), ring.fetch(fresh)]
-    for ticket in tickets:
-        assert all(map(torch.equal, joined(ring.wait(ticket)), joined(fresh)))
+    handles = [ring.fetch(fresh), ring.fetch(fresh)]
+    for handle in handles:
+        assert all(map(torch.equal, joined(ring.wait(handle)), joined(fresh)))
 
 
 @both_twins
-def test_a_released_ticket_cannot_be_used_again(kind):
+def test_a_released_handle_cannot_be_used_again(kind):
     ring = SlotRing(2, 1024, CPU, Ledger(), kind())
-    ticket = ring.fetch(random_pieces(seeded(0), 1, [4], (4, 4)))
-    ring.release(ticket)
+    handle = ring.fetch(random_pieces(seeded(0), 1, [4], (4, 4)))
+    ring.release(handle)
     with pytest.raises(KeyError):
-        ring.wait(ticket)
+        ring.wait(handle)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -142,11 +142,11 @@ def test_the_late_twin_shows_a_missing_wait_as_nan(dtype):
     ring = SlotRing(2, 1024, CPU, Ledger(), AtLast())
     pieces = random_pieces(seeded(0), 2, [4, 3], (4, 5), dtype)
     for _ in range(3):  # also where the slot held an older tile
-        ticket = ring.fetch(pieces)
-        unwaited = ring._in_use[ticket][0]  # what a kernel would read that did not wait
+        handle = ring.fetch(pieces)
+        unwaited = ring._in_use[handle][0]  # what a kernel would read that did not wait
         assert all(side.isnan().all() for side in unwaited)
-        assert all(map(torch.equal, joined(ring.wait(ticket)), joined(pieces)))
-        ring.release(ticket)
+        assert all(map(torch.equal, joined(ring.wait(handle)), joined(pieces)))
+        ring.release(handle)
 
 
 def test_the_early_twin_shows_a_slot_reused_too_early():
@@ -167,24 +167,24 @@ def test_what_was_expected_is_fetched_once(kind):
     ring = SlotRing(2, 1024, CPU, ledger, kind())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(4)]
     size = nbytes(*joined(tiles[0]))
-    ticket = ring.fetch(tiles[0], key="0")
+    handle = ring.fetch(tiles[0], key="0")
     ring.expect(tiles[1], key="1")
     ring.expect(tiles[2], key="2")  # no slot is free: nothing happens
     assert ledger.host_to_device_bytes == 2 * size
-    ring.release(ticket)
-    ticket = ring.fetch(tiles[1], key="1")
+    ring.release(handle)
+    handle = ring.fetch(tiles[1], key="1")
     assert ledger.host_to_device_bytes == 2 * size
-    assert all(map(torch.equal, joined(ring.wait(ticket)), joined(tiles[1])))
+    assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[1])))
     ring.expect(tiles[2], key="2")
-    ring.release(ticket)
+    ring.release(handle)
     for key in ("3", None):  # another tile than was expected, or one without a name
-        ticket = ring.fetch(tiles[3], key=key)
-        assert all(map(torch.equal, joined(ring.wait(ticket)), joined(tiles[3])))
+        handle = ring.fetch(tiles[3], key=key)
+        assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[3])))
         ring.expect(tiles[2], key=key)
-        ring.release(ticket)
+        ring.release(handle)
     ring.forget()
-    tickets = [ring.fetch(tiles[0]), ring.fetch(tiles[1])]
-    assert all(map(torch.equal, joined(ring.wait(tickets[1])), joined(tiles[1])))
+    handles = [ring.fetch(tiles[0]), ring.fetch(tiles[1])]
+    assert all(map(torch.equal, joined(ring.wait(handles[1])), joined(tiles[1])))
 
 
 @both_twins
@@ -201,17 +201,17 @@ def test_copies_between_other_layouts_are_refused(kind, queue):
 
 def test_in_place_a_tile_is_the_pieces_themselves():
     ring, tiles = InPlace(), [random_pieces(seeded(seed), 2, [3, 4], (4, 5)) for seed in range(3)]
-    tickets = [ring.fetch(pieces) for pieces in tiles]
-    for ticket, pieces in zip(tickets, tiles, strict=True):
-        for found, wanted in zip(ring.wait(ticket), pieces, strict=True):
+    handles = [ring.fetch(pieces) for pieces in tiles]
+    for handle, pieces in zip(handles, tiles, strict=True):
+        for found, wanted in zip(ring.wait(handle), pieces, strict=True):
             assert [x.data_ptr() for x in found] == [x.data_ptr() for x in wanted]
-        ring.release(ticket)
+        ring.release(handle)
         with pytest.raises(KeyError):
-            ring.wait(ticket)
-    ticket = ring.fetch(tiles[0])
+            ring.wait(handle)
+    handle = ring.fetch(tiles[0])
     ring.abandon()
     with pytest.raises(KeyError):
-        ring.wait(ticket)
+        ring.wait(handle)
 
 
 # -- mistakes in the loop are seen -----------------------------------------------------------------------------
@@ -220,15 +220,15 @@ def test_in_place_a_tile_is_the_pieces_themselves():
 class Overwriting(SlotRing):
     """A ring that forgets that a slot is in use: the next tile lands in the one that is about to be read."""
 
-    def _is_in_use(self, ticket):
+    def _is_in_use(self, handle):
         return False
 
 
 class Unwaiting(SlotRing):
     """A ring whose wait does not wait."""
 
-    def wait(self, ticket):
-        return (self._in_use[ticket][0],)
+    def wait(self, handle):
+        return (self._in_use[handle][0],)
 
 
 def stream_with(ring, ledger, backend):

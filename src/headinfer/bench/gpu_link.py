@@ -185,9 +185,9 @@ def _tiles(job: Job, query_tokens: int) -> Line:
 
     def stream() -> None:
         for _ in range(rounds):
-            ticket = ring.fetch([(segment.k, segment.v)])
-            ring.wait(ticket)
-            ring.release(ticket)
+            handle = ring.fetch([(segment.k, segment.v)])
+            ring.wait(handle)
+            ring.release(handle)
 
     job.timed(stream)
     before = ledger.host_to_device_bytes

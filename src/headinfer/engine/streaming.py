@@ -134,21 +134,21 @@ def attend_streaming(
     way: Ring = ring if ring is not None else InPlace()
     coming = (tile for tiles in work for tile in tiles if not tile.near)
     after = iter(following)
-    tickets = deque(way.fetch(tile.pieces, tile.after, tile.key) for tile in itertools.islice(coming, way.depth))
+    handles = deque(way.fetch(tile.pieces, tile.after, tile.key) for tile in itertools.islice(coming, way.depth))
     for heads, tiles in zip(groups, work, strict=True):
         state, own = _own_state(layer, heads, token_ranges, past_ranges)
         for tile in tiles:
             near = own.pop(tile.rows[0], ()) if layer.is_few and len(tile.rows) == 1 else ()
             if not tile.near:
                 if (later := next(coming, None)) is not None:
-                    tickets.append(way.fetch(later.pieces, later.after, later.key))
+                    handles.append(way.fetch(later.pieces, later.after, later.key))
                 elif (expected := next(after, None)) is not None:
                     way.expect(expected.pieces, expected.after, expected.key)
-            here = tile.near or way.wait(tickets[0])
+            here = tile.near or way.wait(handles[0])
             for pieces in _calls(layer, len(tile.rows), here):
                 state = _attend_tile(layer, heads, state, tile.rows, (*pieces, *near))
             if not tile.near:
-                way.release(tickets.popleft())
+                way.release(handles.popleft())
         for row, near in own.items():
             state = _attend_tile(layer, heads, state, (row,), near)
         state = state or _empty(layer, heads)

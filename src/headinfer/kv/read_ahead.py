@@ -65,16 +65,16 @@ class ReadAhead:
         self._readers = ThreadPoolExecutor(_READERS, "headinfer-disk-read")
         weakref.finalize(self, self._readers.shutdown, wait=False).atexit = False
         self._free = list(range(READ_SLOTS))
-        self._used_by: dict[int, int] = {}  # the inner ticket that a slot was last copied with
+        self._used_by: dict[int, int] = {}  # the inner handle that a slot was last copied with
         self._tiles: dict[int, _Tile] = {}
         self._expected: dict[Hashable, _Tile] = {}
-        self._next_ticket = 0
+        self._next_handle = 0
 
     def fetch(self, pieces: Sequence[AnyPiece], after: Sequence[Any] = (), key: Hashable = None) -> int:
         tile = self._expected.pop(key, None) or self._begin(pieces, after)
-        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        self._tiles[ticket] = tile
-        return ticket
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self._tiles[handle] = tile
+        return handle
 
     def expect(self, pieces: Sequence[AnyPiece], after: Sequence[Any] = (), key: Hashable = None) -> None:
         """This tile will be fetched before long: begin to bring it in where a slot is free."""
@@ -87,24 +87,24 @@ class ReadAhead:
         self._expected.clear()
         self.inner.forget()
 
-    def wait(self, ticket: int) -> Sequence[Piece]:
-        tile, following = self._tiles[ticket], self._tiles.get(ticket + 1)
+    def wait(self, handle: int) -> Sequence[Piece]:
+        tile, following = self._tiles[handle], self._tiles.get(handle + 1)
         self._forward(tile)
         if following is not None and all(read.done() for read in following.reads):
             self._forward(following)
         assert tile.inner is not None
         return self.inner.wait(tile.inner)
 
-    def release(self, ticket: int) -> None:
-        tile = self._tiles.pop(ticket)
+    def release(self, handle: int) -> None:
+        tile = self._tiles.pop(handle)
         assert tile.inner is not None
         self.inner.release(tile.inner)
         if tile.slot is not None:
             self._used_by[tile.slot] = tile.inner
             self._free.append(tile.slot)
 
-    def copied(self, ticket: int) -> None:
-        self.inner.copied(ticket)
+    def copied(self, handle: int) -> None:
+        self.inner.copied(handle)
 
     def abandon(self) -> None:
         for tile in self._tiles.values():

@@ -2,9 +2,9 @@
 
 A ring has a fixed number of slots of fixed bytes. For each tile the loop calls, in this order,
 
-    ticket = ring.fetch(pieces)      starts bringing the pieces in; returns at once
-    pieces = ring.wait(ticket)       the tile, readable by the compute queue: pairs of k [h, T, Dk] and v [h, T, Dv]
-    ring.release(ticket)             the compute queue's reads are queued; the slot may be used again
+    handle = ring.fetch(pieces)      starts bringing the pieces in; returns at once
+    pieces = ring.wait(handle)       the tile, readable by the compute queue: pairs of k [h, T, Dk] and v [h, T, Dv]
+    ring.release(handle)             the compute queue's reads are queued; the slot may be used again
 
 and fetches tile i + 1 before it waits for tile i; in its last tile it tells what the next layer will fetch first.
 All that orders the work are events (streams.py):
@@ -43,12 +43,12 @@ class Ring(Protocol):
 
     def fetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> int: ...
 
-    def wait(self, ticket: int) -> Sequence[Piece]: ...
+    def wait(self, handle: int) -> Sequence[Piece]: ...
 
-    def release(self, ticket: int) -> None: ...
+    def release(self, handle: int) -> None: ...
 
-    def copied(self, ticket: int) -> None:
-        """Return when what the ticket was fetched from is not read any more."""
+    def copied(self, handle: int) -> None:
+        """Return when what the handle was fetched from is not read any more."""
 
     def expect(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
         """This will be fetched after all that was, by the next layer: begin now, where a slot is free."""
@@ -57,7 +57,7 @@ class Ring(Protocol):
         """Let go of what was expected and not fetched."""
 
     def abandon(self) -> None:
-        """Forget all tickets, after an error between fetch and release."""
+        """Forget all handles, after an error between fetch and release."""
 
     def close(self) -> None: ...
 
@@ -78,33 +78,33 @@ class SlotRing:
         self._free = [streams.event() for _ in range(slots)]
         for event in self._free:  # the slots' zeros are written by the compute queue
             streams.record(event, "compute")
-        self._in_use: dict[int, tuple[Piece, Sequence[Piece]]] = {}  # by ticket: the tile, and what it comes from
+        self._in_use: dict[int, tuple[Piece, Sequence[Piece]]] = {}  # by handle: the tile, and what it comes from
         self._expected: deque[tuple[Hashable, int]] = deque()
-        self._next_ticket = 0
+        self._next_handle = 0
 
     def fetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> int:
         while self._expected:
-            expected, ticket = self._expected.popleft()
+            expected, handle = self._expected.popleft()
             if key is not None and key == expected:
-                return ticket
-            del self._in_use[ticket]  # nothing read it; what is copied into its slot next comes after it
+                return handle
+            del self._in_use[handle]  # nothing read it; what is copied into its slot next comes after it
         return self._begin(pieces, after)
 
     def expect(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> None:
-        if not self._is_in_use(self._next_ticket):
+        if not self._is_in_use(self._next_handle):
             self._expected.append((key, self._begin(pieces, after)))
 
-    def wait(self, ticket: int) -> Sequence[Piece]:
-        self._streams.wait(self._ready[self._slot(ticket)], "compute")
-        return (self._in_use[ticket][0],)
+    def wait(self, handle: int) -> Sequence[Piece]:
+        self._streams.wait(self._ready[self._slot(handle)], "compute")
+        return (self._in_use[handle][0],)
 
-    def release(self, ticket: int) -> None:
-        del self._in_use[ticket]
-        self._streams.record(self._free[self._slot(ticket)], "compute")
+    def release(self, handle: int) -> None:
+        del self._in_use[handle]
+        self._streams.record(self._free[self._slot(handle)], "compute")
 
-    def copied(self, ticket: int) -> None:
+    def copied(self, handle: int) -> None:
         # The slot may have been filled again since: then this waits for that too.
-        self._streams.finish(self._ready[self._slot(ticket)])
+        self._streams.finish(self._ready[self._slot(handle)])
 
     def forget(self) -> None:
         while self._expected:
@@ -121,25 +121,25 @@ class SlotRing:
         self._ledger.hold_device("ring", -len(self._memory) * self.slot_bytes)
         self._memory = []
 
-    def _slot(self, ticket: int) -> int:
-        return ticket % len(self._memory)
+    def _slot(self, handle: int) -> int:
+        return handle % len(self._memory)
 
-    def _is_in_use(self, ticket: int) -> bool:
-        return any(self._slot(used) == self._slot(ticket) for used in self._in_use)
+    def _is_in_use(self, handle: int) -> bool:
+        return any(self._slot(used) == self._slot(handle) for used in self._in_use)
 
     def _begin(self, pieces: Sequence[Piece], after: Sequence[Any]) -> int:
-        ticket, slot = self._next_ticket, self._slot(self._next_ticket)
-        if self._is_in_use(ticket):
+        handle, slot = self._next_handle, self._slot(self._next_handle)
+        if self._is_in_use(handle):
             raise StateError("a tile was fetched into a slot that is still in use: release tiles in order")
         tile = self._tile_in(slot, pieces)
-        self._in_use[ticket] = (tile, pieces)
-        self._next_ticket += 1
+        self._in_use[handle] = (tile, pieces)
+        self._next_handle += 1
         self._streams.wait(self._free[slot], "fetch")
         for event in after:
             self._streams.wait(event, "fetch")
         self._streams.copy(self._copies(tile, pieces), "fetch")
         self._streams.record(self._ready[slot], "fetch")
-        return ticket
+        return handle
 
     def _tile_in(self, slot: int, pieces: Sequence[Piece]) -> Piece:
         """A slot's memory as one piece that holds all of these, K before V.
@@ -182,20 +182,20 @@ class InPlace:
 
     def __init__(self) -> None:
         self._pieces: dict[int, Sequence[Piece]] = {}
-        self._next_ticket = 0
+        self._next_handle = 0
 
     def fetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> int:
-        self._next_ticket += 1
-        self._pieces[self._next_ticket] = pieces
-        return self._next_ticket
+        self._next_handle += 1
+        self._pieces[self._next_handle] = pieces
+        return self._next_handle
 
-    def wait(self, ticket: int) -> Sequence[Piece]:
-        return self._pieces[ticket]
+    def wait(self, handle: int) -> Sequence[Piece]:
+        return self._pieces[handle]
 
-    def release(self, ticket: int) -> None:
-        del self._pieces[ticket]
+    def release(self, handle: int) -> None:
+        del self._pieces[handle]
 
-    def copied(self, ticket: int) -> None:
+    def copied(self, handle: int) -> None:
         """Released is read."""
 
     def expect(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
