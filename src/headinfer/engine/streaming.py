@@ -234,7 +234,7 @@ def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -
     """A tile that has to be fetched."""
     pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
     after = dict.fromkeys(part.segment.landed for part in slices if part.segment.landed is not None)
-    key = tuple((s.segment, s.segment.rewinds, heads.start, heads.stop, s.start, s.stop) for s in slices)
+    key = tuple((s.segment, s.segment.version, heads.start, heads.stop, s.start, s.stop) for s in slices)
     return Tile(rows, pieces, tuple(after), key)
 
 

@@ -194,7 +194,7 @@ class LayerKV:
             return
         for table in self._tables:
             for part in table:  # what a ring has fetched ahead of them is not theirs any more
-                part.segment.rewinds += 0 if part.segment.sealed else 1
+                part.segment.version += 0 if part.segment.sealed else 1
         self._tables = [clip(table, [(0, tokens)]) for table in self._tables]
         self.host_tokens, self.tail_tokens = tokens, 0
         self._whole_prefixes = None

@@ -32,7 +32,7 @@ class Segment:
     arena_start = 0
     resident_tokens = 0
     landed: Any = None  # the event of the last write to it
-    rewinds = 0  # how often tokens of it were given up, whose places are written again
+    version = 0  # how often tokens of it were given up, whose places are written again
 
     def __init__(
         self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
