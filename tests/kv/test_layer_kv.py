@@ -54,11 +54,11 @@ class CountingWriter(WriteInPlace):
     def __init__(self):
         self.calls = self.nbytes = 0
 
-    def __call__(self, destination, source, landed):
+    def __call__(self, destination, source, write_done):
         assert destination.shape == source.shape
         self.calls += 1
         self.nbytes += source.numel() * source.element_size()
-        super().__call__(destination, source, landed)
+        super().__call__(destination, source, write_done)
 
 
 class Bench:
@@ -603,10 +603,10 @@ def test_a_failed_write_leaves_the_store_as_it_was(allowed):
     shared_prefixes, count = layer_kv.shared_prefixes(), itertools.count()
 
     class Failing(WriteInPlace):
-        def __call__(self, destination, source, landed):
+        def __call__(self, destination, source, write_done):
             if next(count) >= allowed:
                 raise CapacityError("no write-back buffer, on purpose")
-            super().__call__(destination, source, landed)
+            super().__call__(destination, source, write_done)
 
     layer_kv.write = Failing()
     with pytest.raises(CapacityError):

@@ -49,10 +49,10 @@ class Loop:
         tiles,
         ring=SlotRing,
         releases_early=False,
-        waits_for_landing=True,
+        waits_for_write_back=True,
         expects=True,
     ):
-        self.streams, self.releases_early, self.waits_for_landing = streams, releases_early, waits_for_landing
+        self.streams, self.releases_early, self.waits_for_write_back = streams, releases_early, waits_for_write_back
         self.expects = expects
         self.ring = ring(slots, 2 * TOKENS * 4, CPU, Ledger(), streams)
         self.write = StagingWriter(TOKENS * 4, CPU, Ledger(), streams)
@@ -68,8 +68,8 @@ class Loop:
         return sides, values, None if is_there else self.write.event()
 
     def fetch(self, tile, key, how):
-        sides, _, landed = tile
-        after = (landed,) if landed is not None and self.waits_for_landing else ()
+        sides, _, write_done = tile
+        after = (write_done,) if write_done is not None and self.waits_for_write_back else ()
         return how([sides], after, key)
 
     def forward(self, number):
@@ -91,12 +91,12 @@ class Loop:
             self.append(layer, f"layer {layer} pass {number}")
 
     def append(self, layer, name):
-        sides, values, landed = self.segment(name, is_there=False)
+        sides, values, write_done = self.segment(name, is_there=False)
         for side, value in zip(sides, values, strict=True):
             new = torch.zeros(1, TOKENS, 1)
             self.streams.write([new], value)
-            self.write(side, new, landed)
-        self.host[layer].append((sides, values, landed))
+            self.write(side, new, write_done)
+        self.host[layer].append((sides, values, write_done))
 
 
 def run(streams, passes, **options):
@@ -125,7 +125,7 @@ FAULTS = {
     "a missing wait for a tile": (lambda: Recorded(), {"ring": Unwaiting}),
     "an early release": (lambda: Recorded(), {"releases_early": True}),
     "a slot filled while it is read": (lambda: Without("fetch", "compute"), {}),
-    "a fetch before the write-back landed": (lambda: Recorded(), {"waits_for_landing": False}),
+    "a fetch before the write-back write_done": (lambda: Recorded(), {"waits_for_landing": False}),
     "a write-back buffer packed before it is empty": (lambda: Without("compute", "back"), {"layers": 2, "tiles": 1}),
     "a write-back buffer read before it is packed": (lambda: Without("back", "compute"), {}),
 }

@@ -55,7 +55,7 @@ class Clock:
     def finish(self, event):
         self.now["host"] = max(self.now["host"], event.seconds)
 
-    def landing(self):
+    def write_back_done(self):
         return lambda: None
 
     def drain(self):

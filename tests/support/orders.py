@@ -72,7 +72,7 @@ class Recorded:
     def finish(self, event):
         """The host does not wait in the loop; where it does, nothing is left to order."""
 
-    def landing(self):
+    def write_back_done(self):
         return lambda: None
 
     def drain(self):

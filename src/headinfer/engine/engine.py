@@ -294,16 +294,18 @@ class Engine:
         if self.disk is None:
             token_bytes = self.layers * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
             reserve = options.expected_tokens * token_bytes  # all of it: read buffers take a part of the budget
-            self.disk = DiskTier(Path(options.disk_tier), options.host_kv_budget, reserve, self.ledger, self._landing)
+            self.disk = DiskTier(
+                Path(options.disk_tier), options.host_kv_budget, reserve, self.ledger, self._write_back_done
+            )
         kv.disk = self.disk
         kv.tier.make_room = self.disk.make_room
 
-    def _landing(self) -> Callable[[], None]:
+    def _write_back_done(self) -> Callable[[], None]:
         """What waits, on any thread, until all that was written back so far is in host memory."""
-        waits = [kv.streams.landing() for kv in self.devices.values() if kv.streams is not None]
+        waits = [kv.streams.write_back_done() for kv in self.devices.values() if kv.streams is not None]
 
-        def landed() -> None:
+        def write_done() -> None:
             for wait in waits:
                 wait()
 
-        return landed
+        return write_done

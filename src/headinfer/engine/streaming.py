@@ -233,7 +233,7 @@ def _calls(layer: Layer, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequenc
 def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
     """A tile that has to be fetched."""
     pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
-    after = dict.fromkeys(part.segment.landed for part in slices if part.segment.landed is not None)
+    after = dict.fromkeys(part.segment.write_done for part in slices if part.segment.write_done is not None)
     key = tuple((s.segment, s.segment.version, heads.start, heads.stop, s.start, s.stop) for s in slices)
     return Tile(rows, pieces, tuple(after), key)
 

@@ -322,11 +322,11 @@ class LayerKV:
 
     def _write(self, segment: Segment, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v [Hkv, T, D] to a segment, from its token `start` on."""
-        if segment.landed is None:
-            segment.landed = self.write.event()
+        if segment.write_done is None:
+            segment.write_done = self.write.event()
         here = slice(start, start + k.shape[1])
-        self.write(segment.k[:, here], k, segment.landed)
-        self.write(segment.v[:, here], v, segment.landed)
+        self.write(segment.k[:, here], k, segment.write_done)
+        self.write(segment.v[:, here], v, segment.write_done)
         segment.write_through(start, k, v)
 
 

@@ -109,8 +109,8 @@ class Share:
             if segment.resident_tokens == 0:
                 if segment.place is not None or not self.place(segment, start, before, rows):
                     return
-                if segment.landed is not None:
-                    self.pool.streams.wait(segment.landed, "compute")
+                if segment.write_done is not None:
+                    self.pool.streams.wait(segment.write_done, "compute")
                 (k, v), tokens = segment.resident(slice(None), 0, segment.resident_tokens), segment.resident_tokens
                 pairs = [*zip(k, segment.k[:, :tokens], strict=True), *zip(v, segment.v[:, :tokens], strict=True)]
                 self.pool.streams.copy(pairs, "compute")

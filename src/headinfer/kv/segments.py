@@ -31,7 +31,7 @@ class Segment:
     arena: Arena | None = None  # where the first resident_tokens also lie on the device, from arena_start on
     arena_start = 0
     resident_tokens = 0
-    landed: Any = None  # the event of the last write to it
+    write_done: Any = None  # the event of the last write to it
     version = 0  # how often tokens of it were given up, whose places are written again
 
     def __init__(

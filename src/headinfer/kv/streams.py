@@ -45,7 +45,7 @@ class Streams(Protocol):
     def finish(self, event: Any) -> None:
         """Return when the event has come."""
 
-    def landing(self) -> Callable[[], None]:
+    def write_back_done(self) -> Callable[[], None]:
         """A call, for any thread, that returns when all that is in `back` now has reached the host."""
 
     def drain(self) -> None:
@@ -90,7 +90,7 @@ class CudaStreams:
     def finish(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
-    def landing(self) -> Callable[[], None]:
+    def write_back_done(self) -> Callable[[], None]:
         event = torch.cuda.Event()
         event.record(self._own["back"])
         return event.synchronize
@@ -118,7 +118,7 @@ class AtOnce:
     def finish(self, event: None) -> None:
         """It has come."""
 
-    def landing(self) -> Callable[[], None]:
+    def write_back_done(self) -> Callable[[], None]:
         return lambda: None
 
     def drain(self) -> None:
@@ -179,7 +179,7 @@ class AtLast:
                 with torch.inference_mode():  # as when it was queued, perhaps
                     job[0].copy_(job[1])
 
-    def landing(self) -> Callable[[], None]:
+    def write_back_done(self) -> Callable[[], None]:
         self.drain()
         return lambda: None
 

@@ -11,7 +11,7 @@ All that orders the work are events (streams.py):
 
     slot free     recorded in compute by release()       fetch waits for it before it writes to the slot
     slot ready    recorded in fetch after the copies     compute waits for it in wait()
-    landed        recorded in back (write_back.py)       fetch waits for it before it reads what was written
+    write_done        recorded in back (write_back.py)       fetch waits for it before it reads what was written
 """
 
 from __future__ import annotations

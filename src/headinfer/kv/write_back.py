@@ -2,7 +2,7 @@
 
 packed    recorded in compute    back waits for it before it reads a buffer
 drained   recorded in back       compute waits for it before it packs into the buffer again
-landed    recorded in back       who reads what was written waits for it
+write_done    recorded in back       who reads what was written waits for it
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["StagingWriter", "WriteInPlace", "Writer"]
 class Writer(Protocol):
     """Brings new tokens to the host."""
 
-    def __call__(self, destination: torch.Tensor, source: torch.Tensor, landed: Any) -> None:
+    def __call__(self, destination: torch.Tensor, source: torch.Tensor, write_done: Any) -> None:
         """destination [H, T, D] in host memory, each head contiguous; source [H, T, D] on the device, any strides.
 
-        landed: an event of event(), recorded when it is there; what reads the destination waits for it.
+        write_done: an event of event(), recorded when it is there; what reads the destination waits for it.
         """
 
     def event(self) -> Any: ...
@@ -37,7 +37,7 @@ class Writer(Protocol):
 class WriteInPlace:
     """Write-back where the host is the compute device: one copy, no link."""
 
-    def __call__(self, destination: torch.Tensor, source: torch.Tensor, landed: Any = None) -> None:
+    def __call__(self, destination: torch.Tensor, source: torch.Tensor, write_done: Any = None) -> None:
         destination.copy_(source)
 
     def event(self) -> None:
@@ -63,7 +63,7 @@ class StagingWriter:
         self._turn = 0
         ledger.hold_device("staging", 2 * buffer_bytes)
 
-    def __call__(self, destination: torch.Tensor, source: torch.Tensor, landed: Any) -> None:
+    def __call__(self, destination: torch.Tensor, source: torch.Tensor, write_done: Any) -> None:
         if source.numel() == 0:
             return
         heads, tokens, dim = source.shape
@@ -75,7 +75,7 @@ class StagingWriter:
             part = slice(start, min(start + step, tokens))
             self._turn = 1 - self._turn
             self._write(destination[:, part], source[:, part])
-        self._streams.record(landed, "back")
+        self._streams.record(write_done, "back")
 
     def _write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         packed_event, drained = self._packed[self._turn], self._drained[self._turn]
