@@ -17,7 +17,7 @@ from headinfer.attention import native
 from headinfer.attention.backends import BACKENDS, Problem, capability_of
 from headinfer.attention.problem import AMX
 from headinfer.hf.families import SUPPORTED_FAMILIES
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.numa import node_of
 from headinfer.kv.tiers import HostTier
 from headinfer.plan.memory import available_host_bytes, format_bytes
@@ -123,7 +123,7 @@ def _cuda_device(index: int) -> dict[str, Any]:
 
 def pinning(device: torch.device) -> str:
     """Whether the system pins host memory for a device: "yes", or why not and what serves instead."""
-    tier = HostTier(Ledger(), device=device)
+    tier = HostTier(ByteCounter(), device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it is said here
         tier.allocate((_TRIAL_BYTES,), torch.uint8)

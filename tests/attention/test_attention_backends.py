@@ -22,8 +22,8 @@ from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
 from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import UsageError
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import LayerKV
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import WriteInPlace
 from headinfer.plan.tiles import TilePlan
@@ -819,10 +819,10 @@ def test_efficient_attention_gets_the_keys_split_for_few_query_rows(tokens, rows
 
 def decode_error(dtype=torch.float32, backend=None):
     """A decode step over 700 tokens through the loop: its error against the oracle, and the kernels that ran."""
-    rng, ledger, used = seeded(21), Ledger(), set()
+    rng, counter, used = seeded(21), ByteCounter(), set()
     k, v = (torch.randn(2, 2, 701, 32, generator=rng).to(dtype) for _ in range(2))
     q = torch.randn(2, 6, 1, 32, generator=rng).to(dtype)
-    layer_kv = LayerKV(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
+    layer_kv = LayerKV(k, v, tier=HostTier(counter), counter=counter, write=WriteInPlace())
     layer_kv.append(k[:, :, :700], v[:, :, :700])
     plan = TilePlan(2, 701, "")
     out = attend_streaming(

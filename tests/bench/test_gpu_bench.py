@@ -207,16 +207,16 @@ def test_caches_of_one_past_share_host_memory_and_nothing_else(job):
     assert moved == 0 < streamed == held
     assert near.stats().device_resident_bytes > 0 == far.stats().device_resident_bytes
     assert (bits_near - bits_far).abs().max() < 1e-4 * bits_far.std()
-    assert near.engine.ledger.host_bytes == far.engine.ledger.host_bytes == 0  # all of it is the past's
+    assert near.engine.counter.host_bytes == far.engine.counter.host_bytes == 0  # all of it is the past's
 
 
 def test_a_chunk_needs_no_new_host_memory_and_leaves_the_past_as_it_was(job):
     past = Past(job, 2048)
     cache = past.cache(room_tokens=384, device_kv_budget=2 << 20)
-    held, first = cache.engine.ledger.host_bytes, None
+    held, first = cache.engine.counter.host_bytes, None
     for _ in range(3):
         found, _ = logits(job, cache, 384)
-        assert cache.engine.ledger.host_bytes == held
+        assert cache.engine.counter.host_bytes == held
         cache.crop(-384)
         assert cache.get_seq_length() == 2048
         assert first is None or torch.equal(found, first)

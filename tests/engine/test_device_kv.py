@@ -15,7 +15,7 @@ from headinfer.engine.engine import Engine, Options
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import numa, tiers
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.read_ahead import ReadAhead
 from headinfer.kv.transfer import SlotRing
 
@@ -189,7 +189,7 @@ def pageable(monkeypatch, allowed):
     monkeypatch.setattr(tiers, "register", register)
     monkeypatch.setattr(tiers, "_unpin", lambda pinned, address, device: pinned.discard(address))
     make = device_kv.HostTier
-    monkeypatch.setattr(device_kv, "HostTier", lambda ledger, **_: make(ledger, device=torch.device("cpu"), node=0))
+    monkeypatch.setattr(device_kv, "HostTier", lambda counter, **_: make(counter, device=torch.device("cpu"), node=0))
 
 
 @both_twins
@@ -220,7 +220,7 @@ def test_pages_are_there_until_they_are_unpinned(monkeypatch):
         return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
 
     monkeypatch.setattr(tiers, "_unpin", lambda pinned, address, device: mapped.append(is_mapped(address)))
-    tier = tiers.HostTier(Ledger(), device=torch.device("cpu"))
+    tier = tiers.HostTier(ByteCounter(), device=torch.device("cpu"))
     tensor = tier.allocate((1 << 20,), torch.uint8)
     address, view = tensor.data_ptr(), tensor[5:]
     assert is_mapped(address)
@@ -234,17 +234,17 @@ def test_pages_are_there_until_they_are_unpinned(monkeypatch):
 
 def test_a_tier_says_what_is_not_pinned(monkeypatch):
     pageable(monkeypatch, 1)
-    ledger = Ledger()
-    tier = tiers.HostTier(ledger, device=torch.device("cpu"))
+    counter = ByteCounter()
+    tier = tiers.HostTier(counter, device=torch.device("cpu"))
     first = tier.allocate((3, 5), torch.float32)
     with pytest.warns(UserWarning, match="stays pageable"):
         second = tier.allocate((7,), torch.bfloat16)
     assert not tier.is_pageable(first)
     assert tier.is_pageable(second)
-    assert not tiers.HostTier(ledger).is_pageable(second)
+    assert not tiers.HostTier(counter).is_pageable(second)
     del first, second
     gc.collect()
-    assert ledger.host_bytes == 0
+    assert counter.host_bytes == 0
     assert not tier._pinned
 
 
@@ -320,16 +320,16 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
             mask = causal_mask(tokens, all_k.shape[2])
             wanted = attend_reference(q, all_k, all_v, scale=0.25, mask=mask).out.transpose(1, 2)
             torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
-    assert len(engine.devices) == len(engine.ledgers) == 2
+    assert len(engine.devices) == len(engine.counters) == 2
     rings = {id(kv.ring) for kv in engine.devices.values()}
     assert len(rings) == 2
     assert [kv.layers for kv in engine.devices.values()] == [2, 2]
     assert all(kv.ring._expected for kv in engine.devices.values()), "its own first layer, for the next token"
-    for ledger in engine.ledgers:
-        assert ledger.host_to_device_bytes > 0
-        assert 0 < ledger.device_peak_bytes <= 700_000
-    assert engine.ledgers[0].host_bytes > 0
-    assert engine.ledgers[1].host_bytes == 0, "host memory is counted once"
+    for counter in engine.counters:
+        assert counter.host_to_device_bytes > 0
+        assert 0 < counter.device_peak_bytes <= 700_000
+    assert engine.counters[0].host_bytes > 0
+    assert engine.counters[1].host_bytes == 0, "host memory is counted once"
 
 
 # -- what headinfer info says ------------------------------------------------------------------------------------------

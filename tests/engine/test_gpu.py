@@ -15,7 +15,7 @@ import headinfer
 from headinfer.engine.engine import Engine, Options
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import tiers
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 
 TOKEN_BYTES = 2 * 4 * 16 * 4  # of a layer of make_model(): K and V of 4 heads of width 16 in float32
 LAYERS = 4
@@ -90,7 +90,7 @@ def test_the_engine_against_float64(device, dtype, bound, share, dims):
     )
     errors, engine, _ = attend_all(device, dtype, [300, 700, 1, 1, 500, 2], options, dims)
     assert max(errors) < bound
-    stats = engine.ledgers[0]
+    stats = engine.counters[0]
     assert stats.device_peak_bytes <= options.device_kv_budget
     assert (stats.host_to_device_bytes == 0) == (share == 2.0)
 
@@ -143,7 +143,7 @@ def test_memory_that_cannot_be_pinned_serves_too(llama, device, monkeypatch):
 @pytest.mark.gpu
 def test_a_refusal_to_pin_leaves_no_error_behind():
     device = torch.device("cuda", torch.cuda.current_device())
-    memory = tiers.HostTier(Ledger(), device=device).allocate((1 << 20,), torch.uint8)
+    memory = tiers.HostTier(ByteCounter(), device=device).allocate((1 << 20,), torch.uint8)
     assert memory.is_pinned()
     assert "refused" in tiers.register(memory.data_ptr(), memory.numel(), device), "it is pinned already"
     assert float(torch.ones(3, device=device).sum()) == 3.0
@@ -156,7 +156,7 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
     )
     assert max(errors) < 1e-5
     segments = {part.segment for layer_kv in layer_kvs for table in layer_kv._tables for part in table}
-    assert engine.ledger.host_bytes == sum(len(segment.bytes()) for segment in segments)
+    assert engine.counter.host_bytes == sum(len(segment.bytes()) for segment in segments)
     assert not any(segment.is_pageable for segment in segments)
     if device == "cuda":
         assert all(segment.k.is_pinned() for segment in segments)
@@ -166,7 +166,7 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
     engine.forget_expected()
     del segments, layer_kv
     gc.collect()
-    assert engine.ledger.host_bytes == 0
+    assert engine.counter.host_bytes == 0
 
 
 @pytest.mark.gpu
@@ -206,7 +206,7 @@ def test_device_memory_does_not_grow_with_the_context():
             q = torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=rng)
             engine.begin(layer_kv, 8, tokens)
             engine.attend(q, k[:, :, :1], v[:, :, :1], layer_kv, scale=0.1, softcap=None, sinks=None, token_ranges=None)
-        return engine.ledger.device_peak_bytes, torch.cuda.max_memory_allocated() - before
+        return engine.counter.device_peak_bytes, torch.cuda.max_memory_allocated() - before
 
     held = [held_after(past) for past in (4096, 65_536)]
     assert held[0][0] == held[1][0] <= 64 << 20

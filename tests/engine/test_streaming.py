@@ -13,8 +13,8 @@ from headinfer.attention.backends import BACKENDS as ALL
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import streaming
 from headinfer.engine.streaming import attend_streaming, tiles_of
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import LayerKV
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.resident import Residency, Share
 from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
@@ -72,18 +72,18 @@ class Bench:
         is_even=False,
     ):
         self.shape, self.plan = shape, TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "", is_even)
-        self.rng, self.ledger, self.model_layout = torch.Generator().manual_seed(seed), Ledger(), model_layout
+        self.rng, self.counter, self.model_layout = torch.Generator().manual_seed(seed), ByteCounter(), model_layout
         write, self.ring, share, streams = WriteInPlace(), None, None, open_streams(staging, CPU)
         if streams is not None:
-            write = StagingWriter(64 * shape.token_bytes, CPU, self.ledger, streams)
+            write = StagingWriter(64 * shape.token_bytes, CPU, self.counter, streams)
             head_token_bytes = shape.token_bytes // shape.kv_heads
             slot_bytes = -(-self.plan.heads_per_group * tile_tokens * head_token_bytes // 256) * 256
-            self.ring = SlotRing(2, slot_bytes, CPU, self.ledger, streams)
+            self.ring = SlotRing(2, slot_bytes, CPU, self.counter, streams)
             room = resident_tokens * shape.token_bytes * shape.rows
-            share = Share(Residency(room, CPU, self.ledger, streams), room, 0)
+            share = Share(Residency(room, CPU, self.counter, streams), room, 0)
         _, self.k, self.v = self.chunk(0)
         self.layer_kv = LayerKV(
-            self.k, self.v, tier=HostTier(self.ledger), ledger=self.ledger, write=write, share=share
+            self.k, self.v, tier=HostTier(self.counter), counter=self.counter, write=write, share=share
         )
         self.used = set()
 
@@ -187,7 +187,7 @@ def benches(draw):
 def test_any_past_and_chunk_is_the_oracle_s(bench, lengths):
     for tokens in lengths:
         bench.assert_step(tokens)
-    assert bench.ledger.device_to_host_bytes in (
+    assert bench.counter.device_to_host_bytes in (
         0,
         bench.shape.rows * bench.layer_kv.host_tokens * bench.shape.token_bytes,
     )
@@ -297,11 +297,11 @@ def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
     for tokens in lengths:
         bench.fill(tokens)
         before, slices = (
-            bench.ledger.host_to_device_bytes,
+            bench.counter.host_to_device_bytes,
             [part for table in bench.layer_kv._tables for part in table],
         )
         bench.attend(*bench.chunk(3))
-        crossed = bench.ledger.host_to_device_bytes - before
+        crossed = bench.counter.host_to_device_bytes - before
         on_host_only = sum(max(part.stop - part.segment.resident_tokens, 0) for part in slices)
         assert crossed == (on_host_only * bench.shape.token_bytes if bench.ring else 0)
 
@@ -315,9 +315,9 @@ def test_rows_that_share_a_document_fetch_it_once(staging, tokens):
     bench.select_rows([0, 0, 0])
 
     def crossed():
-        before = bench.ledger.host_to_device_bytes
+        before = bench.counter.host_to_device_bytes
         bench.assert_step(tokens)
-        return bench.ledger.host_to_device_bytes - before
+        return bench.counter.host_to_device_bytes - before
 
     tokens_crossed = crossed() / bench.shape.token_bytes
     assert tokens_crossed == (shared if bench.ring else 0)
@@ -351,9 +351,9 @@ def test_masked_tokens_do_not_cross_the_link(staging):
     host, visible = bench.layer_kv.host_tokens, torch.ones(2, 901, dtype=torch.bool)
     visible[0, :500] = False
     visible[1, 10:20] = False
-    before = bench.ledger.host_to_device_bytes
+    before = bench.counter.host_to_device_bytes
     bench.assert_step(1, visible=visible)
-    crossed = (bench.ledger.host_to_device_bytes - before) / bench.shape.token_bytes
+    crossed = (bench.counter.host_to_device_bytes - before) / bench.shape.token_bytes
     assert crossed == ((host - 500) + (host - 10) if bench.ring else 0)
 
 
@@ -362,7 +362,7 @@ def test_an_empty_past_moves_nothing():
     bench.assert_step(5)
     bench.assert_step(1)
     assert bench.layer_kv.host_tokens == 0
-    assert bench.ledger.host_to_device_bytes == 0
+    assert bench.counter.host_to_device_bytes == 0
 
 
 def test_tiles_are_cut_where_the_plan_says():
@@ -400,14 +400,14 @@ def test_any_split_between_device_and_host_is_the_oracle_s(staging, resident_tok
     bench = Bench(Shape(rows=2, kv_heads=3, group=2), staging, 2, 190, resident_tokens=resident_tokens)
     for tokens in (300, 600, 1, 1, 200, 3):
         bench.assert_step(tokens)
-    held = bench.ledger.device_bytes["resident"]
+    held = bench.counter.device_bytes["resident"]
     assert held <= 2 * resident_tokens * bench.shape.token_bytes
     on_device = min(resident_tokens, bench.layer_kv.host_tokens)
     for table in bench.layer_kv._tables:
         assert sum(min(part.segment.resident_tokens, part.stop) for part in table) == on_device
-    before = bench.ledger.host_to_device_bytes
+    before = bench.counter.host_to_device_bytes
     bench.assert_step(1)
-    crossed = bench.ledger.host_to_device_bytes - before
+    crossed = bench.counter.host_to_device_bytes - before
     assert (
         crossed
         == 2 * (bench.layer_kv.host_tokens - min(resident_tokens, bench.layer_kv.host_tokens)) * bench.shape.token_bytes
@@ -435,10 +435,10 @@ def test_letting_go_of_resident_tokens_changes_nothing(staging):
 def test_resident_tokens_are_shared_and_written_again_after_a_crop(staging):
     bench = Bench(Shape(), staging, 1, 150, resident_tokens=4000)
     bench.fill(900)
-    held = bench.ledger.device_bytes["resident"]
+    held = bench.counter.device_bytes["resident"]
     bench.select_rows([0, 0, 0])
     bench.assert_step(3)
-    assert bench.ledger.device_bytes["resident"] == held
+    assert bench.counter.device_bytes["resident"] == held
     bench.fill(300)  # the rows go their own ways
     bench.assert_step(1)
     for tokens in (800, 130, 0):
@@ -458,7 +458,7 @@ def test_a_known_length_is_one_piece_on_the_device():
         (first, second) = tiles_of(bench.layer_kv, slice(0, 2), TilePlan(2, 100, ""), None)
         assert [len(tile.near) for tile in (first, second)] == [1, 1]
         assert first.near[0][0].shape[1] == bench.layer_kv.host_tokens
-    assert bench.ledger.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
+    assert bench.counter.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
     bench.assert_step(3)
 
 

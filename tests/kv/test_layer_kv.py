@@ -17,8 +17,8 @@ from hypothesis.stateful import (
 )
 
 from headinfer.errors import CapacityError, StateError
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import WriteInPlace
 
@@ -62,12 +62,12 @@ class CountingWriter(WriteInPlace):
 
 
 class Bench:
-    """A ledger, a tier and a counting writer, and stores that use them."""
+    """A counter, a tier and a counting writer, and stores that use them."""
 
     def __init__(self, dtype=torch.float32, heads=HEADS, dims=(KEY_DIM, VALUE_DIM)):
         self.dtype, self.heads, self.dims = dtype, heads, dims
-        self.ledger, self.write = Ledger(), CountingWriter()
-        self.tier = LimitedTier(self.ledger)
+        self.counter, self.write = ByteCounter(), CountingWriter()
+        self.tier = LimitedTier(self.counter)
         self.rng = torch.Generator().manual_seed(0)
 
     @property
@@ -76,7 +76,7 @@ class Bench:
 
     def layer_kv(self, rows=1, expected_tokens=0):
         k, v = self.new(rows, 0)
-        return LayerKV(k, v, tier=self.tier, ledger=self.ledger, write=self.write, expected_tokens=expected_tokens)
+        return LayerKV(k, v, tier=self.tier, counter=self.counter, write=self.write, expected_tokens=expected_tokens)
 
     def new(self, rows, tokens):
         """Fresh K and V, in the layout of a model: tokens before heads in memory."""
@@ -210,12 +210,12 @@ class StoreMachine(RuleBasedStateMachine):
         pair = self.pick(which)
         layer_kv, k, v = pair
         indices = [row % layer_kv.rows for row in picks]
-        writes, moved, host = self.bench.write.calls, self.bench.ledger.tail_moved_bytes, self.bench.ledger.host_bytes
+        writes, moved, host = self.bench.write.calls, self.bench.counter.tail_moved_bytes, self.bench.counter.host_bytes
         same = indices == list(range(layer_kv.rows))
         layer_kv.select_rows(indices)
         assert self.bench.write.calls == writes
-        assert self.bench.ledger.host_bytes <= host  # rows that nobody has any more are given back
-        moved = self.bench.ledger.tail_moved_bytes - moved
+        assert self.bench.counter.host_bytes <= host  # rows that nobody has any more are given back
+        moved = self.bench.counter.tail_moved_bytes - moved
         assert moved == (0 if same else len(indices) * layer_kv.tail_tokens * self.bench.token_bytes)
         pair[1:] = [k[indices], v[indices]]
 
@@ -223,11 +223,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3))
     def fork(self, which):
         layer_kv, k, v = self.pick(which)
-        before = self.bench.write.calls, self.bench.ledger.host_bytes
-        moved = self.bench.ledger.tail_moved_bytes
+        before = self.bench.write.calls, self.bench.counter.host_bytes
+        moved = self.bench.counter.tail_moved_bytes
         twin = layer_kv.fork()
-        assert before == (self.bench.write.calls, self.bench.ledger.host_bytes)
-        assert self.bench.ledger.tail_moved_bytes - moved == twin.tail_bytes == layer_kv.tail_bytes
+        assert before == (self.bench.write.calls, self.bench.counter.host_bytes)
+        assert self.bench.counter.tail_moved_bytes - moved == twin.tail_bytes == layer_kv.tail_bytes
         self.pairs.append([twin, k, v])
 
     @precondition(lambda self: 0 < len(self.pairs) < 4)
@@ -291,17 +291,17 @@ class StoreMachine(RuleBasedStateMachine):
                 assert torch.equal(found_v, v[row, :, : layer_kv.host_tokens])
 
     @invariant()
-    def the_ledger_is_exact(self):
+    def the_byte_counter_is_exact(self):
         gc.collect()
         layer_kvs = [pair[0] for pair in self.pairs]
         held = sum(segment_bytes(segment) for segment in segments_of(*layer_kvs))
         if not self.pairs:
             return
-        ledger = self.bench.ledger
-        assert ledger.host_bytes == held
-        assert ledger.host_peak_bytes >= held
+        counter = self.bench.counter
+        assert counter.host_bytes == held
+        assert counter.host_peak_bytes >= held
         tails = sum(layer_kv.rows * 2 * UNIT * self.bench.token_bytes for layer_kv in layer_kvs)
-        assert ledger.device_bytes == {"ring": 0, "tail": tails, "staging": 0, "resident": 0}
+        assert counter.device_bytes == {"ring": 0, "tail": tails, "staging": 0, "resident": 0}
         assert sum(layer_kv.tail_bytes for layer_kv in layer_kvs) == tails
 
     def teardown(self):
@@ -310,8 +310,8 @@ class StoreMachine(RuleBasedStateMachine):
         if self.pairs:
             self.pairs = []
             gc.collect()
-            assert self.bench.ledger.host_bytes == 0
-            assert self.bench.ledger.device_bytes["tail"] == 0
+            assert self.bench.counter.host_bytes == 0
+            assert self.bench.counter.device_bytes["tail"] == 0
 
 
 def sorted_tokens(x):
@@ -423,7 +423,7 @@ def test_a_known_length_gives_exact_host_memory(expected_tokens, chunk):
     sizes = [segment.tokens for segment in segments_of(layer_kv)]
     rounded = -(-expected_tokens // UNIT) * UNIT
     assert sizes == ([rounded] if rounded <= 16_384 else [16_384, 16_384, rounded - 32_768])
-    assert bench.ledger.host_bytes == bench.ledger.host_peak_bytes == rounded * bench.token_bytes
+    assert bench.counter.host_bytes == bench.counter.host_peak_bytes == rounded * bench.token_bytes
 
 
 def test_an_unknown_length_wastes_at_most_one_segment_of_a_sixteenth():
@@ -431,7 +431,7 @@ def test_an_unknown_length_wastes_at_most_one_segment_of_a_sixteenth():
     layer_kv, most = bench.layer_kv(), 0
     for _ in range(600):
         layer_kv.append(*bench.new(1, 100))
-        waste = bench.ledger.host_bytes // bench.token_bytes - layer_kv.host_tokens
+        waste = bench.counter.host_bytes // bench.token_bytes - layer_kv.host_tokens
         assert 0 <= waste <= max(256, layer_kv.host_tokens // 16)
         most = max(most, waste)
     assert most > 1000  # segments do get larger: few copies for a long context
@@ -452,12 +452,12 @@ def test_a_longer_text_than_expected_goes_on():
 def test_reordering_and_forking_copy_no_segment():
     bench = Bench()
     layer_kv, k, v = bench.filled(1000, rows=3)
-    host, writes = bench.ledger.host_bytes, bench.write.calls
+    host, writes = bench.counter.host_bytes, bench.write.calls
     before = {id(segment): segment.k.clone() for segment in segments_of(layer_kv)}
     twin = layer_kv.fork()
     layer_kv.select_rows([2, 0, 0, 1])
     assert bench.write.calls == writes
-    assert bench.ledger.host_bytes == host
+    assert bench.counter.host_bytes == host
     assert {id(segment) for segment in segments_of(layer_kv, twin)} == before.keys()
     assert all(torch.equal(segment.k, before[id(segment)]) for segment in segments_of(layer_kv))
     assert_holds(layer_kv, k[[2, 0, 0, 1]], v[[2, 0, 0, 1]])
@@ -470,7 +470,7 @@ def test_beam_search_never_copies_segments():
     layer_kv, k, v = bench.filled(2000, rows=1)
     layer_kv.select_rows([0, 0, 0])
     k, v = k[[0, 0, 0]], v[[0, 0, 0]]
-    base = bench.ledger.host_bytes
+    base = bench.counter.host_bytes
     for step in range(300):
         order = [[0, 1, 2], [0, 0, 2], [2, 1, 0], [1, 1, 1]][step % 4]
         new_k, new_v = bench.new(3, 1)
@@ -479,7 +479,7 @@ def test_beam_search_never_copies_segments():
         k, v = torch.cat([k, new_k], dim=2)[order], torch.cat([v, new_v], dim=2)[order]
     assert_holds(layer_kv, k, v)
     gc.collect()
-    assert bench.ledger.host_bytes - base <= 3 * (300 + 3 * 256) * bench.token_bytes
+    assert bench.counter.host_bytes - base <= 3 * (300 + 3 * 256) * bench.token_bytes
 
 
 def test_rows_that_share_a_prefix_are_read_together_until_they_go_on():
@@ -532,28 +532,28 @@ def test_all_memory_comes_back_on_close():
     bench = Bench()
     layer_kv, _, _ = bench.filled(3000, rows=2)
     twin = layer_kv.fork()
-    assert bench.ledger.host_bytes > 0
+    assert bench.counter.host_bytes > 0
     layer_kv.close()
     gc.collect()
-    assert bench.ledger.host_bytes > 0  # the twin sees it all
+    assert bench.counter.host_bytes > 0  # the twin sees it all
     twin.close()
     gc.collect()
-    assert bench.ledger.host_bytes == 0
-    assert bench.ledger.device_bytes == {"ring": 0, "tail": 0, "staging": 0, "resident": 0}
-    assert bench.ledger.host_peak_bytes >= 2 * 2800 * bench.token_bytes
+    assert bench.counter.host_bytes == 0
+    assert bench.counter.device_bytes == {"ring": 0, "tail": 0, "staging": 0, "resident": 0}
+    assert bench.counter.host_peak_bytes >= 2 * 2800 * bench.token_bytes
 
 
 def test_segments_are_given_back_as_soon_as_nobody_sees_them():
     bench = Bench()
     layer_kv, _, _ = bench.filled(3000)
     layer_kv.append(*bench.new(1, 3000))
-    full = bench.ledger.host_bytes
+    full = bench.counter.host_bytes
     layer_kv.crop(100)
     gc.collect()
-    assert 0 < bench.ledger.host_bytes < full
+    assert 0 < bench.counter.host_bytes < full
     layer_kv.crop(0)
     gc.collect()
-    assert bench.ledger.host_bytes == 0
+    assert bench.counter.host_bytes == 0
 
 
 def test_memory_lives_as_long_as_a_view_of_it():
@@ -563,11 +563,11 @@ def test_memory_lives_as_long_as_a_view_of_it():
     view = layer_kv.shared_prefixes()[0].slices[0].segment.k[1, 10:20]
     layer_kv.close()
     gc.collect()
-    assert bench.ledger.host_bytes > 0
+    assert bench.counter.host_bytes > 0
     assert torch.equal(view, k[0, 1, 10:20])
     del view
     gc.collect()
-    assert bench.ledger.host_bytes == 0
+    assert bench.counter.host_bytes == 0
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
@@ -581,14 +581,14 @@ def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
             raise CapacityError("no more memory, on purpose")
         return real(shape, dtype)
 
-    host, shared_prefixes, writes = bench.ledger.host_bytes, layer_kv.shared_prefixes(), bench.write.calls
+    host, shared_prefixes, writes = bench.counter.host_bytes, layer_kv.shared_prefixes(), bench.write.calls
     with monkeypatch.context() as patch:
         patch.setattr(bench.tier, "allocate", allocate)
         with pytest.raises(CapacityError):
             layer_kv.append(*bench.new(2, 900))
         assert bench.write.calls == writes
     gc.collect()
-    assert bench.ledger.host_bytes == host
+    assert bench.counter.host_bytes == host
     assert layer_kv.shared_prefixes() == shared_prefixes
     assert_holds(layer_kv, k, v)
     new_k, new_v = bench.new(2, 900)
@@ -622,29 +622,29 @@ def test_the_tail_is_fixed_while_the_batch_is():
     bench = Bench()
     layer_kv, per_row = bench.layer_kv(rows=2), 2 * UNIT * bench.token_bytes
     for tokens in (1, 5000, 3):
-        assert layer_kv.tail_bytes == bench.ledger.device_bytes["tail"] == 2 * per_row
+        assert layer_kv.tail_bytes == bench.counter.device_bytes["tail"] == 2 * per_row
         layer_kv.append(*bench.new(2, tokens))
     layer_kv.select_rows([0, 1, 1, 0, 0])
-    assert layer_kv.tail_bytes == bench.ledger.device_bytes["tail"] == 5 * per_row
+    assert layer_kv.tail_bytes == bench.counter.device_bytes["tail"] == 5 * per_row
     layer_kv.select_rows([3])
-    assert layer_kv.tail_bytes == bench.ledger.device_bytes["tail"] == per_row
+    assert layer_kv.tail_bytes == bench.counter.device_bytes["tail"] == per_row
 
 
 def test_the_system_s_refusal_is_a_capacity_error():
-    tier = HostTier(Ledger())
+    tier = HostTier(ByteCounter())
     with pytest.raises(CapacityError, match="refused"):
         tier.allocate((2**60,), torch.float32)
-    assert tier.ledger.host_bytes == 0
+    assert tier.counter.host_bytes == 0
 
 
 def test_host_memory_is_exact_and_counted():
-    ledger = Ledger()
-    tier = HostTier(ledger)
+    counter = ByteCounter()
+    tier = HostTier(counter)
     tensors = [tier.allocate((3, 5), torch.float32), tier.allocate((2, 1025), torch.bfloat16)]
-    assert ledger.host_bytes == 3 * 5 * 4 + 2 * 1025 * 2
+    assert counter.host_bytes == 3 * 5 * 4 + 2 * 1025 * 2
     assert all((tensor == 0).all() for tensor in tensors)
     assert all(tensor.data_ptr() % 4096 == 0 for tensor in tensors)
     tensors.clear()
     gc.collect()
-    assert ledger.host_bytes == 0
-    assert ledger.host_peak_bytes == 3 * 5 * 4 + 2 * 1025 * 2
+    assert counter.host_bytes == 0
+    assert counter.host_peak_bytes == 3 * 5 * 4 + 2 * 1025 * 2

@@ -9,7 +9,7 @@ from orders import Recorded, explore, place, unordered
 
 from headinfer.engine import device_kv, streaming
 from headinfer.engine.engine import Engine, Options
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter
 
@@ -54,8 +54,8 @@ class Loop:
     ):
         self.streams, self.releases_early, self.waits_for_write_back = streams, releases_early, waits_for_write_back
         self.expects = expects
-        self.ring = ring(slots, 2 * TOKENS * 4, CPU, Ledger(), streams)
-        self.write = StagingWriter(TOKENS * 4, CPU, Ledger(), streams)
+        self.ring = ring(slots, 2 * TOKENS * 4, CPU, ByteCounter(), streams)
+        self.write = StagingWriter(TOKENS * 4, CPU, ByteCounter(), streams)
         self.start = {}
         self.host = [[self.segment(f"layer {layer} tile {tile}") for tile in range(tiles)] for layer in range(layers)]
 
@@ -212,7 +212,7 @@ def test_a_forward_pass_leaves_nothing_to_chance(monkeypatch, options):
     assert all(len(streams.jobs[queue]) > 30 for queue in ("compute", "fetch", "back"))
     assert not unordered(streams)
     if "resident_tokens" in options:
-        assert engine.ledger.device_bytes["resident"] == 3 * 256 * 2 * 32 * 4
+        assert engine.counter.device_bytes["resident"] == 3 * 256 * 2 * 32 * 4
         assert all(span.segment.resident_tokens for layer_kv in layer_kvs for span in layer_kv._tables[0][:1])
 
 
@@ -246,7 +246,7 @@ def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch
     """In the fetch queue, its copies stand before what waits for the layer's last kernel."""
     streams = Recorded()
     engine, layer_kvs = record_engine(monkeypatch, streams, [300, 600])
-    before = engine.ledger.host_to_device_bytes
+    before = engine.counter.host_to_device_bytes
     order = []
     begin = SlotRing._begin
     monkeypatch.setattr(SlotRing, "_begin", lambda ring, *more: order.append("fetch") or begin(ring, *more))
@@ -266,4 +266,4 @@ def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch
     assert order == [step for layer in range(3) for step in (f"layer {layer}", *["fetch", "kernel"] * tiles)]
     host_bytes = sum(layer_kv.host_tokens for layer_kv in layer_kvs) * 2 * 32 * 4
     first_tile_bytes = 200 * 2 * 32 * 4
-    assert engine.ledger.host_to_device_bytes - before == 3 * host_bytes + first_tile_bytes
+    assert engine.counter.host_to_device_bytes - before == 3 * host_bytes + first_tile_bytes

@@ -10,8 +10,8 @@ from headinfer.engine.engine import Engine, Options
 from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import LayerKV
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.streams import AtLast, AtOnce
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, SlotRing
@@ -51,9 +51,9 @@ def nbytes(*tensors):
 @given(data=st.data())
 def test_tiles_come_out_as_their_pieces_joined(kind, data):
     draw = data.draw
-    rng, ledger = seeded(draw(st.integers(0, 2**31 - 1))), Ledger()
+    rng, counter = seeded(draw(st.integers(0, 2**31 - 1))), ByteCounter()
     slots = draw(st.integers(2, 4))
-    ring = SlotRing(slots, 4096, CPU, ledger, kind())
+    ring = SlotRing(slots, 4096, CPU, counter, kind())
     total = copies = 0
     handles = []
     for _ in range(draw(st.integers(1, 8))):
@@ -73,17 +73,17 @@ def test_tiles_come_out_as_their_pieces_joined(kind, data):
     for handle, wanted in handles:
         assert all(map(torch.equal, joined(ring.wait(handle)), wanted))
         ring.release(handle)
-    assert ledger.host_to_device_bytes == total
-    assert ledger.copies == copies
-    assert ledger.device_to_host_bytes == 0
-    assert ledger.device_bytes["ring"] == ledger.device_peak_bytes == slots * 4096
+    assert counter.host_to_device_bytes == total
+    assert counter.copies == copies
+    assert counter.device_to_host_bytes == 0
+    assert counter.device_bytes["ring"] == counter.device_peak_bytes == slots * 4096
     ring.close()
-    assert ledger.device_bytes["ring"] == 0
+    assert counter.device_bytes["ring"] == 0
 
 
 @both_twins
 def test_a_slot_in_use_is_refused(kind):
-    ring, pieces = SlotRing(2, 1024, CPU, Ledger(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
+    ring, pieces = SlotRing(2, 1024, CPU, ByteCounter(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
     first, second = ring.fetch(pieces), ring.fetch(pieces)
     with pytest.raises(StateError, match="still in use"):
         ring.fetch(pieces)
@@ -96,20 +96,20 @@ def test_a_slot_in_use_is_refused(kind):
 
 @both_twins
 def test_a_refused_fetch_changes_nothing(kind):
-    ledger = Ledger()
-    ring, pieces = SlotRing(2, 1024, CPU, ledger, kind()), random_pieces(seeded(0), 1, [4], (4, 4))
+    counter = ByteCounter()
+    ring, pieces = SlotRing(2, 1024, CPU, counter, kind()), random_pieces(seeded(0), 1, [4], (4, 4))
     first, _ = ring.fetch(pieces), ring.fetch(pieces)
     wanted = joined(pieces)
-    moved = ledger.host_to_device_bytes
+    moved = counter.host_to_device_bytes
     with pytest.raises(StateError):
         ring.fetch(random_pieces(seeded(1), 1, [4], (4, 4)))
-    assert ledger.host_to_device_bytes == moved
+    assert counter.host_to_device_bytes == moved
     assert all(map(torch.equal, joined(ring.wait(first)), wanted))
 
 
 @both_twins
 def test_a_tile_larger_than_a_slot_is_refused(kind):
-    ring = SlotRing(2, 2 * 8 * (4 + 4) * 4, CPU, Ledger(), kind())
+    ring = SlotRing(2, 2 * 8 * (4 + 4) * 4, CPU, ByteCounter(), kind())
     ring.fetch(random_pieces(seeded(0), 2, [5, 3], (4, 4)))  # fills a slot to the last byte
     with pytest.raises(StateError, match="exceeds a slot"):
         ring.fetch(random_pieces(seeded(0), 2, [5, 4], (4, 4)))
@@ -118,7 +118,7 @@ def test_a_tile_larger_than_a_slot_is_refused(kind):
 
 @both_twins
 def test_abandon_frees_all_slots(kind):
-    ring, pieces = SlotRing(2, 1024, CPU, Ledger(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
+    ring, pieces = SlotRing(2, 1024, CPU, ByteCounter(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
     ring.fetch(pieces)
     ring.fetch(pieces)
     ring.abandon()
@@ -130,7 +130,7 @@ def test_abandon_frees_all_slots(kind):
 
 @both_twins
 def test_a_released_handle_cannot_be_used_again(kind):
-    ring = SlotRing(2, 1024, CPU, Ledger(), kind())
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), kind())
     handle = ring.fetch(random_pieces(seeded(0), 1, [4], (4, 4)))
     ring.release(handle)
     with pytest.raises(KeyError):
@@ -139,7 +139,7 @@ def test_a_released_handle_cannot_be_used_again(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_late_twin_shows_a_missing_wait_as_nan(dtype):
-    ring = SlotRing(2, 1024, CPU, Ledger(), AtLast())
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), AtLast())
     pieces = random_pieces(seeded(0), 2, [4, 3], (4, 5), dtype)
     for _ in range(3):  # also where the slot held an older tile
         handle = ring.fetch(pieces)
@@ -150,7 +150,7 @@ def test_the_late_twin_shows_a_missing_wait_as_nan(dtype):
 
 
 def test_the_early_twin_shows_a_slot_reused_too_early():
-    ring = SlotRing(2, 1024, CPU, Ledger(), AtOnce())
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), AtOnce())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(3)]
     first, _ = ring.fetch(tiles[0]), ring.fetch(tiles[1])
     ((k, v),) = ring.wait(first)
@@ -163,17 +163,17 @@ def test_the_early_twin_shows_a_slot_reused_too_early():
 
 @both_twins
 def test_what_was_expected_is_fetched_once(kind):
-    ledger = Ledger()
-    ring = SlotRing(2, 1024, CPU, ledger, kind())
+    counter = ByteCounter()
+    ring = SlotRing(2, 1024, CPU, counter, kind())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(4)]
     size = nbytes(*joined(tiles[0]))
     handle = ring.fetch(tiles[0], key="0")
     ring.expect(tiles[1], key="1")
     ring.expect(tiles[2], key="2")  # no slot is free: nothing happens
-    assert ledger.host_to_device_bytes == 2 * size
+    assert counter.host_to_device_bytes == 2 * size
     ring.release(handle)
     handle = ring.fetch(tiles[1], key="1")
-    assert ledger.host_to_device_bytes == 2 * size
+    assert counter.host_to_device_bytes == 2 * size
     assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[1])))
     ring.expect(tiles[2], key="2")
     ring.release(handle)
@@ -231,12 +231,12 @@ class Unwaiting(SlotRing):
         return (self._in_use[handle][0],)
 
 
-def stream_with(ring, ledger, backend):
+def stream_with(ring, counter, backend):
     """Decode over 700 tokens in tiles of 100: the relative error against the oracle."""
     rng = seeded(3)
     k, v = (torch.randn(1, 2, 701, 16, generator=rng) for _ in range(2))
     q = torch.randn(1, 4, 1, 16, generator=rng)
-    layer_kv = LayerKV(k, v, tier=HostTier(ledger), ledger=ledger, write=WriteInPlace())
+    layer_kv = LayerKV(k, v, tier=HostTier(counter), counter=counter, write=WriteInPlace())
     layer_kv.append(k[:, :, :700], v[:, :, :700])
     out = attend_streaming(
         q,
@@ -255,20 +255,20 @@ def stream_with(ring, ledger, backend):
 @both_twins
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_the_loop_keeps_the_protocol(kind, backend):
-    ledger = Ledger()
-    assert stream_with(SlotRing(2, 2 * 100 * 32 * 4, CPU, ledger, kind()), ledger, backend) < 2e-6
+    counter = ByteCounter()
+    assert stream_with(SlotRing(2, 2 * 100 * 32 * 4, CPU, counter, kind()), counter, backend) < 2e-6
 
 
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_a_slot_overwritten_in_the_loop_gives_wrong_numbers(backend):
-    ledger = Ledger()
-    assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, ledger, AtOnce()), ledger, backend) > 0.01
+    counter = ByteCounter()
+    assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, counter, AtOnce()), counter, backend) > 0.01
 
 
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_a_wait_missing_in_the_loop_gives_nan(backend):
-    ledger = Ledger()
-    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, ledger, AtLast()), ledger, backend)
+    counter = ByteCounter()
+    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, counter, AtLast()), counter, backend)
     assert error != error  # NaN
 
 
@@ -288,29 +288,29 @@ LAYOUTS = {
 @given(data=st.data())
 def test_write_back_brings_any_layout_home_in_pieces(kind, data):
     draw = data.draw
-    rng, ledger = seeded(draw(st.integers(0, 2**31 - 1))), Ledger()
+    rng, counter = seeded(draw(st.integers(0, 2**31 - 1))), ByteCounter()
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     heads, tokens, dim = draw(st.integers(1, 4)), draw(st.integers(0, 40)), draw(st.sampled_from([1, 3, 8]))
     row_bytes = heads * dim * dtype.itemsize
     buffer_bytes = row_bytes * draw(st.integers(1, 12)) + draw(st.sampled_from([0, dtype.itemsize]))
     source = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](torch.randn(heads, tokens, dim, generator=rng).to(dtype))
     memory = torch.full((heads, tokens + 7, dim), 99.0, dtype=dtype)
-    write = StagingWriter(buffer_bytes, CPU, ledger, kind())
+    write = StagingWriter(buffer_bytes, CPU, counter, kind())
     write(memory[:, 2 : tokens + 2], source, write.event())
     write.settle()
     assert torch.equal(memory[:, 2 : tokens + 2], source)
     assert (memory[:, :2] == 99).all()
     assert (memory[:, tokens + 2 :] == 99).all()
-    assert ledger.device_to_host_bytes == nbytes(source)
-    assert ledger.copies == heads * -(-tokens // (buffer_bytes // row_bytes))
-    assert ledger.host_to_device_bytes == 0
-    assert ledger.device_bytes["staging"] == ledger.device_peak_bytes == 2 * buffer_bytes
+    assert counter.device_to_host_bytes == nbytes(source)
+    assert counter.copies == heads * -(-tokens // (buffer_bytes // row_bytes))
+    assert counter.host_to_device_bytes == 0
+    assert counter.device_bytes["staging"] == counter.device_peak_bytes == 2 * buffer_bytes
     write.close()
-    assert ledger.device_bytes["staging"] == 0
+    assert counter.device_bytes["staging"] == 0
 
 
 def test_a_write_back_buffer_too_small_for_a_token_is_refused():
-    write = StagingWriter(31, CPU, Ledger(), AtOnce())
+    write = StagingWriter(31, CPU, ByteCounter(), AtOnce())
     with pytest.raises(CapacityError, match="holds no token of 32 bytes"):
         write(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None)
 
@@ -326,7 +326,7 @@ def test_a_write_back_buffer_is_not_packed_again_before_it_is_empty():
     source = torch.randn(2, 9, 4, generator=seeded(0))
     for kind, is_right in ((AtLast, True), (Hurrying, False)):
         memory = torch.zeros(2, 9, 4)
-        write = StagingWriter(2 * 4 * 4 * 2, CPU, Ledger(), kind())
+        write = StagingWriter(2 * 4 * 4 * 2, CPU, ByteCounter(), kind())
         write(memory, source, write.event())
         write.settle()
         assert torch.equal(memory, source) == is_right
@@ -378,10 +378,10 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(staging, mon
             mask = causal_mask(tokens, all_k.shape[2])
             wanted = attend_reference(q, all_k, all_v, scale=scale, mask=mask).out.transpose(1, 2)
             torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
-    ledger = engine.ledger
+    counter = engine.counter
     host_bytes = sum(layer_kv.rows * layer_kv.host_tokens * 2 * 32 * 4 for layer_kv in layer_kvs)
-    assert ledger.device_to_host_bytes == host_bytes  # each new token goes home once
-    assert ledger.host_to_device_bytes > 3 * host_bytes
-    assert sum(moved) == ledger.host_to_device_bytes + ledger.device_to_host_bytes
-    assert len(moved) == ledger.copies
-    assert sum(ledger.device_bytes.values()) <= ledger.device_peak_bytes <= 700_000
+    assert counter.device_to_host_bytes == host_bytes  # each new token goes home once
+    assert counter.host_to_device_bytes > 3 * host_bytes
+    assert sum(moved) == counter.host_to_device_bytes + counter.device_to_host_bytes
+    assert len(moved) == counter.copies
+    assert sum(counter.device_bytes.values()) <= counter.device_peak_bytes <= 700_000

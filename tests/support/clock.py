@@ -138,7 +138,7 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
     flops, nbytes = 2 * LINEAR_WEIGHTS * query_tokens, 2 * LINEAR_WEIGHTS
     clock.drain()
     for _ in range(count):
-        before, worked, fetched = clock.now["compute"], clock.busy["compute"], engine.ledger.host_to_device_bytes
+        before, worked, fetched = clock.now["compute"], clock.busy["compute"], engine.counter.host_to_device_bytes
         for layer_kv in layer_kvs:
             if layer_kv is layer_kvs[0]:
                 engine.begin(layer_kv, HEADS, query_tokens)
@@ -150,6 +150,6 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
                 clock.finish(Event(clock.now["compute"]))
         if query_tokens == 1:
             clock.finish(Event(clock.now["compute"]))
-    assert engine.ledger.device_peak_bytes <= budget["device_kv_budget"]
+    assert engine.counter.device_peak_bytes <= budget["device_kv_budget"]
     found = clock.now["compute"] - before, clock.busy["compute"] - worked
-    return Pass(*found, engine.ledger.host_to_device_bytes - fetched)
+    return Pass(*found, engine.counter.host_to_device_bytes - fetched)

@@ -12,7 +12,7 @@ from headinfer.attention.backends import Problem, capability_of
 from headinfer.bench.gpu_job import Job, Line, Rates
 from headinfer.bench.model import DRAM_BUFFER_BYTES, dram_reader
 from headinfer.engine.machine import this_machine
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.numa import node_of
 from headinfer.kv.segments import Segment
 from headinfer.kv.streams import open_streams
@@ -31,7 +31,9 @@ _LONG_TOKENS = 2**20
 
 def host_tier(job: Job) -> HostTier:
     """Where host memory comes from as segments have it; after it gave some, it says whether it could be pinned."""
-    return HostTier(Ledger(), device=job.device, node=node_of(job.device)) if job.is_cuda else HostTier(Ledger())
+    return (
+        HostTier(ByteCounter(), device=job.device, node=node_of(job.device)) if job.is_cuda else HostTier(ByteCounter())
+    )
 
 
 def measure_rates(job: Job) -> Rates:
@@ -174,13 +176,13 @@ def _tile_rates(job: Job) -> TileRates | None:
 def _tiles(job: Job, query_tokens: int) -> Line:
     """Tiles through the ring as the engine fetches them, with nothing computed: one contiguous copy a head and side."""
     plan, slot_bytes, problem = tile_of(job, query_tokens)
-    ledger, streams = Ledger(), open_streams("cuda" if job.is_cuda else "early", job.device)
+    counter, streams = ByteCounter(), open_streams("cuda" if job.is_cuda else "early", job.device)
     assert streams is not None
     tier = host_tier(job)
     segment = Segment(tier, plan.heads_per_group, plan.tile_tokens, problem.key_dim, problem.value_dim, problem.dtype)
     if segment.is_pageable:
         return Line("link", "tiles", "pinned, through the ring", note=f"could not be pinned: {tier.pin_refusal}")
-    ring = SlotRing(RING_SLOTS, slot_bytes, job.device, ledger, streams)
+    ring = SlotRing(RING_SLOTS, slot_bytes, job.device, counter, streams)
     rounds = max(2, max(job.sizes.copy_bytes) // slot_bytes)
 
     def stream() -> None:
@@ -190,8 +192,8 @@ def _tiles(job: Job, query_tokens: int) -> Line:
             ring.release(handle)
 
     job.timed(stream)
-    before = ledger.host_to_device_bytes
-    rate = 1 / job.timed(stream) * (ledger.host_to_device_bytes - before)
+    before = counter.host_to_device_bytes
+    rate = 1 / job.timed(stream) * (counter.host_to_device_bytes - before)
     ring.close()
     head_bytes = plan.tile_tokens * problem.key_dim * problem.dtype.itemsize
     what = "decode" if query_tokens == 1 else "prefill"

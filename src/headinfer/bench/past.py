@@ -54,7 +54,7 @@ class Past:
                 layer.layer_kv.append(k[:, :, :size], v[:, :, :size])
         source.engine.settle()
         layer_kvs = [layer.layer_kv for layer in layers if layer.layer_kv is not None]
-        self.host_bytes = source.engine.ledger.host_bytes
+        self.host_bytes = source.engine.counter.host_bytes
         self._pin_refusal = next(iter(source.engine.devices.values())).tier.pin_refusal
         self._tables = [layer_kv.saved_tables() for layer_kv in layer_kvs]
         self._tails = [tuple(tail.clone() for tail in layer_kv.tails()) for layer_kv in layer_kvs]

@@ -12,9 +12,9 @@ import torch
 
 from headinfer.engine.machine import free_device_bytes
 from headinfer.errors import CapacityError
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.layer_kv import LayerKV
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.numa import node_of
 from headinfer.kv.read_ahead import ReadAhead, read_slot_bytes
 from headinfer.kv.resident import Residency, Share
@@ -53,23 +53,25 @@ class DeviceKV:
         streaming_budget: int | None,
         expected_tokens: int,
         rates: TileRates | None,
-        ledger: Ledger,
-        host_ledger: Ledger,
+        counter: ByteCounter,
+        host_counter: ByteCounter,
     ) -> None:
         """budget: device bytes of all KV, None for what is free (on a CPU: 256 MiB); streaming_budget: the part of it
         that is not for resident KV, None for 256 MiB. layers: stores that there may be, all_layers: on other devices
-        too. host_ledger counts host memory.
+        too. host_counter counts host memory.
         """
         self.device, self.staging, self.expected_tokens = device, staging, expected_tokens
         self.layers, self.all_layers = layers, all_layers
-        self.rates, self.ledger = rates, ledger
+        self.rates, self.counter = rates, counter
         is_cuda = staging == "cuda"
         if budget is None:
             budget = default_budget(device) if is_cuda else DEFAULT_BUDGET_BYTES
         self.budget = budget
         self.streaming_bytes = min(streaming_budget or DEFAULT_BUDGET_BYTES, budget)
         self.streams: Streams | None = open_streams(staging, device)
-        self.tier = HostTier(host_ledger, device=device if is_cuda else None, node=node_of(device) if is_cuda else None)
+        self.tier = HostTier(
+            host_counter, device=device if is_cuda else None, node=node_of(device) if is_cuda else None
+        )
         self.disk: DiskTier | None = None
         self.ring: Ring | None = None
         self.plan: TilePlan | None = None
@@ -77,13 +79,13 @@ class DeviceKV:
         self.write: Writer = WriteInPlace()
         self.residency: Residency | None = None
         if self.streams is not None:
-            self.write = StagingWriter(write_back_bytes(self.streaming_bytes), device, ledger, self.streams)
-            self.residency = Residency(budget - self.streaming_bytes, device, ledger, self.streams)
+            self.write = StagingWriter(write_back_bytes(self.streaming_bytes), device, counter, self.streams)
+            self.residency = Residency(budget - self.streaming_bytes, device, counter, self.streams)
 
     @property
     def held_bytes(self) -> int:
         """Device bytes of all KV."""
-        return sum(self.ledger.device_bytes.values())
+        return sum(self.counter.device_bytes.values())
 
     def new_layer_kv(self, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         """An empty store for k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] that lie here."""
@@ -98,7 +100,7 @@ class DeviceKV:
             k,
             v,
             tier=self.tier,
-            ledger=self.ledger,
+            counter=self.counter,
             write=self.write,
             expected_tokens=self.expected_tokens,
             on_full=self.disk.full if self.disk is not None else None,
@@ -108,7 +110,7 @@ class DeviceKV:
 
     def _host_room_bytes(self) -> int:
         """Host memory that is free, or holds KV of this cache already."""
-        return available_host_bytes() + self.tier.ledger.host_bytes
+        return available_host_bytes() + self.tier.counter.host_bytes
 
     def begin(
         self, layer_kv: LayerKV, query_heads: int, query_tokens: int, row_copies: int, fixed: dict[str, int | None]
@@ -118,7 +120,7 @@ class DeviceKV:
         row_copies: rows that each row will become before long, and that need tails. fixed: what choose_tiles() is told.
         """
         # One tail more than there are layers, since reordering rows copies a tail; and forks have tails too.
-        held = self.ledger.device_bytes
+        held = self.counter.device_bytes
         tails = max((self.layers + 1) * layer_kv.tail_bytes * row_copies, held["tail"] + layer_kv.tail_bytes)
         taken = tails + held["staging"]
         residency, queries = self.residency, (query_heads, query_tokens)
@@ -206,7 +208,7 @@ class DeviceKV:
         ring: Any = InPlace()
         if slot_bytes is not None:
             assert self.streams is not None
-            ring = SlotRing(RING_SLOTS, slot_bytes, self.device, self.ledger, self.streams)
+            ring = SlotRing(RING_SLOTS, slot_bytes, self.device, self.counter, self.streams)
         if self.disk is not None or self.tier.pin_refusal:
             nbytes = read_slot_bytes(self.disk.host_budget if self.disk is not None else None)
             ring = ReadAhead(ring, self.tier, nbytes, self.streams)

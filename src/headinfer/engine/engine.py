@@ -17,10 +17,10 @@ from headinfer.engine.device_kv import DeviceKV
 from headinfer.engine.machine import this_machine
 from headinfer.engine.streaming import Tile, attend_streaming, tiles_of
 from headinfer.errors import UnsupportedError, UsageError
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk import DiskSlice
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV, TokenRanges, first_of
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.segments import Segment
 from headinfer.kv.streams import Staging
 from headinfer.kv.tiers import HostTier
@@ -93,7 +93,7 @@ class Engine:
         """layers: how many stores there will be; their tails are part of the budget from the start."""
         self.options, self.layers = options, layers
         self.layers_on: Mapping[torch.device, int] = {}  # how many of them, where that is known before
-        self.ledger = Ledger()  # of the host, and of the first device
+        self.counter = ByteCounter()  # of the host, and of the first device
         self.devices: dict[torch.device, DeviceKV] = {}
         self.awaiting: object | None = None  # what was updated and whose attention has not run yet
         self.backends_used: set[str] = set()
@@ -110,9 +110,9 @@ class Engine:
         return next((kv.plan for kv in self.devices.values()), None)
 
     @property
-    def ledgers(self) -> list[Ledger]:
+    def counters(self) -> list[ByteCounter]:
         """What each device counts; the first one counts the host too."""
-        return [kv.ledger for kv in self.devices.values()] or [self.ledger]
+        return [kv.counter for kv in self.devices.values()] or [self.counter]
 
     def check_budget(self, shape: ModelShape, element_bytes: int, chunk_tokens: int, total_tokens: int) -> None:
         """Raise, before anything is loaded, where the options cannot serve one row of this shape.
@@ -273,8 +273,8 @@ class Engine:
             streaming_budget=options.streaming_budget,
             expected_tokens=options.expected_tokens,
             rates=rates,
-            ledger=Ledger() if self.devices else self.ledger,
-            host_ledger=self.ledger,
+            counter=ByteCounter() if self.devices else self.counter,
+            host_counter=self.counter,
         )
         self.devices[place] = kv
         self._use_disk(kv, k, v)
@@ -295,7 +295,7 @@ class Engine:
             token_bytes = self.layers * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
             reserve = options.expected_tokens * token_bytes  # all of it: read buffers take a part of the budget
             self.disk = DiskTier(
-                Path(options.disk_tier), options.host_kv_budget, reserve, self.ledger, self._write_back_done
+                Path(options.disk_tier), options.host_kv_budget, reserve, self.counter, self._write_back_done
             )
         kv.disk = self.disk
         kv.tier.make_room = self.disk.make_room

@@ -112,17 +112,17 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def stats(self) -> Stats:
         """Bytes held and moved so far, and what was chosen for the last forward pass."""
-        host, plan, ledgers = self.engine.ledger, self.engine.plan, self.engine.ledgers
+        host, plan, counters = self.engine.counter, self.engine.plan, self.engine.counters
 
         def held(purpose: str) -> int:
-            return sum(ledger.device_bytes[purpose] for ledger in ledgers)
+            return sum(counter.device_bytes[purpose] for counter in counters)
 
         return Stats(
             tokens=self.head_layers[0].get_seq_length(),
             layers_offloaded=len(self.head_layers),
             layers_left_to_transformers=len(self.layers) - len(self.head_layers),
-            device_kv_bytes=sum(sum(ledger.device_bytes.values()) for ledger in ledgers),
-            device_kv_peak_bytes=sum(ledger.device_peak_bytes for ledger in ledgers),
+            device_kv_bytes=sum(sum(counter.device_bytes.values()) for counter in counters),
+            device_kv_peak_bytes=sum(counter.device_peak_bytes for counter in counters),
             device_ring_bytes=held("ring"),
             device_tail_bytes=held("tail"),
             device_staging_bytes=held("staging"),
@@ -131,10 +131,10 @@ class HeadCache(Cache):  # type: ignore[misc]
             host_kv_peak_bytes=host.host_peak_bytes,
             disk_kv_bytes=host.disk_bytes,
             disk_to_host_bytes=host.disk_to_host_bytes,
-            link_to_device_bytes=sum(ledger.host_to_device_bytes for ledger in ledgers),
-            link_to_host_bytes=sum(ledger.device_to_host_bytes for ledger in ledgers),
-            tail_moved_bytes=sum(ledger.tail_moved_bytes for ledger in ledgers),
-            copies=sum(ledger.copies for ledger in ledgers),
+            link_to_device_bytes=sum(counter.host_to_device_bytes for counter in counters),
+            link_to_host_bytes=sum(counter.device_to_host_bytes for counter in counters),
+            tail_moved_bytes=sum(counter.tail_moved_bytes for counter in counters),
+            copies=sum(counter.copies for counter in counters),
             heads_per_group=plan.heads_per_group if plan else 0,
             tile_tokens=plan.tile_tokens if plan else 0,
             tile_reason=plan.why if plan else "",

@@ -35,7 +35,7 @@ from headinfer.hf.compat import (
 from headinfer.hf.copies import one_of_each, repeat_logits
 from headinfer.hf.families import check_family
 from headinfer.hf.layers import HeadLayer
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 
@@ -97,7 +97,7 @@ class Enabled:
         shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
         device = tightest(cuda_devices(model)) or torch.device("cpu")
         fixed = fixed_fields(self.options, self.chunk_tokens)
-        ledgers = cache.engine.ledgers if cache is not None else [Ledger()]
+        counters = cache.engine.counters if cache is not None else [ByteCounter()]
         try:
             return plan_run(
                 shape,
@@ -105,8 +105,8 @@ class Enabled:
                 model.dtype,
                 max(tokens, 1),
                 rows=rows,
-                held_device_bytes=min(sum(held.device_bytes.values()) for held in ledgers),
-                held_host_bytes=ledgers[0].host_bytes,
+                held_device_bytes=min(sum(held.device_bytes.values()) for held in counters),
+                held_host_bytes=counters[0].host_bytes,
                 is_loaded=True,
                 fixed=fixed,
             )

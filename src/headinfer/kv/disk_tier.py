@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from headinfer.errors import CapacityError
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk import DiskFile
-from headinfer.kv.ledger import Ledger
 from headinfer.kv.segments import Segment
 
 __all__ = ["DiskTier"]
@@ -28,10 +28,10 @@ class DiskTier:
         folder: Path,
         host_budget: int,
         reserve_bytes: int,
-        ledger: Ledger,
+        counter: ByteCounter,
         written_back: Callable[[], Callable[[], None]],
     ) -> None:
-        self.file, self.host_budget, self.ledger = DiskFile(folder, reserve_bytes), host_budget, ledger
+        self.file, self.host_budget, self.counter = DiskFile(folder, reserve_bytes), host_budget, counter
         self._written_back = written_back
         self._writer = ThreadPoolExecutor(1, "headinfer-disk-write")
         weakref.finalize(self, self._writer.shutdown, wait=False).atexit = False
@@ -51,11 +51,11 @@ class DiskTier:
     def make_room(self, nbytes: int) -> None:
         """Wait until nbytes more fit the budget. Raises CapacityError where they never will."""
         self._collect()
-        while self.ledger.host_bytes + nbytes > self.host_budget:
+        while self.counter.host_bytes + nbytes > self.host_budget:
             if not self._leaving and not self._send():
                 raise CapacityError(
                     f"a host KV budget of {self.host_budget / 2**20:,.1f} MiB is used up by what can not go to the "
-                    f"disk ({self.ledger.host_bytes / 2**20:,.1f} MiB: read buffers, and the newest tokens of each "
+                    f"disk ({self.counter.host_bytes / 2**20:,.1f} MiB: read buffers, and the newest tokens of each "
                     "layer): raise it, or use shorter chunks"
                 )
             self._leaving[0][3].result()
@@ -68,7 +68,7 @@ class DiskTier:
             self._collect()
 
     def _staying(self) -> int:
-        return self.ledger.host_bytes - sum(nbytes for _, _, nbytes, _ in self._leaving)
+        return self.counter.host_bytes - sum(nbytes for _, _, nbytes, _ in self._leaving)
 
     def _send(self) -> bool:
         """Begin to write the newest full segment; False where there is none."""
@@ -93,5 +93,5 @@ class DiskTier:
             segment, start, nbytes, job = self._leaving.popleft()
             job.result()
             segment.move_to(self.file, start)
-            self.ledger.hold_disk(nbytes)
-            weakref.finalize(segment, self.ledger.hold_disk, -nbytes).atexit = False
+            self.counter.hold_disk(nbytes)
+            weakref.finalize(segment, self.counter.hold_disk, -nbytes).atexit = False

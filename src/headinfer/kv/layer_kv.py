@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from headinfer.errors import StateError
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.resident import Share
 from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRanges, clip, group, seal
 from headinfer.kv.tiers import HostTier
@@ -45,7 +45,7 @@ class LayerKV:
         v: torch.Tensor,
         *,
         tier: HostTier,
-        ledger: Ledger,
+        counter: ByteCounter,
         write: Writer,
         expected_tokens: int = 0,
         on_full: Callable[[Sequence[Segment]], None] | None = None,
@@ -57,7 +57,7 @@ class LayerKV:
         on_full: called with segments that will not be written to any more; they are smaller then. reserves: memory for
         the expected length is taken with the first tokens, since to pin some makes a device wait.
         """
-        self.tier, self.ledger, self.write = tier, ledger, write
+        self.tier, self.counter, self.write = tier, counter, write
         self.expected_tokens = expected_tokens if on_full is None else 0
         self.on_full = on_full
         self.share = share
@@ -70,7 +70,7 @@ class LayerKV:
         self.tail_tokens = 0
         self._tables: list[list[SegmentSlice]] = [[] for _ in range(k.shape[0])]
         self._whole_prefixes: list[SharedPrefix] | None = None
-        self._tail_count = _TailCount(ledger)
+        self._tail_count = _TailCount(counter)
         weakref.finalize(self, self._tail_count.set, 0).atexit = False  # also where nobody calls close()
         self._new_tail(k.shape[0])
 
@@ -220,7 +220,7 @@ class LayerKV:
         self._tail_count.set(old_bytes + self.tail_bytes)  # both exist for a moment
         for new, old in zip((self._tail_k, self._tail_v), old_tails, strict=True):
             new[:, :, : self.tail_tokens] = old[chosen, :, : self.tail_tokens]
-            self.ledger.tail_moved_bytes += new[:, :, : self.tail_tokens].numel() * new.element_size()
+            self.counter.tail_moved_bytes += new[:, :, : self.tail_tokens].numel() * new.element_size()
         self._tail_count.set(self.tail_bytes)
         self._whole_prefixes = None
 
@@ -230,7 +230,7 @@ class LayerKV:
             self._tail_k[:, :, :0],
             self._tail_v[:, :, :0],
             tier=self.tier,
-            ledger=self.ledger,
+            counter=self.counter,
             write=self.write,
             on_full=self.on_full,
             share=self.share,
@@ -242,7 +242,7 @@ class LayerKV:
         twin.host_tokens, twin.tail_tokens = self.host_tokens, self.tail_tokens
         twin._tail_k.copy_(self._tail_k)
         twin._tail_v.copy_(self._tail_v)
-        self.ledger.tail_moved_bytes += self.tail_bytes
+        self.counter.tail_moved_bytes += self.tail_bytes
         return twin
 
     def close(self) -> None:
@@ -337,12 +337,12 @@ def first_of(token_ranges: Sequence[TokenRanges] | None, tokens: int, rows: int)
 
 
 class _TailCount:
-    """The bytes of one store's tail as the ledger knows them."""
+    """The bytes of one store's tail as the counter knows them."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger, self._nbytes = ledger, 0
+    def __init__(self, counter: ByteCounter) -> None:
+        self._counter, self._nbytes = counter, 0
 
     def set(self, nbytes: int) -> None:
         """The tail has this many bytes now."""
-        self._ledger.hold_device("tail", nbytes - self._nbytes)
+        self._counter.hold_device("tail", nbytes - self._nbytes)
         self._nbytes = nbytes

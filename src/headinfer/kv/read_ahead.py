@@ -59,7 +59,7 @@ class ReadAhead:
     depth = READ_SLOTS - 1
 
     def __init__(self, inner: Ring, tier: HostTier, slot_bytes: int, streams: Streams | None = None) -> None:
-        self.inner, self.slot_bytes, self.ledger = inner, inner.slot_bytes, tier.ledger
+        self.inner, self.slot_bytes, self.counter = inner, inner.slot_bytes, tier.counter
         self._streams = streams
         self._memory = [tier.buffer(slot_bytes) for _ in range(READ_SLOTS)]
         self._readers = ThreadPoolExecutor(_READERS, "headinfer-disk-read")
@@ -141,7 +141,7 @@ class ReadAhead:
             tile.reads += [self._readers.submit(job) for job in jobs]
             tile.pieces.append(near)
             if isinstance(piece, DiskSlice):
-                self.ledger.disk_to_host_bytes += piece.nbytes
+                self.counter.disk_to_host_bytes += piece.nbytes
         return tile
 
     def _forward(self, tile: _Tile) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.segments import Arena, Segment, SegmentSlice
 from headinfer.kv.streams import Streams
 
@@ -26,14 +26,14 @@ _FIRST_ARENA_TOKENS = 4096  # where the final length is not known; later ones do
 class Residency:
     """The room for resident KV on one device."""
 
-    def __init__(self, room_bytes: int, device: torch.device, ledger: Ledger, streams: Streams) -> None:
-        self.room_bytes, self.device, self.streams, self._ledger = room_bytes, device, streams, ledger
+    def __init__(self, room_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams) -> None:
+        self.room_bytes, self.device, self.streams, self._counter = room_bytes, device, streams, counter
         self._arenas: list[weakref.ref[Arena]] = []
 
     @property
     def held_bytes(self) -> int:
         """Bytes of all arenas."""
-        return self._ledger.device_bytes["resident"]
+        return self._counter.device_bytes["resident"]
 
     def take(self, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Arena | None:
         """A new arena, or None where there is no room for it."""
@@ -47,8 +47,8 @@ class Residency:
         except torch.OutOfMemoryError:  # others took what was free: these tokens stream
             return None
         arena = Arena(k, v)
-        self._ledger.hold_device("resident", nbytes)
-        weakref.finalize(arena, self._ledger.hold_device, "resident", -nbytes).atexit = False
+        self._counter.hold_device("resident", nbytes)
+        weakref.finalize(arena, self._counter.hold_device, "resident", -nbytes).atexit = False
         self._arenas = [known for known in self._arenas if known() is not None] + [weakref.ref(arena)]
         return arena
 

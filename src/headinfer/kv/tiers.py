@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from headinfer.errors import CapacityError
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.numa import prefer
 
 __all__ = ["HostTier", "register"]
@@ -29,7 +29,7 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 
 
 class HostTier:
-    """Allocates host memory and counts it in a ledger; pins it where a CUDA device will copy from it.
+    """Allocates host memory and counts it in a counter; pins it where a CUDA device will copy from it.
 
     Memory is pinned by registering pages that are there, at their exact size. Where the system refuses (limits on
     locked memory, WSL2), it stays pageable, pin_refusal says why, and nothing more is tried: what lies there goes to
@@ -37,9 +37,9 @@ class HostTier:
     under inference_mode() too, since a cache may be used without it later.
     """
 
-    def __init__(self, ledger: Ledger, *, device: torch.device | None = None, node: int | None = None) -> None:
+    def __init__(self, counter: ByteCounter, *, device: torch.device | None = None, node: int | None = None) -> None:
         """device: that copies from it, where it has to be pinned for that."""
-        self.ledger = ledger
+        self.counter = counter
         self.make_room: Callable[[int], None] = lambda nbytes: None  # before bytes are taken: see disk_tier.py
         self.device, self.node = device, node
         self.pin_refusal = ""
@@ -68,7 +68,7 @@ class HostTier:
         holder = (ctypes.c_char * nbytes).from_buffer(pages)
         with torch.inference_mode(False):
             tensor = torch.frombuffer(holder, dtype=dtype).view(shape)
-        self.ledger.hold_host(nbytes)
+        self.counter.hold_host(nbytes)
         # The storage, not this view of it, lives as long as anyone reads the memory.
         address = tensor.untyped_storage().data_ptr()
         if self.node is not None:
@@ -82,7 +82,7 @@ class HostTier:
         release: Callable[[], None] | None = None
         if self.device is not None and address in self._pinned:
             release = functools.partial(_unpin, self._pinned, address, self.device)
-        weakref.finalize(holder, _release, self.ledger, nbytes, release).atexit = False
+        weakref.finalize(holder, _release, self.counter, nbytes, release).atexit = False
         return tensor
 
     def buffer(self, nbytes: int) -> torch.Tensor:
@@ -95,8 +95,8 @@ class HostTier:
                 _forget_error(self.device)
             else:
                 self.make_room(nbytes)
-                self.ledger.hold_host(nbytes)
-                weakref.finalize(tensor, self.ledger.hold_host, -nbytes).atexit = False
+                self.counter.hold_host(nbytes)
+                weakref.finalize(tensor, self.counter.hold_host, -nbytes).atexit = False
                 return tensor
         return self.allocate((nbytes,), torch.uint8)
 
@@ -133,7 +133,7 @@ def _forget_error(device: torch.device) -> None:
         torch.ones(1, device=device)  # zeros need no kernel in every torch
 
 
-def _release(ledger: Ledger, nbytes: int, unpin: Callable[[], None] | None) -> None:
+def _release(counter: ByteCounter, nbytes: int, unpin: Callable[[], None] | None) -> None:
     if unpin is not None:
         unpin()
-    ledger.hold_host(-nbytes)
+    counter.hold_host(-nbytes)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from headinfer.errors import StateError
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.streams import Streams
 
 __all__ = ["InPlace", "Ring", "SlotRing"]
@@ -67,13 +67,15 @@ class SlotRing:
 
     depth = 1
 
-    def __init__(self, slots: int, slot_bytes: int, device: torch.device, ledger: Ledger, streams: Streams) -> None:
-        self.slot_bytes, self._ledger, self._streams = slot_bytes, ledger, streams
+    def __init__(
+        self, slots: int, slot_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams
+    ) -> None:
+        self.slot_bytes, self._counter, self._streams = slot_bytes, counter, streams
         with torch.inference_mode(False):
             self._memory = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(slots)]
         # The allocator knows the compute queue only, and a tile that was expected may still be on its way.
         weakref.finalize(self, streams.drain).atexit = False
-        ledger.hold_device("ring", slots * slot_bytes)
+        counter.hold_device("ring", slots * slot_bytes)
         self._ready = [streams.event() for _ in range(slots)]
         self._free = [streams.event() for _ in range(slots)]
         for event in self._free:  # the slots' zeros are written by the compute queue
@@ -118,7 +120,7 @@ class SlotRing:
     def close(self) -> None:
         """Give the slots back."""
         self.abandon()
-        self._ledger.hold_device("ring", -len(self._memory) * self.slot_bytes)
+        self._counter.hold_device("ring", -len(self._memory) * self.slot_bytes)
         self._memory = []
 
     def _slot(self, handle: int) -> int:
@@ -169,8 +171,8 @@ class SlotRing:
                 tokens = source.shape[1]
                 copies += [(inside[head, at : at + tokens], source[head]) for head in range(source.shape[0])]
                 at += tokens
-                self._ledger.host_to_device_bytes += source.numel() * source.element_size()
-        self._ledger.copies += len(copies)
+                self._counter.host_to_device_bytes += source.numel() * source.element_size()
+        self._counter.copies += len(copies)
         return copies
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from headinfer.errors import CapacityError
-from headinfer.kv.ledger import Ledger
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.streams import Streams
 
 __all__ = ["StagingWriter", "WriteInPlace", "Writer"]
@@ -53,15 +53,15 @@ class StagingWriter:
     Two buffers of `buffer_bytes` take turns: the compute queue packs one while the back queue empties the other.
     """
 
-    def __init__(self, buffer_bytes: int, device: torch.device, ledger: Ledger, streams: Streams) -> None:
-        self.buffer_bytes, self._ledger, self._streams = buffer_bytes, ledger, streams
+    def __init__(self, buffer_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams) -> None:
+        self.buffer_bytes, self._counter, self._streams = buffer_bytes, counter, streams
         with torch.inference_mode(False):
             self._buffers = [torch.zeros(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         weakref.finalize(self, streams.drain).atexit = False  # the allocator knows the compute queue only
         self._packed = [streams.event() for _ in range(2)]
         self._drained = [streams.event() for _ in range(2)]
         self._turn = 0
-        ledger.hold_device("staging", 2 * buffer_bytes)
+        counter.hold_device("staging", 2 * buffer_bytes)
 
     def __call__(self, destination: torch.Tensor, source: torch.Tensor, write_done: Any) -> None:
         if source.numel() == 0:
@@ -86,8 +86,8 @@ class StagingWriter:
         self._streams.wait(packed_event, "back")
         self._streams.copy(list(zip(destination, packed, strict=True)), "back")
         self._streams.record(drained, "back")
-        self._ledger.device_to_host_bytes += packed.numel() * packed.element_size()
-        self._ledger.copies += packed.shape[0]
+        self._counter.device_to_host_bytes += packed.numel() * packed.element_size()
+        self._counter.copies += packed.shape[0]
 
     def event(self) -> Any:
         return self._streams.event()
@@ -98,5 +98,5 @@ class StagingWriter:
     def close(self) -> None:
         """Give the buffers back."""
         self._streams.drain()
-        self._ledger.hold_device("staging", -2 * self.buffer_bytes)
+        self._counter.hold_device("staging", -2 * self.buffer_bytes)
         self._buffers = []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Ledger"]
+__all__ = ["ByteCounter"]
 
 
 @dataclass
-class Ledger:
+class ByteCounter:
     """Bytes held and moved by one cache; all figures are exact.
 
     device_bytes holds what the KV cache occupies on the compute device, by purpose: "ring" (the slots that tiles
