@@ -25,7 +25,7 @@ from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.disk import DiskSlice, PageableSlice
 from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
-from headinfer.kv.segments import Arena, SegmentSlice, SharedPrefix
+from headinfer.kv.segments import ResidentBuffer, SegmentSlice, SharedPrefix
 from headinfer.kv.transfer import InPlace, Piece, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 
@@ -202,18 +202,18 @@ def _by_place(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSli
 
 
 def _joined(slices: Sequence[SegmentSlice], heads: slice) -> Iterator[Piece]:
-    """Resident spans as few pieces: neighbours in an arena are one."""
-    arena: Arena | None = None
+    """Resident spans as few pieces: neighbours in an resident buffer are one."""
+    resident_buffer: ResidentBuffer | None = None
     begin = end = 0
     for part in slices:
-        start = part.segment.arena_start + part.start
-        if part.segment.arena is not arena or start != end:
-            if arena is not None:
-                yield arena.k[heads, begin:end], arena.v[heads, begin:end]
-            arena, begin = part.segment.arena, start
+        start = part.segment.resident_start + part.start
+        if part.segment.resident_buffer is not resident_buffer or start != end:
+            if resident_buffer is not None:
+                yield resident_buffer.k[heads, begin:end], resident_buffer.v[heads, begin:end]
+            resident_buffer, begin = part.segment.resident_buffer, start
         end = start + part.tokens
-    if arena is not None:
-        yield arena.k[heads, begin:end], arena.v[heads, begin:end]
+    if resident_buffer is not None:
+        yield resident_buffer.k[heads, begin:end], resident_buffer.v[heads, begin:end]
 
 
 def _calls(layer: Layer, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:

@@ -1,7 +1,7 @@
 """KV that also stays on the device: the first tokens of each row, as far as a budget reaches.
 
 What is resident is written through to the host like all other KV, so letting go of it is free. A row's resident
-tokens lie in arenas, head by head, and neighbours are read as one piece: where all is resident, attention is one kernel
+tokens lie in resident buffers, head by head, and neighbours are read as one piece: where all is resident, attention is one kernel
 call on them, as it is without offloading.
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.kv.byte_counter import ByteCounter
-from headinfer.kv.segments import Arena, Segment, SegmentSlice
+from headinfer.kv.segments import ResidentBuffer, Segment, SegmentSlice
 from headinfer.kv.streams import Streams
 
 __all__ = ["RESIDENT_UNIT_TOKENS", "Residency", "Share"]
 
 RESIDENT_UNIT_TOKENS = 128
-_FIRST_ARENA_TOKENS = 4096  # where the final length is not known; later ones double what the row has
+_FIRST_BUFFER_TOKENS = 4096  # where the final length is not known; later ones double what the row has
 
 
 class Residency:
@@ -28,15 +28,15 @@ class Residency:
 
     def __init__(self, room_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams) -> None:
         self.room_bytes, self.device, self.streams, self._counter = room_bytes, device, streams, counter
-        self._arenas: list[weakref.ref[Arena]] = []
+        self._buffers: list[weakref.ref[ResidentBuffer]] = []
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all arenas."""
+        """Bytes of all resident buffers."""
         return self._counter.device_bytes["resident"]
 
-    def take(self, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Arena | None:
-        """A new arena, or None where there is no room for it."""
+    def take(self, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> ResidentBuffer | None:
+        """A new resident buffer, or None where there is no room for it."""
         nbytes = heads * tokens * (key_dim + value_dim) * dtype.itemsize
         if self.held_bytes + nbytes > self.room_bytes:
             return None
@@ -46,21 +46,21 @@ class Residency:
                 v = torch.empty(heads, tokens, value_dim, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError:  # others took what was free: these tokens stream
             return None
-        arena = Arena(k, v)
+        resident_buffer = ResidentBuffer(k, v)
         self._counter.hold_device("resident", nbytes)
-        weakref.finalize(arena, self._counter.hold_device, "resident", -nbytes).atexit = False
-        self._arenas = [known for known in self._arenas if known() is not None] + [weakref.ref(arena)]
-        return arena
+        weakref.finalize(resident_buffer, self._counter.hold_device, "resident", -nbytes).atexit = False
+        self._buffers = [known for known in self._buffers if known() is not None] + [weakref.ref(resident_buffer)]
+        return resident_buffer
 
     def let_go(self, room_bytes: int) -> None:
         """Keep no more than this from now on; the newest go first. Their tokens stream from the host again."""
         self.room_bytes = room_bytes
         while self.held_bytes > room_bytes:
-            arena = self._arenas.pop()()
-            if arena is not None:
-                for segment in list(arena.segments):
-                    segment.arena, segment.resident_tokens = None, 0
-            del arena
+            resident_buffer = self._buffers.pop()()
+            if resident_buffer is not None:
+                for segment in list(resident_buffer.segments):
+                    segment.resident_buffer, segment.resident_tokens = None, 0
+            del resident_buffer
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Share:
         return self.nbytes // (token_bytes * rows) // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
 
     def place(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:
-        """Give a segment that begins at token `start` of its row a place in an arena, whole or up to the limit.
+        """Give a segment that begins at token `start` of its row a place in an resident buffer, whole or up to the limit.
 
         before: the row's previous segment; only what follows resident tokens is resident. False where it has none.
         """
@@ -91,14 +91,23 @@ class Share:
         wanted = min(segment.tokens, most - start)
         if wanted <= 0 or (before is not None and before.resident_tokens < before.tokens):
             return False
-        arena = before.arena if before is not None else None
-        if arena is None or before is None or before.arena_start + before.tokens != arena.used or arena.left < wanted:
-            tokens = most - start if is_planned else min(max(wanted, start, _FIRST_ARENA_TOKENS), most - start)
-            arena = self.pool.take(heads, tokens, key_dim, value_dim, dtype)
-        if arena is None:
+        resident_buffer = before.resident_buffer if before is not None else None
+        if (
+            resident_buffer is None
+            or before is None
+            or before.resident_start + before.tokens != resident_buffer.used
+            or resident_buffer.left < wanted
+        ):
+            tokens = most - start if is_planned else min(max(wanted, start, _FIRST_BUFFER_TOKENS), most - start)
+            resident_buffer = self.pool.take(heads, tokens, key_dim, value_dim, dtype)
+        if resident_buffer is None:
             return False
-        segment.arena, segment.arena_start, segment.resident_tokens = arena, arena.used, wanted
-        arena.segments.add(segment)
+        segment.resident_buffer, segment.resident_start, segment.resident_tokens = (
+            resident_buffer,
+            resident_buffer.used,
+            wanted,
+        )
+        resident_buffer.segments.add(segment)
         return True
 
     def promote(self, table: Sequence[SegmentSlice], rows: int) -> None:

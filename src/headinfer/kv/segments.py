@@ -13,7 +13,7 @@ import torch
 from headinfer.kv.disk import DiskFile, DiskSlice, PageableSlice, Place
 from headinfer.kv.tiers import HostTier
 
-__all__ = ["Arena", "Piece", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
+__all__ = ["Piece", "ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
 
 TokenRanges = Sequence[tuple[int, int]]
 Piece = tuple[torch.Tensor, torch.Tensor]
@@ -28,8 +28,10 @@ class Segment:
 
     place: Place | None = None
     is_pageable = False  # a device copies from pinned memory only, and this is not pinned
-    arena: Arena | None = None  # where the first resident_tokens also lie on the device, from arena_start on
-    arena_start = 0
+    resident_buffer: ResidentBuffer | None = (
+        None  # where the first resident_tokens also lie on the device, from arena_start on
+    )
+    resident_start = 0
     resident_tokens = 0
     write_done: Any = None  # the event of the last write to it
     version = 0  # how often tokens of it were given up, whose places are written again
@@ -64,9 +66,9 @@ class Segment:
 
     def resident(self, heads: slice, start: int, stop: int) -> Piece:
         """The same, of tokens that also lie on the device."""
-        assert self.arena is not None
-        here = slice(self.arena_start + start, self.arena_start + stop)
-        return self.arena.k[heads, here], self.arena.v[heads, here]
+        assert self.resident_buffer is not None
+        here = slice(self.resident_start + start, self.resident_start + stop)
+        return self.resident_buffer.k[heads, here], self.resident_buffer.v[heads, here]
 
     def write_through(self, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k [Hkv, T, Dk] and v [Hkv, T, Dv] on the device, from token `start` on, as far as it is resident."""
@@ -98,7 +100,7 @@ class Segment:
         del self._memory, self._pair
 
 
-class Arena:
+class ResidentBuffer:
     """Device memory for a run of tokens of one row: k [Hkv, tokens, Dk], v [Hkv, tokens, Dv]. See resident.py."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -108,7 +110,7 @@ class Arena:
     @property
     def used(self) -> int:
         """Tokens up to the end of the last segment that lies here."""
-        return max((segment.arena_start + segment.resident_tokens for segment in self.segments), default=0)
+        return max((segment.resident_start + segment.resident_tokens for segment in self.segments), default=0)
 
     @property
     def left(self) -> int:
