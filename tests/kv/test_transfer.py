@@ -12,7 +12,7 @@ from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import LayerKV
-from headinfer.kv.streams import AtLast, AtOnce
+from headinfer.kv.streams import EagerStreams, LazyStreams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
@@ -20,7 +20,7 @@ from headinfer.plan.tiles import TilePlan
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")
-both_twins = pytest.mark.parametrize("kind", [AtOnce, AtLast])
+both_twins = pytest.mark.parametrize("kind", [EagerStreams, LazyStreams])
 
 
 def seeded(seed):
@@ -139,7 +139,7 @@ def test_a_released_handle_cannot_be_used_again(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_late_twin_shows_a_missing_wait_as_nan(dtype):
-    ring = SlotRing(2, 1024, CPU, ByteCounter(), AtLast())
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), LazyStreams())
     pieces = random_pieces(seeded(0), 2, [4, 3], (4, 5), dtype)
     for _ in range(3):  # also where the slot held an older tile
         handle = ring.fetch(pieces)
@@ -150,7 +150,7 @@ def test_the_late_twin_shows_a_missing_wait_as_nan(dtype):
 
 
 def test_the_early_twin_shows_a_slot_reused_too_early():
-    ring = SlotRing(2, 1024, CPU, ByteCounter(), AtOnce())
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), EagerStreams())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(3)]
     first, _ = ring.fetch(tiles[0]), ring.fetch(tiles[1])
     ((k, v),) = ring.wait(first)
@@ -262,13 +262,13 @@ def test_the_loop_keeps_the_protocol(kind, backend):
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_a_slot_overwritten_in_the_loop_gives_wrong_numbers(backend):
     counter = ByteCounter()
-    assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, counter, AtOnce()), counter, backend) > 0.01
+    assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, counter, EagerStreams()), counter, backend) > 0.01
 
 
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
 def test_a_wait_missing_in_the_loop_gives_nan(backend):
     counter = ByteCounter()
-    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, counter, AtLast()), counter, backend)
+    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, counter, LazyStreams()), counter, backend)
     assert error != error  # NaN
 
 
@@ -310,13 +310,13 @@ def test_write_back_brings_any_layout_home_in_pieces(kind, data):
 
 
 def test_a_write_back_buffer_too_small_for_a_token_is_refused():
-    write = StagingWriter(31, CPU, ByteCounter(), AtOnce())
+    write = StagingWriter(31, CPU, ByteCounter(), EagerStreams())
     with pytest.raises(CapacityError, match="holds no token of 32 bytes"):
         write(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None)
 
 
 def test_a_write_back_buffer_is_not_packed_again_before_it_is_empty():
-    class Hurrying(AtLast):
+    class Hurrying(LazyStreams):
         """Does not make the compute queue wait."""
 
         def wait(self, event, queue):
@@ -324,7 +324,7 @@ def test_a_write_back_buffer_is_not_packed_again_before_it_is_empty():
                 super().wait(event, queue)
 
     source = torch.randn(2, 9, 4, generator=seeded(0))
-    for kind, is_right in ((AtLast, True), (Hurrying, False)):
+    for kind, is_right in ((LazyStreams, True), (Hurrying, False)):
         memory = torch.zeros(2, 9, 4)
         write = StagingWriter(2 * 4 * 4 * 2, CPU, ByteCounter(), kind())
         write(memory, source, write.event())

@@ -6,7 +6,7 @@
 
 Work within a queue runs in order. Between queues nothing is in order but by events: a queue that waits for an event
 runs on when all is done that was in the event's queue when it was recorded. The ring and the write-back are written
-for `Streams`; what is right for every order that events allow is right on CudaStreams. AtOnce and AtLast are its two
+for `Streams`; what is right for every order that events allow is right on CudaStreams. EagerStreams and LazyStreams are its two
 extremes on a CPU, for tests: copies run when they are queued, or not before somebody waits for them, and until then
 their destination is NaN. tests/support/orders.py explores all orders in between.
 """
@@ -20,7 +20,17 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-__all__ = ["AtLast", "AtOnce", "Copy", "CudaStreams", "Queue", "Staging", "Streams", "check_contiguous", "open_streams"]
+__all__ = [
+    "Copy",
+    "CudaStreams",
+    "EagerStreams",
+    "LazyStreams",
+    "Queue",
+    "Staging",
+    "Streams",
+    "check_contiguous",
+    "open_streams",
+]
 
 Queue = Literal["compute", "fetch", "back"]
 Staging = Literal["none", "early", "late", "cuda"]  # how KV reaches the device: not at all, by a CPU twin, by a link
@@ -99,7 +109,7 @@ class CudaStreams:
         torch.cuda.synchronize(self.device)
 
 
-class AtOnce:
+class EagerStreams:
     """CPU twin whose copies run when they are queued: memory that is written too early shows wrong numbers."""
 
     def event(self) -> None:
@@ -133,7 +143,7 @@ class _Mark:
     jobs: int = 0
 
 
-class AtLast:
+class LazyStreams:
     """CPU twin whose copies run only when somebody waits for them, and whose destinations are NaN until then.
 
     A missing wait shows NaN; a buffer that is written again before it was copied from shows wrong numbers. What
@@ -192,4 +202,4 @@ def open_streams(staging: Staging, device: torch.device) -> Streams | None:
     """The queues for a way of staging; "none" has none."""
     if staging == "none":
         return None
-    return CudaStreams(device) if staging == "cuda" else AtOnce() if staging == "early" else AtLast()
+    return CudaStreams(device) if staging == "cuda" else EagerStreams() if staging == "early" else LazyStreams()
