@@ -81,7 +81,7 @@ def test_past_is_attention_over_all_pieces(name, data):
     backend = BY_NAME[name]
     packed = q.reshape(kv_heads, group * tokens, key_dim)
     assert backend.refuses(Problem("cpu", dtype, group * tokens, key_dim, value_dim, softcap is not None)) is None
-    found = backend.past(packed, pieces, scale, softcap)
+    found = backend.attend_full(packed, pieces, scale, softcap)
     assert_matches(
         AttentionState(found.out.view(*q.shape[:2], value_dim), found.lse.view(q.shape[:2])),
         wanted,
@@ -99,7 +99,7 @@ def test_past_with_the_usual_head_dims_and_every_number_of_rows(name, dtype, dim
     for rows in (1, 2, 3, 4, 7, 32):
         q = torch.randn(2, rows, dims[0], generator=rng).to(dtype)
         wanted = attend_reference(q[None], k[None], v[None], scale=0.2)[0]
-        assert_matches(BY_NAME[name].past(q, [(k, v)], 0.2, None), wanted, 1061)
+        assert_matches(BY_NAME[name].attend_full(q, [(k, v)], 0.2, None), wanted, 1061)
 
 
 @on_cpu
@@ -107,13 +107,13 @@ def test_past_does_not_depend_on_how_the_keys_are_cut_beyond_rounding(name):
     rng = seeded(5)
     q = torch.randn(2, 4, 32, generator=rng)
     k, v = (torch.randn(2, 6000, 32, generator=rng) for _ in range(2))
-    whole = BY_NAME[name].past(q, [(k, v)], 0.3, None)
+    whole = BY_NAME[name].attend_full(q, [(k, v)], 0.3, None)
     cuts = [0, 1, 16, 1040, 5999, 6000]
     pieces = [(k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(cuts)]
-    parts = BY_NAME[name].past(q, pieces, 0.3, None)
+    parts = BY_NAME[name].attend_full(q, pieces, 0.3, None)
     assert relative_error(parts.out, whole.out) <= BOUND
     assert relative_error(parts.lse, whole.lse) <= BOUND
-    backwards = BY_NAME[name].past(q, pieces[::-1], 0.3, None)
+    backwards = BY_NAME[name].attend_full(q, pieces[::-1], 0.3, None)
     assert relative_error(backwards.out, whole.out) <= BOUND
 
 
@@ -135,7 +135,7 @@ def test_square_is_causal_attention_of_a_chunk_on_itself(name, data):
         torch.randn(rows, tokens, heads, dim, generator=rng).to(dtype).transpose(1, 2)  # as models lay them out
         for heads, dim in ((kv_heads * group, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
     )
-    found = BY_NAME[name].square(q, k, v, 0.3, softcap)
+    found = BY_NAME[name].attend_causal(q, k, v, 0.3, softcap)
     assert_matches(found, attend_reference(q, k, v, scale=0.3, mask=causal_mask(tokens, tokens), softcap=softcap), 3e-6)
 
 
@@ -144,7 +144,7 @@ def test_square_is_causal_attention_of_a_chunk_on_itself(name, data):
 def test_square_over_more_than_one_block(name, tokens):
     rng = seeded(tokens)
     q, k, v = (torch.randn(1, heads, tokens, dim, generator=rng) for heads, dim in ((2, 8), (1, 8), (1, 5)))
-    found = BY_NAME[name].square(q, k, v, 0.3, None)
+    found = BY_NAME[name].attend_causal(q, k, v, 0.3, None)
     assert_matches(found, attend_reference(q, k, v, scale=0.3, mask=causal_mask(tokens, tokens)), tokens)
     torch.testing.assert_close(found.out[0, :, 0], v[0, :, 0].expand(2, -1))  # the first query sees the first key
 
@@ -166,7 +166,7 @@ def test_half_precision_outputs_are_as_good_as_torch_s(name, dtype, sharpness, t
     assert wanted.numel() >= 10_000
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
     pieces = [(k[0, :, :500], v[0, :, :500]), (k[0, :, 500:], v[0, :, 500:])]
-    state = BY_NAME[name].past(q.view(heads, group * 4, dim), pieces, scale, None)
+    state = BY_NAME[name].attend_full(q.view(heads, group * 4, dim), pieces, scale, None)
     ours = state.out.view_as(wanted).to(dtype)
     assert relative_error(ours, wanted) <= 1.5 * relative_error(theirs, wanted)
 
@@ -181,7 +181,7 @@ def test_half_precision_squares_are_as_good_as_torch_s(name, dtype, sharpness):
     scale = sharpness / math.sqrt(dim)
     wanted = attend_reference(q, k, v, scale=scale, mask=causal_mask(tokens, tokens)).out
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
-    ours = BY_NAME[name].square(q, k, v, scale, None).out.to(dtype)
+    ours = BY_NAME[name].attend_causal(q, k, v, scale, None).out.to(dtype)
     assert relative_error(ours, wanted) <= 1.5 * relative_error(theirs, wanted)
 
 
@@ -201,12 +201,12 @@ def test_bfloat16_over_odd_shapes(data):
     q = torch.randn(kv_heads * group, tokens, dim, generator=rng).to(dtype)
     pieces = [tuple(with_head_stride(kv_heads, size, dim, extra, rng, dtype) for _ in range(2)) for size in sizes]
     k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
-    past = BF16.past(q.view(kv_heads, group * tokens, dim), pieces, scale, None)
+    past = BF16.attend_full(q.view(kv_heads, group * tokens, dim), pieces, scale, None)
     past = AttentionState(past.out.reshape(*q.shape), past.lse.reshape(q.shape[:2])).running()
     assert_matches(past, attend_reference(q[None], k[None], v[None], scale=scale)[0], sum(sizes), 2**-7)
     k, v = (with_head_stride(kv_heads, tokens, dim, extra, rng, dtype)[None] for _ in range(2))
     wanted = attend_reference(q[None], k, v, scale=scale, mask=causal_mask(tokens, tokens))
-    assert_matches(BF16.square(q[None], k, v, scale, None), wanted, tokens, 2**-7)
+    assert_matches(BF16.attend_causal(q[None], k, v, scale, None), wanted, tokens, 2**-7)
 
 
 def test_bfloat16_sums_are_no_less_exact_over_many_keys():
@@ -214,7 +214,7 @@ def test_bfloat16_sums_are_no_less_exact_over_many_keys():
     rng, tokens = seeded(3), 50_000
     q, k = torch.zeros(1, 128, 64, dtype=torch.bfloat16), torch.randn(1, tokens, 64, generator=rng).bfloat16()
     v = (1 + torch.rand(1, tokens, 64, generator=rng)).bfloat16()
-    found = BF16.past(q, [(k, v)], 0.1, None)
+    found = BF16.attend_full(q, [(k, v)], 0.1, None)
     torch.testing.assert_close(found.lse, torch.full((1, 128), math.log(tokens)), rtol=0, atol=1e-4)
     assert relative_error(found.out, v.double().mean(dim=1, keepdim=True).expand(1, 128, 64)) <= 2**-9
 
@@ -257,9 +257,9 @@ def test_nan_is_not_swallowed(name, dtype, side):
     for place in (0, 700, 2049, 2503):
         rng = seeded(12)
         q, k, v = (torch.randn(3, tokens, 32, generator=rng).to(dtype) for tokens in (4, 2504, 2504))
-        clean = BY_NAME[name].past(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
+        clean = BY_NAME[name].attend_full(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
         {"q": q, "k": k, "v": v}[side][1, place if side != "q" else 2, 5] = torch.nan
-        state = BY_NAME[name].past(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
+        state = BY_NAME[name].attend_full(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
         for head in (0, 2):
             assert torch.equal(state.out[head], clean.out[head])
         if side == "q":
@@ -274,7 +274,7 @@ def test_nan_is_not_swallowed(name, dtype, side):
 @on_cpu
 def test_all_nan_is_nan(name):
     k = torch.full((1, 40, 16), torch.nan)
-    state = BY_NAME[name].past(torch.ones(1, 2, 16), [(k, torch.ones(1, 40, 16))], 1.0, None)
+    state = BY_NAME[name].attend_full(torch.ones(1, 2, 16), [(k, torch.ones(1, 40, 16))], 1.0, None)
     assert state.out.isnan().all()
 
 
@@ -288,7 +288,7 @@ def test_scores_far_from_zero_cost_no_precision_within_a_block(name, offset):
     k[0, :, 0] = torch.randn(1024, generator=rng).mul(64).round().div(64)  # exact in float32 with the offset
     k[0, :, 1] = offset
     wanted = attend_reference(q[None], k[None], v[None], scale=1.0)[0]
-    assert relative_error(BY_NAME[name].past(q, [(k, v)], 1.0, None).out, wanted.out) <= BOUND
+    assert relative_error(BY_NAME[name].attend_full(q, [(k, v)], 1.0, None).out, wanted.out) <= BOUND
 
 
 # -- the numerics of native.c ----------------------------------------------------------------------------------
@@ -571,7 +571,7 @@ def test_a_soft_cap_goes_to_a_backend_that_has_it(device, rows):
         return  # its numbers: test_triton.py
     rng = seeded(2)
     q, k, v = (torch.randn(1, 2, 9, 64, generator=rng) for _ in range(3))
-    capped = backend.past(q[0], [(k[0], v[0])], 4.0, 5.0)
+    capped = backend.attend_full(q[0], [(k[0], v[0])], 4.0, 5.0)
     assert_matches(capped, attend_reference(q, k, v, scale=4.0, softcap=5.0)[0], 9)
     assert relative_error(capped.out, attend_reference(q, k, v, scale=4.0).out[0]) > 0.1  # the cap does something
 
@@ -580,7 +580,7 @@ def test_a_soft_cap_goes_to_a_backend_that_has_it(device, rows):
 
 NAMES = ("varlen", "flash", "efficient", "cudnn")
 PIECES = {name: getattr(cuda, f"{name}_piece") for name in NAMES}
-SQUARES = {name: BY_NAME[f"cuda-{name}"].square for name in NAMES}
+CAUSAL = {name: BY_NAME[f"cuda-{name}"].attend_causal for name in NAMES}
 needs_varlen = pytest.mark.skipif(cuda._varlen() is None, reason="this torch's varlen_attn has no grouped heads")
 on_cuda = pytest.mark.parametrize("name", [pytest.param("varlen", marks=needs_varlen), *NAMES[1:]])
 
@@ -709,7 +709,7 @@ def test_cuda_kernels_take_these_calls_and_give_these_shapes(name, dims):
     assert piece.out.shape == (2, 10, dims[1])
     assert piece.lse.shape == (2, 10)
     q, k, v = empty(3, 8, 11, dims[0]), empty(3, 2, 11, dims[0]), empty(3, 2, 11, dims[1])
-    square = SQUARES[name](q, k, v, 0.1, None)
+    square = CAUSAL[name](q, k, v, 0.1, None)
     assert square.out.shape == (3, 8, 11, dims[1])
     assert square.lse.shape == (3, 8, 11)
     assert piece.out.dtype == torch.bfloat16  # as the kernel gives it: merging widens it
@@ -783,13 +783,13 @@ def test_cuda_calls_pack_pad_and_unpack_as_the_kernels_want(name, dims, lse_dims
         torch.randn(3, heads, 11, dim, generator=rng).to(torch.bfloat16)
         for heads, dim in ((6, dims[0]), (2, dims[0]), (2, dims[1]))
     )
-    square = SQUARES[name](q, k, v, 0.3, None)
+    square = CAUSAL[name](q, k, v, 0.3, None)
     wanted = attend_reference(q, k, v, scale=0.3, mask=causal_mask(11, 11))
     assert relative_error(square.out, wanted.out) < 3e-3  # rounded to bfloat16 once
     assert relative_error(square.lse, wanted.lse) < BOUND
     backend, packed = BY_NAME[f"cuda-{name}"], q[0].reshape(2, 33, dims[0])
     pieces = [(k[0, :, :4], v[0, :, :4]), (k[0, :, 4:], v[0, :, 4:])]
-    past = backend.past(packed, pieces, 0.3, None)
+    past = backend.attend_full(packed, pieces, 0.3, None)
     wanted = attend_reference(packed[None], k[:1], v[:1], scale=0.3)
     assert relative_error(past.out[None], wanted.out) < 3e-3
     assert relative_error(past.lse[None], wanted.lse) < BOUND

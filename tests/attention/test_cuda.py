@@ -77,15 +77,15 @@ def past_matches(device, backend, dtype, sharpness, dims, heads, rows, sizes, so
     scale = sharpness / math.sqrt(dims[0])
     wanted = attend_reference(q[None], k[None], v[None], scale=scale, softcap=softcap)[0]
     theirs = torch_s_attention(q[None], k[None], v[None], scale, softcap, causal=False)[0]
-    parts = [backend.past(q, [piece], scale, softcap) for piece in pieces]
+    parts = [backend.attend_full(q, [piece], scale, softcap) for piece in pieces]
     merged = AttentionState.empty((heads, rows), dims[1], device)
     for part in parts:
         merged.merge_(part)
-    at_once = backend.past(q, pieces, scale, softcap)
+    at_once = backend.attend_full(q, pieces, scale, softcap)
     for state in (merged, at_once):
         assert state.out.device.type == device
         assert_as_good_as_torch(state.out.to(dtype), state.lse, wanted, theirs, backend)
-    again = backend.past(q, pieces, scale, softcap)
+    again = backend.attend_full(q, pieces, scale, softcap)
     assert torch.equal(again.out, at_once.out)  # the same call, the same bits
     assert torch.equal(again.lse, at_once.lse)
 
@@ -137,7 +137,7 @@ def test_a_chunk_on_itself(device, backend, dtype, sharpness, dims, softcap, tok
     scale = sharpness / math.sqrt(dims[0])
     wanted = attend_reference(q, k, v, scale=scale, softcap=softcap, mask=causal_mask(tokens, tokens, device))
     theirs = torch_s_attention(q, k, v, scale, softcap, causal=True)
-    found = backend.square(q, k, v, scale, softcap)
+    found = backend.attend_causal(q, k, v, scale, softcap)
     assert found.out.dtype == found.lse.dtype == torch.float32
     assert found.out.is_contiguous()
     assert_as_good_as_torch(found.out.to(dtype), found.lse, wanted, theirs, backend)

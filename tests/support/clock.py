@@ -96,7 +96,7 @@ def install(monkeypatch, clock):
 
         name = "none"
 
-        def square(self, q, k, v, scale, softcap):
+        def attend_causal(self, q, k, v, scale, softcap):
             return AttentionState(torch.empty(q.shape), torch.empty(q.shape[:3]))
 
     own_state_before = streaming._own_state

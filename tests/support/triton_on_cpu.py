@@ -78,7 +78,7 @@ def test_past_is_attention_over_all_pieces(data):
     ]
     k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
     assert TRITON.refuses(Problem("cuda", dtype, rows, key_dim, value_dim, softcap is not None)) is None
-    found = TRITON.past(q, pieces, scale, softcap)
+    found = TRITON.attend_full(q, pieces, scale, softcap)
     wanted = attend_reference(q[None], k[None], v[None], scale=scale, softcap=softcap)[0]
     assert_matches(found, wanted, sum(sizes), dtype)
 
@@ -96,7 +96,7 @@ def test_square_is_causal_attention_of_a_chunk_on_itself(data):
         torch.randn(batch, tokens, heads, dim, generator=rng).to(dtype).transpose(1, 2)  # as models lay them out
         for heads, dim in ((kv_heads * group, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
     )
-    found = TRITON.square(q, k, v, scale, softcap)
+    found = TRITON.attend_causal(q, k, v, scale, softcap)
     wanted = attend_reference(q, k, v, scale=scale, mask=causal_mask(tokens, tokens), softcap=softcap)
     assert found.out.is_contiguous()
     assert_matches(found, wanted, tokens, dtype)
@@ -111,7 +111,7 @@ def test_wide_heads(dtype, dims):
         for tokens, dim in zip((5, 300, 300), (dims[0], *dims), strict=True)
     )
     wanted = attend_reference(q[None], k[None], v[None], scale=0.05, softcap=50.0)[0]
-    assert_matches(TRITON.past(q, [(k, v)], 0.05, 50.0), wanted, 300, dtype)
+    assert_matches(TRITON.attend_full(q, [(k, v)], 0.05, 50.0), wanted, 300, dtype)
 
 
 @pytest.mark.parametrize("keys", [2047, 2048, 9_001])
@@ -122,8 +122,8 @@ def test_decode_splits_the_keys(keys, softcap):
     splits, _ = triton_calls._split(1, keys, 32)
     assert splits > 2
     wanted = attend_reference(q[None], k[None], v[None], scale=0.3, softcap=softcap)[0]
-    assert_matches(TRITON.past(q, [(k, v)], 0.3, softcap), wanted, keys, torch.float32)
-    one_query = TRITON.past(q[:, 1:2], [(k, v)], 0.3, softcap)
+    assert_matches(TRITON.attend_full(q, [(k, v)], 0.3, softcap), wanted, keys, torch.float32)
+    one_query = TRITON.attend_full(q[:, 1:2], [(k, v)], 0.3, softcap)
     assert_matches(one_query, wanted[:, 1:2], keys, torch.float32)
 
 
@@ -132,8 +132,8 @@ def test_decode_splits_the_keys(keys, softcap):
 def test_past_does_not_depend_on_how_the_keys_are_cut_beyond_rounding(cut, softcap):
     rng = seeded(5)
     q, k, v = (torch.randn(2, tokens, 32, generator=rng) for tokens in (4, 2000, 2000))
-    whole = TRITON.past(q, [(k, v)], 0.3, softcap)
-    parts = TRITON.past(q, [(k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])], 0.3, softcap)
+    whole = TRITON.attend_full(q, [(k, v)], 0.3, softcap)
+    parts = TRITON.attend_full(q, [(k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])], 0.3, softcap)
     assert relative_error(parts.out, whole.out) <= BOUND
     assert relative_error(parts.lse, whole.lse) <= BOUND
 
@@ -143,7 +143,7 @@ def test_the_soft_cap_is_precise_from_the_smallest_scores_to_the_cap(size):
     """One key: the log-sum-exp is the score itself."""
     q = torch.full((1, 1, 1), size * 50.0)
     for sign in (1.0, -1.0):
-        found = TRITON.past(q, [(torch.full((1, 1, 1), sign), torch.ones(1, 1, 1))], 1.0, 50.0)
+        found = TRITON.attend_full(q, [(torch.full((1, 1, 1), sign), torch.ones(1, 1, 1))], 1.0, 50.0)
         wanted = sign * 50.0 * math.tanh(float(q) / 50.0)
         assert abs(float(found.lse) - wanted) <= 5e-7 * abs(wanted)
         assert float(found.out) == 1.0
@@ -155,9 +155,9 @@ def test_nan_is_not_swallowed_and_does_not_spread(dtype, side):
     for place in (0, 700, 1103):
         rng = seeded(12)
         q, k, v = (torch.randn(3, tokens, 32, generator=rng).to(dtype) for tokens in (4, 1104, 1104))
-        clean = TRITON.past(q, [(k, v)], 0.2, None)
+        clean = TRITON.attend_full(q, [(k, v)], 0.2, None)
         {"q": q, "k": k, "v": v}[side][1, place if side != "q" else 2, 5] = torch.nan
-        state = TRITON.past(q, [(k, v)], 0.2, None)
+        state = TRITON.attend_full(q, [(k, v)], 0.2, None)
         for head in (0, 2):
             assert torch.equal(state.out[head], clean.out[head])
         if side == "q":
@@ -176,7 +176,7 @@ def test_scores_far_from_zero_do_not_overflow(offset):
     k[0, :, 0] = offset
     k[0, :, 1] = torch.randn(900, generator=rng).mul(4).round()
     wanted = attend_reference(q[None], k[None], v[None], scale=1.0)[0]
-    found = TRITON.past(q, [(k, v)], 1.0, None)
+    found = TRITON.attend_full(q, [(k, v)], 1.0, None)
     assert relative_error(found.lse, wanted.lse) <= BOUND
     assert relative_error(found.out, wanted.out) <= 1e-3  # scores of 3000 are rounded by up to 4e-4 in float32
 
@@ -185,7 +185,7 @@ def test_scores_that_are_all_minus_infinity_give_an_empty_row():
     q = torch.ones(1, 2, 16)
     q[0, 1] = -1.0
     k = torch.full((1, 1100, 16), torch.inf)
-    state = TRITON.past(-q, [(k, torch.ones(1, 1100, 16))], 1.0, None)
+    state = TRITON.attend_full(-q, [(k, torch.ones(1, 1100, 16))], 1.0, None)
     assert state.lse[0, 0] == -torch.inf
     assert (state.out[0, 0] == 0).all()
 

@@ -2,12 +2,12 @@
 
 A backend answers two questions:
 
-    past(q [H, N, Dk], pieces of (k [H, T, Dk], v [H, T, Dv]))   every query row sees every key
-    square(q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v)               a chunk on itself, causal
+    attend_full(q [H, N, Dk], pieces of (k [H, T, Dk], v [H, T, Dv]))   every query row sees every key
+    attend_causal(q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v)               a chunk on itself, causal
 
-In `past` the rows of q are all query rows that share a KV head: the group's query heads, the chunk's tokens and
+In `attend_full` the rows of q are all query rows that share a KV head: the group's query heads, the chunk's tokens and
 the batch rows that share the keys, packed, so that each key is read once for all of them. It gives a part, whose `out`
-may be in the kernel's own type and layout; `square` gives a state that parts can be merged into.
+may be in the kernel's own type and layout; `attend_causal` gives a state that parts can be merged into.
 
 `choose` takes the first backend that serves the problem: of the names that the user prefers, then of the table's row
 for the problem. Choices depend on the problem only, never on timing: the same call gives the same bits, and
@@ -39,8 +39,8 @@ __all__ = [
     "recorded",
 ]
 
-Past = Callable[[torch.Tensor, Sequence[Piece], float, float | None], AttentionState]
-Square = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float | None], AttentionState]
+AttendFull = Callable[[torch.Tensor, Sequence[Piece], float, float | None], AttentionState]
+AttendCausal = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float | None], AttentionState]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Backend:
     device_type: str
     summary: str
     refuses: Callable[[Problem], str | None]
-    past: Past
-    square: Square
+    attend_full: AttendFull
+    attend_causal: AttendCausal
 
 
-def _over_pieces(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], AttentionState]) -> Past:
-    """`past` for a kernel that takes one piece at a time: merges in the order of the pieces."""
+def _over_pieces(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], AttentionState]) -> AttendFull:
+    """`attend_full` for a kernel that takes one piece at a time: merges in the order of the pieces."""
 
-    def past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
+    def attend_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
         state = attend(q, *pieces[0], scale)
         if len(pieces) > 1:
             state = state.running()
@@ -66,7 +66,7 @@ def _over_pieces(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, flo
             state.merge_(attend(q, k, v, scale))
         return state
 
-    return past
+    return attend_full
 
 
 # In one order for all rows of the table: so names in this order, given back as preferences, repeat every choice.
@@ -76,8 +76,8 @@ BACKENDS: tuple[Backend, ...] = (
         "cpu",
         "own C kernel for decode, reads the segments in place",
         cpu.native_refuses,
-        cpu.native_past,
-        cpu.flash_square,
+        cpu.native_full,
+        cpu.flash_causal,
     ),
     Backend(
         "cpu-flash-bf16",
@@ -85,7 +85,7 @@ BACKENDS: tuple[Backend, ...] = (
         "torch's CPU flash kernel, in bfloat16: for AMX",
         cpu.bf16_refuses,
         _over_pieces(cpu.bf16_piece),
-        cpu.bf16_square,
+        cpu.bf16_causal,
     ),
     Backend(
         "cpu-flash",
@@ -93,7 +93,7 @@ BACKENDS: tuple[Backend, ...] = (
         "torch's CPU flash kernel, in float32",
         cpu.flash_refuses,
         _over_pieces(cpu.flash_piece),
-        cpu.flash_square,
+        cpu.flash_causal,
     ),
     Backend(
         "cuda-cudnn",
@@ -101,7 +101,7 @@ BACKENDS: tuple[Backend, ...] = (
         "aten cuDNN attention: full tiles, a chunk's query rows",
         cuda.cudnn_refuses,
         _over_pieces(cuda.cudnn_piece),
-        cuda.flash_square,
+        cuda.flash_causal,
     ),
     Backend(
         "cuda-flash",
@@ -109,7 +109,7 @@ BACKENDS: tuple[Backend, ...] = (
         "aten flash attention",
         cuda.flash_refuses,
         _over_pieces(cuda.flash_piece),
-        cuda.flash_square,
+        cuda.flash_causal,
     ),
     Backend(
         "cuda-varlen",
@@ -117,7 +117,7 @@ BACKENDS: tuple[Backend, ...] = (
         "torch.nn.attention.varlen (torch >= 2.12)",
         cuda.varlen_refuses,
         _over_pieces(cuda.varlen_piece),
-        cuda.varlen_square,
+        cuda.varlen_causal,
     ),
     Backend(
         "cuda-efficient",
@@ -125,17 +125,24 @@ BACKENDS: tuple[Backend, ...] = (
         "aten memory-efficient attention: float32 and wide heads",
         cuda.efficient_refuses,
         _over_pieces(cuda.efficient_piece),
-        cuda.efficient_square,
+        cuda.efficient_causal,
     ),
     Backend(
         "cuda-triton",
         "cuda",
         "own Triton kernel: soft cap, split keys, head dims up to 256",
         cuda.triton_refuses,
-        cuda.triton_past,
-        cuda.triton_square,
+        cuda.triton_full,
+        cuda.triton_causal,
     ),
-    Backend("eager", "any", "float32 matrix products: soft cap, any width", lambda _: None, eager.past, eager.square),
+    Backend(
+        "eager",
+        "any",
+        "float32 matrix products: soft cap, any width",
+        lambda _: None,
+        eager.attend_full,
+        eager.attend_causal,
+    ),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 

@@ -12,13 +12,13 @@ from headinfer.attention.problem import HALVES, Piece, Problem, expand_heads, ov
 from headinfer.attention.state import AttentionState
 
 __all__ = [
+    "bf16_causal",
     "bf16_piece",
     "bf16_refuses",
-    "bf16_square",
+    "flash_causal",
     "flash_piece",
     "flash_refuses",
-    "flash_square",
-    "native_past",
+    "native_full",
     "native_refuses",
 ]
 
@@ -59,7 +59,7 @@ def flash_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
     return over_blocks(lambda q, k, v: _flash(q, k, v, scale), q, k, v, _SPLIT_TOKENS)
 
 
-def flash_square(
+def flash_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
@@ -93,7 +93,7 @@ def bf16_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     return over_blocks(lambda q, k, v: _bf16(q, k, v, scale), q, k, v, _SPLIT_TOKENS)
 
 
-def bf16_square(
+def bf16_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
@@ -116,6 +116,6 @@ def native_refuses(problem: Problem) -> str | None:
     return native.why_not() or None
 
 
-def native_past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
+def native_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
     """q [H, N, Dk], all pieces in one call."""
     return native.attend_native(q, pieces, scale=scale)

@@ -1,7 +1,7 @@
 """CUDA kernels that return a log-sum-exp. Shapes as in backends.py; nothing here runs at import.
 
 torch's kernels round each partial output to the input's half type once; the merges are in float32. A piece's output
-stays in the kernel's own type and layout, since merging reads it once; a square's is the running state.
+stays in the kernel's own type and layout, since merging reads it once; that of `attend_causal` is the running state.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from headinfer.attention.state import AttentionState
 __all__ = [
     "cudnn_piece",
     "cudnn_refuses",
+    "efficient_causal",
     "efficient_piece",
     "efficient_refuses",
-    "efficient_square",
+    "flash_causal",
     "flash_piece",
     "flash_refuses",
-    "flash_square",
-    "triton_past",
+    "triton_causal",
+    "triton_full",
     "triton_refuses",
-    "triton_square",
+    "varlen_causal",
     "varlen_piece",
     "varlen_refuses",
-    "varlen_square",
 ]
 
 _SPLIT_TOKENS = 1024  # keys of a batch entry, for a kernel that does not split them itself
@@ -117,7 +117,7 @@ def varlen_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     return AttentionState(out.transpose(0, 1)[..., :dim], lse)
 
 
-def varlen_square(
+def varlen_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
@@ -148,7 +148,7 @@ def flash_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
     return _flash(q[None], k[None], v[None], scale, causal=False)[0]
 
 
-def flash_square(
+def flash_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal; the kernel groups the heads itself."""
@@ -221,7 +221,7 @@ def efficient_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     return over_blocks(lambda q, k, v: _efficient(q, k, v, scale, causal=False), q, k, v, _SPLIT_TOKENS)
 
 
-def efficient_square(
+def efficient_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
@@ -242,7 +242,7 @@ def triton_refuses(problem: Problem) -> str | None:
     return triton_calls.why_not() or None
 
 
-def triton_past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
+def triton_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
     """q [H, N, Dk], pieces of k [H, T, Dk] and v [H, T, Dv]; keys are split where there are few query rows."""
     state: AttentionState | None = None
     for k, v in pieces:
@@ -253,7 +253,7 @@ def triton_past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap:
     return state
 
 
-def triton_square(
+def triton_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal; the kernel groups the heads itself."""

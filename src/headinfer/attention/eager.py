@@ -9,7 +9,7 @@ import torch
 from headinfer.attention.problem import Piece, expand_heads
 from headinfer.attention.state import AttentionState
 
-__all__ = ["past", "square"]
+__all__ = ["attend_causal", "attend_full"]
 
 _TOKENS = 1024  # keys at a time at most
 _SCORES = 2**24  # scores at a time, where there are many query rows
@@ -34,7 +34,7 @@ def _block(
     return AttentionState(weights @ v.float(), lse)
 
 
-def past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
+def attend_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
     """q [H, N, Dk], pieces of k [H, T, Dk] and v [H, T, Dv]: a block of keys at a time."""
     state = AttentionState.empty(q.shape[:-1], pieces[0][1].shape[-1], q.device)
     step = _tokens(q.shape[0] * q.shape[1])
@@ -45,7 +45,9 @@ def past(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float 
     return state
 
 
-def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None) -> AttentionState:
+def attend_causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
+) -> AttentionState:
     """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
     k, v, tokens = expand_heads(q, k), expand_heads(q, v), q.shape[2]
     state = AttentionState.empty(q.shape[:-1], v.shape[-1], q.device)

@@ -21,7 +21,7 @@ FEW_ROWS = 64  # with up to so many query rows per KV head a device is kept busy
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel must be able to do. `query_rows` is N of `past`, or 0 for `square`.
+    """What a kernel must be able to do. `query_rows` is N of `attend_full`, or 0 for `attend_causal`.
 
     capability: of a CUDA device, or AMX of a CPU that has it; (0, 0): unknown or none. key_tokens: T, 0 where unknown.
     is_full: a tile of the usual size, whose shape comes again and again.

@@ -53,10 +53,12 @@ def _one(
     """q [h, N, D], k and v [h, T, D] of one kernel."""
     scale = q.shape[2] ** -0.5
     try:
-        first_s = job.timed(lambda: backend.past(q, [(k, v)], scale, None))
+        first_s = job.timed(lambda: backend.attend_full(q, [(k, v)], scale, None))
         if _ROUNDS * first_s > job.left_s:
             return Line("attention", point, backend.name, note="not measured: out of time")
-        seconds = statistics.median(job.timed(lambda: backend.past(q, [(k, v)], scale, None)) for _ in range(_ROUNDS))
+        seconds = statistics.median(
+            job.timed(lambda: backend.attend_full(q, [(k, v)], scale, None)) for _ in range(_ROUNDS)
+        )
         distance = _error(job, backend, min(q.shape[1], _SMALL_ROWS))
     except (torch.OutOfMemoryError, CapacityError) as error:
         return Line("attention", point, backend.name, note=f"ran out of memory: {str(error).splitlines()[0]}")
@@ -83,7 +85,7 @@ def _error(job: Job, backend: Backend, rows: int) -> float:
     """The relative Frobenius error of two heads against float64."""
     q, k, v = _noise(job, 2, rows, _SMALL_KEYS)
     scale = q.shape[2] ** -0.5
-    found = backend.past(q, [(k, v)], scale, None).out.cpu().double()
+    found = backend.attend_full(q, [(k, v)], scale, None).out.cpu().double()
     wanted = attend_reference(*(x.cpu()[None] for x in (q, k, v)), scale=scale).out[0]
     return float((found - wanted).norm() / wanted.norm())
 

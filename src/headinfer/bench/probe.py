@@ -161,8 +161,8 @@ def _attention_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     rows = _GROUP * _CHUNK_TOKENS
     q = _noise(_HEADS, rows, _DIM, dtype=dtype, device=device)
     k, v = (_noise(_HEADS, _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
-    past = choose(Problem(device.type, dtype, rows, _DIM, _DIM, capability=capability_of(device))).past
-    return 4 * _HEADS * rows * _PAST_TOKENS * _DIM / _seconds(lambda: past(q, [(k, v)], 0.1, None), device)
+    attend = choose(Problem(device.type, dtype, rows, _DIM, _DIM, capability=capability_of(device))).attend_full
+    return 4 * _HEADS * rows * _PAST_TOKENS * _DIM / _seconds(lambda: attend(q, [(k, v)], 0.1, None), device)
 
 
 def _kv_bytes_per_s(device: torch.device) -> float:
@@ -171,8 +171,8 @@ def _kv_bytes_per_s(device: torch.device) -> float:
     dtype = torch.float16 if has_none else torch.bfloat16
     q = _noise(_HEADS, _GROUP, _DIM, dtype=dtype, device=device)
     k, v = (torch.ones(_HEADS, 16 * _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
-    past = choose(Problem(device.type, dtype, _GROUP, _DIM, _DIM, capability=capability_of(device))).past
-    return (k.nbytes + v.nbytes) / _seconds(lambda: past(q, [(k, v)], 0.1, None), device)
+    attend = choose(Problem(device.type, dtype, _GROUP, _DIM, _DIM, capability=capability_of(device))).attend_full
+    return (k.nbytes + v.nbytes) / _seconds(lambda: attend(q, [(k, v)], 0.1, None), device)
 
 
 def _launch_s(device: torch.device) -> float:

@@ -249,7 +249,7 @@ def _attend_tile(
     ]
     q = packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
     key_tokens = pieces[0][0].shape[1] if len(pieces) == 1 else 0
-    part = layer.kernel(q.shape[1], key_tokens).past(q, pieces, layer.scale, layer.softcap)
+    part = layer.kernel(q.shape[1], key_tokens).attend_full(q, pieces, layer.scale, layer.softcap)
     if state is None and layer.q.shape[0] == 1:  # a token's first part is the state: launches are what it costs
         state, shape = part.running(), (1, kv_heads * group, -1)
         return AttentionState(state.out.view(*shape, state.out.shape[2]), state.lse.view(shape))
@@ -292,7 +292,7 @@ def _own_state(
     if tokens > 1 and (
         token_ranges is None or all(any(a <= past and past + tokens <= b for a, b in row) for row in token_ranges)
     ):
-        return layer.kernel(0).square(q, k, v, layer.scale, layer.softcap), resident
+        return layer.kernel(0).attend_causal(q, k, v, layer.scale, layer.softcap), resident
     if tokens == 1:
         return None, resident
     state = _empty(layer, heads)
@@ -310,11 +310,13 @@ def _attend_range_in_chunk(
     if lo >= hi:
         return
     one, kv_heads, dim = slice(row, row + 1), k.shape[1], q.shape[3]
-    among = layer.kernel(0).square(q[one, :, lo:hi], k[one, :, lo:hi], v[one, :, lo:hi], layer.scale, layer.softcap)
+    among = layer.kernel(0).attend_causal(
+        q[one, :, lo:hi], k[one, :, lo:hi], v[one, :, lo:hi], layer.scale, layer.softcap
+    )
     state[one, :, lo:hi].merge_(among)
     if hi < q.shape[2]:
         later = q[row, :, hi:].reshape(kv_heads, -1, dim)
-        part = layer.kernel(later.shape[1]).past(
+        part = layer.kernel(later.shape[1]).attend_full(
             later, [(k[row, :, lo:hi], v[row, :, lo:hi])], layer.scale, layer.softcap
         )
         shape = (q.shape[1], q.shape[2] - hi)
