@@ -13,12 +13,12 @@ from transformers import DynamicCache
 
 from headinfer import enable
 from headinfer.bench import gpu, gpu_point
+from headinfer.bench.baselines import Baseline, baselines_of, compare, ring_budget_bytes
 from headinfer.bench.gpu import GPU_SUITES, check_device, run_gpu
 from headinfer.bench.gpu_job import QUICK, GpuSizes, Job, Rates, goal_reached
 from headinfer.bench.gpu_point import OURS
 from headinfer.bench.gpu_report import HEADER, gpu_json, gpu_markdown, result_paths, shown
 from headinfer.bench.past import Past, noise
-from headinfer.bench.rivals import Rival, compare, ring_budget_bytes, rivals_of
 from headinfer.bench.runners import HeadRunner, TransformersRunner
 from headinfer.errors import CapacityError, UsageError
 from headinfer.plan import measured, paper
@@ -40,7 +40,7 @@ SIZES = GpuSizes(
     matrix=64,
     rounds=1,
 )
-RIVALS = {"paper's scheme", "resident store", "offloaded cache", "DynamicCache", "layer-wise", "what is free"}
+BASELINES = {"paper's scheme", "resident store", "offloaded cache", "DynamicCache", "layer-wise", "what is free"}
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -107,11 +107,11 @@ def test_a_simulation_is_called_so_and_holds_one_layer(run):
 @pytest.mark.parametrize("suite", ["decode", "prefill"])
 def test_every_rival_is_there_or_says_why_not(run, suite):
     job, lines = run
-    points = {line.point for line in of(lines, suite) if line.who in RIVALS and not line.point.startswith("all of")}
+    points = {line.point for line in of(lines, suite) if line.who in BASELINES and not line.point.startswith("all of")}
     assert len(points) == (3 if suite == "decode" else 2)
     for point in points:
-        found = {line.who: line for line in of(lines, suite) if line.point == point and line.who in RIVALS}
-        assert found.keys() == RIVALS
+        found = {line.who: line for line in of(lines, suite) if line.point == point and line.who in BASELINES}
+        assert found.keys() == BASELINES
         missing = {"what is free"} if job.is_cuda else {"offloaded cache", "what is free"}
         assert {who: line.note for who, line in found.items() if line.value is None}.keys() == missing
         assert all(line.ratio > 0 for line in found.values() if line.value is not None)
@@ -232,7 +232,7 @@ def test_a_smaller_card_turns_away_what_does_not_fit(job):
     small.rates = job.rates
     past = Past(small, 8192)
     own = HeadRunner(small, past.cache(device_kv_budget=2 << 20), 1)
-    found = {one.name: one for one in compare(small, own, 0.01, rivals_of(small, past, 1, 0.01, {}))}
+    found = {one.name: one for one in compare(small, own, 0.01, baselines_of(small, past, 1, 0.01, {}))}
     for name in ("DynamicCache", "layer-wise", "paper's scheme", "resident store"):
         assert found[name].note.startswith("does not fit"), found[name]
         assert found[name].ratio is None
@@ -249,13 +249,13 @@ def test_a_rival_that_runs_out_of_memory_is_a_line(job, error):
 
     past = Past(job, 512)
     own = HeadRunner(job, past.cache(device_kv_budget=2 << 20), 1)
-    (found,) = compare(job, own, 0.01, [Rival("greedy", 0, 0.0, opened)])
+    (found,) = compare(job, own, 0.01, [Baseline("greedy", 0, 0.0, opened)])
     assert found.note == f"ran out of memory: {str(error).splitlines()[0]}"
     with pytest.raises(RuntimeError, match="of our own"):
-        compare(job, own, 0.01, [Rival("ours", 0, 0.0, fails)])
-    (theirs,) = compare(job, own, 0.01, [Rival("theirs", 0, 0.0, fails, is_foreign=True)])
+        compare(job, own, 0.01, [Baseline("ours", 0, 0.0, fails)])
+    (theirs,) = compare(job, own, 0.01, [Baseline("theirs", 0, 0.0, fails, is_foreign=True)])
     assert theirs.note == "failed: of our own"
-    (slow,) = compare(job, own, 0.01, [Rival("slow", 0, 1e6, opened)])
+    (slow,) = compare(job, own, 0.01, [Baseline("slow", 0, 1e6, opened)])
     assert slow.note == "not measured: a pass would take about 1000000 s"
 
 
@@ -308,12 +308,12 @@ def test_the_resident_store_is_compared_with_the_same_kernels(job):
     from headinfer.bench.gpu_prefill import _with_its_kernels
 
     found = gpu_point.open_point(job, "prefill", 2048, 384)
-    made = rivals_of(job, found.past, 384, 0.01, {"resident store": ">= 0.97"})
-    rivals = [rival for rival in made if rival.name == "resident store"]
-    (outcome,) = compare(job, found.own, 0.01, rivals)
-    assert _with_its_kernels(job, found, outcome, rivals) is outcome
+    made = baselines_of(job, found.past, 384, 0.01, {"resident store": ">= 0.97"})
+    baselines = [baseline for baseline in made if baseline.name == "resident store"]
+    (outcome,) = compare(job, found.own, 0.01, baselines)
+    assert _with_its_kernels(job, found, outcome, baselines) is outcome
     other = dataclasses.replace(outcome, facts={**outcome.facts, "attention_backends": ["eager"]})
-    again = _with_its_kernels(job, found, other, rivals)
+    again = _with_its_kernels(job, found, other, baselines)
     assert again.name.startswith("resident store, ")
     assert again.ratio > 0
     assert again.facts["with_the_table's_kernels"] == outcome.ratio

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from headinfer.bench.baselines import Outcome, baselines_of, compare
 from headinfer.bench.gpu_job import Job, Line, goal_reached
 from headinfer.bench.gpu_link import link_copy
 from headinfer.bench.gpu_point import LONG_TOKENS, OURS, Point, open_point
-from headinfer.bench.rivals import Outcome, compare, rivals_of
 from headinfer.plan.memory import format_bytes
 
 __all__ = ["decode"]
@@ -47,8 +47,8 @@ def _at(job: Job, tokens: int) -> list[Line]:
              goal=f"{share_goal} %" if share_goal else "", reached=goal_reached(share_goal, 100 * share),
              note=point.note, details=facts),
     ]  # fmt: skip
-    rivals = rivals_of(job, point.past, 1, job.pass_s(tokens, 1), goals)
-    found = compare(job, point.own, own_s, rivals)
+    baselines = baselines_of(job, point.past, 1, job.pass_s(tokens, 1), goals)
+    found = compare(job, point.own, own_s, baselines)
     lines += point.lines("decode", name, found, "s/token")
     return [*lines, *_short(name, tokens, found)]
 

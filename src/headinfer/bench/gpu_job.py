@@ -43,7 +43,7 @@ class GpuSizes:
 
     floor_bytes: the device KV budget of the engine's own lines. chunk_tokens: of a prefill chunk; None: from the rates
     that are measured. real_kv_bytes: the largest KV that is really there, beyond it layers share one layer's (None:
-    what host memory allows). longest_pass_s: a rival that would take longer for one pass is left out.
+    what host memory allows). longest_pass_s: a baseline that would take longer for one pass is left out.
     """
 
     model: str = "random:llama-3-8b?vocab=128256&context=4194304"

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from headinfer.bench.baselines import Baseline, Outcome, baselines_of, compare
 from headinfer.bench.gpu_job import Job, Line, goal_reached
 from headinfer.bench.gpu_point import LONG_TOKENS, OURS, Point, open_point
-from headinfer.bench.rivals import Outcome, Rival, compare, rivals_of
 from headinfer.bench.runners import HeadRunner
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
@@ -48,8 +48,8 @@ def _chunk_at(job: Job, offset: int, tokens: int) -> list[Line]:
     is_long = offset >= LONG_TOKENS
     goals = {"resident store": _RESIDENT_GOAL if is_long else "", "offloaded cache": "> 1",
              "paper's scheme": ">= 0.98" if is_long else ""}  # fmt: skip
-    rivals = rivals_of(job, point.past, tokens, job.pass_s(offset, tokens), goals)
-    found = [_with_its_kernels(job, point, one, rivals) for one in compare(job, own, point.own_s, rivals)]
+    baselines = baselines_of(job, point.past, tokens, job.pass_s(offset, tokens), goals)
+    found = [_with_its_kernels(job, point, one, baselines) for one in compare(job, own, point.own_s, baselines)]
     seconds = [s for one in found for s in one.own_s] or [point.own_s]
     facts = point.facts(job, statistics.median(seconds))
     facts["flops_per_s"] = job.flops(offset, tokens) / facts["seconds"]
@@ -60,18 +60,18 @@ def _chunk_at(job: Job, offset: int, tokens: int) -> list[Line]:
     ]  # fmt: skip
 
 
-def _with_its_kernels(job: Job, point: Point, found: Outcome, rivals: Sequence[Rival]) -> Outcome:
+def _with_its_kernels(job: Job, point: Point, found: Outcome, baselines: Sequence[Baseline]) -> Outcome:
     """The resident store against headinfer with the same kernels, where the table chose others for tiles."""
     theirs = found.facts.get("attention_backends")
     if found.name != "resident store" or not found.seconds or theirs == point.own.facts()["attention_backends"]:
         return found
     options: dict[str, Any] = {"device_kv_budget": job.sizes.floor_bytes, "backend": ",".join(theirs or ())}
     same = HeadRunner(job, point.past.cache(room_tokens=point.own.tokens, **options), point.own.tokens)
-    rival = next(one for one in rivals if one.name == found.name)
+    baseline = next(one for one in baselines if one.name == found.name)
     with same.active():
         own_s = job.timed(same.run)
         same.after()
-    (again,) = compare(job, same, own_s, [rival])
+    (again,) = compare(job, same, own_s, [baseline])
     if not again.seconds:
         return dataclasses.replace(found, goal="", note=f"with other kernels than headinfer; with its own {again.note}")
     facts = {**again.facts, "with_the_table's_kernels": found.ratio}

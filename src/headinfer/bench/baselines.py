@@ -32,14 +32,14 @@ from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.memory import available_host_bytes, format_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS
 
-__all__ = ["Outcome", "Rival", "compare", "measure_alone", "ring_budget_bytes", "rivals_of"]
+__all__ = ["Baseline", "Outcome", "compare", "measure_alone", "ring_budget_bytes", "rivals_of"]
 
 _SLOT_ALIGN = 256
 _ACTIVATION_SHARE = 8  # of the device memory that is free: for a chunk, where KV takes what is free
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A way that may be opened. device_bytes, host_bytes: what it needs; pass_s: about what a pass takes.
 
     goal: of its time over headinfer's. refusal: why it cannot be opened at all. is_foreign: none of this project's
@@ -75,7 +75,7 @@ class Outcome:
         return statistics.median(a / b for a, b in pairs) if self.seconds else None
 
 
-def rivals_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[str, str]) -> list[Rival]:
+def baselines_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[str, str]) -> list[Baseline]:
     """The ways for passes of `tokens` tokens after a past, the most telling first.
 
     pass_s: what headinfer takes, about. goals: by name.
@@ -88,36 +88,36 @@ def rivals_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[str,
     kv_near_s, kv_far_s = kv / rates.device_bytes_per_s, kv / min(rates.link_bytes_per_s, rates.back_bytes_per_s)
     near_s = max(pass_s - kv / rates.link_bytes_per_s, 0.0) if tokens == 1 else pass_s
 
-    def whole_past(name: str, group: int) -> Rival:
+    def whole_past(name: str, group: int) -> Baseline:
         budget = ring_budget_bytes(job, group * layer_bytes // heads)
         options = {"device_kv_budget": budget, "streaming_budget": budget, "heads_per_group": group}
-        return rival(name, budget, pass_s, tile_tokens=past.tokens, **options)
+        return baseline(name, budget, pass_s, tile_tokens=past.tokens, **options)
 
-    def rival(name: str, device_bytes: int, seconds: float, **options: Any) -> Rival:
+    def baseline(name: str, device_bytes: int, seconds: float, **options: Any) -> Baseline:
         def opened() -> Runner:
             return HeadRunner(job, past.cache(room_tokens=tokens if tokens > 1 else 0, **options), tokens)
 
-        return Rival(name, device_bytes, seconds, opened)
+        return Baseline(name, device_bytes, seconds, opened)
 
-    def resident() -> Rival:
+    def resident() -> Baseline:
         # As if nothing were shared: each layer's part of the budget holds all of its own, and a unit more.
         each = layer_bytes + layer_bytes // past.tokens * RESIDENT_UNIT_TOKENS
         options = {"device_kv_budget": floor_bytes + layers * each, "streaming_budget": floor_bytes}
-        return rival("resident store", floor_bytes + held * each, near_s + kv_near_s, **options)
+        return baseline("resident store", floor_bytes + held * each, near_s + kv_near_s, **options)
 
-    def what_is_free() -> Rival:
+    def what_is_free() -> Baseline:
         free = job.free_device_bytes()
         if past.is_simulation or resident().device_bytes <= free - free // _ACTIVATION_SHARE:
             why = "one layer's KV stands for all" if past.is_simulation else "all of it fits, see resident store"
-            return Rival("what is free", 0, 0.0, _refused, refusal=f"not measured: {why}")
+            return Baseline("what is free", 0, 0.0, _refused, refusal=f"not measured: {why}")
         budget = free - free // _ACTIVATION_SHARE
-        return rival("what is free", budget, pass_s, device_kv_budget=budget, streaming_budget=floor_bytes)
+        return baseline("what is free", budget, pass_s, device_kv_budget=budget, streaming_budget=floor_bytes)
 
-    def dynamic(name: str, *, offloaded: bool) -> Rival:
+    def dynamic(name: str, *, offloaded: bool) -> Baseline:
         seconds = near_s + (2 * kv_far_s if offloaded else 3 * kv_near_s)
         host = (3 if tokens > 1 else 2) * 2 * kv if offloaded else 0  # torch rounds pinned sizes to powers of two
         refusal = "does not run without a GPU" if offloaded and not job.is_cuda else ""
-        return Rival(
+        return Baseline(
             name,
             4 * layer_bytes if offloaded else kv + 2 * layer_bytes,
             seconds,
@@ -156,18 +156,18 @@ def measure_alone(job: Job, runner: Runner) -> float:
     return seconds
 
 
-def compare(job: Job, own: Runner, own_s: float, rivals: Sequence[Rival]) -> list[Outcome]:
+def compare(job: Job, own: Runner, own_s: float, baselines: Sequence[Baseline]) -> list[Outcome]:
     """Each way in turns with headinfer's own, which takes own_s a pass; or why it was not measured."""
-    return [_against(job, own, own_s, rival) for rival in rivals]
+    return [_against(job, own, own_s, baseline) for baseline in baselines]
 
 
-def _against(job: Job, own: Runner, own_s: float, rival: Rival) -> Outcome:
-    if why := _refusal(job, own_s, rival):
-        return Outcome(rival.name, goal=rival.goal, note=why)
+def _against(job: Job, own: Runner, own_s: float, baseline: Baseline) -> Outcome:
+    if why := _refusal(job, own_s, baseline):
+        return Outcome(baseline.name, goal=baseline.goal, note=why)
     seconds: list[float] = []
     own_seconds: list[float] = []
     try:
-        runner = rival.open()
+        runner = baseline.open()
         with runner.active():
             first_s = job.timed(runner.run)
             runner.after()
@@ -177,30 +177,32 @@ def _against(job: Job, own: Runner, own_s: float, rival: Rival) -> Outcome:
                 with one.active():
                     found.append(job.timed(one.run))
                     one.after()
-        return Outcome(rival.name, seconds, own_seconds, runner.kv_bytes(), rival.goal, facts=runner.facts())
+        return Outcome(baseline.name, seconds, own_seconds, runner.kv_bytes(), baseline.goal, facts=runner.facts())
     except (torch.OutOfMemoryError, CapacityError) as error:
-        return Outcome(rival.name, goal=rival.goal, note=f"ran out of memory: {str(error).splitlines()[0]}")
+        return Outcome(baseline.name, goal=baseline.goal, note=f"ran out of memory: {str(error).splitlines()[0]}")
     except RuntimeError as error:
-        if not rival.is_foreign:
+        if not baseline.is_foreign:
             raise
-        return Outcome(rival.name, goal=rival.goal, note=f"failed: {str(error).splitlines()[0]}")
+        return Outcome(baseline.name, goal=baseline.goal, note=f"failed: {str(error).splitlines()[0]}")
     finally:
         runner = None  # type: ignore[assignment]  # let go of it before memory is given back
         job.clean()
 
 
-def _refusal(job: Job, own_s: float, rival: Rival) -> str:
+def _refusal(job: Job, own_s: float, baseline: Baseline) -> str:
     """Why a way is not tried; empty where it is."""
-    if rival.refusal:
-        return rival.refusal
+    if baseline.refusal:
+        return baseline.refusal
     free, host = job.free_device_bytes(), available_host_bytes()
-    if rival.device_bytes > free:
-        return f"does not fit: {format_bytes(rival.device_bytes)} of KV, {format_bytes(free)} of device memory are free"
-    if rival.host_bytes > host:
-        return f"does not fit: {format_bytes(rival.host_bytes)} of host memory, {format_bytes(host)} are free"
-    if rival.pass_s > job.sizes.longest_pass_s:
-        return f"not measured: a pass would take about {rival.pass_s:.0f} s"
-    if 2 * rival.pass_s + own_s + 1.0 > job.left_s:
+    if baseline.device_bytes > free:
+        return (
+            f"does not fit: {format_bytes(baseline.device_bytes)} of KV, {format_bytes(free)} of device memory are free"
+        )
+    if baseline.host_bytes > host:
+        return f"does not fit: {format_bytes(baseline.host_bytes)} of host memory, {format_bytes(host)} are free"
+    if baseline.pass_s > job.sizes.longest_pass_s:
+        return f"not measured: a pass would take about {baseline.pass_s:.0f} s"
+    if 2 * baseline.pass_s + own_s + 1.0 > job.left_s:
         return "not measured: out of time"
     return ""
 
