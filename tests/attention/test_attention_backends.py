@@ -35,7 +35,9 @@ BY_NAME = {backend.name: backend for backend in BACKENDS}
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 
-needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native kernel: {native.why_not()}")
+needs_native = pytest.mark.skipif(
+    bool(native.unavailable_reason()), reason=f"no native kernel: {native.unavailable_reason()}"
+)
 on_cpu = pytest.mark.parametrize(
     "name", [pytest.param("cpu-native", marks=needs_native), pytest.param("cpu-flash"), pytest.param("eager")]
 )
@@ -392,8 +394,8 @@ def test_native_built_for_smaller_cpus(arch, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = {"-march=native": f"-march={arch}", "-O3": "-O1"}
     monkeypatch.setattr(native, "_FLAGS", tuple(flags.get(flag, flag) for flag in native._FLAGS))
-    library, why_not = native._load.__wrapped__()
-    assert why_not == ""
+    library, unavailable_reason = native._load.__wrapped__()
+    assert unavailable_reason == ""
     assert [path.suffix for path in (tmp_path / "headinfer").iterdir()] == [".so"]  # nothing half-built is left
     monkeypatch.setattr(native, "_load", lambda: (library, ""))
     rng = seeded(13)
@@ -434,7 +436,7 @@ def test_the_order_on_a_cpu(monkeypatch):
 @pytest.fixture
 def triton_builds(monkeypatch):
     """Choices as on a machine where triton works."""
-    monkeypatch.setattr(triton_calls, "why_not", lambda: "")
+    monkeypatch.setattr(triton_calls, "unavailable_reason", lambda: "")
 
 
 HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
@@ -488,7 +490,7 @@ def test_what_the_triton_kernel_refuses(monkeypatch):
     assert "256" in cuda.triton_refuses(dataclasses.replace(problem, value_dim=257))
     assert "float64" in cuda.triton_refuses(dataclasses.replace(problem, dtype=torch.float64))
     assert "8.0" in cuda.triton_refuses(dataclasses.replace(problem, capability=TURING))
-    monkeypatch.setattr(triton_calls, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(triton_calls, "unavailable_reason", lambda: "no compiler")
     assert cuda.triton_refuses(problem) == "no compiler"
 
 
@@ -851,7 +853,7 @@ def test_the_native_kernel_can_be_switched_off():
         "from headinfer.attention import native\n"
         "from headinfer.attention.backends import Problem, choose\n"
         "import torch\n"
-        "print(native.why_not())\n"
+        "print(native.unavailable_reason())\n"
         "print(choose(Problem('cpu', torch.float32, 4, 64, 64), 'cpu-native').name)\n"
     )
     done = subprocess.run(
@@ -868,19 +870,19 @@ def test_the_native_kernel_can_be_switched_off():
 def test_why_there_is_no_native_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")  # a program that always fails
-    library, why_not = native._load.__wrapped__()
+    library, unavailable_reason = native._load.__wrapped__()
     assert library is None
-    assert "failed" in why_not
+    assert "failed" in unavailable_reason
     assert list((tmp_path / "headinfer").iterdir()) == []
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    library, why_not = native._load.__wrapped__()
+    library, unavailable_reason = native._load.__wrapped__()
     assert library is None
-    assert "no C compiler" in why_not
+    assert "no C compiler" in unavailable_reason
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    library, why_not = native._load.__wrapped__()
+    library, unavailable_reason = native._load.__wrapped__()
     assert library is None
-    assert why_not
+    assert unavailable_reason

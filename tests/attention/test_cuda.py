@@ -147,7 +147,7 @@ def test_a_chunk_on_itself(device, backend, dtype, sharpness, dims, softcap, tok
 def test_this_device_builds_the_triton_kernels():
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("for compute capability 8.0 and up")
-    assert triton_calls.why_not() == ""
+    assert triton_calls.unavailable_reason() == ""
 
 
 @pytest.mark.gpu
@@ -159,8 +159,8 @@ def test_a_merge_in_one_kernel_is_torch_s(shape, dim, dtype):
     part.out = part.out.to(dtype)
     wanted = copy_of(state).merge_(part)
     mine, other = (AttentionState(x.out.cuda(), x.lse.cuda()) for x in (state, part))
-    assert triton_calls.merge_(mine.out, mine.lse, other.out, other.lse) or triton_calls.why_not()
-    if not triton_calls.why_not():
+    assert triton_calls.merge_(mine.out, mine.lse, other.out, other.lse) or triton_calls.unavailable_reason()
+    if not triton_calls.unavailable_reason():
         torch.testing.assert_close(mine.out.cpu(), wanted.out, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(mine.lse.cpu(), wanted.lse, rtol=2e-6, atol=2e-6)
 

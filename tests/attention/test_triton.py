@@ -35,12 +35,12 @@ def no_triton(monkeypatch):
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(triton_calls, "_kernels", absent)
-    monkeypatch.setattr(triton_calls, "why_not", triton_calls.why_not.__wrapped__)
+    monkeypatch.setattr(triton_calls, "unavailable_reason", triton_calls.unavailable_reason.__wrapped__)
 
 
 @pytest.mark.usefixtures("no_triton")
 def test_without_triton_others_serve():
-    assert "No module named 'triton'" in triton_calls.why_not()
+    assert "No module named 'triton'" in triton_calls.unavailable_reason()
     assert choose(Problem("cuda", torch.bfloat16, 0, 64, 64, softcap=True)).name == "eager"
     assert choose(Problem("cuda", torch.bfloat16, 0, 64, 64), "cuda-triton").name == "cuda-flash"
     state = AttentionState(torch.zeros(2, 3), torch.zeros(2))
@@ -54,7 +54,7 @@ def test_importing_headinfer_s_kernels_imports_no_triton():
         "from headinfer.attention.backends import choose\n"
         "import headinfer.engine.streaming\n"
         "assert 'headinfer.attention.triton_kernels' not in sys.modules\n"
-        "print(triton_calls.why_not())\n"
+        "print(triton_calls.unavailable_reason())\n"
     )
     environment = {**os.environ, "HEADINFER_TRITON": "0"}
     done = subprocess.run(

@@ -18,7 +18,7 @@ from own_process import TESTS, run_pytest
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 
 
-def why_not():
+def unavailable_reason():
     """Why this torch cannot pretend; empty where it can."""
     if torch.cuda.is_available():
         return "there is a real device"
@@ -30,7 +30,7 @@ def why_not():
     return ""
 
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
 
 
 def rehearse(*arguments, triton=False):

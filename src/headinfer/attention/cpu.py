@@ -113,7 +113,7 @@ def native_refuses(problem: Problem) -> str | None:
         return "head dims must be multiples of 16"
     if problem.dtype not in (torch.float32, *HALVES):
         return f"no {problem.dtype}"
-    return native.why_not() or None
+    return native.unavailable_reason() or None
 
 
 def native_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:

@@ -239,7 +239,7 @@ def triton_refuses(problem: Problem) -> str | None:
         return "head dims up to 256"
     if _is_before_ampere(problem):
         return _AMPERE
-    return triton_calls.why_not() or None
+    return triton_calls.unavailable_reason() or None
 
 
 def triton_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:

@@ -2,7 +2,7 @@
 
 torch's CPU kernels reach a third of the DRAM's bandwidth in decode, this one most of it (`headinfer bench decode`). It
 is compiled once per machine, for its own instruction set, into the user's cache folder. Without a compiler the torch
-kernel serves, and `why_not()` says why.
+kernel serves, and `unavailable_reason()` says why.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from headinfer.attention.state import AttentionState
 
-__all__ = ["attend_native", "why_not"]
+__all__ = ["attend_native", "unavailable_reason"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -116,7 +116,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """Why the native kernel cannot be used on this machine; empty where it can. Builds it on first use."""
     return _load()[1]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["attend", "merge_", "why_not"]
+__all__ = ["attend", "merge_", "unavailable_reason"]
 
 _LOG2_E = math.log2(math.e)
 _PARTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def why_not() -> str:
+def unavailable_reason() -> str:
     """Why the Triton kernels cannot be used here; empty where they can. Builds the smallest one on first use.
 
     Without any CUDA device it only asks whether triton can be imported: a choice is then a matter of shapes.
@@ -80,7 +80,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
     out, lse and part_lse float32; part float32 or a half type. Up to two leading dims may have any strides.
     """
     leading = lse.ndim
-    if why_not() or out.shape != part.shape or lse.shape != part_lse.shape or out.shape[:-1] != lse.shape:
+    if unavailable_reason() or out.shape != part.shape or lse.shape != part_lse.shape or out.shape[:-1] != lse.shape:
         return False
     if not (out.dtype == lse.dtype == part_lse.dtype == torch.float32) or part.dtype not in _PARTS:
         return False

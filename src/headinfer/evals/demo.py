@@ -63,7 +63,7 @@ class Demo:
         self.shape = ModelShape.from_config(source.config)
         model = source.load(dtype=torch.float32, device=device, seed=0)
         if device == "cpu":
-            native.why_not()  # compiles the decode kernel where that was never done here: no part of the timing
+            native.unavailable_reason()  # compiles the decode kernel where that was never done here: no part of the timing
         options: dict[str, Any] = {
             "chunk_tokens": _CHUNK_TOKENS,
             "device_kv_budget": _BUDGET_BYTES,

@@ -28,7 +28,7 @@ from headinfer.hf.compat import (
     is_constant_size,
     shared_full_layers,
 )
-from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, why_not_croppable
+from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, uncroppable_reason
 from headinfer.sessions import writer as session
 from headinfer.sessions.folder import at_rest
 from headinfer.sessions.manifest import Manifest
@@ -144,7 +144,7 @@ class HeadCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -tokens_to_remove tokens; refused before it starts where a layer cannot."""
         for layer in self.layers:
-            if reason := why_not_croppable(layer):
+            if reason := uncroppable_reason(layer):
                 raise StateError(f"cannot crop: {reason}")
         super().crop(tokens_to_remove)
 

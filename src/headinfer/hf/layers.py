@@ -255,7 +255,7 @@ def restore(layer: Any, state: dict[str, Any]) -> None:
             layer.layer_kv.crop(state["tokens"])
 
 
-def why_not_croppable(layer: Any) -> str:
+def uncroppable_reason(layer: Any) -> str:
     """Why a layer cannot give up its newest tokens; empty where it can."""
     advice = "call activate_past_recording() on the cache before generating"
     if isinstance(layer, DynamicSlidingWindowLayer):

@@ -145,7 +145,7 @@ def ask(
             check_unchanged(prepared.folder, prepared.manifest.generation)
         dtype = getattr(torch, prepared.manifest.model["dtype"])
         model = prepared.source.load(dtype=dtype, device=prepared.device, seed=about.get("seed", 0))
-        native.why_not()
+        native.unavailable_reason()
         with enable(model, chunk_tokens=prepared.manifest.arithmetic.get("chunk_tokens")), torch.inference_mode():
             cache = HeadCache.load(prepared.folder, model, **job.options)
             on_loaded(cache)

@@ -222,7 +222,7 @@ def run(
     cache = HeadCache(model.config, **vars(options))
     summary.options = dataclasses.asdict(options) | {"chunk_tokens": chunk_tokens}
     if prepared.device == "cpu":
-        native.why_not()  # compiles the decode kernel where that was never done here, which is no part of the timing
+        native.unavailable_reason()  # compiles the decode kernel where that was never done here, which is no part of the timing
     start = time.perf_counter()
     streamer = Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)

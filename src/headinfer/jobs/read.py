@@ -197,7 +197,7 @@ def read(
             with Lock(folder) as lock:  # before anything expensive
                 check_unchanged(folder, prepared.generation)
                 model = prepared.source.load(dtype=prepared.dtype, device=prepared.device, seed=job.seed)
-                native.why_not()  # compiles the decode kernel where that was never done here
+                native.unavailable_reason()  # compiles the decode kernel where that was never done here
                 done = _resume(prepared, model, on_resumed)
                 result.tokens = result.resumed_at = done
                 start = time.perf_counter()
