@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headinfer.engine.engine import Options
+    from headinfer.engine.options import Options
     from headinfer.errors import CapacityError, HeadinferError, SessionError, StateError, UnsupportedError, UsageError
     from headinfer.hf.cache import HeadCache, Stats
     from headinfer.hf.enable import Enabled, enable
@@ -32,7 +32,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "headinfer.engine.engine": ("Options",),
+    "headinfer.engine.options": ("Options",),
     "headinfer.errors": (
         "CapacityError",
         "HeadinferError",

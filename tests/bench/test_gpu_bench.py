@@ -181,7 +181,9 @@ def test_one_layers_kv_for_all_gives_the_bits_and_bytes_of_kv_of_their_own(job, 
     other = Job(job.device, dataclasses.replace(SIZES, real_kv_bytes=1), print)
     real, shared = Past(job, past_tokens), Past(other, past_tokens)
     assert (real.is_simulation, shared.is_simulation) == (False, True)
-    found = [logits(job, past.cache(room_tokens=room, device_kv_budget=2 << 20), tokens) for past in (real, shared)]
+    found = [
+        logits(job, past.cache(room_tokens=room, device_kv_budget_bytes=2 << 20), tokens) for past in (real, shared)
+    ]
     assert torch.equal(found[0][0], found[1][0])
     on_host = past_tokens - 128 + (128 if tokens > 1 else 0)
     assert found[0][1] == found[1][1] == LAYERS * on_host * TOKEN_BYTES
@@ -198,8 +200,8 @@ def test_one_layers_kv_for_all_gives_the_bits_and_bytes_of_kv_of_their_own(job, 
 def test_caches_of_one_past_share_host_memory_and_nothing_else(job):
     past = Past(job, 2048)
     held = past.host_bytes
-    near = past.cache(device_kv_budget=16 << 20, streaming_budget=2 << 20)
-    far = past.cache(device_kv_budget=2 << 20)
+    near = past.cache(device_kv_budget_bytes=16 << 20, streaming_budget_bytes=2 << 20)
+    far = past.cache(device_kv_budget_bytes=2 << 20)
     for _ in range(2):  # what is resident comes in the first pass
         bits_near, moved = logits(job, near, 1)
         near.crop(-1)
@@ -212,7 +214,7 @@ def test_caches_of_one_past_share_host_memory_and_nothing_else(job):
 
 def test_a_chunk_needs_no_new_host_memory_and_leaves_the_past_as_it_was(job):
     past = Past(job, 2048)
-    cache = past.cache(room_tokens=384, device_kv_budget=2 << 20)
+    cache = past.cache(room_tokens=384, device_kv_budget_bytes=2 << 20)
     held, first = cache.engine.counter.host_bytes, None
     for _ in range(3):
         found, _ = logits(job, cache, 384)
@@ -231,7 +233,7 @@ def test_a_smaller_card_turns_away_what_does_not_fit(job):
     small = Job(CPU, SIZES, print, gpu_memory_bytes=3 << 20)
     small.rates = job.rates
     past = Past(small, 8192)
-    own = HeadRunner(small, past.cache(device_kv_budget=2 << 20), 1)
+    own = HeadRunner(small, past.cache(device_kv_budget_bytes=2 << 20), 1)
     found = {one.name: one for one in compare(small, own, 0.01, baselines_of(small, past, 1, 0.01, {}))}
     for name in ("DynamicCache", "layer-wise", "paper's scheme", "resident store"):
         assert found[name].note.startswith("does not fit"), found[name]
@@ -248,7 +250,7 @@ def test_a_rival_that_runs_out_of_memory_is_a_line(job, error):
         raise RuntimeError("of our own")
 
     past = Past(job, 512)
-    own = HeadRunner(job, past.cache(device_kv_budget=2 << 20), 1)
+    own = HeadRunner(job, past.cache(device_kv_budget_bytes=2 << 20), 1)
     (found,) = compare(job, own, 0.01, [Baseline("greedy", 0, 0.0, opened)])
     assert found.note == f"ran out of memory: {str(error).splitlines()[0]}"
     with pytest.raises(RuntimeError, match="of our own"):

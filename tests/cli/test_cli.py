@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_text_however_it_is_cut(book, capsys, monke
         return json.loads(capsys.readouterr().out)
 
     options = ("--max-new-tokens", 12, "--temperature", 1.0, "--json", "--seed", 5)
-    small = ("--staging", "late", "--device-kv-budget", "700KB", "--heads-per-group", 1, "--tile-tokens", 300)
+    small = ("--transport", "lazy", "--device-kv-budget", "700KB", "--heads-per-group", 1, "--tile-tokens", 300)
     plain, again = result_of(*options), result_of(*options)
     cut = result_of(*options, *small, "--chunk-tokens", 200)
     assert plain["token_ids"] == again["token_ids"] == cut["token_ids"]

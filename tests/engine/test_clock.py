@@ -48,7 +48,9 @@ def test_decode_is_no_slower_than_the_papers_scheme(monkeypatch, rates, past_tok
     ours = last_pass(monkeypatch, rates, past_tokens, 1)
     budget = 2 * (past_tokens + 256) * TOKEN_BYTES // KV_HEADS + (80 << 20)
     scheme = {"heads_per_group": 1, "tile_tokens": past_tokens + 256}
-    theirs = last_pass(monkeypatch, rates, past_tokens, 1, device_kv_budget=budget, streaming_budget=budget, **scheme)
+    theirs = last_pass(
+        monkeypatch, rates, past_tokens, 1, device_kv_budget_bytes=budget, streaming_budget_bytes=budget, **scheme
+    )
     assert theirs.seconds >= (0.98 if past_tokens >= LONG[0] else 1.1) * ours.seconds
 
 

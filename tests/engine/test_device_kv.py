@@ -11,7 +11,8 @@ from generation import generate, make_model, padded, prompt
 import headinfer
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import device_kv
-from headinfer.engine.engine import Engine, Options
+from headinfer.engine.engine import Engine
+from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import numa, tiers
@@ -22,7 +23,7 @@ from headinfer.kv.transfer import SlotRing
 TOKEN_BYTES = 2 * 4 * 16 * 4  # of a layer of make_model(): K and V of 4 heads of width 16 in float32
 LAYERS = 4
 STREAMING = 5 << 20
-both_twins = pytest.mark.parametrize("staging", ["early", "late"])
+both_twins = pytest.mark.parametrize("transport", ["eager", "lazy"])
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,16 @@ def llama():
     return make_model("llama")
 
 
-def enabled(model, staging, resident_tokens, **options):
+def enabled(model, transport, resident_tokens, **options):
     """resident_tokens: of each layer, for one row."""
     budget = STREAMING + LAYERS * resident_tokens * TOKEN_BYTES
-    sizes = {"device_kv_budget": budget, "streaming_budget": STREAMING, "heads_per_group": 1, "tile_tokens": 90}
-    return headinfer.enable(model, chunk_tokens=96, staging=staging, **sizes | options)
+    sizes = {
+        "device_kv_budget_bytes": budget,
+        "streaming_budget_bytes": STREAMING,
+        "heads_per_group": 1,
+        "tile_tokens": 90,
+    }
+    return headinfer.enable(model, chunk_tokens=96, transport=transport, **sizes | options)
 
 
 # -- resident tokens ---------------------------------------------------------------------------------------------------
@@ -47,9 +53,9 @@ def enabled(model, staging, resident_tokens, **options):
     [prompt(tokens=900), padded(tokens=900), prompt(tokens=900) | {"num_beams": 3}],
     ids=["one row", "padded rows", "beams"],
 )
-def test_what_stays_on_the_device_changes_no_token(llama, staging, resident_tokens, inputs):
+def test_what_stays_on_the_device_changes_no_token(llama, transport, resident_tokens, inputs):
     wanted = generate(llama, inputs)[0]
-    with enabled(llama, staging, resident_tokens) as active:
+    with enabled(llama, transport, resident_tokens) as active:
         found = generate(llama, inputs)[0]
     assert torch.equal(found, wanted)
     stats = active.last_cache.stats()
@@ -64,16 +70,20 @@ def test_what_stays_on_the_device_changes_no_token(llama, staging, resident_toke
 
 
 def test_resident_bytes_are_what_was_asked_for(llama):
-    with enabled(llama, "early", 384) as active:
+    with enabled(llama, "eager", 384) as active:
         generate(llama, prompt())
     assert active.last_cache.stats().device_resident_bytes == LAYERS * 384 * TOKEN_BYTES
 
 
 @both_twins
-def test_a_context_that_outgrows_its_device_streams(llama, staging):
+def test_a_context_that_outgrows_its_device_streams(llama, transport):
     """A budget that was all for resident tokens: they give way to a ring when it is needed."""
     budget = 10 * 256 * TOKEN_BYTES + 40 * 128 * TOKEN_BYTES
-    options = {"staging": staging, "device_kv_budget": budget, "streaming_budget": 6 * 256 * TOKEN_BYTES}
+    options = {
+        "transport": transport,
+        "device_kv_budget_bytes": budget,
+        "streaming_budget_bytes": 6 * 256 * TOKEN_BYTES,
+    }
     ids = prompt(tokens=3000)["input_ids"]
     with torch.no_grad():
         wanted = llama(ids).logits[:, -1]
@@ -91,18 +101,18 @@ def test_a_context_that_outgrows_its_device_streams(llama, staging):
 
 
 def test_a_budget_too_small_for_a_ring_is_refused(llama):
-    small = headinfer.enable(llama, staging="early", device_kv_budget=5 * 256 * TOKEN_BYTES, chunk_tokens=96)
+    small = headinfer.enable(llama, transport="eager", device_kv_budget_bytes=5 * 256 * TOKEN_BYTES, chunk_tokens=96)
     with small, pytest.raises(CapacityError, match="give at least"):
         generate(llama, prompt())
 
 
 @both_twins
-def test_a_session_comes_back_to_the_device(llama, staging, tmp_path):
+def test_a_session_comes_back_to_the_device(llama, transport, tmp_path):
     ids, question = prompt(tokens=700)["input_ids"], prompt(tokens=5, seed=2)["input_ids"]
     with torch.no_grad():
         wanted = llama(torch.cat([ids, question], dim=1)).logits[:, -1]
     budget = STREAMING + LAYERS * 512 * TOKEN_BYTES
-    options = {"staging": staging, "device_kv_budget": budget, "streaming_budget": STREAMING}
+    options = {"transport": transport, "device_kv_budget_bytes": budget, "streaming_budget_bytes": STREAMING}
     with headinfer.enable(llama), torch.no_grad():
         cache = HeadCache(llama.config, **options)
         llama(ids, past_key_values=cache)
@@ -120,11 +130,13 @@ def test_a_session_comes_back_to_the_device(llama, staging, tmp_path):
 
 
 @both_twins
-def test_what_was_fetched_ahead_is_dropped_when_its_tokens_are_written_again(llama, staging):
+def test_what_was_fetched_ahead_is_dropped_when_its_tokens_are_written_again(llama, transport):
     """After decoding, the first tile waits in the ring for the next token; its tokens are replaced meanwhile."""
     first, other = (prompt(tokens=700, seed=seed)["input_ids"] for seed in (1, 5))
     with headinfer.enable(llama), torch.no_grad():
-        cache = HeadCache(llama.config, staging=staging, device_kv_budget=STREAMING, tile_tokens=90, heads_per_group=1)
+        cache = HeadCache(
+            llama.config, transport=transport, device_kv_budget_bytes=STREAMING, tile_tokens=90, heads_per_group=1
+        )
         llama(first, past_key_values=cache)
         for token in (3, 4):
             llama(torch.tensor([[token]]), past_key_values=cache)
@@ -139,9 +151,11 @@ def test_what_was_fetched_ahead_is_dropped_when_its_tokens_are_written_again(lla
 
 
 @both_twins
-def test_decoding_fetches_each_byte_once_a_token(llama, staging):
+def test_decoding_fetches_each_byte_once_a_token(llama, transport):
     with headinfer.enable(llama), torch.no_grad():
-        cache = HeadCache(llama.config, staging=staging, device_kv_budget=STREAMING, tile_tokens=90, heads_per_group=1)
+        cache = HeadCache(
+            llama.config, transport=transport, device_kv_budget_bytes=STREAMING, tile_tokens=90, heads_per_group=1
+        )
         llama(prompt(tokens=600)["input_ids"], past_key_values=cache)
         llama(torch.tensor([[3]]), past_key_values=cache)
         for _ in range(3):
@@ -153,7 +167,7 @@ def test_decoding_fetches_each_byte_once_a_token(llama, staging):
 
 def test_reset_lets_go_of_what_was_fetched_ahead(llama):
     with headinfer.enable(llama), torch.no_grad():
-        cache = HeadCache(llama.config, staging="early", device_kv_budget=STREAMING, tile_tokens=90)
+        cache = HeadCache(llama.config, transport="eager", device_kv_budget_bytes=STREAMING, tile_tokens=90)
         llama(prompt(tokens=600)["input_ids"], past_key_values=cache)
         for _ in range(2):
             llama(torch.tensor([[3]]), past_key_values=cache)
@@ -162,12 +176,14 @@ def test_reset_lets_go_of_what_was_fetched_ahead(llama):
     assert cache.stats().host_kv_bytes == 0
 
 
-@pytest.mark.parametrize("staging", ["none", "early", "late"])
-def test_a_cache_filled_in_inference_mode_is_used_without_it(llama, staging):
+@pytest.mark.parametrize("transport", ["in_place", "eager", "lazy"])
+def test_a_cache_filled_in_inference_mode_is_used_without_it(llama, transport):
     ids = prompt(tokens=900)["input_ids"]
     with headinfer.enable(llama, chunk_tokens=300), torch.no_grad():
         wanted = llama(ids).logits[:, -1:]
-        cache = HeadCache(llama.config, staging=staging, device_kv_budget=8 << 20, streaming_budget=6 << 20)
+        cache = HeadCache(
+            llama.config, transport=transport, device_kv_budget_bytes=8 << 20, streaming_budget_bytes=6 << 20
+        )
         with torch.inference_mode():
             llama(ids[:, :500], past_key_values=cache)
         found = llama(ids[:, 500:], past_key_values=cache, logits_to_keep=1).logits
@@ -194,10 +210,10 @@ def pageable(monkeypatch, allowed):
 
 @both_twins
 @pytest.mark.parametrize("allowed", [0, 2, 10_000])
-def test_memory_that_is_not_pinned_goes_through_buffers(llama, staging, allowed, monkeypatch):
+def test_memory_that_is_not_pinned_goes_through_buffers(llama, transport, allowed, monkeypatch):
     wanted = generate(llama, prompt(tokens=900))[0]
     pageable(monkeypatch, allowed)
-    with warnings.catch_warnings(record=True) as said, enabled(llama, staging, 0) as active:
+    with warnings.catch_warnings(record=True) as said, enabled(llama, transport, 0) as active:
         warnings.simplefilter("always")
         found = generate(llama, prompt(tokens=900))[0]
     assert torch.equal(found, wanted)
@@ -279,7 +295,7 @@ def test_memory_of_a_known_length_is_taken_with_the_first_tokens(llama, monkeypa
     with torch.no_grad():
         wanted = llama(ids).logits[:, -1]
     with headinfer.enable(llama), torch.no_grad():
-        cache = HeadCache(llama.config, staging="late", device_kv_budget=STREAMING, expected_tokens=900)
+        cache = HeadCache(llama.config, transport="lazy", device_kv_budget_bytes=STREAMING, expected_tokens=900)
         held = []
         for chunk in ids.split(300, dim=1):
             found = llama(chunk, past_key_values=cache).logits[:, -1]
@@ -299,9 +315,9 @@ class Spread(Engine):
 
 
 @both_twins
-def test_each_device_has_a_ring_and_a_budget_of_its_own(staging):
+def test_each_device_has_a_ring_and_a_budget_of_its_own(transport):
     layers, rng = 4, torch.Generator().manual_seed(0)
-    engine = Spread(Options(staging=staging, device_kv_budget=700_000, tile_tokens=100), layers)
+    engine = Spread(Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=100), layers)
     engine.layers_on = {"device 0": 2, "device 1": 2}
     layer_kvs, told = [], [[] for _ in range(layers)]
     for tokens in (300, 400, 1, 5, 1):

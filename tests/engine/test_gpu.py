@@ -12,7 +12,8 @@ from engine_runs import attend_all
 from generation import generate, make_model, padded, prompt
 
 import headinfer
-from headinfer.engine.engine import Engine, Options
+from headinfer.engine.engine import Engine
+from headinfer.engine.options import Options
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import tiers
 from headinfer.kv.byte_counter import ByteCounter
@@ -26,9 +27,9 @@ RESIDENT = [0, 256, 4096]
 
 def options_on(device, resident_tokens=0, **more):
     return {
-        "device_kv_budget": STREAMING + LAYERS * resident_tokens * TOKEN_BYTES,
-        "streaming_budget": STREAMING,
-        "staging": "late" if device == "cpu" else "auto",
+        "device_kv_budget_bytes": STREAMING + LAYERS * resident_tokens * TOKEN_BYTES,
+        "streaming_budget_bytes": STREAMING,
+        "transport": "lazy" if device == "cpu" else "auto",
         "tile_tokens": 90,
         "heads_per_group": 2,
     } | more
@@ -68,7 +69,7 @@ def test_windows_soft_caps_and_sinks(device, family):
     with torch.no_grad():
         wanted = model(ids).logits[:, -20:]
         model = model.to(device)
-        with headinfer.enable(model, **options_on(device, staging="late" if device == "cpu" else "auto")):
+        with headinfer.enable(model, **options_on(device, transport="lazy" if device == "cpu" else "auto")):
             cache = HeadCache(model.config, **options_on(device))
             for chunk in ids.to(device).split(250, dim=1):
                 found = model(chunk, past_key_values=cache).logits[:, -20:]
@@ -83,21 +84,21 @@ def test_the_engine_against_float64(device, dtype, bound, share, dims):
     token_bytes = 2 * sum(dims) * dtype.itemsize
     streaming = 8 * 256 * token_bytes
     options = Options(
-        device_kv_budget=streaming + int(share * 1500) * token_bytes * 2,
-        streaming_budget=streaming,
-        staging="late" if device == "cpu" else "auto",
+        device_kv_budget_bytes=streaming + int(share * 1500) * token_bytes * 2,
+        streaming_budget_bytes=streaming,
+        transport="lazy" if device == "cpu" else "auto",
         tile_tokens=160,
     )
     errors, engine, _ = attend_all(device, dtype, [300, 700, 1, 1, 500, 2], options, dims)
     assert max(errors) < bound
     stats = engine.counters[0]
-    assert stats.device_peak_bytes <= options.device_kv_budget
+    assert stats.device_peak_bytes <= options.device_kv_budget_bytes
     assert (stats.host_to_device_bytes == 0) == (share == 2.0)
 
 
 @on_devices
 def test_the_same_options_give_the_same_bits(device):
-    options = Options(device_kv_budget=4 << 20, staging="late" if device == "cpu" else "auto")
+    options = Options(device_kv_budget_bytes=4 << 20, transport="lazy" if device == "cpu" else "auto")
 
     def run():
         torch.manual_seed(0)
@@ -152,7 +153,7 @@ def test_a_refusal_to_pin_leaves_no_error_behind():
 @on_devices
 def test_host_memory_is_pinned_exactly_and_given_back(device):
     errors, engine, layer_kvs = attend_all(
-        device, torch.float32, [900, 300], Options(staging="late" if device == "cpu" else "auto")
+        device, torch.float32, [900, 300], Options(transport="lazy" if device == "cpu" else "auto")
     )
     assert max(errors) < 1e-5
     segments = {part.segment for layer_kv in layer_kvs for table in layer_kv._tables for part in table}
@@ -171,7 +172,7 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
 
 @pytest.mark.gpu
 def test_the_host_never_waits_for_the_device_in_the_loop():
-    options = Options(device_kv_budget=64 << 20, streaming_budget=64 << 20, tile_tokens=500)
+    options = Options(device_kv_budget_bytes=64 << 20, streaming_budget_bytes=64 << 20, tile_tokens=500)
     _, engine, layer_kvs = attend_all("cuda", torch.bfloat16, [1300], options)
     chunks = [[torch.randn(1, h, t, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)] for t in (1, 64, 1)]
     try:
@@ -190,7 +191,7 @@ def test_the_host_never_waits_for_the_device_in_the_loop():
 
 @pytest.mark.gpu
 def test_device_memory_does_not_grow_with_the_context():
-    options = Options(device_kv_budget=64 << 20, streaming_budget=64 << 20)
+    options = Options(device_kv_budget_bytes=64 << 20, streaming_budget_bytes=64 << 20)
 
     def held_after(past):
         gc.collect()

@@ -13,7 +13,7 @@ import headinfer
 from headinfer.bench import check, probe
 from headinfer.cli import main as cli
 from headinfer.engine import machine, run_plan
-from headinfer.engine.engine import Options
+from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.jobs import generate as generation
 from headinfer.plan.hardware import HARDWARE, Hardware, probe_path
@@ -96,21 +96,21 @@ def test_a_run_on_a_gpu_is_planned_with_what_is_free(monkeypatch):
     for plan in plans:
         assert plan.footprint.device_bytes <= 23 * GIB
         options = run_plan.planned(Options(), plan)
-        assert options.streaming_budget == plan.streaming_bytes > 0
-        assert options.device_kv_budget == plan.streaming_bytes + plan.footprint.resident_bytes
+        assert options.streaming_budget_bytes == plan.streaming_bytes > 0
+        assert options.device_kv_budget_bytes == plan.streaming_bytes + plan.footprint.resident_bytes
         assert options.rates == HARDWARE["rtx4090"].tile_rates("bfloat16")
     assert len({(plan.chunk_tokens, plan.streaming_bytes, plan.prefill) for plan in plans}) > 1, "it adapts"
     assert [plan.is_all_resident for plan in plans] == [True, False, False]
     assert min(sum(plan.resident_tokens) for plan in plans) > 0
-    mine = Options(device_kv_budget=99 * 2**20, heads_per_group=2, rates=RATES[1])
+    mine = Options(device_kv_budget_bytes=99 * 2**20, heads_per_group=2, rates=RATES[1])
     fixed = run_plan.fixed_fields(mine, 512)
     plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=fixed)
     assert (plan.chunk_tokens, plan.prefill.heads_per_group, plan.decode.heads_per_group) == (512, 2, 2)
     assert 0 < plan.streaming_bytes <= plan.device_kv_budget_bytes <= 99 * 2**20
     assert run_plan.planned(mine, plan) == dataclasses.replace(
-        mine, device_kv_budget=plan.device_kv_budget_bytes, streaming_budget=plan.streaming_bytes
+        mine, device_kv_budget_bytes=plan.device_kv_budget_bytes, streaming_budget_bytes=plan.streaming_bytes
     )
-    half = run_plan.fixed_fields(Options(device_kv_budget=8 * GIB, streaming_budget=80 * 2**20), None)
+    half = run_plan.fixed_fields(Options(device_kv_budget_bytes=8 * GIB, streaming_budget_bytes=80 * 2**20), None)
     plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=half)
     assert plan.streaming_bytes == 80 * 2**20
     assert 0 < plan.footprint.resident_bytes <= 8 * GIB - 80 * 2**20
@@ -180,7 +180,7 @@ def test_the_same_options_give_the_same_bits_on_any_machine():
     """Rates choose tiles and so the order of merging: recorded in the options, they fix it."""
     model, bits, shapes = tiny_model("llama"), [], set()
     for rates in (*RATES, RATES[0]):
-        options = Options(device_kv_budget=4 << 20, staging="early", expected_tokens=3000, rates=rates)
+        options = Options(device_kv_budget_bytes=4 << 20, transport="eager", expected_tokens=3000, rates=rates)
         with headinfer.enable(model, chunk_tokens=400):
             cache = headinfer.HeadCache(model.config, **vars(options))
             logits = model(text(3000), past_key_values=cache, logits_to_keep=1).logits

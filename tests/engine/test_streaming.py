@@ -24,7 +24,7 @@ from headinfer.plan.tiles import TilePlan
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")
-STAGINGS = ("none", "early", "late")
+TRANSPORTS = ("in_place", "eager", "lazy")
 BOUND = 3e-6
 BACKENDS = {backend.name: backend for backend in ALL}
 
@@ -63,7 +63,7 @@ class Bench:
     def __init__(
         self,
         shape,
-        staging="none",
+        transport="in_place",
         heads_per_group=None,
         tile_tokens=512,
         seed=0,
@@ -73,7 +73,7 @@ class Bench:
     ):
         self.shape, self.plan = shape, TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "", is_even)
         self.rng, self.counter, self.model_layout = torch.Generator().manual_seed(seed), ByteCounter(), model_layout
-        write, self.ring, share, streams = WriteInPlace(), None, None, open_streams(staging, CPU)
+        write, self.ring, share, streams = WriteInPlace(), None, None, open_streams(transport, CPU)
         if streams is not None:
             write = StagingWriter(64 * shape.token_bytes, CPU, self.counter, streams)
             head_token_bytes = shape.token_bytes // shape.kv_heads
@@ -173,7 +173,7 @@ def benches(draw):
     )
     return Bench(
         shape,
-        staging=draw(st.sampled_from(STAGINGS)),
+        transport=draw(st.sampled_from(TRANSPORTS)),
         heads_per_group=draw(st.integers(1, shape.kv_heads)),
         tile_tokens=draw(st.sampled_from([1000, 128, 100, 37, 16])),
         seed=draw(st.integers(0, 2**31 - 1)),
@@ -237,10 +237,10 @@ def test_padding_with_holes_is_not_seen(bench, lengths, data):
         bench.assert_step(tokens, visible=visible, **options)
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_rows_that_see_no_key_give_zero(staging, tokens):
-    bench = Bench(Shape(rows=3), staging, tile_tokens=100, model_layout=False)
+def test_rows_that_see_no_key_give_zero(transport, tokens):
+    bench = Bench(Shape(rows=3), transport, tile_tokens=100, model_layout=False)
     bench.fill(600)
     visible = torch.ones(3, 600 + tokens, dtype=torch.bool)
     visible[1] = False
@@ -252,19 +252,19 @@ def test_rows_that_see_no_key_give_zero(staging, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("staging", STAGINGS)
-def test_half_precision(dtype, staging):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_half_precision(dtype, transport):
     """Everything is float32 until the output is rounded once: half an ulp of the type."""
     ulp = torch.finfo(dtype).eps
-    bench = Bench(Shape(rows=2, kv_heads=3, group=4, dtype=dtype), staging, heads_per_group=2, tile_tokens=190)
+    bench = Bench(Shape(rows=2, kv_heads=3, group=4, dtype=dtype), transport, heads_per_group=2, tile_tokens=190)
     for tokens in (400, 300, 1, 2):
         bench.assert_step(tokens, bound=0.5 * ulp)
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("backend", ["cpu-native", "cpu-flash", "eager"])
-def test_a_long_past_in_every_backend(staging, backend):
-    bench = Bench(Shape(kv_heads=2, group=4, key_dim=64, value_dim=64), staging, tile_tokens=3000)
+def test_a_long_past_in_every_backend(transport, backend):
+    bench = Bench(Shape(kv_heads=2, group=4, key_dim=64, value_dim=64), transport, tile_tokens=3000)
     bench.fill(9000)
     for tokens in (1, 4, 50):
         bench.assert_step(tokens, backend=backend)
@@ -277,8 +277,8 @@ def test_a_long_past_in_every_backend(staging, backend):
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 def test_the_same_plan_gives_the_same_bits(tokens, heads_per_group):
     found = []
-    for staging in ("none", "none", "early", "early", "late"):
-        bench = Bench(Shape(rows=2, kv_heads=4, group=3), staging, heads_per_group, 130, seed=9)
+    for transport in ("in_place", "in_place", "eager", "eager", "lazy"):
+        bench = Bench(Shape(rows=2, kv_heads=4, group=3), transport, heads_per_group, 130, seed=9)
         bench.fill(900)
         q, k, v = bench.chunk(tokens)
         found.append(bench.attend(q, k, v))
@@ -306,10 +306,10 @@ def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
         assert crossed == (on_host_only * bench.shape.token_bytes if bench.ring else 0)
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_rows_that_share_a_document_fetch_it_once(staging, tokens):
-    bench = Bench(Shape(), staging, heads_per_group=1, tile_tokens=150)
+def test_rows_that_share_a_document_fetch_it_once(transport, tokens):
+    bench = Bench(Shape(), transport, heads_per_group=1, tile_tokens=150)
     bench.fill(1000)
     shared = bench.layer_kv.host_tokens
     bench.select_rows([0, 0, 0])
@@ -344,9 +344,9 @@ def test_rows_that_share_and_part_are_the_oracle_s(bench, moves, tokens):
         bench.assert_step(1)
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
-def test_masked_tokens_do_not_cross_the_link(staging):
-    bench = Bench(Shape(rows=2), staging, tile_tokens=64, model_layout=False)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_masked_tokens_do_not_cross_the_link(transport):
+    bench = Bench(Shape(rows=2), transport, tile_tokens=64, model_layout=False)
     bench.fill(900)
     host, visible = bench.layer_kv.host_tokens, torch.ones(2, 901, dtype=torch.bool)
     visible[0, :500] = False
@@ -358,7 +358,7 @@ def test_masked_tokens_do_not_cross_the_link(staging):
 
 
 def test_an_empty_past_moves_nothing():
-    bench = Bench(Shape(rows=2), "late")
+    bench = Bench(Shape(rows=2), "lazy")
     bench.assert_step(5)
     bench.assert_step(1)
     assert bench.layer_kv.host_tokens == 0
@@ -394,10 +394,10 @@ def test_the_kernels_that_ran_are_noted():
 # -- what stays on the device ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("staging", ["early", "late"])
+@pytest.mark.parametrize("transport", ["eager", "lazy"])
 @pytest.mark.parametrize("resident_tokens", range(0, 1281, 128))
-def test_any_split_between_device_and_host_is_the_oracle_s(staging, resident_tokens):
-    bench = Bench(Shape(rows=2, kv_heads=3, group=2), staging, 2, 190, resident_tokens=resident_tokens)
+def test_any_split_between_device_and_host_is_the_oracle_s(transport, resident_tokens):
+    bench = Bench(Shape(rows=2, kv_heads=3, group=2), transport, 2, 190, resident_tokens=resident_tokens)
     for tokens in (300, 600, 1, 1, 200, 3):
         bench.assert_step(tokens)
     held = bench.counter.device_bytes["resident"]
@@ -414,9 +414,9 @@ def test_any_split_between_device_and_host_is_the_oracle_s(staging, resident_tok
     )
 
 
-@pytest.mark.parametrize("staging", ["early", "late"])
-def test_letting_go_of_resident_tokens_changes_nothing(staging):
-    bench = Bench(Shape(rows=2), staging, 1, 150, resident_tokens=2000)
+@pytest.mark.parametrize("transport", ["eager", "lazy"])
+def test_letting_go_of_resident_tokens_changes_nothing(transport):
+    bench = Bench(Shape(rows=2), transport, 1, 150, resident_tokens=2000)
     bench.fill(700)
     pool, token_bytes = bench.layer_kv.share.pool, bench.shape.token_bytes
     assert bench.layer_kv.is_all_resident
@@ -431,9 +431,9 @@ def test_letting_go_of_resident_tokens_changes_nothing(staging):
     assert pool.held_bytes == 0
 
 
-@pytest.mark.parametrize("staging", ["early", "late"])
-def test_resident_tokens_are_shared_and_written_again_after_a_crop(staging):
-    bench = Bench(Shape(), staging, 1, 150, resident_tokens=4000)
+@pytest.mark.parametrize("transport", ["eager", "lazy"])
+def test_resident_tokens_are_shared_and_written_again_after_a_crop(transport):
+    bench = Bench(Shape(), transport, 1, 150, resident_tokens=4000)
     bench.fill(900)
     held = bench.counter.device_bytes["resident"]
     bench.select_rows([0, 0, 0])
@@ -450,7 +450,7 @@ def test_resident_tokens_are_shared_and_written_again_after_a_crop(staging):
 
 def test_a_known_length_is_one_piece_on_the_device():
     """Then attention on the past is one call, as without offloading."""
-    bench = Bench(Shape(rows=2), "early", resident_tokens=4000)
+    bench = Bench(Shape(rows=2), "eager", resident_tokens=4000)
     share = bench.layer_kv.share
     bench.layer_kv.share, bench.layer_kv.expected_tokens = Share(share.pool, share.nbytes, 2048), 2048
     for tokens in (300, 600, 700):
@@ -465,7 +465,7 @@ def test_a_known_length_is_one_piece_on_the_device():
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(tokens=st.integers(1, 5000), tile_tokens=st.integers(1, 3000), resident=st.sampled_from([0, 256]))
 def test_tiles_of_a_prompt_are_about_even_and_hold_all_that_streams(tokens, tile_tokens, resident):
-    bench = Bench(Shape(rows=1, kv_heads=1, group=1), "early", 1, tile_tokens, resident_tokens=resident)
+    bench = Bench(Shape(rows=1, kv_heads=1, group=1), "eager", 1, tile_tokens, resident_tokens=resident)
     bench.fill(tokens)
     even, usual = (
         [tile for tile in tiles_of(bench.layer_kv, slice(0, 1), plan, None) if not tile.near]
@@ -480,8 +480,8 @@ def test_tiles_of_a_prompt_are_about_even_and_hold_all_that_streams(tokens, tile
         assert lengths[-1] > lengths[0] - 128 * len(lengths)
 
 
-@pytest.mark.parametrize("staging", ["early", "late"])
-def test_kernels_that_want_equal_shapes_get_them(staging, monkeypatch):
+@pytest.mark.parametrize("transport", ["eager", "lazy"])
+def test_kernels_that_want_equal_shapes_get_them(transport, monkeypatch):
     """As cuDNN on Hopper: blocks of tiles and of what is resident; the rest is another kernel's."""
     served = []
 
@@ -491,7 +491,7 @@ def test_kernels_that_want_equal_shapes_get_them(staging, monkeypatch):
 
     monkeypatch.setattr(streaming, "choose", choose)
     monkeypatch.setattr(streaming, "BLOCK_TOKENS", (170, 40))
-    bench = Bench(Shape(rows=2, kv_heads=3, group=2), staging, 1, 190, resident_tokens=384)
+    bench = Bench(Shape(rows=2, kv_heads=3, group=2), transport, 1, 190, resident_tokens=384)
     for tokens in (300, 600, 300, 100):
         bench.assert_step(tokens)
     assert bench.used == {"cpu-flash", "eager"}

@@ -266,10 +266,10 @@ def run(tiny, folder, documents, *, compare=True, **about):
     return results, read
 
 
-@pytest.mark.parametrize("staging", ["auto", "early"])
-def test_each_question_is_asked_of_the_document_alone_and_both_caches_agree(tiny, staging):
+@pytest.mark.parametrize("transport", ["auto", "eager"])
+def test_each_question_is_asked_of_the_document_alone_and_both_caches_agree(tiny, transport):
     document = next(documents_of())
-    reader = reader_of(tiny, staging=staging, device_kv_budget=2**20)
+    reader = reader_of(tiny, transport=transport, device_kv_budget_bytes=2**20)
     pieces = []
 
     def on_text(question, text):

@@ -15,7 +15,7 @@ from headinfer.plan.model_shape import ModelShape
 TOKENS, CHUNK_TOKENS, STEPS = 300, 40, 5
 BOUND = 5e-5  # of the logits' standard deviation; transformers' own chunked and whole results differ by up to 2e-5
 STATEFUL = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next")
-STAGED = {"device_kv_budget": 4 << 20, "heads_per_group": 1, "tile_tokens": 30}
+STAGED = {"device_kv_budget_bytes": 4 << 20, "heads_per_group": 1, "tile_tokens": 30}
 
 every_family = pytest.mark.parametrize("family", present())
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore::DeprecationWarning")
@@ -45,7 +45,7 @@ def test_logits_are_transformers(family):
         whole = model(ids, use_cache=False).logits
         changed = model(torch.where(torch.arange(TOKENS) < 20, 1 + ids % (VOCAB - 1), ids), use_cache=False).logits
     assert difference(changed[:, -1], whole[:, -1]) > 0.02, "the last token must depend on the first ones"
-    for options in ({}, {"staging": "early", **STAGED}, {"staging": "late", **STAGED}):
+    for options in ({}, {"transport": "eager", **STAGED}, {"transport": "lazy", **STAGED}):
         with headinfer.enable(model):
             cache = headinfer.HeadCache(model.config, **options)
             found = read(model, ids, cache)

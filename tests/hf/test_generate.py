@@ -321,12 +321,12 @@ def pretend(cache, tokens):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("staging", ["none", "early"])
+@pytest.mark.parametrize("transport", ["in_place", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_next"])
-def test_nothing_as_large_as_the_cache_or_a_mask_over_it_is_ever_made(family, staging, padded):
+def test_nothing_as_large_as_the_cache_or_a_mask_over_it_is_ever_made(family, transport, padded):
     model, chunk = tiny_model(family, num_hidden_layers=2, layer_types=LAYERS.get(family), num_kv_shared_layers=0), 40
-    limits = {"device_kv_budget": 8 << 20} if staging == "early" else {}
-    with torch.no_grad(), headinfer.enable(model, staging=staging, **limits) as enabled:
+    limits = {"device_kv_budget_bytes": 8 << 20} if transport == "eager" else {}
+    with torch.no_grad(), headinfer.enable(model, transport=transport, **limits) as enabled:
         cache = enabled.new_cache()
         model(text(tokens=200), past_key_values=cache)
         pretend(cache, MILLION)

@@ -78,7 +78,7 @@ def test_every_family_that_splits_is_exact_over_two_ranks(tmp_path):
 
 
 def test_two_ranks_write_what_one_process_writes_and_speak_once():
-    code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--json", "--staging", "late"))
+    code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--json", "--transport", "lazy"))
     assert code == 0, err
     assert out.count("\n") == 1
     found, one = json.loads(out), alone(*JOB)

@@ -11,17 +11,17 @@ import headinfer
 from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-STAGINGS = ("auto", "early", "late")
+TRANSPORTS = ("auto", "eager", "lazy")
 
 
-def options_of(staging):
+def options_of(transport):
     """A budget so small that a layer's past takes many tiles of one head."""
-    if staging == "auto":
+    if transport == "auto":
         return {"chunk_tokens": 96}
     return {
         "chunk_tokens": 96,
-        "staging": staging,
-        "device_kv_budget": 5 << 20,
+        "transport": transport,
+        "device_kv_budget_bytes": 5 << 20,
         "heads_per_group": 1,
         "tile_tokens": 90,
     }
@@ -51,9 +51,9 @@ def assert_offloaded(model, enabled):
     assert stats.layers_offloaded == (2 if model.config.model_type == "gemma3_text" else 4)
     assert stats.layers_offloaded + stats.layers_left_to_transformers == 4
     assert stats.host_kv_bytes > 0
-    if enabled.options.staging != "auto":
+    if enabled.options.transport != "auto":
         assert stats.link_to_device_bytes > stats.host_kv_bytes
-        assert stats.device_kv_peak_bytes <= enabled.options.device_kv_budget
+        assert stats.device_kv_peak_bytes <= enabled.options.device_kv_budget_bytes
         assert stats.heads_per_group == 1
 
 
@@ -65,12 +65,12 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_generate_gives_the_same_tokens(model, mode, staging):
+def test_generate_gives_the_same_tokens(model, mode, transport):
     inputs = prompt(1 if mode == "greedy" else 2)
     expected = generate(model, inputs, **MODES[mode])
-    with headinfer.enable(model, **options_of(staging)) as enabled:
+    with headinfer.enable(model, **options_of(transport)) as enabled:
         found = generate(model, inputs, **MODES[mode])
     if mode == "beams":  # beam search returns fewer logits rows than tokens: tokens and scores suffice
         assert torch.equal(expected[0], found[0])
@@ -79,23 +79,23 @@ def test_generate_gives_the_same_tokens(model, mode, staging):
         assert_same(model, enabled, expected, found)
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
-def test_left_padding_of_different_lengths(model, staging):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_left_padding_of_different_lengths(model, transport):
     expected = generate(model, padded())
-    with headinfer.enable(model, **options_of(staging)) as enabled:
+    with headinfer.enable(model, **options_of(transport)) as enabled:
         assert_same(model, enabled, expected, generate(model, padded()))
 
 
 @pytest.mark.parametrize("chunk_tokens", [1000, 40, 7])
 def test_the_size_of_a_chunk_changes_nothing(model, chunk_tokens):
     expected = generate(model, padded())
-    with headinfer.enable(model, **options_of("late") | {"chunk_tokens": chunk_tokens}) as enabled:
+    with headinfer.enable(model, **options_of("lazy") | {"chunk_tokens": chunk_tokens}) as enabled:
         assert_same(model, enabled, expected, generate(model, padded()))
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("full_ids", [True, False], ids=["full ids", "new ids"])
-def test_several_turns_on_one_cache(model, staging, full_ids):
+def test_several_turns_on_one_cache(model, transport, full_ids):
     first, second = prompt(2, 400), prompt(2, 150, seed=2)
 
     def turns(cache):
@@ -106,23 +106,23 @@ def test_several_turns_on_one_cache(model, staging, full_ids):
         return generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
 
     expected = turns(DynamicCache(config=model.config))
-    with headinfer.enable(model, **options_of(staging)) as enabled:
+    with headinfer.enable(model, **options_of(transport)) as enabled:
         cache = enabled.new_cache()
         found = turns(cache)
         assert enabled.last_cache is cache
         assert_same(model, enabled, expected, found)
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("removed", [3, 200, 450])
 @pytest.mark.parametrize("model", [family for family in FAMILIES if family != "gemma3_text"], indirect=True)
-def test_crop_then_go_on(model, staging, removed):
+def test_crop_then_go_on(model, transport, removed):
     ids = prompt(2)["input_ids"]
     following = prompt(2, 130, seed=5)["input_ids"]
     with torch.no_grad():
         kept = torch.cat([ids[:, : 500 - removed], following], dim=1)
         expected = model(kept).logits[:, -130:]
-        with headinfer.enable(model, **options_of(staging)) as enabled:
+        with headinfer.enable(model, **options_of(transport)) as enabled:
             cache = enabled.new_cache()
             for chunk in ids.split(96, dim=1):
                 model(chunk, past_key_values=cache)
@@ -132,13 +132,13 @@ def test_crop_then_go_on(model, staging, removed):
     assert (expected - found).abs().max() < 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
-def test_crop_with_sliding_windows_that_recorded_their_past(staging):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_crop_with_sliding_windows_that_recorded_their_past(transport):
     model = make_model("gemma3_text")
     ids, rejected, following = (prompt(2, tokens, seed)["input_ids"] for tokens, seed in ((500, 1), (60, 2), (130, 3)))
     with torch.no_grad():
         expected = model(torch.cat([ids, following], dim=1)).logits[:, -130:]
-        with headinfer.enable(model, **options_of(staging)) as enabled:
+        with headinfer.enable(model, **options_of(transport)) as enabled:
             cache = enabled.new_cache()
             for chunk in ids.split(96, dim=1):
                 model(chunk, past_key_values=cache)
@@ -160,15 +160,15 @@ def test_a_crop_that_a_window_cannot_do_is_refused_before_it_starts():
         assert {layer.get_seq_length() for layer in cache.layers} == {500}
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_in_the_middle_of_a_forward_changes_nothing(model, staging, error):
+def test_an_error_in_the_middle_of_a_forward_changes_nothing(model, transport, error):
     first, second = prompt(2, 400)["input_ids"], prompt(2, 300, seed=2)["input_ids"]
 
     def fail(*_):
         raise error("in the middle")
 
-    with torch.no_grad(), headinfer.enable(model, **options_of(staging)) as enabled:
+    with torch.no_grad(), headinfer.enable(model, **options_of(transport)) as enabled:
         plain, hurt = enabled.new_cache(), enabled.new_cache()
         for cache in (plain, hurt):
             model(first, past_key_values=cache)
@@ -181,12 +181,12 @@ def test_an_error_in_the_middle_of_a_forward_changes_nothing(model, staging, err
     assert (expected - found).abs().max() < 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
-def test_a_fork_goes_its_own_way(llama, staging):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_fork_goes_its_own_way(llama, transport):
     ids, one, two = prompt(1, 600)["input_ids"], *(prompt(1, 300, seed=s)["input_ids"] for s in (5, 6))
     with torch.no_grad():
         expected = [llama(torch.cat([ids, tail], dim=1)).logits[:, -300:] for tail in (one, two)]
-        with headinfer.enable(llama, **options_of(staging)) as enabled:
+        with headinfer.enable(llama, **options_of(transport)) as enabled:
             cache = enabled.new_cache()
             llama(ids, past_key_values=cache)
             twin = cache.fork()
@@ -213,7 +213,7 @@ def test_half_precision_is_as_close_to_float64_as_sdpa_is(llama, dtype):
     with torch.no_grad():
         reference = exact(ids).logits
         sdpa = half(ids).logits
-        with headinfer.enable(half, staging="early", tile_tokens=100) as enabled:
+        with headinfer.enable(half, transport="eager", tile_tokens=100) as enabled:
             cache = enabled.new_cache()
             ours = torch.cat([half(chunk, past_key_values=cache).logits for chunk in ids.split(150, dim=1)], dim=1)
     assert reference.numel() >= 10_000
@@ -238,7 +238,7 @@ def test_beams_move_table_entries_not_segments(llama):
 def test_device_bytes_do_not_grow_with_the_context(llama):
     held = {}
     for tokens in (1000, 9000):
-        with torch.no_grad(), headinfer.enable(llama, **options_of("early")) as enabled:
+        with torch.no_grad(), headinfer.enable(llama, **options_of("eager")) as enabled:
             cache = enabled.new_cache()
             noise = torch.randn(1, 4, tokens, 16)
             for layer in cache.head_layers:
@@ -249,7 +249,7 @@ def test_device_bytes_do_not_grow_with_the_context(llama):
             stats = cache.stats()
         held[tokens] = stats.device_kv_peak_bytes
         assert stats.device_kv_bytes == stats.device_ring_bytes + stats.device_tail_bytes + stats.device_staging_bytes
-        assert stats.device_kv_peak_bytes <= enabled.options.device_kv_budget
+        assert stats.device_kv_peak_bytes <= enabled.options.device_kv_budget_bytes
         host_tokens = cache.head_layers[0].layer_kv.host_tokens
         crossed = stats.link_to_device_bytes - before.link_to_device_bytes
         assert crossed == host_tokens * 4 * 4 * 2 * 16 * 4, "each past byte crosses the link once"
@@ -352,8 +352,8 @@ def test_models_that_are_not_served_are_left_alone(family, fields, says):
 @pytest.mark.parametrize(
     "options",
     [
-        {"device_kv_budget": 0}, {"heads_per_group": -1}, {"tile_tokens": 0}, {"backend": "abacus"},
-        {"staging": "sometimes"}, {"chunk_tokens": 0}, {"expected_tokens": -1},
+        {"device_kv_budget_bytes": 0}, {"heads_per_group": -1}, {"tile_tokens": 0}, {"backend": "abacus"},
+        {"transport": "sometimes"}, {"chunk_tokens": 0}, {"expected_tokens": -1},
     ],
     ids=str,
 )  # fmt: skip
@@ -372,8 +372,11 @@ def test_more_heads_than_there_are_is_refused(llama):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"staging": "early", "device_kv_budget": 100_000}, CapacityError),
-        ({"staging": "early", "device_kv_budget": 4 << 20, "tile_tokens": 10_000, "heads_per_group": 4}, CapacityError),
+        ({"transport": "eager", "device_kv_budget_bytes": 100_000}, CapacityError),
+        (
+            {"transport": "eager", "device_kv_budget_bytes": 4 << 20, "tile_tokens": 10_000, "heads_per_group": 4},
+            CapacityError,
+        ),
     ],
     ids=str,
 )

@@ -93,8 +93,8 @@ def test_a_document_larger_than_its_budget_of_memory(headinfer, tmp_path):
     tier = ("--host-kv-budget", "4MiB", "--disk-tier", tmp_path / "tier")
     plain = generate(headinfer, book, "When?")
     assert plain["stats"]["host_kv_peak_bytes"] > budget
-    for staging in ("auto", "early"):
-        far = generate(headinfer, book, "When?", more=(*tier, "--chunk-tokens", "1024", "--staging", staging))
+    for transport in ("auto", "eager"):
+        far = generate(headinfer, book, "When?", more=(*tier, "--chunk-tokens", "1024", "--transport", transport))
         assert far["token_ids"] == plain["token_ids"]
         assert far["stats"]["host_kv_peak_bytes"] <= budget
         assert far["stats"]["disk_kv_bytes"] > 0

@@ -47,13 +47,13 @@ def model():
 # -- exact, and bounded -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("staging", ["auto", "early", "late"])
+@pytest.mark.parametrize("transport", ["auto", "eager", "lazy"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "falcon_h1", "mimo_v2_flash"])
-def test_what_lies_on_disk_is_attended_to(family, staging, tmp_path):
+def test_what_lies_on_disk_is_attended_to(family, transport, tmp_path):
     model, ids = tiny_model(family), token_ids(5000)
     expected, plain = read_and_write(model, ids)
     budget = plain.stats().host_kv_bytes // 3
-    found, cache = read_and_write(model, ids, staging=staging, host_kv_budget=budget, disk_tier=str(tmp_path))
+    found, cache = read_and_write(model, ids, transport=transport, host_kv_budget_bytes=budget, disk_tier=str(tmp_path))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
     stats = cache.stats()
     assert stats.host_kv_peak_bytes <= budget
@@ -74,9 +74,14 @@ def test_forks_crops_rows_and_odd_tiles(model, tmp_path_factory, tokens, rows, h
     logits = []
     for options in (
         {},
-        {"host_kv_budget": BUDGET * rows, "disk_tier": str(folder), "heads_per_group": heads, "tile_tokens": tile},
+        {
+            "host_kv_budget_bytes": BUDGET * rows,
+            "disk_tier": str(folder),
+            "heads_per_group": heads,
+            "tile_tokens": tile,
+        },
     ):
-        with headinfer.enable(model, chunk_tokens=CHUNK, staging="late", **options) as enabled:
+        with headinfer.enable(model, chunk_tokens=CHUNK, transport="lazy", **options) as enabled:
             cache = enabled.new_cache()
             forward(model, cache, ids)
             fork = cache.fork()
@@ -91,7 +96,7 @@ def test_forks_crops_rows_and_odd_tiles(model, tmp_path_factory, tokens, rows, h
 def test_the_dense_form_is_the_same(model, tmp_path):
     ids = token_ids(4000)
     _, plain = read_and_write(model, ids)
-    _, cache = read_and_write(model, ids, host_kv_budget=BUDGET, disk_tier=str(tmp_path))
+    _, cache = read_and_write(model, ids, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path))
     for ours, theirs in zip(cache.head_layers, plain.head_layers, strict=True):
         for side, expected in zip(ours.layer_kv.dense(), theirs.layer_kv.dense(), strict=True):
             torch.testing.assert_close(side, expected, atol=1e-5, rtol=1e-5)
@@ -99,20 +104,20 @@ def test_the_dense_form_is_the_same(model, tmp_path):
 
 def test_sessions_and_a_disk_tier_go_together(model, tmp_path):
     ids, question = token_ids(4000), token_ids(20, seed=1)
-    tier = {"host_kv_budget": BUDGET, "disk_tier": str(tmp_path / "tier")}
+    tier = {"host_kv_budget_bytes": BUDGET, "disk_tier": str(tmp_path / "tier")}
     expected = {}
-    for staging in ("auto", "early"):
-        with headinfer.enable(model, chunk_tokens=CHUNK, staging=staging, **tier) as enabled:
+    for transport in ("auto", "eager"):
+        with headinfer.enable(model, chunk_tokens=CHUNK, transport=transport, **tier) as enabled:
             cache = enabled.new_cache()
             for part in ids.split(1000, dim=1):
                 forward(model, cache, part)
-                cache.save(tmp_path / staging, ids)
+                cache.save(tmp_path / transport, ids)
                 assert cache.stats().host_kv_peak_bytes <= BUDGET
-            expected[staging] = forward(model, cache, question)
-            loaded = HeadCache.load(tmp_path / staging, model, **tier)
+            expected[transport] = forward(model, cache, question)
+            loaded = HeadCache.load(tmp_path / transport, model, **tier)
             found = forward(model, loaded, question)
-            torch.testing.assert_close(found, expected[staging], atol=2e-5, rtol=2e-5)
-            if staging == "early":
+            torch.testing.assert_close(found, expected[transport], atol=2e-5, rtol=2e-5)
+            if transport == "eager":
                 assert loaded.stats().disk_kv_bytes > 0
             assert loaded.stats().host_kv_peak_bytes <= BUDGET
             assert torch.equal(loaded.token_ids, ids)
@@ -137,7 +142,7 @@ def test_tiles_are_read_ahead_of_their_use(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ReadAhead, "_begin", note_begin)
     monkeypatch.setattr(ReadAhead, "wait", note_wait)
-    _, cache = read_and_write(model, token_ids(4000), 0, host_kv_budget=BUDGET, disk_tier=str(tmp_path))
+    _, cache = read_and_write(model, token_ids(4000), 0, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path))
     with headinfer.enable(model):
         forward(model, cache, token_ids(1))
         events.clear()
@@ -178,7 +183,9 @@ def test_any_piece_comes_back_from_the_file(tmp_path_factory, data):
 
 
 def test_nothing_has_a_name_and_space_is_used_again(model, tmp_path):
-    _, cache = read_and_write(model, token_ids(4000), host_kv_budget=BUDGET, disk_tier=str(tmp_path / "new" / "tier"))
+    _, cache = read_and_write(
+        model, token_ids(4000), host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path / "new" / "tier")
+    )
     assert list((tmp_path / "new" / "tier").iterdir()) == [], "a crash leaves nothing behind"
     file, used = cache.engine.disk.file, cache.engine.disk.file._used
     assert cache.stats().disk_kv_bytes > 0
@@ -200,7 +207,7 @@ def test_space_is_reserved_before_the_start(model, tmp_path, monkeypatch):
         return original(descriptor, offset, length)
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget=BUDGET, disk_tier=str(tmp_path)) as enabled:
+    with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path)) as enabled:
         cache = enabled.new_cache(expected_tokens=4000)
         forward(model, cache, token_ids(100))
         token_bytes = sum(2 * layer.layer_kv.heads * layer.layer_kv.key_dim * 4 for layer in cache.head_layers)
@@ -215,7 +222,7 @@ def test_a_full_disk_is_said_before_the_start(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with (
-        headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget=BUDGET, disk_tier=str(tmp_path)) as enabled,
+        headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path)) as enabled,
         pytest.raises(CapacityError, match=r"has no room for .* of KV \(No space left on device\): free some"),
     ):
         forward(model, enabled.new_cache(expected_tokens=10**6), token_ids(100))
@@ -224,7 +231,7 @@ def test_a_full_disk_is_said_before_the_start(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("call", ["pwrite", "preadv"])
 def test_a_disk_that_fails_leaves_the_cache_as_it_was(model, tmp_path, monkeypatch, call):
     ids = token_ids(4000)
-    with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget=BUDGET, disk_tier=str(tmp_path)) as enabled:
+    with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path)) as enabled:
         cache = enabled.new_cache()
         forward(model, cache, ids)
 
@@ -243,21 +250,21 @@ def test_a_disk_that_fails_leaves_the_cache_as_it_was(model, tmp_path, monkeypat
 
 
 def test_options_that_cannot_be(model, tmp_path):
-    with pytest.raises(UsageError, match="host_kv_budget and disk_tier go together"):
-        HeadCache(model.config, host_kv_budget=2**30)
-    with pytest.raises(UsageError, match="host_kv_budget and disk_tier go together"):
+    with pytest.raises(UsageError, match="host_kv_budget_bytes and disk_tier go together"):
+        HeadCache(model.config, host_kv_budget_bytes=2**30)
+    with pytest.raises(UsageError, match="host_kv_budget_bytes and disk_tier go together"):
         HeadCache(model.config, disk_tier=str(tmp_path))
-    with pytest.raises(UsageError, match="host_kv_budget is 0"):
-        HeadCache(model.config, host_kv_budget=0, disk_tier=str(tmp_path))
+    with pytest.raises(UsageError, match="host_kv_budget_bytes is 0"):
+        HeadCache(model.config, host_kv_budget_bytes=0, disk_tier=str(tmp_path))
     (tmp_path / "file").write_text("")
-    with headinfer.enable(model, host_kv_budget=2**18, disk_tier=str(tmp_path)) as enabled:
+    with headinfer.enable(model, host_kv_budget_bytes=2**18, disk_tier=str(tmp_path)) as enabled:
         with pytest.raises(CapacityError, match=r"a host KV budget of 0\.2 MiB is used up .*: raise it"):
             forward(model, enabled.new_cache(), token_ids(1000))
-        nowhere = HeadCache(model.config, host_kv_budget=BUDGET, disk_tier=str(tmp_path / "file" / "x"))
+        nowhere = HeadCache(model.config, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path / "file" / "x"))
         with pytest.raises(CapacityError, match="name another folder for the disk tier"):
             forward(model, nowhere, token_ids(1000))
     with (
-        headinfer.enable(model, host_kv_budget=BUDGET, disk_tier=str(tmp_path / "file")) as enabled,
+        headinfer.enable(model, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path / "file")) as enabled,
         pytest.raises(UsageError, match="no folder that you may write into"),
     ):
         enabled.new_cache()

@@ -8,7 +8,8 @@ import torch
 from orders import Recorded, explore, place, unordered
 
 from headinfer.engine import device_kv, streaming
-from headinfer.engine.engine import Engine, Options
+from headinfer.engine.engine import Engine
+from headinfer.engine.options import Options
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter
@@ -169,9 +170,11 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
         return attend_tile(layer, heads, state, of_rows, pieces)
 
     monkeypatch.setattr(streaming, "_attend_tile", note)
-    layers, token_bytes, streaming_budget = 3, 2 * 32 * 4, 900_000 * rows
-    budget = streaming_budget + layers * resident_tokens * token_bytes * rows
-    options = Options(staging="late", device_kv_budget=budget, streaming_budget=streaming_budget, tile_tokens=200)
+    layers, token_bytes, streaming_budget_bytes = 3, 2 * 32 * 4, 900_000 * rows
+    budget = streaming_budget_bytes + layers * resident_tokens * token_bytes * rows
+    options = Options(
+        transport="lazy", device_kv_budget_bytes=budget, streaming_budget_bytes=streaming_budget_bytes, tile_tokens=200
+    )
     engine = Engine(options, layers)
     rng, layer_kvs = torch.Generator().manual_seed(0), []
     for tokens, event in itertools.zip_longest(lengths, events):

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.engine.engine import Engine, Options
+from headinfer.engine.engine import Engine
+from headinfer.engine.options import Options
 from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
@@ -342,8 +343,8 @@ def test_writing_in_place_is_a_copy():
 # -- a whole forward pass --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("staging", ["early", "late"])
-def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(staging, monkeypatch):
+@pytest.mark.parametrize("transport", ["eager", "lazy"])
+def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(transport, monkeypatch):
     """Two layers, two rows, chunks as a model gives them; all that crosses the link goes through one function."""
     moved = []
 
@@ -362,7 +363,7 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(staging, mon
     monkeypatch.setattr(streams, "check_contiguous", spy)
     monkeypatch.setattr(WriteInPlace, "__call__", refuse)
     rng, layers, scale = seeded(1), 2, 0.25
-    engine = Engine(Options(staging=staging, device_kv_budget=700_000, tile_tokens=300), layers)
+    engine = Engine(Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=300), layers)
     layer_kvs, told = [], [[], []]
     for tokens in (300, 600, 1, 5, 1):
         for layer in range(layers):

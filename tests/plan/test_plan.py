@@ -340,7 +340,7 @@ def test_the_footprint_is_what_the_engine_holds(tokens, room):
     source = resolve("random:tiny-llama?layers=3&hidden=64&heads=4&kv_heads=2")
     model = source.load(dtype=torch.float32, device="cpu", seed=0)
     budget = 2 * MIB
-    options = {"device_kv_budget": budget + room, "streaming_budget": budget, "staging": "early"}
+    options = {"device_kv_budget_bytes": budget + room, "streaming_budget_bytes": budget, "transport": "eager"}
     with torch.no_grad(), headinfer.enable(model, **options) as enabled:
         cache = headinfer.HeadCache(model.config, expected_tokens=tokens, **options)
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)

@@ -191,7 +191,7 @@ def test_options_out_of_range_are_refused(option, value, range_, slot_bytes, pas
 )
 def test_a_fixed_tile_larger_than_a_slot_is_refused(options):
     problem = {**LLAMA_8B, "slot_bytes": 64 * MIB, "query_tokens": 1}
-    with pytest.raises(CapacityError, match="device_kv_budget"):
+    with pytest.raises(CapacityError, match="device_kv_budget_bytes"):
         choose_tiles(**problem, past_tokens=10**6, **options)
     smaller = options | {"tile_tokens": options["tile_tokens"] - 1}
     assert choose_tiles(**problem, past_tokens=10**6, **smaller).tile_tokens == smaller["tile_tokens"]

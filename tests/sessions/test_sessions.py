@@ -62,14 +62,14 @@ def saved(model, enabled, tmp_path):
 # -- restoring is proven ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("staging", ["auto", "early", "late"])
+@pytest.mark.parametrize("transport", ["auto", "eager", "lazy"])
 @pytest.mark.parametrize(
     "family", ["llama", "gemma3_text", "gpt_oss", "qwen3_next", "falcon_h1", "gemma3n_text", "lfm2"]
 )
-def test_a_loaded_cache_computes_the_same_bits(family, staging, tmp_path):
+def test_a_loaded_cache_computes_the_same_bits(family, transport, tmp_path):
     model, rows = tiny_model(family), 2
     ids, question = token_ids(700, rows), token_ids(30, rows, seed=1)
-    with headinfer.enable(model, chunk_tokens=CHUNK, staging=staging) as enabled:
+    with headinfer.enable(model, chunk_tokens=CHUNK, transport=transport) as enabled:
         cache = enabled.new_cache()
         forward(model, cache, ids)
         cache.save(tmp_path / "book", ids, {"title": "a book"})

@@ -14,7 +14,8 @@ import torch
 
 from headinfer.attention.state import AttentionState
 from headinfer.engine import device_kv, streaming
-from headinfer.engine.engine import Engine, Options
+from headinfer.engine.engine import Engine
+from headinfer.engine.options import Options
 from headinfer.plan.tiles import MERGE_BYTES, TileRates
 
 HEADS, KV_HEADS, DIM, LAYERS, LINEAR_WEIGHTS = 32, 8, 128, 32, 218_103_808  # Llama-3-8B
@@ -125,9 +126,9 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
     clock = Clock(rates)
     install(monkeypatch, clock)
     past_tokens += 256  # what stays in the tail
-    budget = {"device_kv_budget": 256 << 20, "streaming_budget": 256 << 20} | options
+    budget = {"device_kv_budget_bytes": 256 << 20, "streaming_budget_bytes": 256 << 20} | options
     expected = past_tokens + 8 * query_tokens
-    engine = Engine(Options(staging="late", rates=rates, expected_tokens=expected, **budget), layers)
+    engine = Engine(Options(transport="lazy", rates=rates, expected_tokens=expected, **budget), layers)
     new = [torch.zeros(1, KV_HEADS, 16_384, DIM, dtype=torch.bfloat16) for _ in range(2)]
     layer_kvs = [engine.new_layer_kv(*new) for _ in range(layers)]
     for layer_kv in layer_kvs:
@@ -150,6 +151,6 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
                 clock.finish(Event(clock.now["compute"]))
         if query_tokens == 1:
             clock.finish(Event(clock.now["compute"]))
-    assert engine.counter.device_peak_bytes <= budget["device_kv_budget"]
+    assert engine.counter.device_peak_bytes <= budget["device_kv_budget_bytes"]
     found = clock.now["compute"] - before, clock.busy["compute"] - worked
     return Pass(*found, engine.counter.host_to_device_bytes - fetched)

@@ -12,11 +12,11 @@ import torch
 from engine_runs import attend_all
 
 from headinfer.cli import main as cli
-from headinfer.engine.engine import Options
+from headinfer.engine.options import Options
 from headinfer.kv.streams import CudaStreams
 
 CUDA = torch.device("cuda", 0)
-OPTIONS = Options(device_kv_budget=4 << 20, streaming_budget=4 << 20, tile_tokens=160)
+OPTIONS = Options(device_kv_budget_bytes=4 << 20, streaming_budget_bytes=4 << 20, tile_tokens=160)
 LENGTHS = [300, 700, 1, 130, 1]
 
 

@@ -20,7 +20,7 @@ from headinfer.hf.ranks import Ranks
 from headinfer.jobs import generate as generation
 
 CHUNK_TOKENS, STEPS = 40, 5
-STAGED = {"device_kv_budget": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "staging": "early"}
+STAGED = {"device_kv_budget_bytes": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "transport": "eager"}
 
 
 @torch.no_grad()

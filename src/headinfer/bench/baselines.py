@@ -32,7 +32,7 @@ from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.memory import available_host_bytes, format_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS
 
-__all__ = ["Baseline", "Outcome", "compare", "measure_alone", "ring_budget_bytes", "rivals_of"]
+__all__ = ["Baseline", "Outcome", "baselines_of", "compare", "measure_alone", "ring_budget_bytes"]
 
 _SLOT_ALIGN = 256
 _ACTIVATION_SHARE = 8  # of the device memory that is free: for a chunk, where KV takes what is free
@@ -90,7 +90,7 @@ def baselines_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[s
 
     def whole_past(name: str, group: int) -> Baseline:
         budget = ring_budget_bytes(job, group * layer_bytes // heads)
-        options = {"device_kv_budget": budget, "streaming_budget": budget, "heads_per_group": group}
+        options = {"device_kv_budget_bytes": budget, "streaming_budget_bytes": budget, "heads_per_group": group}
         return baseline(name, budget, pass_s, tile_tokens=past.tokens, **options)
 
     def baseline(name: str, device_bytes: int, seconds: float, **options: Any) -> Baseline:
@@ -102,7 +102,7 @@ def baselines_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[s
     def resident() -> Baseline:
         # As if nothing were shared: each layer's part of the budget holds all of its own, and a unit more.
         each = layer_bytes + layer_bytes // past.tokens * RESIDENT_UNIT_TOKENS
-        options = {"device_kv_budget": floor_bytes + layers * each, "streaming_budget": floor_bytes}
+        options = {"device_kv_budget_bytes": floor_bytes + layers * each, "streaming_budget_bytes": floor_bytes}
         return baseline("resident store", floor_bytes + held * each, near_s + kv_near_s, **options)
 
     def what_is_free() -> Baseline:
@@ -111,7 +111,9 @@ def baselines_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[s
             why = "one layer's KV stands for all" if past.is_simulation else "all of it fits, see resident store"
             return Baseline("what is free", 0, 0.0, _refused, refusal=f"not measured: {why}")
         budget = free - free // _ACTIVATION_SHARE
-        return baseline("what is free", budget, pass_s, device_kv_budget=budget, streaming_budget=floor_bytes)
+        return baseline(
+            "what is free", budget, pass_s, device_kv_budget_bytes=budget, streaming_budget_bytes=floor_bytes
+        )
 
     def dynamic(name: str, *, offloaded: bool) -> Baseline:
         seconds = near_s + (2 * kv_far_s if offloaded else 3 * kv_near_s)

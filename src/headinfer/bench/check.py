@@ -134,7 +134,7 @@ def _seconds(case: Case, model: Any, machine: Hardware) -> Comparison:
 @torch.inference_mode()
 def _bytes(case: Case, model: Any, *, staged: bool) -> list[Comparison]:
     budget = 64 * 2**20
-    options: dict[str, Any] = {"staging": "early", "device_kv_budget": budget} if staged else {}
+    options: dict[str, Any] = {"transport": "eager", "device_kv_budget_bytes": budget} if staged else {}
     tokens = case.tokens + (0 if case.chunk_tokens else 1)
     cache = HeadCache(model.config, expected_tokens=tokens, **options)
     fill_head_wise(cache, model.config, tokens - 1, case.dtype)

@@ -159,7 +159,11 @@ def disk_tier(sizes: Sizes, folder: Path) -> list[Measure]:
         process = psutil.Process()
         gc.collect()
         before = process.memory_info().rss
-        options = {"host_kv_budget": budget, "disk_tier": str(work / "tier"), "expected_tokens": sizes.long_tokens + 1}
+        options: dict[str, Any] = {
+            "host_kv_budget_bytes": budget,
+            "disk_tier": str(work / "tier"),
+            "expected_tokens": sizes.long_tokens + 1,
+        }
         with Peak(process) as peak:
             cache = HeadCache(model.config, **options)
             fill_head_wise(cache, model.config, sizes.long_tokens)
@@ -200,7 +204,7 @@ def _chunk_with_tier(model: Any, sizes: Sizes, work: Path) -> Measure:
     budget = max(kv_bytes(model.config, at) // 4, 2**23)
     near = HeadCache(model.config, expected_tokens=at + sizes.chunk_tokens)
     far = HeadCache(
-        model.config, expected_tokens=at + sizes.chunk_tokens, host_kv_budget=budget, disk_tier=str(work / "tier")
+        model.config, expected_tokens=at + sizes.chunk_tokens, host_kv_budget_bytes=budget, disk_tier=str(work / "tier")
     )
     for cache in (near, far):
         fill_head_wise(cache, model.config, at)

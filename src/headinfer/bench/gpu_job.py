@@ -157,7 +157,7 @@ class Job:
 
     def options(self, **more: Any) -> dict[str, Any]:
         """Options of a HeadCache here: on a CPU the ring's twin, since its segments would be read in place."""
-        return more if self.is_cuda else {"staging": "early", **more}
+        return more if self.is_cuda else {"transport": "eager", **more}
 
     def chunk_tokens(self) -> int:
         """Tokens of a prefill chunk whose arithmetic takes half as long again as its KV's way over the link.

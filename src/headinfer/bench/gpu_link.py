@@ -176,7 +176,7 @@ def _tile_rates(job: Job) -> TileRates | None:
 def _tiles(job: Job, query_tokens: int) -> Line:
     """Tiles through the ring as the engine fetches them, with nothing computed: one contiguous copy a head and side."""
     plan, slot_bytes, problem = tile_of(job, query_tokens)
-    counter, streams = ByteCounter(), open_streams("cuda" if job.is_cuda else "early", job.device)
+    counter, streams = ByteCounter(), open_streams("cuda" if job.is_cuda else "eager", job.device)
     assert streams is not None
     tier = host_tier(job)
     segment = Segment(tier, plan.heads_per_group, plan.tile_tokens, problem.key_dim, problem.value_dim, problem.dtype)

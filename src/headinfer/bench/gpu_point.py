@@ -92,7 +92,7 @@ def open_point(job: Job, suite: str, past_tokens: int, tokens: int) -> Point | L
         past = Past(job, past_tokens)
         job.clean()
         job.forget_peak()
-        cache = past.cache(room_tokens=tokens if tokens > 1 else 0, device_kv_budget=job.sizes.floor_bytes)
+        cache = past.cache(room_tokens=tokens if tokens > 1 else 0, device_kv_budget_bytes=job.sizes.floor_bytes)
         own = HeadRunner(job, cache, tokens)
         return Point(past, own, measure_alone(job, own), job.peak_device_bytes())
     except (torch.OutOfMemoryError, CapacityError) as error:

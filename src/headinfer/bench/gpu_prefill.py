@@ -65,7 +65,7 @@ def _with_its_kernels(job: Job, point: Point, found: Outcome, baselines: Sequenc
     theirs = found.facts.get("attention_backends")
     if found.name != "resident store" or not found.seconds or theirs == point.own.facts()["attention_backends"]:
         return found
-    options: dict[str, Any] = {"device_kv_budget": job.sizes.floor_bytes, "backend": ",".join(theirs or ())}
+    options: dict[str, Any] = {"device_kv_budget_bytes": job.sizes.floor_bytes, "backend": ",".join(theirs or ())}
     same = HeadRunner(job, point.past.cache(room_tokens=point.own.tokens, **options), point.own.tokens)
     baseline = next(one for one in baselines if one.name == found.name)
     with same.active():
@@ -103,7 +103,7 @@ def _whole(job: Job, whole: int, chunk_tokens: int) -> list[Line]:
 
 def _read_all(job: Job, name: str, who: str, whole: int, chunk_tokens: int, budget: int) -> Line:
     """A prompt of `whole` tokens, read once."""
-    options = job.options(device_kv_budget=budget, streaming_budget=job.sizes.floor_bytes)
+    options = job.options(device_kv_budget_bytes=budget, streaming_budget_bytes=job.sizes.floor_bytes)
     ids = torch.full((1, whole), 7, device=job.device)
     cache = HeadCache(job.model.config, expected_tokens=whole, **options)
 

@@ -41,7 +41,7 @@ class Past:
         """Raises CapacityError where host memory is short even of one layer's."""
         self.job, self.tokens, self.is_simulation = job, tokens, job.is_simulated(tokens)
         on_host = tokens - TAIL_UNIT_TOKENS  # so that segments end where the tail begins
-        options = job.options(device_kv_budget=job.sizes.floor_bytes, expected_tokens=on_host)
+        options = job.options(device_kv_budget_bytes=job.sizes.floor_bytes, expected_tokens=on_host)
         source = HeadCache(job.model.config, **options)
         layers = source.head_layers[:1] if self.is_simulation else source.head_layers
         k, v = noise(job, min(tokens, _NOISE_TOKENS))

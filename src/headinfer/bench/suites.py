@@ -95,7 +95,7 @@ def device_kv(sizes: Sizes) -> list[Measure]:
     """KV bytes on the device under forced staging, one forward pass over a short and a long store."""
     model, measures = load_model(), []
     for tokens in sizes.staged_tokens:
-        cache = HeadCache(model.config, staging="early", expected_tokens=tokens + 1)
+        cache = HeadCache(model.config, transport="eager", expected_tokens=tokens + 1)
         fill_head_wise(cache, model.config, tokens)
         with enable(model):
             step(model, cache)

@@ -228,7 +228,7 @@ class _Job:
                 shown = f"{done} of {len(sizes)} texts" + (f", score {score:.1%}" if score is not None else "")
                 progress.update(bar, completed=before, shown=shown)
 
-            options = {"device_kv_budget": self.budget}
+            options = {"device_kv_budget_bytes": self.budget}
             reader = Reader(model, self.tokenizer, is_raw=self.raw, options=options, on_tokens=on_tokens)
             kv_bytes = self.shape.kv_bytes_per_token(self.dtype.itemsize)
             evaluate(

@@ -75,9 +75,10 @@ def generate(
     backend: Annotated[
         str | None, typer.Option(help="Attention kernels to try first, with commas between; see headinfer info.")
     ] = None,
-    staging: Annotated[
-        str, typer.Option(help="auto; or early / late: force the ring on a CPU, as on a GPU, for tests.")
+    transport: Annotated[
+        str, typer.Option(help="auto, in_place, eager or lazy. The last two use the ring of a GPU on a CPU, for tests.")
     ] = "auto",
+    staging: Annotated[str | None, typer.Option(hidden=True, help="Deprecated: use --transport.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="For sampling and random weights.")] = 0,
@@ -89,23 +90,26 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Read a document, answer a question about it, streaming the text to stdout."""
-    from headinfer.engine.engine import Options
+    from headinfer.engine.options import Options
     from headinfer.hf import parallel
     from headinfer.jobs import generate as generation
 
     ranks = Ranks.from_environment()
+    if staging is not None and ranks.is_first:
+        _say("headinfer: warning: --staging is deprecated: use --transport")
 
     def check() -> Prepared:
         if prompt == "" and file is None:
             raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
         options = Options(
-            device_kv_budget=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
-            host_kv_budget=parse_bytes(host_kv_budget) if host_kv_budget is not None else None,
+            device_kv_budget_bytes=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
+            host_kv_budget_bytes=parse_bytes(host_kv_budget) if host_kv_budget is not None else None,
             disk_tier=str(disk_tier) if disk_tier is not None else None,
             heads_per_group=heads_per_group,
             tile_tokens=tile_tokens,
             backend=backend,
-            staging=staging,  # type: ignore[arg-type]
+            transport=transport,  # type: ignore[arg-type]
+            staging=staging,
         )
         sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
         sampling = {name: value for name, value in sampling.items() if value is not None}

@@ -57,7 +57,7 @@ def read(
 ) -> None:
     """Read a document and keep its KV on disk, to ask it again and again; goes on where it was interrupted."""
     from headinfer.cli import report
-    from headinfer.engine.engine import Options
+    from headinfer.engine.options import Options
     from headinfer.jobs import generate as generation
     from headinfer.jobs import read as reading
 
@@ -116,12 +116,12 @@ def ask(
 ) -> None:
     """Ask a document that was read before. Questions know nothing of each other, and leave no trace without --keep."""
     from headinfer.cli.report import columns_table
-    from headinfer.engine.engine import Options
+    from headinfer.engine.options import Options
     from headinfer.jobs import ask as asking
 
     placed = _placed(device_kv_budget, host_kv_budget, disk_tier)
     Options(**placed)  # refuses what cannot be, before all else
-    changed = {name: value for name, value in placed.items() if value is not None or name != "device_kv_budget"}
+    changed = {name: value for name, value in placed.items() if value is not None or name != "device_kv_budget_bytes"}
     job = asking.AskJob(
         name=session,
         root=sessions or default_root(),
@@ -168,8 +168,8 @@ def ask(
 def _placed(device_kv_budget: str | None, host_kv_budget: str | None, disk_tier: Path | None) -> dict[str, Any]:
     """Options that say where KV lies."""
     return {
-        "device_kv_budget": parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
-        "host_kv_budget": parse_bytes(host_kv_budget) if host_kv_budget is not None else None,
+        "device_kv_budget_bytes": parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
+        "host_kv_budget_bytes": parse_bytes(host_kv_budget) if host_kv_budget is not None else None,
         "disk_tier": str(disk_tier) if disk_tier is not None else None,
     }
 

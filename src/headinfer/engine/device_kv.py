@@ -18,7 +18,7 @@ from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.numa import node_of
 from headinfer.kv.read_ahead import ReadAhead, read_slot_bytes
 from headinfer.kv.resident import Residency, Share
-from headinfer.kv.streams import Staging, Streams, open_streams
+from headinfer.kv.streams import Streams, Transport, open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, Ring, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace, Writer
@@ -45,7 +45,7 @@ class DeviceKV:
     def __init__(
         self,
         device: torch.device,
-        staging: Staging,
+        transport: Transport,
         *,
         layers: int,
         all_layers: int,
@@ -60,15 +60,15 @@ class DeviceKV:
         that is not for resident KV, None for 256 MiB. layers: stores that there may be, all_layers: on other devices
         too. host_counter counts host memory.
         """
-        self.device, self.staging, self.expected_tokens = device, staging, expected_tokens
+        self.device, self.transport, self.expected_tokens = device, transport, expected_tokens
         self.layers, self.all_layers = layers, all_layers
         self.rates, self.counter = rates, counter
-        is_cuda = staging == "cuda"
+        is_cuda = transport == "cuda"
         if budget is None:
             budget = default_budget(device) if is_cuda else DEFAULT_BUDGET_BYTES
         self.budget = budget
         self.streaming_bytes = min(streaming_budget or DEFAULT_BUDGET_BYTES, budget)
-        self.streams: Streams | None = open_streams(staging, device)
+        self.streams: Streams | None = open_streams(transport, device)
         self.tier = HostTier(
             host_counter, device=device if is_cuda else None, node=node_of(device) if is_cuda else None
         )
@@ -105,7 +105,7 @@ class DeviceKV:
             expected_tokens=self.expected_tokens,
             on_full=self.disk.full if self.disk is not None else None,
             share=share,
-            reserves=self.staging == "cuda" and expected_bytes < _RESERVED_HOST_SHARE * self._host_room_bytes(),
+            reserves=self.transport == "cuda" and expected_bytes < _RESERVED_HOST_SHARE * self._host_room_bytes(),
         )
 
     def _host_room_bytes(self) -> int:

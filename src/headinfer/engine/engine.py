@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
-from headinfer.attention.backends import preferences
 from headinfer.engine.device_kv import DeviceKV
 from headinfer.engine.machine import this_machine
+from headinfer.engine.options import Options
 from headinfer.engine.streaming import Tile, attend_streaming, tiles_of
-from headinfer.errors import UnsupportedError, UsageError
+from headinfer.errors import UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk import DiskSlice
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV, TokenRanges, first_of
 from headinfer.kv.segments import Segment
-from headinfer.kv.streams import Staging
+from headinfer.kv.streams import Transport
 from headinfer.kv.tiers import HostTier
 from headinfer.plan.footprint import write_back_bytes
 from headinfer.plan.model_shape import ModelShape
@@ -30,60 +27,11 @@ from headinfer.plan.tiles import (
     DEFAULT_BUDGET_BYTES,
     FEW_QUERY_TOKENS,
     TilePlan,
-    TileRates,
     choose_tiles,
     ring_slot_bytes,
 )
 
-__all__ = ["Engine", "Options"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user can fix; None leaves the choice to the engine.
-
-    device_kv_budget: bytes of KV on a device, at any context length: resident tokens, ring, tails, write-back buffers;
-    by default what is free there, less a reserve. streaming_budget: the part of it for the last three, by default
-    256 MiB; the rest keeps the first tokens on the device.
-    heads_per_group, tile_tokens: the tile. backend: attention kernels to try first, names with commas between.
-    staging: "auto" reads segments in place on the CPU and streams through a ring on CUDA; "early" and "late"
-    force the ring's CPU twins (see kv/streams.py). expected_tokens: the final length, where it is known. rates: what
-    tiles are chosen for. host_kv_budget, disk_tier: bytes of KV in host memory, and the folder where what exceeds them
-    goes; both or none. The same options give the same tiles, merges and kernels, so the same bits on one machine.
-    """
-
-    device_kv_budget: int | None = None
-    streaming_budget: int | None = None
-    heads_per_group: int | None = None
-    tile_tokens: int | None = None
-    backend: str | None = None
-    staging: Literal["auto", "none", "early", "late"] = "auto"
-    expected_tokens: int = 0
-    rates: TileRates | None = None
-    host_kv_budget: int | None = None
-    disk_tier: str | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rates, dict):  # from JSON
-            object.__setattr__(self, "rates", TileRates(**self.rates))
-        for name in ("device_kv_budget", "streaming_budget", "heads_per_group", "tile_tokens", "host_kv_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: it must be a positive number")
-        if self.expected_tokens < 0:
-            raise UsageError(f"expected_tokens is {self.expected_tokens}: it must not be negative")
-        if (self.host_kv_budget is None) != (self.disk_tier is None):
-            raise UsageError(
-                "host_kv_budget and disk_tier go together: so much KV in host memory, the rest in a folder on a disk"
-            )
-        preferences(self.backend)  # raises where a name is unknown
-        if self.staging not in ("auto", "none", "early", "late"):
-            raise UsageError(f"staging is {self.staging!r}: it must be auto, none, early or late")
-
-    def arithmetic(self) -> dict[str, Any]:
-        """What a session keeps, for JSON: all but where KV lies, which is another matter on another day."""
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("host_kv_budget", "disk_tier")}
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -121,8 +69,8 @@ class Engine:
         """
         layer = next(shape.layers[index] for index in shape.offloaded_layers)
         tails = (self.layers + 1) * 2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes)
-        budget = self.options.device_kv_budget or DEFAULT_BUDGET_BYTES
-        streaming = min(self.options.streaming_budget or DEFAULT_BUDGET_BYTES, budget)
+        budget = self.options.device_kv_budget_bytes or DEFAULT_BUDGET_BYTES
+        streaming = min(self.options.streaming_budget_bytes or DEFAULT_BUDGET_BYTES, budget)
         slot_bytes = ring_slot_bytes(streaming, tails + 2 * write_back_bytes(streaming))
         for query_tokens in (chunk_tokens, 1):
             choose_tiles(
@@ -230,7 +178,7 @@ class Engine:
     def segment_tier(self, layer_kv: LayerKV) -> HostTier | None:
         """Memory that segments of a file must be copied to; None where they can be read where they are mapped."""
         kv = self.devices[self._place(layer_kv)]
-        is_needed = kv.staging == "cuda" or (self.disk is not None and kv.staging != "none")
+        is_needed = kv.transport == "cuda" or (self.disk is not None and kv.transport != "in_place")
         return kv.tier if is_needed else None
 
     @property
@@ -259,18 +207,18 @@ class Engine:
         place, device, options = self._place(k), k.device, self.options
         if place in self.devices:
             return self.devices[place]
-        rates, staging = options.rates, self._way_of_staging(device)
-        if staging == "cuda":
+        rates, transport = options.rates, self._transport_to(device)
+        if transport == "cuda":
             machine, name = this_machine(device), str(k.dtype).removeprefix("torch.")
             if rates is None and name in machine.flops_per_s:
                 rates = machine.tile_rates(name)
         kv = DeviceKV(
             device,
-            staging,
+            transport,
             layers=self.layers_on.get(place, self.layers),
             all_layers=self.layers,
-            budget=options.device_kv_budget,
-            streaming_budget=options.streaming_budget,
+            budget=options.device_kv_budget_bytes,
+            streaming_budget=options.streaming_budget_bytes,
             expected_tokens=options.expected_tokens,
             rates=rates,
             counter=ByteCounter() if self.devices else self.counter,
@@ -280,22 +228,22 @@ class Engine:
         self._use_disk(kv, k, v)
         return kv
 
-    def _way_of_staging(self, device: torch.device) -> Staging:
+    def _transport_to(self, device: torch.device) -> Transport:
         if device.type == "cuda":
             return "cuda"
         if device.type != "cpu":
             raise UnsupportedError(f"the model is on {device}: this version serves cpu and cuda devices")
-        return "none" if self.options.staging == "auto" else self.options.staging
+        return "in_place" if self.options.transport == "auto" else self.options.transport
 
     def _use_disk(self, kv: DeviceKV, k: torch.Tensor, v: torch.Tensor) -> None:
         options = self.options
-        if options.host_kv_budget is None or options.disk_tier is None:
+        if options.host_kv_budget_bytes is None or options.disk_tier is None:
             return
         if self.disk is None:
             token_bytes = self.layers * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
             reserve = options.expected_tokens * token_bytes  # all of it: read buffers take a part of the budget
             self.disk = DiskTier(
-                Path(options.disk_tier), options.host_kv_budget, reserve, self.counter, self._write_back_done
+                Path(options.disk_tier), options.host_kv_budget_bytes, reserve, self.counter, self._write_back_done
             )
         kv.disk = self.disk
         kv.tier.make_room = self.disk.make_room

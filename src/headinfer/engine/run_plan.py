@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from headinfer.engine.engine import Options
 from headinfer.engine.machine import free_device_bytes, this_machine
+from headinfer.engine.options import Options
 from headinfer.plan.footprint import weight_bytes
 from headinfer.plan.memory import available_host_bytes, free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
@@ -84,9 +84,9 @@ def fixed_fields(options: Options, chunk_tokens: int | None) -> dict[str, Any]:
         "chunk_tokens": chunk_tokens,
         "heads_per_group": options.heads_per_group,
         "tile_tokens": options.tile_tokens,
-        "device_kv_budget_bytes": options.device_kv_budget,
-        "streaming_budget_bytes": options.streaming_budget,
-        "host_kv_budget_bytes": options.host_kv_budget,
+        "device_kv_budget_bytes": options.device_kv_budget_bytes,
+        "streaming_budget_bytes": options.streaming_budget_bytes,
+        "host_kv_budget_bytes": options.host_kv_budget_bytes,
         "disk_tier": options.disk_tier,
     }
 
@@ -98,7 +98,7 @@ def planned(options: Options, plan: Plan) -> Options:
         return options  # segments are read in place; a ring that stands for a GPU's keeps its own defaults
     return dataclasses.replace(
         options,
-        device_kv_budget=plan.device_kv_budget_bytes,
-        streaming_budget=plan.streaming_bytes,
+        device_kv_budget_bytes=plan.device_kv_budget_bytes,
+        streaming_budget_bytes=plan.streaming_bytes,
         rates=options.rates or machine.tile_rates(plan.request.dtype),
     )

@@ -66,8 +66,8 @@ class Demo:
             native.unavailable_reason()  # compiles the decode kernel where that was never done here: no part of the timing
         options: dict[str, Any] = {
             "chunk_tokens": _CHUNK_TOKENS,
-            "device_kv_budget": _BUDGET_BYTES,
-            "staging": "early" if device == "cpu" else "auto",
+            "device_kv_budget_bytes": _BUDGET_BYTES,
+            "transport": "eager" if device == "cpu" else "auto",
         }
         self.reader = Reader(model, source.tokenizer(), options=options, on_tokens=on_tokens)
 

@@ -10,12 +10,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from headinfer.attention.backends import recorded
-from headinfer.engine.engine import Engine, Options
+from headinfer.engine.engine import Engine
+from headinfer.engine.options import OptionFields, Options
 from headinfer.errors import StateError, UnsupportedError
 from headinfer.hf.compat import (
     Cache,
@@ -71,11 +72,11 @@ class HeadCache(Cache):  # type: ignore[misc]
     version does not serve, and UsageError for options out of range.
 
         with headinfer.enable(model):
-            cache = HeadCache(model.config, device_kv_budget=256 * 2**20)
+            cache = HeadCache(model.config, device_kv_budget_bytes=256 * 2**20)
             model.generate(**inputs, past_key_values=cache)
     """
 
-    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, **options: Unpack[OptionFields]) -> None:
         """options: the fields of `headinfer.Options`."""
         check_version()
         chosen = Options(**options)
@@ -212,7 +213,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             writer.checkpoint(self, token_ids)
 
     @classmethod
-    def load(cls, folder: str | Path, model: PreTrainedModel, **options: Any) -> HeadCache:
+    def load(cls, folder: str | Path, model: PreTrainedModel, **options: Unpack[OptionFields]) -> HeadCache:
         """What save() kept, for the model that made it. K and V are read from the folder when they are first needed.
 
         options: fields of `headinfer.Options` to change; with none of them the same machine computes the same bits as
@@ -221,7 +222,8 @@ class HeadCache(Cache):  # type: ignore[misc]
         """
 
         def loaded(manifest: Manifest) -> HeadCache:
-            cache = cls(model.config, **(session.kept_options(manifest) | options))
+            chosen: dict[str, Any] = {**session.kept_options(manifest), **options}
+            cache = cls(model.config, **chosen)
             cache.model = weakref.ref(model)
             session.load(Path(folder), model, cache, manifest)
             return cache

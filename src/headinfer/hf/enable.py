@@ -13,11 +13,11 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from headinfer.engine.engine import Options
+from headinfer.engine.options import OptionFields, Options
 from headinfer.engine.run_plan import fixed_fields, plan_run, planned, tightest
 from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageError
 from headinfer.hf.attention import NAME, register
@@ -242,12 +242,12 @@ def enable(
     *,
     chunk_tokens: int | None = None,
     on_forward: Callable[[HeadCache], None] | None = None,
-    **options: Any,
+    **options: Unpack[OptionFields],
 ) -> Enabled:
     """Switch headinfer on for a model; use the result as a context manager or call its disable().
 
     chunk_tokens: prompts are read in chunks of this many tokens. options: the fields of `headinfer.Options`, e.g.
-    device_kv_budget in bytes. What is left open is planned for this machine, anew for each generate() and each long
+    device_kv_budget_bytes in bytes. What is left open is planned for this machine, anew for each generate() and each long
     forward pass; `plan` is the last plan, and `plan.explain()` says why. on_forward: called with the cache after each
     forward pass, for progress displays. Raises UnsupportedError for a model that is not served exactly and UsageError
     for options out of range, both before anything is changed.

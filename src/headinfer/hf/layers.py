@@ -23,7 +23,7 @@ from headinfer.hf.compat import (
 )
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
 
-__all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "why_not_croppable"]
+__all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "uncroppable_reason"]
 
 
 @dataclass

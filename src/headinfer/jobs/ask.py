@@ -13,6 +13,7 @@ import torch
 
 from headinfer.attention import native
 from headinfer.engine.machine import this_machine
+from headinfer.engine.options import current_names
 from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
@@ -95,7 +96,7 @@ def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> 
     """What will take long. Raises CapacityError where host memory cannot hold what it must."""
     dtype = getattr(torch, manifest.model["dtype"])
     weights = source.weight_bytes(dtype) if device == "cpu" else 0
-    budget, room = job.options.get("host_kv_budget"), available_host_bytes()
+    budget, room = job.options.get("host_kv_budget_bytes"), available_host_bytes()
     token_bytes = -(-manifest.nbytes // manifest.tokens)
     if device != "cpu" or budget is not None:  # else the system reads what does not stay in memory again
         check_host_memory(manifest.tokens, token_bytes, weights, available=room, kv_budget=budget)
@@ -167,7 +168,9 @@ def ask(
                     answers += 1
                     ids = _read_to_the_end(model, used, written)
                     facts = about | {"answers": answers}
-                    with SessionWriter(prepared.folder, model, prepared.manifest.arithmetic, facts, lock) as writer:
+                    with SessionWriter(
+                        prepared.folder, model, current_names(prepared.manifest.arithmetic), facts, lock
+                    ) as writer:
                         writer.checkpoint(used, ids)
                 if summary.interrupted:
                     break

@@ -13,7 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from headinfer.attention import native
-from headinfer.engine.engine import Options
+from headinfer.engine.options import Options
 from headinfer.engine.run_plan import fixed_fields, plan_run, planned
 from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache, Stats
@@ -179,7 +179,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         shape.kv_bytes_per_token(dtype.itemsize),
         weight_bytes,
         available=available_host_bytes() // ranks.local_world,
-        kv_budget=job.options.host_kv_budget,
+        kv_budget=job.options.host_kv_budget_bytes,
     )
     plan = plan_run(
         shape,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from headinfer.attention import native
-from headinfer.engine.engine import Options
+from headinfer.engine.options import Options, current_names
 from headinfer.engine.run_plan import fixed_fields, plan_run, planned
 from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.hf.cache import HeadCache
@@ -120,38 +120,43 @@ def prepare_read(job: ReadJob) -> ToRead:
     plan = plan_run(shape, torch.device(device), dtype, tokens, fixed=fixed)
     _check_disk(job.root, (tokens - done) * shape.kv_bytes_per_token(dtype.itemsize))
     if found is not None:
-        arithmetic = found.arithmetic
+        arithmetic = current_names(found.arithmetic)
     else:
         options = planned(job.options, plan)
         HeadCache(source.config, **vars(options)).engine.check_budget(shape, dtype.itemsize, plan.chunk_tokens, tokens)
         arithmetic = options.arithmetic() | {"chunk_tokens": plan.chunk_tokens}
     about = {"model": job.model, "seed": job.seed, "raw": job.raw, "document_tokens": tokens, "answers": 0}
     about["tokenizer"] = tokenizer_fingerprint(tokenizer)
-    about["asked_for"] = _asked_for(job) if found is None else found.about.get("asked_for", {})
+    about["asked_for"] = _asked_for(job) if found is None else current_names(found.about.get("asked_for", {}))
     generation = found.generation if found is not None else 0
     return ToRead(job, source, folder, input_ids, dtype, device, arithmetic, about, shape, done, generation)
 
 
 def _where(options: Options) -> dict[str, Any]:
     """Where KV lies, which a session does not keep."""
-    return {"host_kv_budget": options.host_kv_budget, "disk_tier": options.disk_tier}
+    return {"host_kv_budget_bytes": options.host_kv_budget_bytes, "disk_tier": options.disk_tier}
 
 
 def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
     """Raise UsageError for options that would go on with another arithmetic than the session was begun with."""
-    kept, before = found.arithmetic | {"dtype": found.model["dtype"]}, found.about.get("asked_for", {})
+    kept = current_names(found.arithmetic) | {"dtype": found.model["dtype"]}
+    before = current_names(found.about.get("asked_for", {}))
     for name, value in _asked_for(job).items():
         if value is not None and value not in (kept[name], before.get(name)):
             raise UsageError(
                 f"the session {folder} was begun with {name} {kept[name]}, and goes on with the same: leave out "
-                f"--{name.replace('_', '-')}, or choose another name"
+                f"--{name.removesuffix('_bytes').replace('_', '-')}, or choose another name"
             )
 
 
 def _asked_for(job: ReadJob) -> dict[str, Any]:
     """Options that fix the arithmetic, as the user gave them; a plan may have made other values of them."""
     dtype = job.dtype if job.dtype != "auto" else None
-    return {"chunk_tokens": job.chunk_tokens, "device_kv_budget": job.options.device_kv_budget, "dtype": dtype}
+    return {
+        "chunk_tokens": job.chunk_tokens,
+        "device_kv_budget_bytes": job.options.device_kv_budget_bytes,
+        "dtype": dtype,
+    }
 
 
 def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:

@@ -26,14 +26,16 @@ __all__ = [
     "EagerStreams",
     "LazyStreams",
     "Queue",
-    "Staging",
     "Streams",
+    "Transport",
     "check_contiguous",
     "open_streams",
 ]
 
 Queue = Literal["compute", "fetch", "back"]
-Staging = Literal["none", "early", "late", "cuda"]  # how KV reaches the device: not at all, by a CPU twin, by a link
+Transport = Literal[
+    "in_place", "eager", "lazy", "cuda"
+]  # how KV reaches the device: not at all, by a CPU twin, by a link
 Copy = tuple[torch.Tensor, torch.Tensor]  # destination and source
 
 
@@ -198,8 +200,8 @@ class LazyStreams:
             self.finish(_Mark(queue, self._done[queue] + len(self._jobs[queue])))
 
 
-def open_streams(staging: Staging, device: torch.device) -> Streams | None:
-    """The queues for a way of staging; "none" has none."""
-    if staging == "none":
+def open_streams(transport: Transport, device: torch.device) -> Streams | None:
+    """The queues for a way of staging; "in_place" has none."""
+    if transport == "in_place":
         return None
-    return CudaStreams(device) if staging == "cuda" else EagerStreams() if staging == "early" else LazyStreams()
+    return CudaStreams(device) if transport == "cuda" else EagerStreams() if transport == "eager" else LazyStreams()

@@ -58,7 +58,7 @@ class Footprint:
 
     @property
     def device_kv_budget_bytes(self) -> int:
-        """What counts against device_kv_budget: all KV of the full-attention layers on the device."""
+        """What counts against device_kv_budget_bytes: all KV of the full-attention layers on the device."""
         return sum((self.resident_bytes, self.ring_bytes, self.tail_bytes, self.spare_tail_bytes, self.staging_bytes))
 
     @property

@@ -37,7 +37,7 @@ class Plan:
 
     prefill, decode: the tiles (for the layer with the most KV). resident_tokens: for each layer of the model, the first
     tokens of a row that also stay on the device, all KV heads; 0 where nothing is offloaded. streaming_bytes: the
-    engine's streaming_budget, for ring, tails and write-back; None where KV is read in place. kernel: the attention
+    engine's streaming_budget_bytes, for ring, tails and write-back; None where KV is read in place. kernel: the attention
     kernel, where one is fixed.
     """
 
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def device_kv_budget_bytes(self) -> int:
-        """The engine's device_kv_budget: with it, each layer keeps its resident_tokens and no more."""
+        """The engine's device_kv_budget_bytes: with it, each layer keeps its resident_tokens and no more."""
         if self.streaming_bytes is None:
             return self.footprint.device_kv_budget_bytes
         kept = tuple(self.resident_tokens[index] for index in self.request.shape.offloaded_layers)

@@ -147,7 +147,7 @@ def choose_tiles(
         least = wanted[-1] * needed * head_token_bytes
         raise CapacityError(
             f"a tile of {wanted[-1]} heads x {needed} tokens needs {least} bytes and a ring slot has {slot_bytes}: "
-            "raise device_kv_budget (or host_kv_budget, with a disk tier), or lower heads_per_group or tile_tokens"
+            "raise device_kv_budget_bytes (or host_kv_budget_bytes, with a disk tier), or lower heads_per_group or tile_tokens"
         )
     shapes = [
         (heads, tokens)

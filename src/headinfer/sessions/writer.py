@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from headinfer.engine.engine import Options
+from headinfer.engine.options import known_fields
 from headinfer.errors import SessionError, StateError, UsageError
 from headinfer.hf.compat import PreTrainedModel, layer_device, versions
 from headinfer.hf.layers import HeadLayer, restore, state_of
@@ -115,7 +115,7 @@ class SessionWriter:
         named_before = {entry.name for entry in on_disk.files()} if on_disk is not None else set()
         taken = _snapshot(cache, saved, self._model, token_ids)
         self._job = self._thread.submit(self._write, taken, saved, named_before)
-        if cache.engine.options.host_kv_budget is not None:
+        if cache.engine.options.host_kv_budget_bytes is not None:
             self.finish()  # what is being written stays in memory: no more of it than has to
 
     def _write(self, taken: _Snapshot, saved: Saved, named_before: set[str]) -> None:
@@ -261,8 +261,7 @@ def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manif
 
 def kept_options(manifest: Manifest) -> dict[str, Any]:
     """The fields of Options that fix a session's arithmetic; what only another version knows is left out."""
-    known = {one.name for one in dataclasses.fields(Options)}
-    return {name: value for name, value in manifest.arithmetic.items() if name in known}
+    return known_fields(manifest.arithmetic)
 
 
 def saved_ids(folder: Path, manifest: Manifest) -> torch.Tensor | None:
