@@ -306,7 +306,7 @@ class LargestTensor(TorchDispatchMode):
 def pretend(cache, tokens):
     """A cache that has read something gets `tokens` tokens on the host: one segment seen again and again."""
     for layer in cache.layers:
-        layer_kv = getattr(layer, "store", None)
+        layer_kv = getattr(layer, "layer_kv", None)
         if layer_kv is None:
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = tokens + layer.cumulative_length

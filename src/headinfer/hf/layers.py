@@ -269,7 +269,7 @@ def uncroppable_reason(layer: Any) -> str:
     return ""
 
 
-_NOT_STATE = ("engine", "store", "pending")  # of a HeadLayer: shared, or brought back by length
+_NOT_STATE = ("engine", "layer_kv", "pending")  # of a HeadLayer: shared, or brought back by length
 
 
 def _copied(value: Any) -> Any:
