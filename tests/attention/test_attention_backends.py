@@ -256,11 +256,11 @@ def test_a_torch_that_cannot_say_has_none(monkeypatch):
 @pytest.mark.parametrize("side", ["q", "k", "v"])
 def test_nan_is_not_swallowed(name, dtype, side):
     """One NaN reaches every output that depends on it and no other, whichever piece or block it lies in."""
-    for place in (0, 700, 2049, 2503):
+    for position in (0, 700, 2049, 2503):
         rng = seeded(12)
         q, k, v = (torch.randn(3, tokens, 32, generator=rng).to(dtype) for tokens in (4, 2504, 2504))
         clean = BY_NAME[name].attend_full(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
-        {"q": q, "k": k, "v": v}[side][1, place if side != "q" else 2, 5] = torch.nan
+        {"q": q, "k": k, "v": v}[side][1, position if side != "q" else 2, 5] = torch.nan
         state = BY_NAME[name].attend_full(q, [(k[:, :500], v[:, :500]), (k[:, 500:], v[:, 500:])], 0.2, None)
         for head in (0, 2):
             assert torch.equal(state.out[head], clean.out[head])

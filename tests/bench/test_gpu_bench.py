@@ -200,16 +200,18 @@ def test_one_layers_kv_for_all_gives_the_bits_and_bytes_of_kv_of_their_own(job, 
 def test_caches_of_one_past_share_host_memory_and_nothing_else(job):
     past = Past(job, 2048)
     held = past.host_bytes
-    near = past.cache(device_kv_budget_bytes=16 << 20, streaming_budget_bytes=2 << 20)
-    far = past.cache(device_kv_budget_bytes=2 << 20)
+    resident = past.cache(device_kv_budget_bytes=16 << 20, streaming_budget_bytes=2 << 20)
+    streamed_cache = past.cache(device_kv_budget_bytes=2 << 20)
     for _ in range(2):  # what is resident comes in the first pass
-        bits_near, moved = logits(job, near, 1)
-        near.crop(-1)
-    bits_far, streamed = logits(job, far, 1)
+        bits_near, moved = logits(job, resident, 1)
+        resident.crop(-1)
+    bits_streamed, streamed = logits(job, streamed_cache, 1)
     assert moved == 0 < streamed == held
-    assert near.stats().device_resident_bytes > 0 == far.stats().device_resident_bytes
-    assert (bits_near - bits_far).abs().max() < 1e-4 * bits_far.std()
-    assert near.engine.counter.host_bytes == far.engine.counter.host_bytes == 0  # all of it is the past's
+    assert resident.stats().device_resident_bytes > 0 == streamed_cache.stats().device_resident_bytes
+    assert (bits_near - bits_streamed).abs().max() < 1e-4 * bits_streamed.std()
+    assert (
+        resident.engine.counter.host_bytes == streamed_cache.engine.counter.host_bytes == 0
+    )  # all of it is the past's
 
 
 def test_a_chunk_needs_no_new_host_memory_and_leaves_the_past_as_it_was(job):

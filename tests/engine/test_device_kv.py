@@ -310,7 +310,7 @@ def test_memory_of_a_known_length_is_taken_with_the_first_tokens(llama, monkeypa
 class Spread(Engine):
     """An engine whose layers lie on several devices, as far as a CPU can have them."""
 
-    def _place(self, what):
+    def _device_of(self, what):
         return what.where
 
 

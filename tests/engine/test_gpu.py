@@ -221,10 +221,10 @@ def test_a_model_on_two_devices(llama):
 
     tokens, _ = generate(llama, prompt(tokens=700))
     model = make_model("llama")
-    places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
-    places |= {f"model.layers.{index}": index // 2 for index in range(LAYERS)}
-    places = {name: f"cuda:{index}" for name, index in places.items()}
-    model = dispatch_model(model, places)
+    devices = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    devices |= {f"model.layers.{index}": index // 2 for index in range(LAYERS)}
+    devices = {name: f"cuda:{index}" for name, index in devices.items()}
+    model = dispatch_model(model, devices)
     with headinfer.enable(model, chunk_tokens=96, **options_on("cuda", 128)) as active:
         found = generate(model, to("cuda:0", prompt(tokens=700)))[0]
     assert torch.equal(found.cpu(), tokens)

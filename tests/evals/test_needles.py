@@ -23,10 +23,10 @@ def test_each_needle_is_there_once_and_within_a_sentence_of_its_depth(seed, dept
     for needle, depth in zip(needles, depths, strict=True):
         assert found.count(needle.sentence) == 1
         assert found.count(needle.word) == found.count(needle.number) == 1
-        place = found.index(needle.sentence)
-        before = sum(len(other.sentence) for other in needles if found.index(other.sentence) < place)
-        assert abs(place - before - depth * len(TEXT)) <= longest
-        assert place == 0 or found[place - 1] == "."
+        position = found.index(needle.sentence)
+        before = sum(len(other.sentence) for other in needles if found.index(other.sentence) < position)
+        assert abs(position - before - depth * len(TEXT)) <= longest
+        assert position == 0 or found[position - 1] == "."
     rest = found
     for needle in needles:
         rest = rest.replace(needle.sentence, "")

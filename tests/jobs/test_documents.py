@@ -94,11 +94,11 @@ def test_a_document_larger_than_its_budget_of_memory(headinfer, tmp_path):
     plain = generate(headinfer, book, "When?")
     assert plain["stats"]["host_kv_peak_bytes"] > budget
     for transport in ("auto", "eager"):
-        far = generate(headinfer, book, "When?", more=(*tier, "--chunk-tokens", "1024", "--transport", transport))
-        assert far["token_ids"] == plain["token_ids"]
-        assert far["stats"]["host_kv_peak_bytes"] <= budget
-        assert far["stats"]["disk_kv_bytes"] > 0
-        assert far["stats"]["disk_to_host_bytes"] > far["stats"]["disk_kv_bytes"]
+        tiered = generate(headinfer, book, "When?", more=(*tier, "--chunk-tokens", "1024", "--transport", transport))
+        assert tiered["token_ids"] == plain["token_ids"]
+        assert tiered["stats"]["host_kv_peak_bytes"] <= budget
+        assert tiered["stats"]["disk_kv_bytes"] > 0
+        assert tiered["stats"]["disk_to_host_bytes"] > tiered["stats"]["disk_kv_bytes"]
     read(headinfer, book, *tier, "--chunk-tokens", "1024")
     (answer,) = ask(headinfer, "When?", more=tier)
     assert answer["token_ids"] == plain["token_ids"]
@@ -309,13 +309,13 @@ def test_mistakes_get_one_sentence_load_nothing_and_change_nothing(headinfer, bo
     from headinfer.hf.models import ModelSource
 
     read(headinfer, book, "--chunk-tokens", CHUNK)
-    places = {name: tmp_path / f"{name}.txt" for name in ("OTHER", "EMPTY")} | {"BOOK": book}
-    places["OTHER"].write_text("Another text. " * 10)
-    places["EMPTY"].write_text("  \n")
+    paths = {name: tmp_path / f"{name}.txt" for name in ("OTHER", "EMPTY")} | {"BOOK": book}
+    paths["OTHER"].write_text("Another text. " * 10)
+    paths["EMPTY"].write_text("  \n")
     before = files_of(tmp_path / "sessions" / "mybook")
     monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded first"))
     for name, (arguments, says) in MISTAKES.items():
-        code, out, err = headinfer(*(places.get(argument, argument) for argument in arguments))
+        code, out, err = headinfer(*(paths.get(argument, argument) for argument in arguments))
         assert (code, out) == (2, ""), name
         assert err.startswith("headinfer: error: "), name
         assert says in err, name

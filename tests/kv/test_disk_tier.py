@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import headinfer
 from headinfer import CapacityError, HeadCache, UsageError
-from headinfer.kv.disk import DiskFile, DiskSlice, Place
+from headinfer.kv.disk import DiskFile, DiskLocation, DiskSlice
 from headinfer.kv.read_ahead import READ_SLOTS, ReadAhead, read_slot_bytes
 
 CHUNK = 256
@@ -170,12 +170,12 @@ def test_any_piece_comes_back_from_the_file(tmp_path_factory, data):
     start = file.allocate(memory.numel() * dtype.itemsize)
     assert start > before
     file.write(start, [memory.view(torch.uint8).reshape(-1).numpy().data])
-    place = Place(file, start, heads, tokens, key_dim * dtype.itemsize, value_dim * dtype.itemsize, dtype)
+    location = DiskLocation(file, start, heads, tokens, key_dim * dtype.itemsize, value_dim * dtype.itemsize, dtype)
     first = data.draw(st.integers(0, heads - 1))
     last = data.draw(st.integers(first + 1, heads))
     begin = data.draw(st.integers(0, tokens - 1))
     stop = data.draw(st.integers(begin + 1, tokens))
-    piece = DiskSlice(place, first, last, begin, stop)
+    piece = DiskSlice(location, first, last, begin, stop)
     reads, (found_k, found_v) = piece.into(torch.zeros(piece.nbytes + 64, dtype=torch.uint8))
     file.read(reads)
     assert torch.equal(found_k, k[first:last, begin:stop])

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from orders import Recorded, explore, place, unordered
+from orders import Recorded, cells_of, explore, unordered
 
 from headinfer.engine import device_kv, streaming
 from headinfer.engine.engine import Engine
@@ -65,7 +65,7 @@ class Loop:
         sides = tuple(torch.zeros(1, TOKENS, 1) for _ in range(2))
         values = (f"{name} K", f"{name} V")
         if is_there:
-            self.start |= {place(side): value for side, value in zip(sides, values, strict=True)}
+            self.start |= {cells_of(side): value for side, value in zip(sides, values, strict=True)}
         return sides, values, None if is_there else self.write.event()
 
     def fetch(self, tile, key, how):
@@ -148,7 +148,7 @@ def test_nothing_is_read_that_was_not_written():
     streams.read([memory], "x")
     assert explore(streams)[1] == ["kernel 0 read ['nothing'] and not x"]
     streams.copy([(memory, source)], "fetch")
-    states, complaints = explore(streams, {place(source): "x"})
+    states, complaints = explore(streams, {cells_of(source): "x"})
     assert states > 3
     assert any(TORN_IN in complaint for complaint in complaints)
     assert unordered(streams) == [("compute", 0, "kernel reads", "fetch", 0, "copy")]

@@ -115,7 +115,7 @@ def test_rows_that_share_and_crop_come_back(model, enabled, tmp_path):
     forward(model, cache, more)
     everything = torch.cat([ids.expand(3, -1), more], dim=1)
     cache.save(tmp_path / "book", everything)
-    shared = sum(block.tokens for block in Manifest.read(tmp_path / "book").blocks)
+    shared = sum(one.tokens for one in Manifest.read(tmp_path / "book").segment_files)
     assert shared < 700 + 3 * 300 + 3, "the beginning is kept once"
     cache.crop(-450)
     cache.save(tmp_path / "book", everything)

@@ -37,7 +37,7 @@ class Job:
     what: str = ""
 
 
-def place(tensor):
+def cells_of(tensor):
     """The bytes of a contiguous tensor."""
     assert tensor.is_contiguous()
     begin = tensor.data_ptr()
@@ -99,7 +99,7 @@ class Recorded:
 def parts(tensor):
     """The byte ranges of a tensor, of any strides, as contiguous runs."""
     if tensor.is_contiguous():
-        return [place(tensor)]
+        return [cells_of(tensor)]
     return [span for row in tensor for span in parts(row)]
 
 

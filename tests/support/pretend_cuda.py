@@ -146,7 +146,7 @@ def run(func, args, kwargs):
     fars = [leaf for leaf in leaves if isinstance(leaf, Far)]
     if func in MIXED:
         return copied(func, args, kwargs)
-    places = {far.where for far in fars}
+    devices = {far.where for far in fars}
     near = [leaf for leaf in leaves if not isinstance(leaf, Far)]
     if func in INDEXED:
         indices = [index for index in args[1] if index is not None]
@@ -155,13 +155,13 @@ def run(func, args, kwargs):
         if any(not isinstance(index, Far) for index in indices):
             waits("indexing with a tensor on the host")
             near = [one for one in near if all(one is not index for index in indices)]
-    if len(places) > 1 or (places and any(one.ndim for one in near)):
-        found = sorted({str(place) for place in places} | ({"cpu"} if near else set()))
+    if len(devices) > 1 or (devices and any(one.ndim for one in near)):
+        found = sorted({str(device) for device in devices} | ({"cpu"} if near else set()))
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {found} for {func}")
     if func in WAITS:
         waits(func)
     wanted = device_of(kwargs["device"]) if kwargs.get("device") is not None else None
-    where = wanted or next(iter(places))
+    where = wanted or next(iter(devices))
     if stream := side_stream(where):
         stream.finish()
     near_args = changed(args, Far, lambda far: far.host)
@@ -189,16 +189,16 @@ def copied(func, args, kwargs):
         target, blocking = args[0], not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     else:
         blocking, wanted = not kwargs.get("non_blocking", False), kwargs.get("device")
-        place = device_of(wanted) if wanted is not None else source.where
+        device = device_of(wanted) if wanted is not None else source.where
         options = {
             name: value for name, value in kwargs.items() if name not in ("device", "non_blocking", "pin_memory")
         }
         host = source.host if isinstance(source, Far) else source
         empty = ATEN._to_copy.default(host, **options)  # of the right type, shape and layout
-        if place is not None and place == getattr(source, "where", None):
-            return wrap(empty, place)
-        target = wrap(torch.empty_like(empty), place) if place is not None else torch.empty_like(empty)
-        if place is None and not blocking:
+        if device is not None and device == getattr(source, "where", None):
+            return wrap(empty, device)
+        target = wrap(torch.empty_like(empty), device) if device is not None else torch.empty_like(empty)
+        if device is None and not blocking:
             pin(target)  # as torch does
     ends = [one.where if isinstance(one, Far) else None for one in (target, source)]
     if ends[0] == ends[1]:  # on one device
@@ -320,8 +320,8 @@ def side(stream):
 
 
 def current_stream(device=None):
-    place = device_of(device).index
-    return current["streams"][place][-1] if current["streams"][place] else defaults[place]
+    device = device_of(device).index
+    return current["streams"][device][-1] if current["streams"][device] else defaults[device]
 
 
 def side_stream(where):
@@ -378,7 +378,7 @@ class Memory:
     def allocated(self, index):
         """Bytes of what there is."""
         self.held = {key: found for key, found in self.held.items() if not found[0].expired()}
-        self.upper[index] = sum(nbytes for _, place, nbytes in self.held.values() if place == index)
+        self.upper[index] = sum(nbytes for _, device, nbytes in self.held.values() if device == index)
         return self.upper[index]
 
     def forget_peak(self, index):

@@ -152,11 +152,11 @@ def test_the_soft_cap_is_precise_from_the_smallest_scores_to_the_cap(size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", ["q", "k", "v"])
 def test_nan_is_not_swallowed_and_does_not_spread(dtype, side):
-    for place in (0, 700, 1103):
+    for position in (0, 700, 1103):
         rng = seeded(12)
         q, k, v = (torch.randn(3, tokens, 32, generator=rng).to(dtype) for tokens in (4, 1104, 1104))
         clean = TRITON.attend_full(q, [(k, v)], 0.2, None)
-        {"q": q, "k": k, "v": v}[side][1, place if side != "q" else 2, 5] = torch.nan
+        {"q": q, "k": k, "v": v}[side][1, position if side != "q" else 2, 5] = torch.nan
         state = TRITON.attend_full(q, [(k, v)], 0.2, None)
         for head in (0, 2):
             assert torch.equal(state.out[head], clean.out[head])

@@ -54,7 +54,7 @@ def attend_causal(
     step = _tokens(q.shape[:-1].numel())
     for start in range(0, tokens, step):
         block = slice(start, start + step)
-        place = torch.arange(tokens, device=q.device)
-        hidden = place[:, None] < place[None, block]
+        positions = torch.arange(tokens, device=q.device)
+        hidden = positions[:, None] < positions[None, block]
         state.merge_(_block(q, k[:, :, block], v[:, :, block], scale, softcap, hidden))
     return state

@@ -35,12 +35,12 @@ def _over_keys(
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Take in the keys [start, stop). Not MASKED: whole blocks of keys that all rows see."""
-    place = tl.arange(0, BLOCK_KEYS)
+    position = tl.arange(0, BLOCK_KEYS)
     k_lane, v_lane = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
-    k_offsets = place[:, None] * k_token + k_lane[None, :]
-    v_offsets = place[:, None] * v_token + v_lane[None, :]
+    k_offsets = position[:, None] * k_token + k_lane[None, :]
+    v_offsets = position[:, None] * v_token + v_lane[None, :]
     for at in range(start, stop, BLOCK_KEYS):
-        is_key = at + place < stop
+        is_key = at + position < stop
         if MASKED or KEY_DIM != KEY_WIDTH:
             k = tl.load(k_at + k_offsets, mask=is_key[:, None] & (k_lane < KEY_DIM)[None, :], other=0.0)
         else:
@@ -51,7 +51,7 @@ def _over_keys(
         if MASKED:
             seen = is_key[None, :]
             if CAUSAL:
-                seen = seen & (at + place[None, :] <= row[:, None])
+                seen = seen & (at + position[None, :] <= row[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         peak = tl.maximum(best, tl.max(scores, 1))
         anchor = tl.where(peak == float("-inf"), 0.0, peak)  # no NaN from -inf - -inf
@@ -116,11 +116,11 @@ def attend(
         whole, stop, row, unit, cap,
         True, CAUSAL, CAPPED, PRECISE, BLOCK_KEYS, KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH,
     )  # fmt: skip
-    place = (split * tl.num_programs(1) + head).to(tl.int64) * rows + row
-    tl.store(lse + place, (best + tl.log2(total)) * LN_2, mask=row < rows)
+    position = (split * tl.num_programs(1) + head).to(tl.int64) * rows + row
+    tl.store(lse + position, (best + tl.log2(total)) * LN_2, mask=row < rows)
     v_lane = tl.arange(0, VALUE_WIDTH)
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    offsets = place[:, None] * VALUE_DIM + v_lane[None, :]
+    offsets = position[:, None] * VALUE_DIM + v_lane[None, :]
     tl.store(out + offsets, mean, mask=(row < rows)[:, None] & (v_lane < VALUE_DIM)[None, :])
 
 
@@ -136,10 +136,10 @@ def join(
     acc = tl.zeros([VALUE_WIDTH], tl.float32)
     for first in range(0, splits, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
-        place = split.to(tl.int64) * rows + row
-        part_lse = tl.load(parts_lse + place, mask=split < splits, other=float("-inf"))
+        position = split.to(tl.int64) * rows + row
+        part_lse = tl.load(parts_lse + position, mask=split < splits, other=float("-inf"))
         mask = (split < splits)[:, None] & (lane < VALUE_DIM)[None, :]
-        part = tl.load(parts + place[:, None] * VALUE_DIM + lane[None, :], mask=mask, other=0.0)
+        part = tl.load(parts + position[:, None] * VALUE_DIM + lane[None, :], mask=mask, other=0.0)
         peak = tl.maximum(best, tl.max(part_lse, 0))
         anchor = tl.where(peak == float("-inf"), 0.0, peak)
         weights = tl.exp2((part_lse - anchor) * LOG2_E)

@@ -102,9 +102,9 @@ def _dram_bytes_per_s() -> float:
 def _copy_bytes_per_s(source: torch.device | None, target: torch.device | None, touched: int = 1) -> float:
     """Of one large copy; None is pinned host memory. touched: how often each byte crosses what is measured."""
 
-    def buffer(place: torch.device | None) -> torch.Tensor:
-        if place is not None:
-            return torch.ones(_BUFFER_BYTES // 4, dtype=torch.uint8, device=place)
+    def buffer(where: torch.device | None) -> torch.Tensor:
+        if where is not None:
+            return torch.ones(_BUFFER_BYTES // 4, dtype=torch.uint8, device=where)
         return torch.ones(_BUFFER_BYTES // 4, dtype=torch.uint8).pin_memory()
 
     there, here = buffer(target), buffer(source)

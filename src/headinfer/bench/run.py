@@ -50,14 +50,14 @@ def run_suites(
     folder: of the disk to measure, else the system's for temporary files. Raises UsageError for an unknown name.
     """
     check_suites(names)
-    place = folder or Path(tempfile.gettempdir())
-    if not place.is_dir():
-        raise UsageError(f"there is no folder {place}: name one on the disk that is to be measured")
+    disk_folder = folder or Path(tempfile.gettempdir())
+    if not disk_folder.is_dir():
+        raise UsageError(f"there is no folder {disk_folder}: name one on the disk that is to be measured")
     sizes = _QUICK if quick else Sizes()
     measures: list[Measure] = []
     for name in names or SUITES:
         on_stage(f"measuring {name} ...")
-        measures += SUITES[name](sizes) if name in SUITES else DISK_SUITES[name](sizes, place)
+        measures += SUITES[name](sizes) if name in SUITES else DISK_SUITES[name](sizes, disk_folder)
     return measures
 
 

@@ -170,7 +170,7 @@ def _tables(model: str, made: Plan) -> list[Table]:
     seconds = seconds_by_method(made, CONTEXTS)
     methods = ("", *(name.removesuffix(" offload").removesuffix(" prefill") for name in memory))
     ram = "" if hardware.is_host else f", {format_bytes(made.request.host_bytes)} of RAM"
-    place = f"{hardware.name}, {format_bytes(made.request.room_bytes)}{ram}"
+    machine = f"{hardware.name}, {format_bytes(made.request.room_bytes)}{ram}"
     context = format_tokens(made.request.context_tokens)
     components: dict[str, Callable[[Footprint], int]] = {
         "weights": lambda found: found.weights_bytes,
@@ -184,7 +184,7 @@ def _tables(model: str, made: Plan) -> list[Table]:
     rows = [(name, *(f"{size(one) / 2**30:.2f}" for one in memory.values())) for name, size in components.items()]
     rows.append(("fits", *(_verdict(one, made.request) for one in memory.values())))
     tables = [
-        _table(f"{model} at {context} tokens on {place}; GiB", methods, rows),
+        _table(f"{model} at {context} tokens on {machine}; GiB", methods, rows),
         _table("longest context, tokens", methods, [("", *(format_tokens(n) for n in longest.values()))]),
     ]
     for phase, title in enumerate(("prefill of the whole context", "decode, a token")):
@@ -198,12 +198,12 @@ def _roofline(made: Plan) -> Table:
     points = _points(made)
     rows = [
         (
-            f"{near.phase} {format_tokens(near.tokens)}",
-            _si(near.flops),
-            *_under_roof(near),
-            *(() if made.request.hardware.is_host else _under_roof(far)),
+            f"{on_device.phase} {format_tokens(on_device.tokens)}",
+            _si(on_device.flops),
+            *_under_roof(on_device),
+            *(() if made.request.hardware.is_host else _under_roof(over_link)),
         )
-        for near, far in zip(points[::2], points[1::2], strict=True)
+        for on_device, over_link in zip(points[::2], points[1::2], strict=True)
     ]
     far_header = () if made.request.hardware.is_host else ("FLOP/ link byte", "FLOP/s", "bound")
     header = ("", "FLOP", "FLOP/ byte", "FLOP/s", "bound", *far_header)

@@ -297,7 +297,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "model": manifest.about.get("model", manifest.model["config"].get("model_type")),
         "dtype": manifest.model["dtype"],
         "disk_bytes": manifest.nbytes,
-        "blocks": len(manifest.blocks),
+        "segments": len(manifest.segment_files),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
 

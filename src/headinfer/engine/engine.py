@@ -98,12 +98,12 @@ class Engine:
         self._begin_on(layer_kv)
 
     def _begin_on(self, layer_kv: LayerKV) -> DeviceKV:
-        place = self._place(layer_kv)
-        kv = self.devices[place]
-        if place not in self._begun or not kv.can_fetch(layer_kv):
+        device = self._device_of(layer_kv)
+        kv = self.devices[device]
+        if device not in self._begun or not kv.can_fetch(layer_kv):
             fixed = {"heads_per_group": self.options.heads_per_group, "tile_tokens": self.options.tile_tokens}
             kv.begin(layer_kv, *self._queries, self.row_copies, fixed)
-            self._begun.add(place)
+            self._begun.add(device)
         return kv
 
     def attend(
@@ -149,19 +149,19 @@ class Engine:
         chosen. Padding hides other tokens then.
         """
         now, before = self._order
-        place = len(now)
+        position = len(now)
         now.append(weakref.ref(layer_kv))
-        if place >= len(before) or before[place]() is not layer_kv:
+        if position >= len(before) or before[position]() is not layer_kv:
             return ()
-        cycle = itertools.chain(range(place + 1, len(before)), range(place + 1))
-        here = self._place(layer_kv)
-        at = next(at for at in cycle if (one := before[at]()) is not None and self._place(one) == here)
-        coming, is_last = before[at](), at <= place
+        cycle = itertools.chain(range(position + 1, len(before)), range(position + 1))
+        here = self._device_of(layer_kv)
+        at = next(at for at in cycle if (one := before[at]()) is not None and self._device_of(one) == here)
+        coming, is_last = before[at](), at <= position
         if coming is None or coming.rows != layer_kv.rows:
             return ()
         if is_last and (token_ranges is not None or (self.disk is None and self._queries[1] > FEW_QUERY_TOKENS)):
             return ()
-        plan = self.devices[self._place(layer_kv)].plan
+        plan = self.devices[self._device_of(layer_kv)].plan
         assert plan is not None
         heads = slice(0, min(plan.heads_per_group, coming.heads))
         seen = first_of(token_ranges, coming.tokens, coming.rows) if token_ranges is not None else None
@@ -177,7 +177,7 @@ class Engine:
 
     def segment_tier(self, layer_kv: LayerKV) -> HostTier | None:
         """Memory that segments of a file must be copied to; None where they can be read where they are mapped."""
-        kv = self.devices[self._place(layer_kv)]
+        kv = self.devices[self._device_of(layer_kv)]
         is_needed = kv.transport == "cuda" or (self.disk is not None and kv.transport != "in_place")
         return kv.tier if is_needed else None
 
@@ -198,15 +198,16 @@ class Engine:
             if kv.ring is not None:
                 kv.ring.forget()
 
-    def _place(self, what: LayerKV | torch.Tensor) -> torch.device:
+    def _device_of(self, what: LayerKV | torch.Tensor) -> torch.device:
         """The device that a store's layer, or its K, lies on."""
         return what.device
 
     def _device_kv(self, k: torch.Tensor, v: torch.Tensor) -> DeviceKV:
         """What the device of k and v has; made when its first layer comes."""
-        place, device, options = self._place(k), k.device, self.options
-        if place in self.devices:
-            return self.devices[place]
+        device = self._device_of(k)
+        options = self.options
+        if device in self.devices:
+            return self.devices[device]
         rates, transport = options.rates, self._transport_to(device)
         if transport == "cuda":
             machine, name = this_machine(device), str(k.dtype).removeprefix("torch.")
@@ -215,7 +216,7 @@ class Engine:
         kv = DeviceKV(
             device,
             transport,
-            layers=self.layers_on.get(place, self.layers),
+            layers=self.layers_on.get(device, self.layers),
             all_layers=self.layers,
             budget=options.device_kv_budget_bytes,
             streaming_budget=options.streaming_budget_bytes,
@@ -224,7 +225,7 @@ class Engine:
             counter=ByteCounter() if self.devices else self.counter,
             host_counter=self.counter,
         )
-        self.devices[place] = kv
+        self.devices[device] = kv
         self._use_disk(kv, k, v)
         return kv
 

@@ -163,12 +163,12 @@ def tiles_of(
 ) -> Iterator[Tile]:
     """The segments of a head group as tiles: what lies on the device whole, the rest as the plan cuts it."""
     for shared in layer_kv.shared_prefixes(token_ranges):
-        resident, far = _by_place(shared)
+        resident, streamed = _split_by_residency(shared)
         if resident:
             yield Tile(shared.rows, near=tuple(_joined(resident, heads)))
         pieces: list[SegmentSlice] = []
-        room = most = _tile_tokens(plan, sum(part.tokens for part in far))
-        for part in far:
+        room = most = _tile_tokens(plan, sum(part.tokens for part in streamed))
+        for part in streamed:
             start = part.start
             while start < part.stop:
                 stop = min(part.stop, start + room)
@@ -189,16 +189,17 @@ def _tile_tokens(plan: TilePlan, tokens: int) -> int:
     return min(-(-tokens // tiles // _EVEN_TOKENS) * _EVEN_TOKENS, plan.tile_tokens)
 
 
-def _by_place(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
+def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
     """The spans of a shared prefix, or parts of them, on the device and on the host only."""
-    near, far = [], []
+    resident: list[SegmentSlice] = []
+    streamed: list[SegmentSlice] = []
     for part in shared.slices:
         stop = min(max(part.segment.resident_tokens, part.start), part.stop)
         if part.start < stop:
-            near.append(SegmentSlice(part.segment, part.start, stop))
+            resident.append(SegmentSlice(part.segment, part.start, stop))
         if stop < part.stop:
-            far.append(SegmentSlice(part.segment, stop, part.stop))
-    return near, far
+            streamed.append(SegmentSlice(part.segment, stop, part.stop))
+    return resident, streamed
 
 
 def _joined(slices: Sequence[SegmentSlice], heads: slice) -> Iterator[Piece]:

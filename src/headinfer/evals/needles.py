@@ -92,12 +92,12 @@ def hide(text: str, sentences: Sequence[str], depths: Sequence[float]) -> str:
     ends = [0, *(match.end() for match in re.finditer(r"[.!?][\"'”’)]*(?=\s)", text)), len(text)]
     placed = sorted((_nearest(ends, depth * len(text)), index) for index, depth in enumerate(depths))
     parts, start = [], 0
-    for place, index in placed:
-        parts += [text[start:place], sentences[index]]
-        start = place
+    for position, index in placed:
+        parts += [text[start:position], sentences[index]]
+        start = position
     return "".join([*parts, text[start:]])
 
 
-def _nearest(places: Sequence[int], wanted: float) -> int:
-    right = bisect.bisect_left(places, wanted)
-    return min(places[max(right - 1, 0) : right + 1], key=lambda place: abs(place - wanted))
+def _nearest(positions: Sequence[int], wanted: float) -> int:
+    right = bisect.bisect_left(positions, wanted)
+    return min(positions[max(right - 1, 0) : right + 1], key=lambda position: abs(position - wanted))

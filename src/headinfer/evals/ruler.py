@@ -99,9 +99,9 @@ class Niah:
             lines = [_NOISE] * units
         else:
             lines = [self._needle(_draw(self.keys, rng), _draw(self.values, rng)) for _ in range(units)]
-        places = sorted(setting.rng("places").sample(range(units), len(needles)), reverse=True)
-        for place, needle in zip(places, needles, strict=True):
-            lines.insert(place, needle)
+        positions = sorted(setting.rng("places").sample(range(units), len(needles)), reverse=True)
+        for position, needle in zip(positions, needles, strict=True):
+            lines.insert(position, needle)
         return "\n".join(lines)
 
 
@@ -121,9 +121,9 @@ def _variable_tracking(setting: Setting) -> Build:
         return names, value, lines
 
     def context(lines: Sequence[str], units: int) -> str:
-        parts, places = [_NOISE] * units, sorted(setting.rng("places").sample(range(units), len(lines)))
-        for index, (place, line) in enumerate(zip(places, lines, strict=True)):
-            parts.insert(place + index, line)
+        parts, positions = [_NOISE] * units, sorted(setting.rng("places").sample(range(units), len(lines)))
+        for index, (position, line) in enumerate(zip(positions, lines, strict=True)):
+            parts.insert(position + index, line)
         return "\n".join(parts).replace(". \n", ".\n")
 
     def ask(value: str) -> tuple[str, str]:

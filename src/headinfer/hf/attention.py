@@ -186,8 +186,8 @@ def _dense(
         mask = mask.flatten(1) if mask is not None else None
         causal = kwargs.get("is_causal")
         if getattr(module, "is_causal", True) if causal is None else causal:
-            place = torch.arange(keys, device=query.device)
-            seen = place[None, :] <= place[keys - queries :, None]  # lower-right aligned
+            positions = torch.arange(keys, device=query.device)
+            seen = positions[None, :] <= positions[keys - queries :, None]  # lower-right aligned
             if mask is not None:
                 mask = seen & mask[:, None, None, :].bool()
             elif queries != keys:
@@ -220,8 +220,8 @@ def _dense_eager(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
-        place = torch.arange(scores.shape[-1], device=scores.device)
-        scores = scores.masked_fill(place[None, :] > place[:, None], -torch.inf)
+        positions = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores.masked_fill(positions[None, :] > positions[:, None], -torch.inf)
     elif mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     else:

@@ -93,8 +93,8 @@ def layer_device(model: PreTrainedModel, index: int) -> torch.device:
 
 def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
     """The CUDA devices that compute its layers: one, or those that device_map spread it over."""
-    places = getattr(model, "hf_device_map", None) or {"": model.device}
-    names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in places.values()}  # others are "cpu", "disk"
+    devices = getattr(model, "hf_device_map", None) or {"": model.device}
+    names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in devices.values()}  # others are "cpu", "disk"
     return [torch.device(name) for name in sorted(names) if name.startswith("cuda")]
 
 

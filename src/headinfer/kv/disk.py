@@ -15,7 +15,7 @@ import torch
 
 from headinfer.errors import CapacityError
 
-__all__ = ["DiskFile", "DiskSlice", "PageableSlice", "Place", "Read", "split_reads"]
+__all__ = ["DiskFile", "DiskLocation", "DiskSlice", "PageableSlice", "Read", "split_reads"]
 
 _ALIGN_BYTES = 4096
 _MOST_VIEWS = 512  # of one system call; systems allow 1,024
@@ -129,7 +129,7 @@ class DiskFile:
 
 
 @dataclass(frozen=True)
-class Place:
+class DiskLocation:
     """Where a segment of [heads, tokens] lies in a file: a head's K, then its V, then the next head's."""
 
     file: DiskFile
@@ -150,7 +150,7 @@ class Place:
 class DiskSlice:
     """Heads [first, last) by tokens [start, stop) of a segment on disk."""
 
-    place: Place
+    location: DiskLocation
     first: int
     last: int
     start: int
@@ -159,37 +159,39 @@ class DiskSlice:
     @property
     def nbytes(self) -> int:
         """Bytes of K and V."""
-        return (self.last - self.first) * (self.stop - self.start) * (self.place.key_bytes + self.place.value_bytes)
+        return (
+            (self.last - self.first) * (self.stop - self.start) * (self.location.key_bytes + self.location.value_bytes)
+        )
 
     def into(self, memory: torch.Tensor) -> tuple[list[Read], tuple[torch.Tensor, torch.Tensor]]:
         """What to read into the first nbytes of a uint8 tensor, and the piece k [h, T, Dk], v [h, T, Dv] that it makes.
 
         A head's K and V are neighbours in memory as they are in the file.
         """
-        place, heads, tokens = self.place, self.last - self.first, self.stop - self.start
-        key, value = tokens * place.key_bytes, tokens * place.value_bytes
+        location, heads, tokens = self.location, self.last - self.first, self.stop - self.start
+        key, value = tokens * location.key_bytes, tokens * location.value_bytes
         used = memory[: self.nbytes]
         data: memoryview = used.numpy().data
         address = used.data_ptr()
         reads: list[Read] = []
         for head in range(heads):
-            at = place.start + (self.first + head) * place.head_bytes
+            at = location.start + (self.first + head) * location.head_bytes
             to = head * (key + value)
-            for nbytes, size in ((key, place.key_bytes), (value, place.value_bytes)):
+            for nbytes, size in ((key, location.key_bytes), (value, location.value_bytes)):
                 begin = at + self.start * size
                 aligned = not (begin % _ALIGN_BYTES or nbytes % _ALIGN_BYTES or (address + to) % _ALIGN_BYTES)
                 reads.append(Read(begin, data[to : to + nbytes], aligned))
-                at, to = at + place.tokens * size, to + nbytes
+                at, to = at + location.tokens * size, to + nbytes
         whole = used.view(heads, key + value)
-        itemsize = place.dtype.itemsize
-        k = whole[:, :key].view(place.dtype).unflatten(1, (tokens, place.key_bytes // itemsize))
-        v = whole[:, key:].view(place.dtype).unflatten(1, (tokens, place.value_bytes // itemsize))
+        itemsize = location.dtype.itemsize
+        k = whole[:, :key].view(location.dtype).unflatten(1, (tokens, location.key_bytes // itemsize))
+        v = whole[:, key:].view(location.dtype).unflatten(1, (tokens, location.value_bytes // itemsize))
         return reads, (k, v)
 
     def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], tuple[torch.Tensor, torch.Tensor]]:
         """What brings it into the first nbytes of a uint8 tensor, for any thread, and the piece that it makes."""
         reads, piece = self.into(memory)
-        return [functools.partial(self.place.file.read, part) for part in split_reads(reads)], piece
+        return [functools.partial(self.location.file.read, part) for part in split_reads(reads)], piece
 
 
 @dataclass(frozen=True)

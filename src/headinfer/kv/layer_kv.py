@@ -278,7 +278,7 @@ class LayerKV:
                 segment = self._new_segment(self._next_segment_tokens(table, tokens))
                 if self.share is not None:
                     start = sum(part.tokens for part in table)
-                    self.share.place(segment, start, last.segment if last is not None else None, self.rows)
+                    self.share.assign(segment, start, last.segment if last is not None else None, self.rows)
                 taken = min(tokens, segment.tokens)
                 table.append(SegmentSlice(segment, 0, taken))
             tokens -= taken

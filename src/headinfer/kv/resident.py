@@ -78,7 +78,7 @@ class Share:
         """Resident tokens of a row, at most."""
         return self.nbytes // (token_bytes * rows) // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
 
-    def place(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:
+    def assign(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:
         """Give a segment that begins at token `start` of its row a place in an resident buffer, whole or up to the limit.
 
         before: the row's previous segment; only what follows resident tokens is resident. False where it has none.
@@ -116,7 +116,7 @@ class Share:
         for part in table:
             segment = part.segment
             if segment.resident_tokens == 0:
-                if segment.place is not None or not self.place(segment, start, before, rows):
+                if segment.location is not None or not self.assign(segment, start, before, rows):
                     return
                 if segment.write_done is not None:
                     self.pool.streams.wait(segment.write_done, "compute")

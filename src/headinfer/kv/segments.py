@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headinfer.kv.disk import DiskFile, DiskSlice, PageableSlice, Place
+from headinfer.kv.disk import DiskFile, DiskLocation, DiskSlice, PageableSlice
 from headinfer.kv.tiers import HostTier
 
 __all__ = ["Piece", "ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
@@ -26,7 +26,7 @@ class Segment:
     memory is short a full segment moves to a disk (disk_tier.py): then it has a place there instead.
     """
 
-    place: Place | None = None
+    location: DiskLocation | None = None
     is_pageable = False  # a device copies from pinned memory only, and this is not pinned
     resident_buffer: ResidentBuffer | None = (
         None  # where the first resident_tokens also lie on the device, from arena_start on
@@ -59,8 +59,8 @@ class Segment:
 
     def piece(self, heads: slice, start: int, stop: int) -> Piece | DiskSlice | PageableSlice:
         """Some heads of the tokens [start, stop), to be read; a segment that lies in a session comes in here."""
-        if self.place is not None:
-            return DiskSlice(self.place, heads.start, heads.stop, start, stop)
+        if self.location is not None:
+            return DiskSlice(self.location, heads.start, heads.stop, start, stop)
         k, v = self.k[heads, start:stop], self.v[heads, start:stop]
         return PageableSlice(k, v) if self.is_pageable else (k, v)
 
@@ -79,11 +79,11 @@ class Segment:
 
     def dense(self) -> Piece:
         """K and V in host memory, from the disk where they lie there: a copy then."""
-        if self.place is None:
+        if self.location is None:
             return self.k, self.v
-        whole = DiskSlice(self.place, 0, self.place.heads, 0, self.tokens)
+        whole = DiskSlice(self.location, 0, self.location.heads, 0, self.tokens)
         reads, piece = whole.into(torch.empty(whole.nbytes, dtype=torch.uint8))
-        self.place.file.read(reads)
+        self.location.file.read(reads)
         return piece
 
     def bytes(self) -> memoryview:
@@ -95,7 +95,7 @@ class Segment:
         """It lies in the file from now on, and its memory is let go of."""
         (k, v), dtype = self._pair, self._memory.dtype
         heads, sizes = k.shape[0], (k.shape[2] * dtype.itemsize, v.shape[2] * dtype.itemsize)
-        self.place = Place(file, start, heads, self.tokens, *sizes, dtype)
+        self.location = DiskLocation(file, start, heads, self.tokens, *sizes, dtype)
         weakref.finalize(self, file.free, start, self._memory.numel() * dtype.itemsize).atexit = False
         del self._memory, self._pair
 

@@ -48,8 +48,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
     sums, at = {}, 0
     for name, tensor in tensors.items():
         nbytes = tensor.numel() * tensor.element_size()
-        place = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + nbytes]}
-        header[name], at = place, at + nbytes
+        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + nbytes]}
+        header[name], at = entry, at + nbytes
         sums[CHECKSUM_PREFIX + name] = _checksum(parts[name])
     text = json.dumps({"__metadata__": sums, **header}, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _PAGE_BYTES)
@@ -82,30 +82,30 @@ class TensorFile:
         head = self._map[: _LENGTH_BYTES + length] if length < nbytes else b""
         if xxhash.xxh3_128_hexdigest(head) != entry.header:
             raise SessionError(f"the header of {self.path} is not as it was written: {_ADVICE}")
-        self._places = json.loads(head[_LENGTH_BYTES:])
-        self._sums: dict[str, str] = self._places.pop("__metadata__")
+        self._entries = json.loads(head[_LENGTH_BYTES:])
+        self._sums: dict[str, str] = self._entries.pop("__metadata__")
         self._data = len(head)
 
     def names(self) -> list[str]:
         """The tensors, in the order of the file."""
-        return list(self._places)
+        return list(self._entries)
 
-    def place(self, name: str) -> tuple[int, int]:
+    def byte_range(self, name: str) -> tuple[int, int]:
         """Where a tensor lies: its first byte in the file, and its bytes."""
-        begin, end = self._places[name]["data_offsets"]
+        begin, end = self._entries[name]["data_offsets"]
         return self._data + begin, end - begin
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor on the mapped file, not verified; writing to it does not change the file."""
-        begin, nbytes = self.place(name)
-        dtype, shape = _DTYPES[self._places[name]["dtype"]], self._places[name]["shape"]
+        begin, nbytes = self.byte_range(name)
+        dtype, shape = _DTYPES[self._entries[name]["dtype"]], self._entries[name]["shape"]
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
 
     def verify(self, name: str) -> None:
         """Read a tensor and compare its checksum. Raises SessionError where it differs."""
-        begin, nbytes = self.place(name)
+        begin, nbytes = self.byte_range(name)
         found = xxhash.xxh3_128_hexdigest(memoryview(self._map)[begin : begin + nbytes])
         if found != self._sums[CHECKSUM_PREFIX + name]:
             raise SessionError(f"{name} in {self.path} is not as it was written: {_ADVICE}")
@@ -117,7 +117,7 @@ class TensorFile:
 
     def expect(self, name: str) -> None:
         """Ask the system to bring a tensor in before long."""
-        begin, nbytes = self.place(name)
+        begin, nbytes = self.byte_range(name)
         if nbytes and hasattr(mmap, "MADV_WILLNEED"):
             first = begin // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, first, begin + nbytes - first)

@@ -79,8 +79,8 @@ class Footprint:
     @property
     def total_kv_bytes(self) -> int:
         """KV of the whole context, wherever it lies; resident KV that the host has too is counted once."""
-        far = self.host_kv_bytes + self.disk_kv_bytes
-        return (far or self.resident_bytes) + self.local_bytes
+        offloaded = self.host_kv_bytes + self.disk_kv_bytes
+        return (offloaded or self.resident_bytes) + self.local_bytes
 
 
 def weight_bytes(shape: ModelShape, weight_bits: int) -> int:
@@ -216,7 +216,7 @@ def streaming_footprint(
         offloaded = zip(_offloaded(shape), resident_tokens, strict=True)
         resident = sum(kept * layer.kv_bytes_per_token(element_bytes) * rows for layer, kept in offloaded)
         ring = 0 if min(resident_tokens) >= host_tokens else ring
-    far = host_tokens * shape.kv_bytes_per_token(element_bytes) * rows
+    host_kv = host_tokens * shape.kv_bytes_per_token(element_bytes) * rows
     return Footprint(
         weights_bytes=weight_bytes(shape, weight_bits),
         activation_bytes=activation_bytes(shape, min(chunk_tokens, tokens) * rows, element_bytes),
@@ -227,7 +227,7 @@ def streaming_footprint(
         spare_tail_bytes=spare,
         staging_bytes=staging,
         local_bytes=shape.local_kv_bytes(tokens, element_bytes) * rows,
-        host_kv_bytes=far,
+        host_kv_bytes=host_kv,
         host_overhead_bytes=host_overhead_bytes,
     )
 

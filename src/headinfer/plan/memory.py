@@ -41,8 +41,8 @@ def available_host_bytes(cgroup: Path = _CGROUP) -> int:
 
 def free_disk_bytes(folder: Path) -> int:
     """Bytes that are free on the disk of a folder, which need not be there yet."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(place).free
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(nearest).free
 
 
 def check_host_memory(

@@ -192,12 +192,12 @@ def _roofline_rows() -> list[Row]:
         found = operating_points(
             layer, peak.flops_per_s["bfloat16"], peak.device_bytes_per_s, link, (context * K,), heads=heads
         )
-        near, far = (point for point in found if point.phase == phase)
+        on_device, over_link = (point for point in found if point.phase == phase)
         what = f"{phase} {context}K, {'all heads' if heads == 8 else 'one head'}"
-        figures = (("FLOP", "GFLOP", 1e9, flops, near.flops), ("bytes", "MB", 1e6, nbytes, near.bytes_moved),
-                   ("attained", "TFLOP/s", 1e12, attained, near.flops_per_s),
-                   ("bytes over the link", "MB", 1e6, link_bytes, far.bytes_moved),
-                   ("attained over the link", "TFLOP/s", 1e12, link_attained, far.flops_per_s))  # fmt: skip
+        figures = (("FLOP", "GFLOP", 1e9, flops, on_device.flops), ("bytes", "MB", 1e6, nbytes, on_device.bytes_moved),
+                   ("attained", "TFLOP/s", 1e12, attained, on_device.flops_per_s),
+                   ("bytes over the link", "MB", 1e6, link_bytes, over_link.bytes_moved),
+                   ("attained over the link", "TFLOP/s", 1e12, link_attained, over_link.flops_per_s))  # fmt: skip
         for name, unit, scale, paper, ours in figures:
             if paper is not None:
                 rows.append(Row("12", f"{what}, {name}", unit, paper / scale, ours / scale, 0.10))

@@ -18,15 +18,16 @@ import xxhash
 from headinfer.errors import SessionError
 from headinfer.utils.files import FileEntry, write_text
 
-__all__ = ["FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Block", "Manifest", "first_chain"]
+__all__ = ["FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Manifest", "SegmentFile", "first_chain"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "headinfer session", 1
+_NAMES_ON_DISK = {"segment_files": "blocks"}  # as version 1 of the format calls it
 FILE_NAME = re.compile(r"(block|end)-\d{6,}\.safetensors")
 
 
 @dataclass(frozen=True)
-class Block:
+class SegmentFile:
     """K and V of consecutive tokens in all offloaded layers, in a file that is never written again.
 
     chain: SHA-256 of the model and of all token ids to the block's end (see first_chain), empty where they are unknown.
@@ -52,7 +53,7 @@ class Manifest:
     tokens: int
     model: dict[str, Any]
     arithmetic: dict[str, Any]
-    blocks: list[Block]
+    segment_files: list[SegmentFile]
     rows: list[list[tuple[int, int, int]]]
     end: FileEntry
     layers: list[Any]
@@ -62,15 +63,17 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         """Bytes of all data files."""
-        return self.end.nbytes + sum(block.file.nbytes for block in self.blocks)
+        return self.end.nbytes + sum(segment_file.file.nbytes for segment_file in self.segment_files)
 
     def files(self) -> list[FileEntry]:
         """All data files."""
-        return [*(block.file for block in self.blocks), self.end]
+        return [*(segment_file.file for segment_file in self.segment_files), self.end]
 
     def text(self) -> str:
         """The content of the manifest's file."""
-        body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        body = {"format": FORMAT, "version": VERSION}
+        body |= {_NAMES_ON_DISK.get(name, name): value for name, value in fields.items()}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -106,9 +109,11 @@ class Manifest:
             )
         del body["format"], body["version"]
         try:
-            body["blocks"] = [Block(FileEntry(**block.pop("file")), **block) for block in body["blocks"]]
+            body["segment_files"] = [
+                SegmentFile(FileEntry(**entry.pop("file")), **entry) for entry in body.pop("blocks")
+            ]
             body["end"] = FileEntry(**body["end"])
-            body["rows"] = [[(block, start, stop) for block, start, stop in row] for row in body["rows"]]
+            body["rows"] = [[(index, start, stop) for index, start, stop in row] for row in body["rows"]]
             found = Manifest(**body)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SessionError(f"{path} has other fields than version {VERSION} of the format: {error}") from error

@@ -27,7 +27,7 @@ class Prefix:
 
     name: str
     manifest: Manifest
-    blocks: int
+    segment_files: int
     tokens: int
     is_whole: bool
 
@@ -66,41 +66,41 @@ def find_prefix(
 def _match(root: Path, name: str, manifest: Manifest, model: dict[str, Any], token_ids: torch.Tensor) -> Prefix | None:
     if manifest.model != model or len(manifest.rows) != 1:
         return None
-    chain, blocks, tokens = first_chain(model), 0, 0
+    chain, segment_files, tokens = first_chain(model), 0, 0
     for index, start, stop in manifest.rows[0]:
-        block = manifest.blocks[index]
-        if (start, stop) != (0, block.tokens) or index != blocks or tokens + stop > token_ids.shape[0]:
+        segment_file = manifest.segment_files[index]
+        if (start, stop) != (0, segment_file.tokens) or index != segment_files or tokens + stop > token_ids.shape[0]:
             break
         chain.update(token_ids[tokens : tokens + stop].contiguous().numpy().data)
-        if chain.hexdigest() != block.chain:
+        if chain.hexdigest() != segment_file.chain:
             break
-        blocks, tokens = blocks + 1, tokens + stop
-    if blocks == len(manifest.rows[0]) and manifest.tokens <= token_ids.shape[0]:
+        segment_files, tokens = segment_files + 1, tokens + stop
+    if segment_files == len(manifest.rows[0]) and manifest.tokens <= token_ids.shape[0]:
         end = TensorFile(root / name, manifest.end)
         if _IDS in end.names() and torch.equal(end.read(_IDS)[0], token_ids[tokens : manifest.tokens]):
-            return Prefix(name, manifest, blocks, manifest.tokens, is_whole=True)
-    return Prefix(name, manifest, blocks, tokens, is_whole=False) if blocks else None
+            return Prefix(name, manifest, segment_files, manifest.tokens, is_whole=True)
+    return Prefix(name, manifest, segment_files, tokens, is_whole=False) if segment_files else None
 
 
 def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, Any], about: dict[str, Any]) -> None:
     """Make `folder`, whose lock is held, a session that holds the prefix. Raises SessionError where it is gone."""
     source, manifest = root / prefix.name, prefix.manifest
-    blocks = manifest.blocks[: prefix.blocks]
+    segment_files = manifest.segment_files[: prefix.segment_files]
     try:
-        for block in blocks:
-            check_replaceable(folder / block.file.name, named=())
-            link_or_copy(source / block.file.name, folder / block.file.name)
+        for segment_file in segment_files:
+            check_replaceable(folder / segment_file.file.name, named=())
+            link_or_copy(source / segment_file.file.name, folder / segment_file.file.name)
         end = _end(source, folder, manifest, is_whole=prefix.is_whole)
     except FileNotFoundError as error:
         raise SessionError(f"the session {source} was removed in this moment: run the same command again") from error
     sync_folder(folder)
-    rows = [[(index, 0, block.tokens) for index, block in enumerate(blocks)]]
+    rows = [[(index, 0, segment_file.tokens) for index, segment_file in enumerate(segment_files)]]
     taken = Manifest(
         1,
         prefix.tokens,
         model=manifest.model,
         arithmetic=arithmetic,
-        blocks=blocks,
+        segment_files=segment_files,
         rows=rows,
         end=end,
         layers=manifest.layers,

@@ -29,7 +29,7 @@ from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.fingerprint import check_fingerprint, fingerprint
 from headinfer.sessions.folder import Lock
 from headinfer.sessions.layer_state import from_plain, to_plain
-from headinfer.sessions.manifest import MANIFEST, Block, Manifest, first_chain
+from headinfer.sessions.manifest import MANIFEST, Manifest, SegmentFile, first_chain
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
 from headinfer.utils.files import FileEntry, sync_folder
 
@@ -51,7 +51,7 @@ class Saved:
     folder: Path
     generation: int = 0
     next_number: int = 0
-    written: WeakKeyDictionary[Segment, Block] = field(default_factory=WeakKeyDictionary)
+    written: WeakKeyDictionary[Segment, SegmentFile] = field(default_factory=WeakKeyDictionary)
 
     def copy(self) -> Saved:
         """For a fork, which goes its own way."""
@@ -128,27 +128,27 @@ class SessionWriter:
             check_replaceable(self.folder / name, named_before)
             return write_tensors(self.folder / name, tensors)
 
-        blocks: dict[Segment, Block] = {}
+        segment_files: dict[Segment, SegmentFile] = {}
         number = saved.next_number
         for segment in dict.fromkeys(part.segment for table in taken.tables for part in table):
             if segment in taken.segments:
                 tensors = taken.segments[segment]
                 entry = write(f"block-{number:06}.safetensors", tensors)
                 tokens = tensors[min(tensors)].shape[1]
-                blocks[segment] = Block(entry, tokens, taken.chains.get(segment, ""))
+                segment_files[segment] = SegmentFile(entry, tokens, taken.chains.get(segment, ""))
                 number += 1
             else:
-                blocks[segment] = saved.written[segment]
+                segment_files[segment] = saved.written[segment]
         generation = saved.generation + 1
         end = write(f"end-{generation:06}.safetensors", taken.end)
         sync_folder(self.folder)
-        order = {segment: index for index, segment in enumerate(blocks)}
+        order = {segment: index for index, segment in enumerate(segment_files)}
         manifest = Manifest(
             generation,
             taken.tokens,
             model=self._model,
             arithmetic=self.arithmetic,
-            blocks=list(blocks.values()),
+            segment_files=list(segment_files.values()),
             rows=[[(order[part.segment], part.start, part.stop) for part in table] for table in taken.tables],
             end=end,
             layers=taken.layers,
@@ -157,7 +157,7 @@ class SessionWriter:
         )
         write_manifest(self.folder, manifest)
         saved.generation, saved.next_number = generation, number
-        saved.written.update(blocks)
+        saved.written.update(segment_files)
         named = {entry.name for entry in manifest.files()}
         remove_unused(self.folder, named=named, named_before=named_before)
 
@@ -230,7 +230,7 @@ def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manif
     Raises SessionError where the session is damaged or of another model.
     """
     check_fingerprint(manifest.model, model, folder)
-    files = [TensorFile(folder, block.file) for block in manifest.blocks]
+    files = [TensorFile(folder, segment_file.file) for segment_file in manifest.segment_files]
     end = TensorFile(folder, manifest.end)
     tensors = {name: end.read(name) for name in end.names()}
     saved = Saved(folder, manifest.generation, _next_number(manifest))
@@ -248,10 +248,10 @@ def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manif
         names = f"layers.{index}.k", f"layers.{index}.v"
         engine = cache.engine
         segments = [StoredSegment(file, *names, engine.segment_tier(layer_kv), engine.on_full) for file in files]
-        tables = [[SegmentSlice(segments[block], start, stop) for block, start, stop in row] for row in manifest.rows]
+        tables = [[SegmentSlice(segments[index], start, stop) for index, start, stop in row] for row in manifest.rows]
         layer_kv.restore(tables, tail_k, tail_v)
         if not saved.written:
-            saved.written.update(zip(segments, manifest.blocks, strict=True))
+            saved.written.update(zip(segments, manifest.segment_files, strict=True))
         for earlier, later in zip(before, segments, strict=False):
             earlier.following = later  # read ahead while the layer before is computed
         before = segments
@@ -266,7 +266,7 @@ def kept_options(manifest: Manifest) -> dict[str, Any]:
 
 def saved_ids(folder: Path, manifest: Manifest) -> torch.Tensor | None:
     """The token ids [rows, tokens] that a session was given; None where it was given none. Raises SessionError."""
-    files = [TensorFile(folder, block.file) for block in manifest.blocks]
+    files = [TensorFile(folder, segment_file.file) for segment_file in manifest.segment_files]
     return _token_ids(manifest, files, TensorFile(folder, manifest.end))
 
 
@@ -275,10 +275,10 @@ def _token_ids(manifest: Manifest, files: list[TensorFile], end: TensorFile) -> 
         return None
     newest, rows = end.read(_IDS), []
     for row, table in enumerate(manifest.rows):
-        parts = [files[block].read(_IDS)[start:stop] for block, start, stop in table]
+        parts = [files[index].read(_IDS)[start:stop] for index, start, stop in table]
         rows.append(torch.cat([*parts, newest[row]]))
     return torch.stack(rows)
 
 
 def _next_number(manifest: Manifest) -> int:
-    return max((int(block.file.name[6:12]) for block in manifest.blocks), default=-1) + 1
+    return max((int(segment_file.file.name[6:12]) for segment_file in manifest.segment_files), default=-1) + 1

@@ -69,9 +69,9 @@ def check_folder(folder: Path, purpose: str) -> None:
     Raises:
         UsageError: the folder, or the nearest one above it that exists, is not writable.
     """
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UsageError(f"cannot {purpose} in {folder}: {place} is no folder that you may write into")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UsageError(f"cannot {purpose} in {folder}: {nearest} is no folder that you may write into")
 
 
 class Output:
