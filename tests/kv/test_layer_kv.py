@@ -487,13 +487,13 @@ def test_rows_that_share_a_prefix_are_read_together_until_they_go_on():
     layer_kv, k, v = bench.filled(1000)
     shared = layer_kv.host_tokens
     layer_kv.select_rows([0, 0, 0])
-    (shared,) = layer_kv.shared_prefixes()
-    assert shared.rows == (0, 1, 2)
-    assert sum(part.tokens for part in shared.slices) == shared
+    (prefix,) = layer_kv.shared_prefixes()
+    assert prefix.rows == (0, 1, 2)
+    assert sum(part.tokens for part in prefix.slices) == shared
     new_k, new_v = bench.new(3, 500)
     layer_kv.append(new_k, new_v)
     first, *own = layer_kv.shared_prefixes()
-    assert first == shared
+    assert first == prefix
     assert [each.rows for each in own] == [(0,), (1,), (2,)]
     assert all(sum(part.tokens for part in each.slices) == layer_kv.host_tokens - shared for each in own)
     assert len({id(part.segment) for each in own for part in each.slices}) >= 3
