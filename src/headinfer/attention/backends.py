@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.attention import cpu, cuda, eager
-from headinfer.attention.problem import AMX, HALVES, Piece, Problem, capability_of
+from headinfer.attention.problem import AMX, HALVES, Problem, capability_of
 from headinfer.attention.state import AttentionState
 from headinfer.errors import UsageError
+from headinfer.utils.tensors import Piece
 
 __all__ = [
     "BACKENDS",

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from headinfer.attention import native
-from headinfer.attention.problem import HALVES, Piece, Problem, expand_heads, over_blocks
+from headinfer.attention.problem import HALVES, Problem, expand_heads, over_blocks
 from headinfer.attention.state import AttentionState
+from headinfer.utils.tensors import Piece
 
 __all__ = [
     "bf16_causal",

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from headinfer.attention import triton_calls
-from headinfer.attention.problem import HALVES, Piece, Problem, expand_heads, over_blocks
+from headinfer.attention.problem import HALVES, Problem, expand_heads, over_blocks
 from headinfer.attention.state import AttentionState
+from headinfer.utils.tensors import Piece
 
 __all__ = [
     "cudnn_piece",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer.attention.problem import Piece, expand_heads
+from headinfer.attention.problem import expand_heads
 from headinfer.attention.state import AttentionState
+from headinfer.utils.tensors import Piece
 
 __all__ = ["attend_causal", "attend_full"]
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from headinfer.attention.state import AttentionState
+from headinfer.utils.tensors import Piece
 
 __all__ = ["attend_native", "unavailable_reason"]
 
@@ -126,9 +127,7 @@ def _by_head(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) else x.contiguous()
 
 
-def attend_native(
-    q: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float
-) -> AttentionState:
+def attend_native(q: torch.Tensor, pieces: Sequence[Piece], *, scale: float) -> AttentionState:
     """Attention of q over the keys of all pieces, none masked.
 
     q [H, N, Dk]; each piece k [H, T, Dk] and v [H, T, Dv] of q's dtype (float32, bfloat16 or float16), in host

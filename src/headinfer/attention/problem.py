@@ -10,9 +10,7 @@ import torch
 
 from headinfer.attention.state import AttentionState, join
 
-__all__ = ["AMX", "FEW_ROWS", "HALVES", "Piece", "Problem", "capability_of", "expand_heads", "over_blocks"]
-
-Piece = tuple[torch.Tensor, torch.Tensor]
+__all__ = ["AMX", "FEW_ROWS", "HALVES", "Problem", "capability_of", "expand_heads", "over_blocks"]
 
 HALVES = (torch.bfloat16, torch.float16)
 AMX = (1, 0)  # the capability of a CPU that multiplies matrices in bfloat16

@@ -26,8 +26,9 @@ from headinfer.attention.state import AttentionState
 from headinfer.kv.disk import DiskSlice, PageableSlice
 from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
 from headinfer.kv.segments import ResidentBuffer, SegmentSlice, SharedPrefix
-from headinfer.kv.transfer import InPlace, Piece, Ring
+from headinfer.kv.transfer import InPlace, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
+from headinfer.utils.tensors import Piece
 
 __all__ = ["BLOCK_TOKENS", "Tile", "attend_streaming", "tiles_of"]
 

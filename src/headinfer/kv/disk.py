@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from headinfer.errors import CapacityError
+from headinfer.utils.tensors import Piece
 
 __all__ = ["DiskFile", "DiskLocation", "DiskSlice", "PageableSlice", "Read", "split_reads"]
 
@@ -163,7 +164,7 @@ class DiskSlice:
             (self.last - self.first) * (self.stop - self.start) * (self.location.key_bytes + self.location.value_bytes)
         )
 
-    def into(self, memory: torch.Tensor) -> tuple[list[Read], tuple[torch.Tensor, torch.Tensor]]:
+    def into(self, memory: torch.Tensor) -> tuple[list[Read], Piece]:
         """What to read into the first nbytes of a uint8 tensor, and the piece k [h, T, Dk], v [h, T, Dv] that it makes.
 
         A head's K and V are neighbours in memory as they are in the file.
@@ -188,7 +189,7 @@ class DiskSlice:
         v = whole[:, key:].view(location.dtype).unflatten(1, (tokens, location.value_bytes // itemsize))
         return reads, (k, v)
 
-    def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], tuple[torch.Tensor, torch.Tensor]]:
+    def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], Piece]:
         """What brings it into the first nbytes of a uint8 tensor, for any thread, and the piece that it makes."""
         reads, piece = self.into(memory)
         return [functools.partial(self.location.file.read, part) for part in split_reads(reads)], piece
@@ -206,7 +207,7 @@ class PageableSlice:
         """Bytes of K and V."""
         return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
 
-    def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], tuple[torch.Tensor, torch.Tensor]]:
+    def bring(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], Piece]:
         """As DiskSlice.bring: a copy for each of K and V."""
         flat = memory[: self.nbytes].view(self.k.dtype)
         k, v = (

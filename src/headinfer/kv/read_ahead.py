@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headinfer.kv.disk import DiskSlice, PageableSlice
-from headinfer.kv.segments import Piece
 from headinfer.kv.streams import Streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import Ring
+from headinfer.utils.tensors import Piece
 
 __all__ = ["READ_SLOTS", "ReadAhead", "read_slot_bytes"]
 

@@ -12,11 +12,11 @@ import torch
 
 from headinfer.kv.disk import DiskFile, DiskLocation, DiskSlice, PageableSlice
 from headinfer.kv.tiers import HostTier
+from headinfer.utils.tensors import Piece
 
-__all__ = ["Piece", "ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
+__all__ = ["ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
 
 TokenRanges = Sequence[tuple[int, int]]
-Piece = tuple[torch.Tensor, torch.Tensor]
 
 
 class Segment:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from headinfer.kv.disk import DiskFile
-from headinfer.kv.segments import Piece, Segment
+from headinfer.kv.segments import Segment
 from headinfer.kv.tensor_file import TensorFile
 from headinfer.kv.tiers import HostTier
+from headinfer.utils.tensors import Piece
 
 __all__ = ["StoredSegment"]
 

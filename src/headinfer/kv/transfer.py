@@ -26,10 +26,9 @@ import torch
 from headinfer.errors import StateError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.streams import Streams
+from headinfer.utils.tensors import Piece
 
 __all__ = ["InPlace", "Ring", "SlotRing"]
-
-Piece = tuple[torch.Tensor, torch.Tensor]
 
 
 class Ring(Protocol):
