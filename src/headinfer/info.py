@@ -20,7 +20,8 @@ from headinfer.hf.families import SUPPORTED_FAMILIES
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.numa import node_of
 from headinfer.kv.tiers import HostTier
-from headinfer.plan.memory import available_host_bytes, format_bytes
+from headinfer.plan.memory import available_host_bytes
+from headinfer.utils.units import format_bytes
 
 __all__ = ["accelerator", "gather_info", "machine", "pinning"]
 

@@ -6,8 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headinfer.errors import CapacityError
 from headinfer.hf.models import RANDOM_CONFIGS, byte_tokenizer, resolve
-from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes
+from headinfer.plan.memory import available_host_bytes, check_host_memory
 from headinfer.plan.model_shape import ModelShape
+from headinfer.utils.units import format_bytes
 
 
 @pytest.mark.parametrize("text", ["plain", "Grüße, 世界 🌍\n\ttabs  and   spaces\r\n", "\x00\x7f", "<|eos|", ""])

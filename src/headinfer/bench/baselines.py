@@ -29,8 +29,9 @@ from headinfer.bench.runners import HeadRunner, Runner, TransformersRunner
 from headinfer.errors import CapacityError
 from headinfer.kv.resident import RESIDENT_UNIT_TOKENS
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
-from headinfer.plan.memory import available_host_bytes, format_bytes
+from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS
+from headinfer.utils.units import format_bytes
 
 __all__ = ["Baseline", "Outcome", "baselines_of", "compare", "measure_alone", "ring_budget_bytes"]
 

@@ -9,7 +9,7 @@ from headinfer.bench.baselines import Outcome, baselines_of, compare
 from headinfer.bench.gpu_job import Job, Line, goal_reached
 from headinfer.bench.gpu_link import link_copy
 from headinfer.bench.gpu_point import LONG_TOKENS, OURS, Point, open_point
-from headinfer.plan.memory import format_bytes
+from headinfer.utils.units import format_bytes
 
 __all__ = ["decode"]
 

@@ -19,8 +19,8 @@ from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
-from headinfer.plan.memory import format_bytes
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
+from headinfer.utils.units import format_bytes
 
 __all__ = ["link", "link_copy", "measure_rates", "tile_of"]
 

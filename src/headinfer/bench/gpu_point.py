@@ -14,7 +14,7 @@ from headinfer.bench.gpu_job import Job, Line, goal_reached
 from headinfer.bench.past import Past
 from headinfer.bench.runners import HeadRunner
 from headinfer.errors import CapacityError
-from headinfer.plan.memory import format_bytes
+from headinfer.utils.units import format_bytes
 
 __all__ = ["LONG_TOKENS", "OURS", "Point", "open_point"]
 

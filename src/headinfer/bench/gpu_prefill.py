@@ -18,7 +18,8 @@ from headinfer.bench.runners import HeadRunner
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
-from headinfer.plan.memory import available_host_bytes, format_bytes
+from headinfer.plan.memory import available_host_bytes
+from headinfer.utils.units import format_bytes
 
 __all__ = ["prefill"]
 

@@ -14,8 +14,7 @@ import torch
 
 from headinfer.bench.gpu_job import Job, Line
 from headinfer.info import accelerator, gather_info, machine
-from headinfer.plan.memory import format_bytes
-from headinfer.utils.units import format_seconds
+from headinfer.utils.units import format_bytes, format_seconds
 
 __all__ = ["HEADER", "gpu_json", "gpu_markdown", "gpu_rows", "is_result_markdown", "result_paths"]
 

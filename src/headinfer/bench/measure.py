@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-from headinfer.plan.memory import format_bytes
 from headinfer.utils.files import read_json_object
+from headinfer.utils.units import format_bytes
 
 __all__ = ["Measure", "Peak", "Sizes", "in_turns", "is_result_json", "ratio", "step", "timed"]
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from headinfer.utils.units import parse_tokens
+from headinfer.utils.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from headinfer.evals.demo import Demo, DemoResult
@@ -110,7 +110,6 @@ def _answers() -> OnText:
 
 def _show(result: DemoResult) -> None:
     from headinfer.cli.report import columns_table
-    from headinfer.plan.memory import format_bytes
 
     runs = (result.standard, result.head_wise)
     rows = [

@@ -23,7 +23,7 @@ from headinfer.cli.session import app as session_app
 from headinfer.cli.session import ask, read
 from headinfer.errors import HeadinferError, UsageError
 from headinfer.hf.ranks import Ranks
-from headinfer.utils.units import parse_bytes
+from headinfer.utils.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from headinfer.jobs.generate import Prepared, Summary
@@ -176,7 +176,6 @@ def info(
     """Versions, devices, memory, attention backends and model families of this installation."""
     from headinfer.cli.report import columns_table
     from headinfer.info import gather_info
-    from headinfer.plan.memory import format_bytes
 
     found = gather_info()
     if as_json:

@@ -17,12 +17,12 @@ from headinfer.errors import UsageError
 from headinfer.plan.compare import OURS, longest_by_method, memory_by_method, seconds_by_method
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
-from headinfer.plan.memory import available_host_bytes, format_bytes
+from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import OperatingPoint, Seconds, operating_points
-from headinfer.utils.units import format_seconds, format_tokens, parse_bytes, parse_tokens
+from headinfer.utils.units import format_bytes, format_seconds, format_tokens, parse_bytes, parse_tokens
 
 __all__ = ["CONTEXTS", "plan"]
 

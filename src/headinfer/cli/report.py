@@ -13,8 +13,8 @@ from rich.table import Table
 from headinfer.hf.cache import HeadCache
 from headinfer.jobs.generate import Summary
 from headinfer.plan.hardware import Hardware
-from headinfer.plan.memory import format_bytes
 from headinfer.plan.model_shape import ModelShape
+from headinfer.utils.units import format_bytes
 
 __all__ = ["GenerationProgress", "columns_table", "hardware_table", "summary_table"]
 

@@ -13,10 +13,9 @@ import typer
 from rich.console import Console
 
 from headinfer.errors import SessionError
-from headinfer.plan.memory import format_bytes
 from headinfer.sessions.folder import default_root, remove_session, session_folder, session_names
 from headinfer.sessions.manifest import Manifest
-from headinfer.utils.units import parse_bytes
+from headinfer.utils.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from headinfer.jobs.generate import Summary

@@ -14,8 +14,9 @@ from headinfer.errors import UsageError
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, Reader, Reading
 from headinfer.evals.tasks import Document, Question
 from headinfer.info import machine
-from headinfer.plan.memory import available_host_bytes, format_bytes
+from headinfer.plan.memory import available_host_bytes
 from headinfer.utils.files import Output, read_json_object
+from headinfer.utils.units import format_bytes
 
 __all__ = ["Results", "evaluate"]
 

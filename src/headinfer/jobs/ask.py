@@ -20,13 +20,14 @@ from headinfer.hf.enable import enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.jobs.generate import Streamer, Summary, checked_device
 from headinfer.jobs.prompts import frame, pad_id
-from headinfer.plan.memory import available_host_bytes, check_host_memory, format_bytes, free_disk_bytes
+from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.writer import SessionWriter, kept_options, saved_ids
 from headinfer.utils.files import check_folder
+from headinfer.utils.units import format_bytes
 
 __all__ = ["AskJob", "Asked", "ask", "prepare_ask"]
 

@@ -21,7 +21,7 @@ from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.jobs.generate import checked_device, chosen_dtype
 from headinfer.jobs.prompts import document_ids
-from headinfer.plan.memory import format_bytes, free_disk_bytes
+from headinfer.plan.memory import free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
@@ -30,6 +30,7 @@ from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.prefix import find_prefix, take_over
 from headinfer.sessions.writer import SessionWriter, saved_ids
 from headinfer.utils.files import check_folder
+from headinfer.utils.units import format_bytes
 
 __all__ = ["ReadJob", "ReadResult", "ToRead", "prepare_read", "read"]
 

@@ -13,10 +13,9 @@ from headinfer.plan.footprint import (
     tail_bytes,
     weight_bytes,
 )
-from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
 from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles
-from headinfer.utils.units import format_tokens
+from headinfer.utils.units import format_bytes, format_tokens
 
 __all__ = [
     "CHUNK_TOKENS",

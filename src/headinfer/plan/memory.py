@@ -8,19 +8,11 @@ from pathlib import Path
 import psutil
 
 from headinfer.errors import CapacityError
+from headinfer.utils.units import format_bytes
 
-__all__ = ["available_host_bytes", "check_host_memory", "format_bytes", "free_disk_bytes"]
+__all__ = ["available_host_bytes", "check_host_memory", "free_disk_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def format_bytes(nbytes: float) -> str:
-    """A size for people: 512 B, 3.5 MiB, 128 GiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.4g} GiB"
 
 
 def available_host_bytes(cgroup: Path = _CGROUP) -> int:

@@ -22,11 +22,10 @@ from headinfer.plan.fit import (
     tiles,
 )
 from headinfer.plan.footprint import Footprint, host_kv_tokens
-from headinfer.plan.memory import format_bytes
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, hiding_chunk_tokens, prefill_seconds
 from headinfer.plan.tiles import RING_SLOTS, TilePlan
-from headinfer.utils.units import format_seconds, format_tokens
+from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
 __all__ = ["Plan", "candidates", "make_plan"]
 

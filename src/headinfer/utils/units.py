@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headinfer.errors import UsageError
 
-__all__ = ["format_seconds", "format_tokens", "parse_bytes", "parse_tokens"]
+__all__ = ["format_bytes", "format_seconds", "format_tokens", "parse_bytes", "parse_tokens"]
 
 _BYTES = {"": 1, "B": 1} | {
     f"{letter}{middle}B": base**power
@@ -32,6 +32,15 @@ def parse_tokens(text: str) -> int:
     if not 1 <= value < 2**40:
         raise UsageError(f"{text!r} tokens are out of range: write for example 128K, 1M or 50000")
     return int(value)
+
+
+def format_bytes(nbytes: float) -> str:
+    """Format a size for people, as in 512 B, 3.5 MiB or 128 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} GiB"
 
 
 def format_tokens(tokens: int) -> str:
