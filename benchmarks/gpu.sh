@@ -115,7 +115,7 @@ if wanted bench-24gb; then
 fi
 
 if [ "$results" -ef "$own" ]; then # the document that places these figures beside the paper's
-  new=$(mktemp) && "$python" -m headinfer plan --paper > "$new" && cat "$new" > docs/paper-comparison.md
+  new=$(mktemp) && "$python" benchmarks/paper/compare.py > "$new" && cat "$new" > docs/paper-comparison.md
   rm -f "$new"
 fi
 

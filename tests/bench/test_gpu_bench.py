@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measured
+import paper_tables
 import pytest
 import torch
 from transformers import DynamicCache
@@ -21,7 +23,6 @@ from headinfer.bench.gpu_report import HEADER, gpu_json, gpu_markdown, result_pa
 from headinfer.bench.past import Past, noise
 from headinfer.bench.runners import HeadRunner, TransformersRunner
 from headinfer.errors import CapacityError, UsageError
-from headinfer.plan import measured, paper
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -372,7 +373,13 @@ def test_json_and_markdown_say_all_that_was_measured(run, tmp_path):
 
 def test_the_papers_tables_beside_what_was_measured(run, tmp_path):
     job, lines = run
-    figures = (paper.CONTEXTS, paper.PREFILL_S, paper.DECODE_S, paper.MEMORY_1M, paper.MEMORY_AT_LIMIT)
+    figures = (
+        paper_tables.CONTEXTS,
+        paper_tables.PREFILL_S,
+        paper_tables.DECODE_S,
+        paper_tables.MEMORY_1M,
+        paper_tables.MEMORY_AT_LIMIT,
+    )
     assert "No GPU measurement yet; `benchmarks/gpu.sh` makes them" in measured.measured_section(*figures, tmp_path)
     at_1m = {"past_tokens": 1024 * 1024, "simulation": True, "peak_device_bytes": 17 << 30}
     ours = dataclasses.replace(of(lines, "decode", OURS)[0], value=2.75, device_kv_bytes=256 << 20, details=at_1m)

@@ -65,14 +65,14 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(help="Draw memory, seconds and roofline into this .png, .svg or .pdf file.")
     ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="Print the comparison with the paper, in Markdown.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", hidden=True)] = False,
 ) -> None:
     """Whether a job fits a GPU and its host, how long it takes, what bounds it; nothing is loaded."""
     if paper:
-        from headinfer.plan.paper import comparison
-
-        print(comparison(), end="")
-        return
+        raise UsageError(
+            "--paper is not an option any more: in a checkout of headinfer, python benchmarks/paper/compare.py prints "
+            "the comparison with the paper"
+        )
     if not model:
         raise UsageError(f"name a model: a folder, a config.json, or one of {', '.join(BUILT_IN_CONFIGS)}")
     hardware = _hardware(gpu)

@@ -15,7 +15,7 @@ from headinfer.utils.units import format_tokens
 
 __all__ = ["RESULTS", "measured_section"]
 
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"  # of a checkout
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 _TITLE = "## Measured on a GPU, beside tables 6, 7, 10 and 11"
 _K, _GIB = 1024, 2**30
 _PAPER_FLOPS_PER_S, _PAPER_LINK_BYTES_PER_S = 165e12, 25e9

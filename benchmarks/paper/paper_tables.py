@@ -1,4 +1,4 @@
-"""The tables of arXiv 2502.12574 beside what the memory and cost model says: `headinfer plan --paper`."""
+"""The tables of arXiv 2502.12574, and what the memory and cost model predicts for the same settings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from paper_notes import NOTES
+
 from headinfer.plan.compare import Baseline
-from headinfer.plan.footprint import BASELINES, Footprint, activation_bytes, paper_activation_bytes
+from headinfer.plan.footprint import BASELINES, activation_bytes, paper_activation_bytes
 from headinfer.plan.hardware import HARDWARE, Hardware
-from headinfer.plan.measured import measured_section
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.models import find_shape
-from headinfer.plan.paper_notes import HEAD, NOTES, inconsistencies
-from headinfer.plan.planner import make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import operating_points
 
@@ -218,42 +217,3 @@ TABLES: dict[str, tuple[str, Callable[[], list[Row]]]] = {
 def rows_of(table: str) -> list[Row]:
     """All rows of one of the paper's tables."""
     return TABLES[table][1]()
-
-
-def comparison() -> str:
-    """docs/paper-comparison.md."""
-    parts = [HEAD]
-    for table, (title, make) in TABLES.items():
-        parts.append(
-            f"## Table {table}: {title}\n\n| | unit | paper | model | difference | why |\n|---|---|---|---|---|---|"
-        )
-        parts[-1] += "".join(
-            f"\n| {row.what} | {row.unit} | {_figure(row.paper)} | {_figure(row.ours)} | {row.difference:+.0%} "
-            f"| {row.note} |"
-            for row in make()
-        )
-        if table == "10":
-            parts.append(_own_memory())
-    measured = measured_section(CONTEXTS, PREFILL_S, DECODE_S, MEMORY_1M, MEMORY_AT_LIMIT)
-    return "\n\n".join([*parts, measured, inconsistencies()]) + "\n"
-
-
-def _own_memory() -> str:
-    """headinfer itself, beside table 10: its own activation rule, and a device KV budget of 256 MiB."""
-    machine = dataclasses.replace(HARDWARE["rtx4090"], overhead_bytes=0)
-    lines = []
-    for context in (64 * K, 1024 * K, 4096 * K):
-        request = Request(find_shape("llama-3-8b"), machine, context, host_bytes=1000 * GIB, chunk_tokens=CHUNK_TOKENS,
-                          device_kv_budget_bytes=256 * 2**20)  # fmt: skip
-        found: Footprint = make_plan(request).footprint
-        kv, activations, total = found.device_kv_bytes, found.activation_bytes, found.device_bytes
-        lines.append(f"| {context // K:,}K | {kv / GIB:.3g} | {activations / GIB:.3g} | {total / GIB:.4g} |")
-    return (
-        "headinfer itself, with a device KV budget of 256 MiB, chunks of 10K and activations by its own rule "
-        "(116 KiB a token), GiB:\n\n| context | KV on the GPU | activations | total |\n|---|---|---|---|\n"
-        + "\n".join(lines)
-    )
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
