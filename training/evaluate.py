@@ -1,4 +1,4 @@
-"""Measure the embedded model as published: `python training/evaluate.py`, into docs/measurements/embedded.json.
+"""Measure the embedded model as published: `python training/evaluate.py`, into benchmarks/results/embedded.json.
 
 Held-out words in held-out text, a needle at each depth; all the others of a text are distractors.
 """
@@ -65,7 +65,7 @@ def is_table(path: Path) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/measurements/embedded.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedded.json"))
     parser.add_argument("--work", type=Path, default=Path("results/embedded"), help="results of the single lengths")
     parser.add_argument("--most", type=int, default=len(PLAN), help="only so many of the measures, the first ones")
     chosen = parser.parse_args()
