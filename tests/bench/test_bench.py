@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from headinfer.bench.disk import DISK_SUITES
+from headinfer.bench.cpu_suites import SUITES
+from headinfer.bench.disk_suites import DISK_SUITES
 from headinfer.bench.run import markdown_table, result_json, run_suites
-from headinfer.bench.suites import SUITES
 from headinfer.errors import UsageError
 
 

@@ -17,10 +17,10 @@ from headinfer import enable
 from headinfer.bench import gpu, gpu_point
 from headinfer.bench.baselines import Baseline, baselines_of, compare, ring_budget_bytes
 from headinfer.bench.gpu import GPU_SUITES, check_device, run_gpu
-from headinfer.bench.gpu_job import QUICK, GpuSizes, Job, Rates, goal_reached
 from headinfer.bench.gpu_point import OURS
-from headinfer.bench.gpu_report import HEADER, gpu_json, gpu_markdown, result_paths, shown
+from headinfer.bench.job import QUICK, GpuSizes, Job, Rates, goal_reached
 from headinfer.bench.past import Past, noise
+from headinfer.bench.results import HEADER, gpu_json, gpu_markdown, result_paths, shown
 from headinfer.bench.runners import HeadRunner, TransformersRunner
 from headinfer.errors import CapacityError, UsageError
 

@@ -10,7 +10,7 @@ import torch
 from families import VOCAB, tiny_model
 
 import headinfer
-from headinfer.bench import check, probe
+from headinfer.bench import plan_check, probe
 from headinfer.cli import main as cli
 from headinfer.engine import machine, run_plan
 from headinfer.engine.options import Options
@@ -196,7 +196,7 @@ def test_the_same_options_give_the_same_bits_on_any_machine():
 
 
 def test_the_check_of_the_plan_compares_bytes_and_seconds(small_probe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(check, "_MODEL", "random:llama-3-8b?hidden=64&heads=4&kv_heads=2&intermediate=96")
+    monkeypatch.setattr(plan_check, "_MODEL", "random:llama-3-8b?hidden=64&heads=4&kv_heads=2&intermediate=96")
     with pytest.raises(SystemExit) as stopped:
         cli.app(["bench", "--check-plan", "--quick", "--markdown", "--output", str(tmp_path / "check.json")])
     assert stopped.value.code == 0
@@ -206,7 +206,7 @@ def test_the_check_of_the_plan_compares_bytes_and_seconds(small_probe, monkeypat
     assert out.count("of measured |") == 2
     saved = json.loads(Path(tmp_path / "check.json").read_text())
     assert {one["unit"] for one in saved["measures"]} == {"bytes", "s"}
-    wrong = check.Comparison("case", "ring", 1, 2, "bytes")
+    wrong = plan_check.Comparison("case", "ring", 1, 2, "bytes")
     assert not wrong.is_right
     assert wrong.row == ("ring", "1 B", "2 B", "NOT EQUAL")
     monkeypatch.setattr("headinfer.bench.run.run_check", lambda **_: [wrong])

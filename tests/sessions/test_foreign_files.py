@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 import headinfer
 from headinfer import CapacityError, HeadCache, SessionError, UsageError
 from headinfer.bench import gpu as gpu_bench
-from headinfer.bench.measure import Measure
+from headinfer.bench.measurement import Measure
 from headinfer.kv.disk import DiskFile
 from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.sessions.folder import Lock, remove_session
@@ -726,12 +726,12 @@ def test_a_disk_tier_leaves_a_folder_as_it_was(command, book, tmp_path):
 
 
 def test_a_benchmark_of_a_disk_leaves_its_folder_as_it_was(tmp_path):
-    from headinfer.bench import disk
+    from headinfer.bench import disk_suites
 
     folder = put(tmp_path / "somebody's")
     before = content_of(folder)
-    with disk._work(folder) as work:
-        disk._write_file(work / "plain", 1000)
+    with disk_suites._work(folder) as work:
+        disk_suites._write_file(work / "plain", 1000)
     assert content_of(folder) == before
     assert sorted(path.name for path in folder.iterdir()) == sorted([*NAMES, "checkpoints"])
 
@@ -789,7 +789,7 @@ CALLS = {
     # the kernel that is compiled, in the user's cache
     "attention/native.py": ["Path.replace", "TemporaryDirectory", "mkdir"],
     # all in a temporary folder
-    "bench/disk.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
+    "bench/disk_suites.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
     "cli/bench.py": ["Output", "Output", "Output", "Output", "Output", "Output"],
     "cli/main.py": ["Output", "Output"],
     "cli/evals.py": ["Output"],

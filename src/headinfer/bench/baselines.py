@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from headinfer.bench.gpu_job import Job
+from headinfer.bench.job import Job
 from headinfer.bench.past import Past
 from headinfer.bench.runners import HeadRunner, Runner, TransformersRunner
 from headinfer.errors import CapacityError

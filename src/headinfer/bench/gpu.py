@@ -9,9 +9,9 @@ import torch
 
 from headinfer.bench.gpu_attention import attention
 from headinfer.bench.gpu_decode import decode
-from headinfer.bench.gpu_job import GpuSizes, Job, Line, Rates
 from headinfer.bench.gpu_link import link, measure_rates
 from headinfer.bench.gpu_prefill import prefill
+from headinfer.bench.job import GpuSizes, Job, Line, Rates
 from headinfer.errors import UsageError
 
 __all__ = ["GPU_SUITES", "check_device", "check_gpu_suites", "run_gpu"]

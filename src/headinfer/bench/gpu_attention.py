@@ -9,8 +9,8 @@ import torch
 
 from headinfer.attention.backends import BACKENDS, Backend, choose
 from headinfer.attention.reference import attend_reference
-from headinfer.bench.gpu_job import Job, Line
 from headinfer.bench.gpu_link import tile_of
+from headinfer.bench.job import Job, Line
 from headinfer.engine.streaming import BLOCK_TOKENS
 from headinfer.errors import CapacityError
 

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from headinfer.bench.baselines import Outcome, baselines_of, compare
-from headinfer.bench.gpu_job import Job, Line, goal_reached
 from headinfer.bench.gpu_link import link_copy
 from headinfer.bench.gpu_point import LONG_TOKENS, OURS, Point, open_point
+from headinfer.bench.job import Job, Line, goal_reached
 from headinfer.utils.units import format_bytes
 
 __all__ = ["decode"]

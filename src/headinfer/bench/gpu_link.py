@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from headinfer.attention.backends import Problem, capability_of
-from headinfer.bench.gpu_job import Job, Line, Rates
-from headinfer.bench.model import DRAM_BUFFER_BYTES, dram_reader
+from headinfer.bench.cpu_model import DRAM_BUFFER_BYTES, dram_reader
+from headinfer.bench.job import Job, Line, Rates
 from headinfer.engine.machine import this_machine
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.numa import node_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from headinfer.bench.baselines import Outcome, measure_alone
-from headinfer.bench.gpu_job import Job, Line, goal_reached
+from headinfer.bench.job import Job, Line, goal_reached
 from headinfer.bench.past import Past
 from headinfer.bench.runners import HeadRunner
 from headinfer.errors import CapacityError

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from headinfer.bench.baselines import Baseline, Outcome, baselines_of, compare
-from headinfer.bench.gpu_job import Job, Line, goal_reached
 from headinfer.bench.gpu_point import LONG_TOKENS, OURS, Point, open_point
+from headinfer.bench.job import Job, Line, goal_reached
 from headinfer.bench.runners import HeadRunner
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from headinfer.bench.gpu_job import Job
+from headinfer.bench.job import Job
 from headinfer.hf.cache import HeadCache
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
 from headinfer.kv.segments import Segment, SegmentSlice

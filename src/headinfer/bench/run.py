@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from headinfer.bench.check import Comparison, check_plan, rows_of
-from headinfer.bench.disk import DISK_SUITES
-from headinfer.bench.measure import Measure, Sizes
-from headinfer.bench.model import BENCH_MODEL
+from headinfer.bench.cpu_model import BENCH_MODEL
+from headinfer.bench.cpu_suites import SUITES
+from headinfer.bench.disk_suites import DISK_SUITES
+from headinfer.bench.measurement import Measure, Sizes
+from headinfer.bench.plan_check import Comparison, check_plan, rows_of
 from headinfer.bench.probe import probe
-from headinfer.bench.suites import SUITES
 from headinfer.errors import UsageError
 from headinfer.info import machine
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from headinfer.bench.gpu_job import Job
+from headinfer.bench.job import Job
 from headinfer.bench.past import noise
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable

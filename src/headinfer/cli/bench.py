@@ -14,7 +14,7 @@ from headinfer.errors import HeadinferError, UsageError
 from headinfer.utils.units import parse_bytes
 
 if TYPE_CHECKING:
-    from headinfer.bench.gpu_job import Job, Line
+    from headinfer.bench.job import Job, Line
 
 __all__ = ["bench"]
 
@@ -61,8 +61,8 @@ def bench(
 def _cpu(
     suites: list[str], output: Path | None, folder: Path | None, *, markdown: bool, quick: bool, check_plan: bool
 ) -> None:
-    from headinfer.bench.check import rows_of
-    from headinfer.bench.measure import is_result_json
+    from headinfer.bench.measurement import is_result_json
+    from headinfer.bench.plan_check import rows_of
     from headinfer.bench.run import check_suites, check_table, markdown_table, result_json, run_check, run_suites
     from headinfer.cli.report import columns_table
     from headinfer.utils.files import Output
@@ -105,8 +105,9 @@ def _gpu(
     quick: bool,
 ) -> None:
     from headinfer.bench.gpu import check_device, check_gpu_suites, run_gpu
-    from headinfer.bench.gpu_job import QUICK, GpuSizes
-    from headinfer.bench.gpu_report import (
+    from headinfer.bench.job import QUICK, GpuSizes
+    from headinfer.bench.measurement import is_result_json
+    from headinfer.bench.results import (
         HEADER,
         gpu_json,
         gpu_markdown,
@@ -114,7 +115,6 @@ def _gpu(
         is_result_markdown,
         result_paths,
     )
-    from headinfer.bench.measure import is_result_json
     from headinfer.cli.report import columns_table
     from headinfer.utils.files import Output, check_folder
 

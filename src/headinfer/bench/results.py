@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from headinfer.bench.gpu_job import Job, Line
+from headinfer.bench.job import Job, Line
 from headinfer.info import accelerator, gather_info, machine
 from headinfer.utils.units import format_bytes, format_seconds
 

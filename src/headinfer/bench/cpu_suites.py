@@ -11,8 +11,7 @@ import psutil
 import torch
 from transformers import DynamicCache
 
-from headinfer.bench.measure import Measure, Peak, Sizes, in_turns, ratio, step
-from headinfer.bench.model import (
+from headinfer.bench.cpu_model import (
     DRAM_BUFFER_BYTES,
     dram_reader,
     fill_dynamic,
@@ -20,6 +19,7 @@ from headinfer.bench.model import (
     kv_bytes,
     load_model,
 )
+from headinfer.bench.measurement import Measure, Peak, Sizes, in_turns, ratio, step
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from headinfer.bench.measure import timed
-from headinfer.bench.model import fill_head_wise
+from headinfer.bench.cpu_model import fill_head_wise
+from headinfer.bench.measurement import timed
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.hf.models import resolve

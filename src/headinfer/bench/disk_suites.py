@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 import torch
 
-from headinfer.bench.measure import Measure, Peak, Sizes, in_turns, ratio, step, timed
-from headinfer.bench.model import BENCH_MODEL, append_noise, fill_head_wise, kv_bytes, load_model
+from headinfer.bench.cpu_model import BENCH_MODEL, append_noise, fill_head_wise, kv_bytes, load_model
+from headinfer.bench.measurement import Measure, Peak, Sizes, in_turns, ratio, step, timed
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.kv.disk import DiskFile, Read
