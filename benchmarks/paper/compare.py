@@ -1,6 +1,6 @@
-"""Compare the paper's tables with the memory and cost model and with GPU results.
+"""Compare the paper's tables with the memory and cost model, and with GPU measurements.
 
-Prints docs/paper-comparison.md. From the root of a checkout:
+The script prints docs/paper-comparison.md. Run it from the root of a checkout:
 
     python benchmarks/paper/compare.py > docs/paper-comparison.md
 """
@@ -12,10 +12,9 @@ import sys
 
 from measured import measured_section
 from paper_notes import HEAD, inconsistencies
-from paper_tables import CHUNK_TOKENS, CONTEXTS, DECODE_S, GIB, MEMORY_1M, MEMORY_AT_LIMIT, PREFILL_S, TABLES, K
+from paper_tables import CHUNK_TOKENS, GIB, TABLES, K, rows_of
 
 from headinfer.errors import HeadinferError
-from headinfer.plan.footprint import Footprint
 from headinfer.plan.hardware import HARDWARE
 from headinfer.plan.models import find_shape
 from headinfer.plan.planner import make_plan
@@ -23,38 +22,50 @@ from headinfer.plan.request import Request
 
 __all__ = ["comparison"]
 
+_COLUMNS = "| | unit | paper | predicted | difference | why |\n|---|---|---|---|---|---|"
+
 
 def comparison() -> str:
-    """docs/paper-comparison.md."""
+    """Return the document in Markdown."""
     parts = [HEAD]
-    for table, (title, make) in TABLES.items():
-        parts.append(
-            f"## Table {table}: {title}\n\n| | unit | paper | model | difference | why |\n|---|---|---|---|---|---|"
-        )
-        parts[-1] += "".join(
-            f"\n| {row.what} | {row.unit} | {_figure(row.paper)} | {_figure(row.ours)} | {row.difference:+.0%} "
-            f"| {row.note} |"
-            for row in make()
-        )
+    for table in TABLES:
+        parts.append(_table(table))
         if table == "10":
-            parts.append(_own_memory())
-    measured = measured_section(CONTEXTS, PREFILL_S, DECODE_S, MEMORY_1M, MEMORY_AT_LIMIT)
-    return "\n\n".join([*parts, measured, inconsistencies()]) + "\n"
+            parts.append(_headinfer_memory())
+    return "\n\n".join([*parts, measured_section(), inconsistencies()]) + "\n"
 
 
-def _own_memory() -> str:
-    """headinfer itself, beside table 10: its own activation rule, and a device KV budget of 256 MiB."""
+def _table(table: str) -> str:
+    title, _ = TABLES[table]
+    lines = [f"## Table {table}: {title}\n", _COLUMNS]
+    for row in rows_of(table):
+        figures = f"{_figure(row.paper)} | {_figure(row.predicted)} | {row.difference:+.0%}"
+        lines.append(f"| {row.what} | {row.unit} | {figures} | {row.note} |")
+    return "\n".join(lines)
+
+
+def _headinfer_memory() -> str:
+    """Return what headinfer needs, beside table 10."""
+    shape = find_shape("llama-3-8b")
     machine = dataclasses.replace(HARDWARE["rtx4090"], overhead_bytes=0)
     lines = []
     for context in (64 * K, 1024 * K, 4096 * K):
-        request = Request(find_shape("llama-3-8b"), machine, context, host_bytes=1000 * GIB, chunk_tokens=CHUNK_TOKENS,
-                          device_kv_budget_bytes=256 * 2**20)  # fmt: skip
-        found: Footprint = make_plan(request).footprint
-        kv, activations, total = found.device_kv_bytes, found.activation_bytes, found.device_bytes
-        lines.append(f"| {context // K:,}K | {kv / GIB:.3g} | {activations / GIB:.3g} | {total / GIB:.4g} |")
+        request = Request(
+            shape,
+            machine,
+            context,
+            host_bytes=1000 * GIB,
+            chunk_tokens=CHUNK_TOKENS,
+            device_kv_budget_bytes=256 * 2**20,
+        )
+        found = make_plan(request).footprint
+        kv_gib = found.device_kv_bytes / GIB
+        activations_gib = found.activation_bytes / GIB
+        total_gib = found.device_bytes / GIB
+        lines.append(f"| {context // K:,}K | {kv_gib:.3g} | {activations_gib:.3g} | {total_gib:.4g} |")
     return (
-        "headinfer itself, with a device KV budget of 256 MiB, chunks of 10K and activations by its own rule "
-        "(116 KiB a token), GiB:\n\n| context | KV on the GPU | activations | total |\n|---|---|---|---|\n"
+        "headinfer with a device KV budget of 256 MiB, chunks of 10K tokens and activations by the planner's rule "
+        "(116 KiB a token), in GiB:\n\n| context | KV on the GPU | activations | total |\n|---|---|---|---|\n"
         + "\n".join(lines)
     )
 
@@ -64,7 +75,7 @@ def _figure(value: float) -> str:
 
 
 def main() -> int:
-    """Print the document, or one sentence about what is wrong."""
+    """Print the document, or an error in one sentence, and return the exit code."""
     try:
         print(comparison(), end="")
     except HeadinferError as error:

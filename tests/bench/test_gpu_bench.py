@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import measured
-import paper_tables
 import pytest
 import torch
+from measured import measured_section
 from transformers import DynamicCache
 
 from headinfer import enable
@@ -373,30 +372,23 @@ def test_json_and_markdown_say_all_that_was_measured(run, tmp_path):
 
 def test_the_papers_tables_beside_what_was_measured(run, tmp_path):
     job, lines = run
-    figures = (
-        paper_tables.CONTEXTS,
-        paper_tables.PREFILL_S,
-        paper_tables.DECODE_S,
-        paper_tables.MEMORY_1M,
-        paper_tables.MEMORY_AT_LIMIT,
-    )
-    assert "No GPU measurement yet; `benchmarks/gpu.sh` makes them" in measured.measured_section(*figures, tmp_path)
+    assert "There is no GPU measurement yet: `benchmarks/gpu.sh` makes one" in measured_section(tmp_path)
     at_1m = {"past_tokens": 1024 * 1024, "simulation": True, "peak_device_bytes": 17 << 30}
     ours = dataclasses.replace(of(lines, "decode", OURS)[0], value=2.75, device_kv_bytes=256 << 20, details=at_1m)
     theirs = dataclasses.replace(ours, who="paper's scheme", value=2.5, device_kv_bytes=1 << 30)
     whole = dataclasses.replace(ours, suite="prefill", unit="s", value=1.5, details={"is_whole": True, "tokens": 10240})
     (tmp_path / "gpu.json").write_text(gpu_json(job, [ours, theirs, whole], ["bench", "--device", "cuda"]))
     (tmp_path / "other.json").write_text("{}")
-    text = measured.measured_section(*figures, tmp_path)
-    assert "No GPU measurement" not in text
+    text = measured_section(tmp_path)
+    assert "no GPU measurement" not in text
     assert "RTX 4090 has 24 GB" in text
     assert "| 10K | 1.24 | 1.5 |" in text
     assert "| 1M (simulation) | - | - | - | - | 6.51 | 2.5 | 6.41 | 2.75 |" in text
     assert "| head-wise (paper), 1M, the paper | 1 | 16.7 | 1 |" in text
     assert "| headinfer, 1M, measured | 0.25 | 17 | |" in text
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UsageError, match=r"bad\.json is no JSON"):
-        measured.measured_section(*figures, tmp_path)
+    with pytest.raises(UsageError, match=r"bad\.json is not JSON"):
+        measured_section(tmp_path)
 
 
 def test_machine_names_its_gpus(monkeypatch, tmp_path):

@@ -19,7 +19,6 @@ __all__ = [
     "activation_bytes",
     "baseline_footprint",
     "host_kv_tokens",
-    "paper_activation_bytes",
     "resident_tokens",
     "streaming_footprint",
     "tail_bytes",
@@ -107,11 +106,6 @@ def _attention_token_bytes(shape: ModelShape, layer: LayerShape, element_bytes: 
     own = layer.kv_heads * (layer.key_dim + value_dim)
     io = 2 * shape.hidden_size + heads * (layer.key_dim + value_dim) + own
     return io * element_bytes + (2 * heads * (value_dim + 1) * 4 if layer.is_offloaded else 0)
-
-
-def paper_activation_bytes(shape: ModelShape, chunk_tokens: int, element_bytes: int) -> int:
-    """The paper's rule: 64 KiB per token at hidden size 4096 in bfloat16, which is 8 H elements (tables 10, 11)."""
-    return chunk_tokens * 8 * shape.hidden_size * element_bytes
 
 
 def baseline_footprint(
