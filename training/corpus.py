@@ -1,4 +1,4 @@
-"""The text and the tokenizer of the embedded model."""
+"""Makes the text and the tokenizer of the embedded model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from transformers import PreTrainedTokenizerFast
 from headinfer.evals.needles import SYLLABLES, random_needles
 
 VOCAB_SIZE = 1024
-CHAPTERS, TRAIN_CHAPTERS = 135, 70
-_SYLLABLE_COPIES = 10_000  # as often as needed for every syllable to be merged before any other pair of letters
+CHAPTERS = 135
+TRAIN_CHAPTERS = 70
+_SYLLABLE_COPIES = 10_000  # enough for BPE to merge every syllable before any other pair of letters
 
 
 def read_texts(novel: Path) -> tuple[str, str]:
-    """The training text and the held-out text.
+    """Read the text for training and the held-out text.
 
-    novel: the folder of chapter_1.txt to chapter_135.txt of Moby-Dick. Training reads the first 70 and the reference
-    that every Python carries (pydoc_data); the other chapters are held out, and ship with the package.
+    Args:
+        novel: the folder with chapter_1.txt to chapter_135.txt of Moby-Dick.
+
+    Returns:
+        The text for training, which is the first 70 chapters and Python's language reference (`pydoc_data`), and the
+        held-out text, which is the other chapters and ships with the package.
     """
     chapters = []
     for number in range(1, CHAPTERS + 1):
         text = (novel / f"chapter_{number}.txt").read_text(encoding="utf-8")
-        joined = re.sub(r"(?<!\n)\n(?!\n)", " ", text.replace("\r", ""))  # a line's end within a paragraph is a space
+        joined = re.sub(r"(?<!\n)\n(?!\n)", " ", text.replace("\r", ""))  # joins lines within a paragraph
         chapters.append(re.sub(r"\s*\n\s*\n\s*", "\n\n", joined).strip())
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     reference = "\n\n".join(topics[name] for name in sorted(topics))
@@ -34,7 +39,16 @@ def read_texts(novel: Path) -> tuple[str, str]:
 
 
 def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits, whose first merges are the syllables of the made-up words."""
+    """Train a byte-level BPE tokenizer.
+
+    Each digit is a token of its own, and the first merges are the syllables of the made-up words.
+
+    Args:
+        text: the text for training. A third of it is used.
+
+    Returns:
+        The tokenizer, with VOCAB_SIZE tokens.
+    """
     needles = random_needles(300, random.Random(0), held_out=False)
     lines = [needle.sentence + needle.question + needle.answer for needle in needles]
     syllables = [*SYLLABLES, *(f" {syllable}" for syllable in SYLLABLES)] * _SYLLABLE_COPIES

@@ -1,6 +1,7 @@
-"""Measure the embedded model as published: `python training/evaluate.py`, into benchmarks/results/embedded.json.
+"""Measure the accuracy of the embedded model: `python training/evaluate.py` writes benchmarks/results/embedded.json.
 
-Held-out words in held-out text, a needle at each depth; all the others of a text are distractors.
+The needles are held-out words in held-out text, one at each depth. For each question all other needles of the text are
+distractors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from headinfer.utils.files import Output
 
-# Tokens, depths (so many needles in a text), texts, and whether the beginning of the answer is given.
+# Tokens of a text, depths (one needle at each), number of texts, and whether the beginning of the answer is given.
 PLAN = (
     ("1K", 8, 40, False),
     ("4K", 16, 25, False),
@@ -26,11 +27,17 @@ PLAN = (
 )
 
 
-def main(out: Path, work: Path, most: int) -> None:
-    """Run the evaluation of each length and gather the scores."""
-    written = Output(out, is_ours=is_table)
+def main(out: Path, work: Path, count: int) -> None:
+    """Run the evaluations and write a table of their scores.
+
+    Args:
+        out: the JSON file of the table.
+        work: the folder for the results of each evaluation. An interrupted evaluation continues from them.
+        count: run only the first `count` evaluations of PLAN.
+    """
+    output = Output(out, is_ours=is_table)
     rows = []
-    for length, depths, samples, gives_lead in PLAN[:most]:
+    for length, depths, samples, gives_lead in PLAN[:count]:
         arguments = ["eval", "niah", "embedded", "--lengths", length, "--depths", f"0..100/{depths}"]
         arguments += ["--samples", str(samples), "--dtype", "float32", "--seed", "1"]
         arguments += [] if gives_lead else ["--no-lead"]
@@ -51,11 +58,11 @@ def main(out: Path, work: Path, most: int) -> None:
             }
         )
         print(f"{folder.name:>12}: {summary['score']:.2%} of {summary['questions']}", flush=True)
-    written.write(json.dumps(rows, indent=1) + "\n")
+    output.write(json.dumps(rows, indent=1) + "\n")
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is what an earlier run of this program wrote: a list whose rows name headinfer's commands."""
+    """Whether a file was written by an earlier run of this program: a list of rows with headinfer's commands."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return bool(rows) and all(row["command"].startswith("headinfer eval") for row in rows)
@@ -66,7 +73,9 @@ def is_table(path: Path) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedded.json"))
-    parser.add_argument("--work", type=Path, default=Path("results/embedded"), help="results of the single lengths")
-    parser.add_argument("--most", type=int, default=len(PLAN), help="only so many of the measures, the first ones")
+    parser.add_argument(
+        "--work", type=Path, default=Path("results/embedded"), help="folder for the results of each evaluation"
+    )
+    parser.add_argument("--most", type=int, default=len(PLAN), help="run only the first evaluations, this many")
     chosen = parser.parse_args()
     main(chosen.out, chosen.work, chosen.most)

@@ -1,6 +1,6 @@
 """Put a trained model into the package: `python training/package.py --novel FOLDER --model FOLDER`.
 
-Weights go to bfloat16; the text that ships is the half of the novel that training did not read.
+The weights are converted to bfloat16. The text that ships is the half of the novel that was not used for training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ TEXT = "text.txt.xz"
 
 
 def package(novel: Path, trained: Path, sharpness: float) -> None:
-    """Write the package's files and their checksums. sharpness: factor on the queries of layers without positions."""
+    """Write the files of headinfer.embedded and their checksums.
+
+    Args:
+        novel: the folder with the chapters of Moby-Dick; see `read_texts()`.
+        trained: the folder of the trained model and its tokenizer.
+        sharpness: a factor on the queries of the layers without positions.
+    """
     folder = Path(headinfer.embedded.__file__).parent
     model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     with torch.no_grad():
@@ -42,8 +48,8 @@ def package(novel: Path, trained: Path, sharpness: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--novel", type=Path, required=True, help="the folder of Moby-Dick's chapter_N.txt")
-    parser.add_argument("--model", type=Path, required=True, help="what train.py wrote")
+    parser.add_argument("--novel", type=Path, required=True, help="folder with chapter_N.txt of Moby-Dick")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model that train.py wrote")
     parser.add_argument("--sharpness", type=float, default=1.0, help="factor on the queries of the last two layers")
     chosen = parser.parse_args()
     package(chosen.novel, chosen.model, chosen.sharpness)

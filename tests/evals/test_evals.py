@@ -1,4 +1,4 @@
-"""Evaluations: tasks that ask what they say, metrics worked by hand, results that go on where they stopped."""
+"""Evaluations: tasks, metrics with known scores, results that continue after an interruption."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from headinfer.evals.niah import niah_document
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Reader
 from headinfer.evals.ruler import RULER_TASKS, ruler_documents
 from headinfer.evals.run import Results, evaluate
-from headinfer.evals.tasks import Document, Question, fit, match_all, match_part
+from headinfer.evals.tasks import Document, Question, largest_fitting, match_all, match_part
 from headinfer.hf.models import byte_tokenizer, resolve
 from headinfer.plan.model_shape import ModelShape
 
@@ -25,7 +25,7 @@ ESSAY = " ".join(f"Sentence {n} of the essay says {'rather ' * (n % 7)}little." 
 
 
 def count(text):
-    """A tokenizer that is quick and not quite even: words and marks."""
+    """Count words and punctuation marks: a fast tokenizer, whose tokens do not grow quite linearly with the text."""
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
@@ -34,9 +34,10 @@ def count(text):
 
 @pytest.mark.parametrize("name", RULER_TASKS)
 @pytest.mark.parametrize("length", [1500, 9000])
-def test_a_ruler_document_holds_its_answers_and_fills_its_length(name, length):
-    first, again = (list(ruler_documents(name, [length], 2, ESSAY, count, seed=3)) for _ in range(2))
-    assert [one.text for one in first] == [one.text for one in again], "the seed decides"
+def test_ruler_document_contains_its_answers_and_fills_its_length(name, length):
+    first = list(ruler_documents(name, [length], 2, ESSAY, count, seed=3))
+    again = list(ruler_documents(name, [length], 2, ESSAY, count, seed=3))
+    assert [one.text for one in first] == [one.text for one in again], "documents depend only on the seed"
     assert first[0].text != first[1].text
     other = next(ruler_documents(name, [length], 1, ESSAY, count, seed=4))
     assert other.text != first[0].text
@@ -54,7 +55,7 @@ def test_a_ruler_document_holds_its_answers_and_fills_its_length(name, length):
     ("name", "references", "needles"),
     [("niah_single_1", 1, 1), ("niah_multikey_1", 1, 4), ("niah_multivalue", 4, 4), ("niah_multiquery", 4, 4)],
 )
-def test_ruler_needles_are_as_many_as_published(name, references, needles):
+def test_numbers_of_ruler_needles_are_the_published_ones(name, references, needles):
     document = next(ruler_documents(name, [3000], 1, ESSAY, count, 0))
     (question,) = document.questions
     found = re.findall(r"One of the special magic numbers for ([\w-]+-?[\w-]*) is: (\d{7})\.", document.text)
@@ -65,7 +66,7 @@ def test_ruler_needles_are_as_many_as_published(name, references, needles):
     assert {value for key, value in found if key in question.text} == set(question.references)
 
 
-def test_rulers_words_are_counted_as_published():
+def test_frequencies_of_ruler_words_are_the_published_ones():
     cwe = next(ruler_documents("cwe", [20_000], 1, ESSAY, count, 0))
     example, listed = cwe.text.split("\nBelow is")
     assert example.count("Question: What are the 10 most common words") == 1
@@ -81,7 +82,7 @@ def test_rulers_words_are_counted_as_published():
     assert coded.count(often[2]) > coded.count(often[3])
 
 
-def test_a_chain_of_variables_leads_to_the_value():
+def test_variables_of_a_chain_have_the_value():
     document = next(ruler_documents("vt", [3000], 1, ESSAY, count, 0))
     (question,) = document.questions
     value = re.search(r"value (\d+) in", question.text).group(1)
@@ -94,7 +95,7 @@ def test_a_chain_of_variables_leads_to_the_value():
     assert len(question.references) == 5
 
 
-def test_needles_at_all_depths_of_one_text():
+def test_document_has_a_needle_at_each_depth():
     depths = [0, 0.25, 0.5, 1]
     document = niah_document(2000, depths, 1, ESSAY, count, seed=5)
     assert niah_document(2000, depths, 1, ESSAY, count, seed=5) == document
@@ -110,16 +111,16 @@ def test_needles_at_all_depths_of_one_text():
     assert 1900 <= used + 16 <= 2000
     bare = niah_document(2000, depths, 1, ESSAY, count, seed=5, gives_lead=False)
     assert [one.references for one in bare.questions] == [one.references for one in document.questions]
-    assert {one.lead for one in bare.questions} == {""}, "the model has to say the answer's beginning itself"
+    assert {one.lead for one in bare.questions} == {""}, "the model has to write the lead itself"
     assert bare.questions[0].new_tokens > document.questions[0].new_tokens
     used = max(count(bare.text + question.text) for question in bare.questions)
     assert used + bare.questions[0].new_tokens <= 2000
     long = niah_document(60_000, depths, 0, ESSAY, count, seed=5)
-    assert count(long.text) > 3 * count(ESSAY), "the text is repeated where it is too short"
+    assert count(long.text) > 3 * count(ESSAY), "a text that is too short is repeated"
 
 
-def test_lengths_that_hold_nothing_are_refused():
-    with pytest.raises(UsageError, match="can not hold 4 needles and a question"):
+def test_too_short_lengths_and_unknown_tasks_are_rejected():
+    with pytest.raises(UsageError, match="cannot hold 4 needles and a question"):
         niah_document(60, [0, 0.3, 0.6, 1], 0, ESSAY, count, 0)
     for name in RULER_TASKS:
         with pytest.raises(UsageError, match=f"20 tokens are too few for RULER's {name}"):
@@ -128,18 +129,18 @@ def test_lengths_that_hold_nothing_are_refused():
         next(ruler_documents("nope", [2000], 1, ESSAY, count, 0))
 
 
-@pytest.mark.parametrize("most", [1, 30, 777, 12_345])
-def test_fit_fills_without_exceeding(most):
+@pytest.mark.parametrize("max_tokens", [1, 30, 777, 12_345])
+def test_largest_fitting_does_not_exceed_the_tokens(max_tokens):
     def build(units):
         return "word " * units + "and more " * (units // 10)
 
-    units = fit(build, count, most)
-    assert count(build(units)) <= most
-    assert count(build(units + max(units // 50, 2))) > most
-    assert fit(build, count, 0) == 0
+    units = largest_fitting(build, count, max_tokens)
+    assert count(build(units)) <= max_tokens
+    assert count(build(units + max(units // 50, 2))) > max_tokens
+    assert largest_fitting(build, count, 0) == 0
 
 
-# -- metrics, worked by hand -----------------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ LONGBENCH = {
 TURNS = [{"input": "Key: k1", "answer": "v1"}, {"input": "Key: k2", "answer": "v2"}]
 
 
-def test_files_of_longbench_and_scbench(tmp_path):
+def test_longbench_and_scbench_files(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([LONGBENCH, LONGBENCH]))
     first, second = data_documents("longbench-v2", path)
@@ -215,16 +216,16 @@ def test_files_of_longbench_and_scbench(tmp_path):
 @pytest.mark.parametrize(
     ("task", "content", "message"),
     [
-        ("longbench-v2", json.dumps([LONGBENCH, {}]), "item 2 is no longbench-v2 item: it has no 'choice_A'"),
-        ("scbench_kv", json.dumps({"context": "x", "multi_turns": []}), "item 1 is no scbench_kv item: a field has"),
-        ("scbench_kv", json.dumps({"context": "x", "multi_turns": TURNS}) + "\n{oops", "line 2 is no JSON"),
-        ("scbench_kv", "[1, 2", "is no JSON"),
-        ("scbench_kv", "[1, 2]", "item 1 is no scbench_kv item: a field has another form"),
+        ("longbench-v2", json.dumps([LONGBENCH, {}]), "item 2 is not a longbench-v2 item: it has no 'choice_A'"),
+        ("scbench_kv", json.dumps({"context": "x", "multi_turns": []}), "item 1 is not a scbench_kv item: a field has"),
+        ("scbench_kv", json.dumps({"context": "x", "multi_turns": TURNS}) + "\n{oops", "line 2 is not valid JSON"),
+        ("scbench_kv", "[1, 2", "is not valid JSON"),
+        ("scbench_kv", "[1, 2]", "item 1 is not a scbench_kv item: a field has the wrong type"),
         ("scbench_kv", "  ", "holds no items"),
         ("scbench_summary", "{}", "there is no task 'scbench_summary' for local files: choose among longbench-v2"),
     ],
 )  # fmt: skip
-def test_files_of_another_form_are_refused(tmp_path, task, content, message):
+def test_invalid_files_are_rejected(tmp_path, task, content, message):
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError, match=re.escape(message)):
@@ -237,7 +238,7 @@ def test_files_of_another_form_are_refused(tmp_path, task, content, message):
 
 
 def documents_of(count=2):
-    """Documents of random letters with three questions each."""
+    """Yield documents of random letters with three questions each."""
     rng = random.Random(0)
     for number in range(count):
         text = "".join(rng.choices("abcdef ", k=700))
@@ -267,7 +268,7 @@ def run(tiny, folder, documents, *, compare=True, **about):
 
 
 @pytest.mark.parametrize("transport", ["auto", "eager"])
-def test_each_question_is_asked_of_the_document_alone_and_both_caches_agree(tiny, transport):
+def test_questions_are_independent_and_both_caches_agree(tiny, transport):
     document = next(documents_of())
     reader = reader_of(tiny, transport=transport, device_kv_budget_bytes=2**20)
     pieces = []
@@ -275,14 +276,15 @@ def test_each_question_is_asked_of_the_document_alone_and_both_caches_agree(tiny
     def on_text(question, text):
         pieces.append((question.key, text))
 
-    both = [reader.read(document, method, on_text) for method in (HEAD_WISE, STANDARD)]
-    ours, theirs = ([answer.token_ids for answer in reading.answers] for reading in both)
-    assert ours == theirs
-    assert len(ours) == 3
-    assert both[0].tokens == both[1].tokens == 700
-    assert both[0].host_kv_bytes > 0 == both[1].host_kv_bytes
+    head_wise = reader.read(document, HEAD_WISE, on_text)
+    standard = reader.read(document, STANDARD, on_text)
+    head_wise_ids = [answer.token_ids for answer in head_wise.answers]
+    assert head_wise_ids == [answer.token_ids for answer in standard.answers]
+    assert len(head_wise_ids) == 3
+    assert head_wise.tokens == standard.tokens == 700
+    assert head_wise.host_kv_bytes > 0 == standard.host_kv_bytes
     head, tails = reader.encode(document)
-    for tail, tokens in zip(tails, ours, strict=True):  # the oracle: everything at once, without a cache
+    for tail, tokens in zip(tails, head_wise_ids, strict=True):  # the oracle: one prompt with an empty cache
         ids = torch.tensor([head + tail])
         expected = tiny[1].generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0
@@ -290,10 +292,10 @@ def test_each_question_is_asked_of_the_document_alone_and_both_caches_agree(tiny
         assert expected[0, ids.shape[1] :].tolist() == tokens
     for key in "012":
         text = "".join(piece for one, piece in pieces[: len(pieces) // 2] if one == key)
-        assert text == both[0].answers[int(key)].text + "\n"
+        assert text == head_wise.answers[int(key)].text + "\n"
 
 
-def test_results_are_saved_scored_and_taken_up_again(tiny, tmp_path):
+def test_interrupted_evaluation_continues(tiny, tmp_path):
     class Stopped(Exception):
         pass
 
@@ -323,7 +325,7 @@ def test_results_are_saved_scored_and_taken_up_again(tiny, tmp_path):
         run(tiny, tmp_path, documents_of(3))
 
 
-def test_a_difference_is_counted(tiny, tmp_path):
+def test_different_answers_are_counted(tiny, tmp_path):
     results, _ = run(tiny, tmp_path, documents_of(1))
     results.records[0]["token_ids"] = [1, 2]
     results.records[0]["score"] = 1.0
@@ -333,7 +335,7 @@ def test_a_difference_is_counted(tiny, tmp_path):
     assert results.differing() == ["d/0/0"]
 
 
-def test_what_the_standard_cache_can_not_hold_is_skipped_with_the_reason(tiny, tmp_path, monkeypatch):
+def test_documents_too_large_for_the_standard_cache_are_skipped(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("headinfer.evals.run.available_host_bytes", lambda: 1000)
     results, read = run(tiny, tmp_path, documents_of(1))
     assert read == [("d/0", ["head-wise"])]
@@ -341,7 +343,7 @@ def test_what_the_standard_cache_can_not_hold_is_skipped_with_the_reason(tiny, t
     assert "compared" not in results.summary()
 
 
-def test_a_chat_template_is_split_at_the_documents_end(tiny):
+def test_chat_template_is_split_at_the_end_of_the_document(tiny):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>{% endfor %}"
@@ -355,7 +357,7 @@ def test_a_chat_template_is_split_at_the_documents_end(tiny):
     assert (tokenizer.decode(head), tokenizer.decode(tail)) == ("  A text. ", "\nWhat?  It is")
 
 
-def test_the_heatmap_is_a_picture(tiny, tmp_path):
+def test_heatmap_is_a_png_file(tiny, tmp_path):
     results, _ = run(tiny, tmp_path, documents_of(2), compare=False)
     save_heatmap(results, tmp_path / "niah.png")
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")
@@ -420,21 +422,21 @@ def test_eval_data_end_to_end(tmp_path):
         (("niah", TINY, "--text", "/nowhere.txt"), "cannot read /nowhere.txt"),
         (("niah", "no/such-model"), "there is no model 'no/such-model'"),
         (("niah", TINY, "--lengths", "4000M"), "of host RAM for KV"),
-        (("niah", TINY, "--lengths", "100,4K"), "100 tokens can not hold 11 needles"),
+        (("niah", TINY, "--lengths", "100,4K"), "100 tokens cannot hold 11 needles"),
         (("ruler", TINY, "--lengths", "100,4K"), "100 tokens are too few for RULER's niah_single_1"),
         (("ruler", TINY, "--tasks", "vt,nope"), "RULER has no task 'nope' here"),
         (("data", TINY, "--task", "scbench_kv", "--data", "/nowhere"), "cannot read /nowhere"),
     ],
 )
-def test_mistakes_get_one_sentence(tmp_path, args, message):
+def test_mistakes_are_reported_in_one_sentence(tmp_path, args, message):
     done = headinfer("eval", *args, "--out", tmp_path)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
-    assert done.stderr.startswith("headinfer: error: "), "before anything is loaded or read"
+    assert done.stderr.startswith("headinfer: error: "), "mistakes are reported before anything is loaded"
     assert not (tmp_path / "results.json").exists()
 
 
-def test_ruler_without_its_words_says_what_to_install(monkeypatch):
+def test_error_without_wonderwords_says_what_to_install(monkeypatch):
     from headinfer.evals import ruler
 
     ruler._word_lists.cache_clear()

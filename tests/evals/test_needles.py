@@ -1,4 +1,4 @@
-"""Needles: there once, where they were asked for, and not given away by the question."""
+"""Needles: each is inserted once, at its depth, and the question does not contain the answer."""
 
 import random
 import re
@@ -16,7 +16,7 @@ TEXT = " ".join(SENTENCES)
 
 @PROPERTY
 @given(st.integers(0, 10**6), st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_each_needle_is_there_once_and_within_a_sentence_of_its_depth(seed, depths):
+def test_each_needle_is_inserted_once_within_a_sentence_of_its_depth(seed, depths):
     needles = random_needles(len(depths), random.Random(seed), held_out=True)
     found = build_haystack(TEXT, needles, depths)
     longest = max(map(len, SENTENCES)) + 1
@@ -35,7 +35,7 @@ def test_each_needle_is_there_once_and_within_a_sentence_of_its_depth(seed, dept
 
 @PROPERTY
 @given(st.integers(0, 10**6), st.booleans())
-def test_needles_depend_on_the_seed_only_and_differ(seed, held_out):
+def test_needles_depend_only_on_the_seed_and_differ_from_each_other(seed, held_out):
     first, again = (random_needles(20, random.Random(seed), held_out=held_out) for _ in range(2))
     assert first == again
     assert len({needle.word for needle in first}) == len({needle.number for needle in first}) == 20
@@ -52,7 +52,7 @@ def test_held_out_words_are_never_trained_on():
     assert not set(random_words(2000, rng, held_out=True)) & set(random_words(20_000, rng, held_out=False))
 
 
-def test_the_sentences():
+def test_sentences_of_a_needle():
     needle = Needle("bakelo", "01234")
     assert needle.sentence == " The magic number for bakelo is 01234."
     assert needle.question == "\nWhat is the magic number for bakelo?"
@@ -60,16 +60,17 @@ def test_the_sentences():
     assert quoted == 'He said: "No." The magic number for bakelo is 01234. She left! Then rain came.'
 
 
-def test_what_cannot_be_hidden_is_refused():
+def test_invalid_depths_and_words_of_the_text_are_rejected():
     needle = Needle("bakelo", "12345")
     with pytest.raises(ValueError, match="not between 0 and 1"):
         build_haystack(TEXT, [needle], [1.1])
-    with pytest.raises(ValueError, match="holds the word bakelo already"):
+    with pytest.raises(ValueError, match="already contains the word bakelo"):
         build_haystack("A bakelo.", [needle], [0.5])
 
 
-def test_words_that_the_text_holds_are_not_hidden_in_it():
-    rng, text = random.Random(0), " ".join(random_words(3000, random.Random(0), held_out=True))
-    words = random_words(3000, rng, held_out=True, suits=lambda word: word not in text)
+def test_words_can_be_filtered():
+    rng = random.Random(0)
+    text = " ".join(random_words(3000, random.Random(0), held_out=True))
+    words = random_words(3000, rng, held_out=True, accepts=lambda word: word not in text)
     assert not set(words) & set(text.split())
     assert all(word not in text for word in words)

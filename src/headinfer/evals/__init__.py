@@ -1,1 +1,1 @@
-"""Retrieval evaluations: what a model finds in a long text."""
+"""Retrieval evaluations: how well a model finds facts in a long text."""

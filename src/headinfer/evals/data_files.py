@@ -1,8 +1,8 @@
-"""Benchmarks from local files, with the published templates and metrics: LongBench v2 and SCBench.
+"""Reads LongBench v2 and SCBench from local files, with the published templates and metrics.
 
-LongBench v2 (arXiv 2412.15204): one multiple-choice question a text. SCBench (arXiv 2412.10319): several questions
-that share a text, here in its multi-request mode: each is asked of the text alone. Its tasks scored by ROUGE or by the
-similarity of code (summary, repoqa, and those mixed with them) are not among them.
+LongBench v2 (arXiv 2412.15204) has one multiple-choice question for each text. SCBench (arXiv 2412.10319) has several
+questions for each text. They are asked in its multi-request mode, in which no question follows another one. SCBench's
+tasks that are scored by ROUGE or by the similarity of code (summary, repoqa and their mixtures) are not supported.
 """
 
 from __future__ import annotations
@@ -21,12 +21,25 @@ from headinfer.evals.tasks import Document, Question, Score, match_all, match_pa
 __all__ = ["DATA_TASKS", "data_documents"]
 
 Item = dict[str, Any]
-Make = Callable[[Item], "tuple[str, tuple[Question, ...], dict[str, Any]]"]
+"""An entry of a benchmark's file."""
+
+MakeDocument = Callable[[Item], "tuple[str, tuple[Question, ...], dict[str, Any]]"]
+"""Converts an item into a text, questions and the facts of a document."""
 
 
 def data_documents(task: str, path: Path) -> list[Document]:
-    """The documents of a JSON or JSON-lines file. Raises UsageError for an unknown task, and for a file that is not of
-    its format, with the line.
+    """Read the documents of a JSON or JSON-lines file.
+
+    Args:
+        task: the name of the task, one of DATA_TASKS.
+        path: the file.
+
+    Returns:
+        The documents, in the order of the file.
+
+    Raises:
+        UsageError: the task is unknown, or the file cannot be read or does not have the format of the task. The message
+            names the line or the item.
     """
     if task not in DATA_TASKS:
         raise UsageError(f"there is no task {task!r} for local files: choose among {', '.join(DATA_TASKS)}")
@@ -37,19 +50,19 @@ def data_documents(task: str, path: Path) -> list[Document]:
             if not questions:
                 raise KeyError("multi_turns")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path}, item {number} is no {task} item: {_missing(error)}") from error
+            raise UsageError(f"{path}, item {number} is not a {task} item: {_reason(error)}") from error
         documents.append(Document(f"{task}/{number}", text, questions, {"task": task, "item": number, **facts}))
     if not documents:
         raise UsageError(f"{path} holds no items")
     return documents
 
 
-def _missing(error: Exception) -> str:
-    return f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else "a field has another form"
+def _reason(error: Exception) -> str:
+    return f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else "a field has the wrong type"
 
 
 def _items(path: Path) -> Iterator[tuple[int, Item]]:
-    """Items and their numbers, from 1: the lines of a file, or the entries of a JSON array."""
+    """Yield the lines of a file, or the entries of a JSON array, with their numbers from 1."""
     try:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
@@ -59,13 +72,13 @@ def _items(path: Path) -> Iterator[tuple[int, Item]]:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UsageError(f"cannot read {path}: {reason}") from error
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from error
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise UsageError(f"{path}, line {number} is no JSON: {error}") from error
+                raise UsageError(f"{path}, line {number} is not valid JSON: {error}") from error
 
 
 # -- LongBench v2 ----------------------------------------------------------------------------------------------------
@@ -89,11 +102,10 @@ def _longbench(item: Item) -> tuple[str, tuple[Question, ...], dict[str, Any]]:
 
 
 def longbench_score(answer: str, references: Sequence[str]) -> float:
-    """1 where the letter named is right: "The correct answer is (B)", or without the brackets."""
+    """Return 1 if the answer says "The correct answer is (B)" with the right letter, else 0. Brackets are optional."""
     plain = answer.replace("*", "")
-    found = re.search(r"The correct answer is \(([A-D])\)", plain) or re.search(
-        r"The correct answer is ([A-D])", plain
-    )  # fmt: skip
+    bracketed = re.search(r"The correct answer is \(([A-D])\)", plain)
+    found = bracketed or re.search(r"The correct answer is ([A-D])", plain)
     return float(found is not None and found.group(1) == references[0])
 
 
@@ -101,22 +113,29 @@ def longbench_score(answer: str, references: Sequence[str]) -> float:
 
 
 def contains_score(answer: str, references: Sequence[str]) -> float:
-    """1 where the answer holds the reference, case and all."""
+    """Return 1 if the answer contains the reference in the same case, else 0."""
     return float(references[0] in answer)
 
 
 def first_number_score(answer: str, references: Sequence[str]) -> float:
-    """1 where the first number of the answer is the reference; a whole reference is compared with its whole part."""
+    """Return 1 if the first number of the answer equals the reference, else 0.
+
+    If the reference is an integer, only the integer part of the answer's number is compared.
+    """
     found = re.search(r"\d+\.\d+|\d+", answer)
     if found is None:
         return 0.0
-    wanted = float(references[0])
+    expected = float(references[0])
     number = float(found.group())
-    return float((int(number) if wanted.is_integer() and "." not in references[0] else number) == wanted)
+    is_integer = expected.is_integer() and "." not in references[0]
+    return float((int(number) if is_integer else number) == expected)
 
 
 def first_letter_score(answer: str, references: Sequence[str]) -> float:
-    """1 where the option chosen is right: the first letter, the option's text, or what follows "answer is"."""
+    """Return 1 if the answer chooses the right option, else 0.
+
+    The choice is the first letter of the answer, the text of an option, or the text after a phrase like "answer is".
+    """
     answer = answer.strip()
     if not answer:
         return 0.0
@@ -134,7 +153,7 @@ def first_letter_score(answer: str, references: Sequence[str]) -> float:
 
 
 def characters_f1_score(answer: str, references: Sequence[str]) -> float:
-    """The best F1 of characters, punctuation and spaces aside (for Chinese)."""
+    """Compute the best F1 score of characters, without punctuation and spaces (for Chinese)."""
 
     def characters(text: str) -> Counter[str]:
         return Counter(letter for letter in text.lower() if letter.isalnum())
@@ -142,14 +161,21 @@ def characters_f1_score(answer: str, references: Sequence[str]) -> float:
     return max(_f1(characters(answer), characters(reference)) for reference in references)
 
 
-def _f1(found: Counter[str], wanted: Counter[str]) -> float:
-    common = (found & wanted).total()
-    return 2 * common / (found.total() + wanted.total()) if common else 0.0
+def _f1(found: Counter[str], expected: Counter[str]) -> float:
+    common = (found & expected).total()
+    return 2 * common / (found.total() + expected.total()) if common else 0.0
 
 
 @dataclass(frozen=True)
-class Shared:
-    """A task of SCBench: what stands before and after the text, how a turn asks, how many tokens, how it is scored."""
+class ScbenchTask:
+    """A task of SCBench.
+
+    Attributes:
+        new_tokens: the maximum number of tokens of an answer.
+        score: the metric.
+        before: the text before the document. "{first}" is replaced by the input of the first question.
+        ask: the template of a question. Its fields are {input}, {A} to {D} (the options) and {name}.
+    """
 
     new_tokens: int
     score: Score
@@ -159,7 +185,8 @@ class Shared:
     def __call__(self, item: Item) -> tuple[str, tuple[Question, ...], dict[str, Any]]:
         before = self.before.replace("{first}", item["multi_turns"][0]["input"])
         text = before + (item["context"] if "context" in item else item["input"])
-        return text, tuple(self._question(index, turn) for index, turn in enumerate(item["multi_turns"])), {}
+        questions = tuple(self._question(index, turn) for index, turn in enumerate(item["multi_turns"]))
+        return text, questions, {}
 
     def _question(self, index: int, turn: Item) -> Question:
         words = {"input": turn["input"]}
@@ -174,29 +201,31 @@ class Shared:
 
 
 _KEY_VALUE = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-DATA_TASKS: dict[str, Make] = {
+
+DATA_TASKS: dict[str, MakeDocument] = {
     "longbench-v2": _longbench,
-    "scbench_kv": Shared(150, contains_score, _KEY_VALUE),
-    "scbench_kv_hard": Shared(150, contains_score, _KEY_VALUE),
-    "scbench_kv_compressible": Shared(
+    "scbench_kv": ScbenchTask(150, contains_score, _KEY_VALUE),
+    "scbench_kv_hard": ScbenchTask(150, contains_score, _KEY_VALUE),
+    "scbench_kv_compressible": ScbenchTask(
         150, contains_score, "Extract the value corresponding to the specified key in the following passage.\n\n"
     ),
-    "scbench_prefix_suffix": Shared(150, contains_score),
-    "scbench_hashhop": Shared(150, contains_score),
-    "scbench_vt": Shared(30, match_all),
-    "scbench_many_shot": Shared(10, match_part),
-    "scbench_mf": Shared(5, first_number_score, "{first}\n\n", "What is {name}?\n\n{input}"),
-    "scbench_qa_eng": Shared(
+    "scbench_prefix_suffix": ScbenchTask(150, contains_score),
+    "scbench_hashhop": ScbenchTask(150, contains_score),
+    "scbench_vt": ScbenchTask(30, match_all),
+    "scbench_many_shot": ScbenchTask(10, match_part),
+    "scbench_mf": ScbenchTask(5, first_number_score, "{first}\n\n", "What is {name}?\n\n{input}"),
+    "scbench_qa_eng": ScbenchTask(
         40,
         match_part,
         "Read the book and answer the question. Be very concise in your answer.\n\n",
         "Question: {input}\nAnswer:",
     ),
-    "scbench_qa_chn": Shared(40, characters_f1_score, "阅读以下书籍然后回答问题。\n\n", "问题：{input}\n答案："),
-    "scbench_choice_eng": Shared(
+    "scbench_qa_chn": ScbenchTask(40, characters_f1_score, "阅读以下书籍然后回答问题。\n\n", "问题：{input}\n答案："),
+    "scbench_choice_eng": ScbenchTask(
         40,
         first_letter_score,
         "Read the book and answer the question.\n\n",
         "Question: {input}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n\nThe the correct answer is",
     ),
 }
+"""The tasks by name. The templates are the published ones, with their mistakes."""

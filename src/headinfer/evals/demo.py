@@ -1,7 +1,7 @@
-"""The demo: a fact found in a very long text, with the head-wise cache and with transformers' own.
+"""The demo: finds facts in a very long text with the head-wise cache and with transformers' own cache.
 
-The model and the text ship with headinfer (see embedded/); the needles are new words with new numbers. It is a
-self-test too: every answer must be right, and all tokens of both caches the same.
+The model and the text ship with headinfer (see headinfer.embedded). The needles are words that the model was not
+trained on. The demo is also a self-test: every answer must be right, and both caches must give the same tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from headinfer.plan.model_shape import ModelShape
 __all__ = ["DEMO_TOKENS", "Demo", "DemoResult", "largest_demo"]
 
 DEMO_TOKENS = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+"""The lengths that `largest_demo()` chooses from."""
+
 _TRIAL_TOKENS = 8192
 _CHUNK_TOKENS = 2048
 _BUDGET_BYTES = 4 * 1024 * 1024
@@ -33,7 +35,13 @@ _BUDGET_BYTES = 4 * 1024 * 1024
 
 @dataclass
 class DemoResult:
-    """Both readings of one document."""
+    """The readings of one document with both caches.
+
+    Attributes:
+        document: the document.
+        head_wise: the reading with the head-wise cache.
+        standard: the reading with transformers' cache.
+    """
 
     document: Document
     head_wise: Reading
@@ -41,21 +49,27 @@ class DemoResult:
 
     @property
     def identical(self) -> bool:
-        """Whether all tokens of all answers are equal."""
-        ours, theirs = ([one.token_ids for one in reading.answers] for reading in (self.head_wise, self.standard))
-        return bool(ours) and ours == theirs
+        """Whether both readings gave the same tokens in all answers."""
+        head_wise_ids = [answer.token_ids for answer in self.head_wise.answers]
+        standard_ids = [answer.token_ids for answer in self.standard.answers]
+        return bool(head_wise_ids) and head_wise_ids == standard_ids
 
     @property
     def right(self) -> bool:
-        """Whether all answers hold the needle's number."""
+        """Whether all answers of the head-wise cache contain the needle's number."""
         pairs = zip(self.document.questions, self.head_wise.answers, strict=True)
         return all(question.score(answer.text, question.references) == 1.0 for question, answer in pairs)
 
 
 class Demo:
-    """The model, loaded in float32, with the ring and budget of a GPU also where there is none.
+    """The embedded model in float32, with a reader for both caches.
 
-    on_tokens: called with the tokens read so far.
+    The head-wise cache streams its KV through a ring with a small budget. This is also the case on a CPU, where
+    headinfer would otherwise read the KV in place.
+
+    Args:
+        device: the device of the model, such as "cpu" or "cuda".
+        on_tokens: called during a reading with the number of tokens that were read.
     """
 
     def __init__(self, device: str, on_tokens: Callable[[int], None] = lambda tokens: None) -> None:
@@ -63,7 +77,7 @@ class Demo:
         self.shape = ModelShape.from_config(source.config)
         model = source.load(dtype=torch.float32, device=device, seed=0)
         if device == "cpu":
-            native.unavailable_reason()  # compiles the decode kernel where that was never done here: no part of the timing
+            native.unavailable_reason()  # compiles the decode kernel if necessary, so that no reading is timed with it
         options: dict[str, Any] = {
             "chunk_tokens": _CHUNK_TOKENS,
             "device_kv_budget_bytes": _BUDGET_BYTES,
@@ -72,31 +86,58 @@ class Demo:
         self.reader = Reader(model, source.tokenizer(), options=options, on_tokens=on_tokens)
 
     def document(self, tokens: int, questions: int, seed: int) -> Document:
-        """A text of `tokens` tokens with a needle at each of `questions` depths, each asked for without a lead.
+        """Make a document with needles at evenly spaced depths and one question for each, without a lead.
 
-        Its words are spelt in syllables by the model's tokenizer: one in 300 that is not ("ta" and "fore") often is
-        not said again rightly, which says nothing of a cache.
-        Raises UsageError for numbers out of range.
+        Only words that the tokenizer splits into syllables are used. It splits one word in 300 differently, such as
+        "tafore" into "ta" and "fore". The model often misspells such a word, independently of the cache.
+
+        Args:
+            tokens: the length of the document with a question and its answer.
+            questions: the number of needles.
+            seed: another seed gives other needles in another part of the text.
+
+        Returns:
+            The document.
+
+        Raises:
+            UsageError: there are fewer than 1 token or 1 question, or the needles do not fit into the tokens.
         """
         if tokens < 1 or questions < 1:
             raise UsageError(f"the demo needs at least 1 token and 1 question, not {tokens} and {questions}")
         depths = [(index + 0.5) / questions for index in range(questions)]
         return niah_document(
-            tokens, depths, 0, embedded_text(), self.reader.count, seed, gives_lead=False, suits=self._is_spelt
+            tokens,
+            depths,
+            0,
+            embedded_text(),
+            self.reader.count,
+            seed,
+            gives_lead=False,
+            accepts=self._is_split_into_syllables,
         )
 
-    def _is_spelt(self, word: str) -> bool:
-        pieces: list[str] = self.reader.tokenizer.tokenize(f" {word}")
-        return len(pieces) == len(word) // 2
+    def _is_split_into_syllables(self, word: str) -> bool:
+        tokens: list[str] = self.reader.tokenizer.tokenize(f" {word}")
+        return len(tokens) == len(word) // 2
 
     def read(self, document: Document, method: Method, on_text: OnText | None = None) -> Reading:
-        """Read the document and answer its questions."""
-        gc.collect()  # what the other method held
+        """Read a document and answer its questions; see `Reader.read()`."""
+        gc.collect()  # free the memory of the other cache
         return self.reader.read(document, method, on_text)
 
 
 def largest_demo(demo: Demo, seconds: float) -> int:
-    """The most of DEMO_TOKENS that both methods read in about so many seconds here, after a trial of 8,192 tokens."""
+    """Choose the largest demo that takes about a given time on this machine.
+
+    The function reads a document of 8,192 tokens with both caches and extrapolates from its floating-point operations.
+
+    Args:
+        demo: the demo.
+        seconds: the time for reading the document with both caches.
+
+    Returns:
+        The largest of DEMO_TOKENS that takes at most that time, or the smallest one if all of them take longer.
+    """
     document = demo.document(_TRIAL_TOKENS, 1, seed=0)
     start = time.perf_counter()
     for method in (HEAD_WISE, STANDARD):

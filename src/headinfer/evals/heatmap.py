@@ -1,8 +1,9 @@
-"""Scores by length and depth as a picture, as in the paper's figure 6."""
+"""Draws scores by length and depth, as in the paper (arXiv 2502.12574, figure 6)."""
 
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ _PNG = b"\x89PNG\r\n"
 
 
 def save_heatmap(results: Results, path: Path) -> None:
-    """Write a PNG: one column a length, one row a depth, green where all answers are right.
+    """Draw a heatmap of the scores, with one column for each length and one row for each depth.
 
-    Raises UsageError if matplotlib is missing, or if the file holds something else than an earlier heatmap.
+    Args:
+        results: the answers of a needle-in-a-haystack test.
+        path: the PNG file to write. An earlier heatmap is replaced.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file exists and is not an earlier heatmap.
     """
     try:
         from matplotlib.figure import Figure
@@ -29,7 +35,8 @@ def save_heatmap(results: Results, path: Path) -> None:
     scores: dict[Any, float] = dict(results.scores("length", "depth"))
     lengths = sorted({length for length, _ in scores})
     depths = sorted({depth for _, depth in scores})
-    width, height = 2.4 + 0.75 * min(max(len(lengths), 5), 12), 1.8 + 0.34 * min(max(len(depths), 4), 16)
+    width = 2.4 + 0.75 * min(max(len(lengths), 5), 12)
+    height = 1.8 + 0.34 * min(max(len(depths), 4), 16)
     figure = Figure(figsize=(width, height), dpi=110)
     axes = figure.add_subplot()
     grid = [[scores.get((length, depth), float("nan")) for length in lengths] for depth in depths]
@@ -40,7 +47,7 @@ def save_heatmap(results: Results, path: Path) -> None:
     if step == 1:
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
-                if value == value:  # not NaN
+                if not math.isnan(value):
                     axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8)
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("depth of the needle")
@@ -48,13 +55,13 @@ def save_heatmap(results: Results, path: Path) -> None:
     bar = figure.colorbar(image, ax=axes)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.tight_layout()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", metadata={"Creator": _CREATOR})
-    Output(path, is_ours=is_heatmap).write(drawn.getvalue())
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Creator": _CREATOR})
+    Output(path, is_ours=is_heatmap).write(picture.getvalue())
 
 
 def is_heatmap(path: Path) -> bool:
-    """Whether a file is a picture that save_heatmap() wrote."""
+    """Whether a file was written by `save_heatmap()`."""
     with open(path, "rb") as file:
         start = file.read(4096)
     return start.startswith(_PNG) and b"tEXtCreator\0" + _CREATOR.encode() in start

@@ -1,6 +1,7 @@
-"""The needle in a haystack: one fact at each depth of a text, asked for one by one (the paper's figure 6).
+"""The needle-in-a-haystack test of the paper (arXiv 2502.12574, figure 6).
 
-The needles of all depths lie in one text, so that it is read once; those not asked for are distractors.
+A document holds one needle at each depth, so that it is read only once for all of them. For each question the needles
+that it does not ask for are distractors.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from headinfer.errors import UsageError
 from headinfer.evals.needles import build_haystack, random_needles
-from headinfer.evals.tasks import CountTokens, Document, Question, fit
+from headinfer.evals.tasks import CountTokens, Document, Question, largest_fitting
 
 __all__ = ["niah_document", "niah_documents"]
 
 _UNIT_CHARACTERS = 16
-_ANSWER_TOKENS, _LEAD_TOKENS = 16, 16  # of an answer, and of its lead where the model has to say it
+_ANSWER_TOKENS = 16
+_LEAD_TOKENS = 16  # added to the answer's tokens if the model has to write the lead itself
 
 
 def niah_documents(
@@ -28,7 +30,7 @@ def niah_documents(
     *,
     gives_lead: bool = True,
 ) -> Iterator[Document]:
-    """`samples` documents of each length; see niah_document()."""
+    """Yield `samples` documents of each length. The other arguments are those of `niah_document()`."""
     for length in lengths:
         for sample in range(samples):
             yield niah_document(length, depths, sample, text, count, seed, gives_lead=gives_lead)
@@ -43,18 +45,37 @@ def niah_document(
     seed: int,
     *,
     gives_lead: bool = True,
-    suits: Callable[[str], bool] = lambda word: True,
+    accepts: Callable[[str], bool] = lambda word: True,
 ) -> Document:
-    """A text of `length` tokens, question and answer included, with a needle at each depth (shares of the text).
+    """Make a document with one needle and one question for each depth.
 
-    The text starts anywhere and is repeated where it is too short; the needles' words are none of its own, and suit.
-    gives_lead: whether the beginning of the answer, up to the number, stands after the question.
-    Raises UsageError for a length that cannot hold the needles.
+    The document starts at a random position of the text and repeats the text if it is too short.
+
+    Args:
+        length: the tokens of the document, the longest question and its answer together.
+        depths: the positions of the needles, from 0 (the beginning of the document) to 1 (its end).
+        sample: the number of the document among those with the same arguments. It changes the needles and the start.
+        text: the text that the needles are hidden in.
+        count: counts the tokens of a text.
+        seed: the seed of the random numbers.
+        gives_lead: append the beginning of the answer, up to the number, to each question.
+        accepts: decides whether a word may be a needle's word. Words that the text contains are never used.
+
+    Returns:
+        The document.
+
+    Raises:
+        UsageError: the length is too short for the needles.
     """
     rng = random.Random(f"{seed}/niah/{length}/{sample}")
-    doubled = text + text
-    needles = random_needles(len(depths), rng, held_out=True, suits=lambda word: word not in doubled and suits(word))
-    start, new_tokens = rng.randrange(len(text)), _ANSWER_TOKENS + (0 if gives_lead else _LEAD_TOKENS)
+    doubled = text + text  # a word may also appear where one copy of the text ends and the next one begins
+
+    def is_usable(word: str) -> bool:
+        return word not in doubled and accepts(word)
+
+    needles = random_needles(len(depths), rng, held_out=True, accepts=is_usable)
+    start = rng.randrange(len(text))
+    new_tokens = _ANSWER_TOKENS + (0 if gives_lead else _LEAD_TOKENS)
     questions = tuple(
         Question(
             key=f"{depth:g}",
@@ -73,10 +94,10 @@ def niah_document(
         cycled = text[start:] + text * (characters // len(text) + 1)
         return build_haystack(cycled[:characters], needles, depths)
 
-    units = fit(lambda units: build(units) + longest, count, length - new_tokens)
+    units = largest_fitting(lambda units: build(units) + longest, count, length - new_tokens)
     if units == 0:
         raise UsageError(
-            f"{length} tokens can not hold {len(depths)} needles and a question: use a longer length or fewer depths"
+            f"{length} tokens cannot hold {len(depths)} needles and a question: use a longer length or fewer depths"
         )
     facts = {"task": "niah", "length": length, "sample": sample}
     return Document(f"niah/{length}/{sample}", build(units), questions, facts)

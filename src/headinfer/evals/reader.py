@@ -1,7 +1,7 @@
-"""Read a document once and ask it many questions: with the head-wise cache, or with transformers' own.
+"""Reads a document once and asks many questions about it, with the head-wise cache or with transformers' cache.
 
-Each question is asked on a copy of what was read, so no answer knows of another question. The head-wise cache forks,
-which copies nothing; transformers' DynamicCache is copied whole.
+Each question is asked on a copy of the cache, so that no answer depends on another question. A HeadCache is forked,
+which copies no KV. A DynamicCache of transformers is copied completely.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from headinfer.jobs.prompts import document_ids, frame, pad_id
 __all__ = ["HEAD_WISE", "STANDARD", "Answer", "Method", "Reader", "Reading"]
 
 OnText = Callable[[Question, str], None]
+"""Receives a question and the next piece of its answer."""
+
 Method = Literal["head-wise", "standard"]
+"""Names the cache that a document is read with."""
+
 HEAD_WISE: Method = "head-wise"
 STANDARD: Method = "standard"
 _STANDARD_CHUNK_TOKENS = 2048
@@ -33,7 +37,13 @@ _STANDARD_CHUNK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens that followed a question, greedily chosen, and their text after the question's lead."""
+    """A greedily decoded answer.
+
+    Attributes:
+        text: the generated text. It continues the question's lead and does not contain it.
+        token_ids: the generated tokens.
+        seconds: the time that the answer took.
+    """
 
     text: str
     token_ids: list[int]
@@ -42,7 +52,17 @@ class Answer:
 
 @dataclass
 class Reading:
-    """What came of one document with one method. tokens: read from the document; bytes: of its KV."""
+    """The answers about one document with one cache, with times and memory.
+
+    Attributes:
+        method: the cache.
+        tokens: the tokens of the document.
+        read_s: the seconds that reading the document took, without the questions.
+        answers: the answers, in the order of the questions.
+        device_kv_bytes: the peak of the KV on the device; for the standard cache, the KV of the document.
+        host_kv_bytes: the KV in host memory.
+        stats: the statistics of the head-wise cache; None for the standard cache.
+    """
 
     method: Method
     tokens: int
@@ -54,9 +74,14 @@ class Reading:
 
 
 class Reader:
-    """A loaded model and its tokenizer. is_raw: do not use the tokenizer's chat template.
+    """Reads documents with one model and answers questions about them.
 
-    options: those of `enable()`, for the head-wise cache. on_tokens: called with the tokens read so far.
+    Args:
+        model: the loaded model.
+        tokenizer: the tokenizer of the model.
+        is_raw: do not use the tokenizer's chat template.
+        options: keyword arguments of `enable()` for the head-wise cache.
+        on_tokens: called after each forward pass with the number of tokens in the cache.
     """
 
     def __init__(
@@ -68,15 +93,26 @@ class Reader:
         options: Mapping[str, Any] | None = None,
         on_tokens: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        self.model, self.tokenizer, self.is_raw = model, tokenizer, is_raw
-        self._options, self._on_tokens = dict(options or {}), on_tokens
+        self.model = model
+        self.tokenizer = tokenizer
+        self.is_raw = is_raw
+        self._options = dict(options or {})
+        self._on_tokens = on_tokens
 
     def count(self, text: str) -> int:
-        """Tokens of a text, special ones aside."""
+        """Count the tokens of a text, without special tokens."""
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode(self, document: Document) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the document, and of what follows it for each question."""
+        """Tokenize a document and its questions.
+
+        Args:
+            document: the document.
+
+        Returns:
+            The token ids of the document with everything before it, and for each question the token ids that follow
+            the document.
+        """
         head = list(document_ids(self.tokenizer, document.text, is_raw=self.is_raw))
         tails = []
         for question in document.questions:
@@ -85,10 +121,20 @@ class Reader:
         return head, tails
 
     def read(self, document: Document, method: Method, on_text: OnText | None = None) -> Reading:
-        """Read the document, then ask each question. on_text gets a question and pieces of its answer as they come."""
+        """Read a document, then answer its questions.
+
+        Args:
+            document: the document.
+            method: the cache to use, HEAD_WISE or STANDARD.
+            on_text: called with each piece of an answer as soon as it is generated.
+
+        Returns:
+            The answers.
+        """
         head, tails = self.encode(document)
         ids = torch.tensor([head], device=self.model.device)
-        most = max(len(tail) + question.new_tokens for tail, question in zip(tails, document.questions, strict=True))
+        pairs = zip(tails, document.questions, strict=True)
+        max_tail_tokens = max(len(tail) + question.new_tokens for tail, question in pairs)
         reading = Reading(method, len(head))
         if method == STANDARD:
             cache = self._read_standard(ids, reading)
@@ -97,17 +143,20 @@ class Reader:
             return reading
         with enable(self.model, on_forward=self._after_forward, **self._options) as enabled:
             start = time.perf_counter()
-            head_cache = enabled.new_cache(len(head) + most)
+            head_cache = enabled.new_cache(len(head) + max_tail_tokens)
             self._forward(ids, head_cache)
             reading.read_s = time.perf_counter() - start
             self._ask(ids, tails, document, reading, head_cache.fork, on_text)
-        reading.stats = stats = head_cache.stats()
-        reading.device_kv_bytes, reading.host_kv_bytes = stats.device_kv_peak_bytes, stats.host_kv_bytes
+        stats = head_cache.stats()
+        reading.stats = stats
+        reading.device_kv_bytes = stats.device_kv_peak_bytes
+        reading.host_kv_bytes = stats.host_kv_bytes
         head_cache.reset()
         return reading
 
     def _read_standard(self, ids: torch.Tensor, reading: Reading) -> DynamicCache:
-        start, cache = time.perf_counter(), DynamicCache(config=self.model.config)
+        start = time.perf_counter()
+        cache = DynamicCache(config=self.model.config)
         for chunk in ids.split(_STANDARD_CHUNK_TOKENS, dim=1):
             self._forward(chunk, cache)
             self._on_tokens(cache.get_seq_length())
@@ -131,33 +180,34 @@ class Reader:
         on_text: OnText | None,
     ) -> None:
         for tail, question in zip(tails, document.questions, strict=True):
-            whole = torch.cat([ids, torch.tensor([tail], device=ids.device)], dim=1)
+            streamer = None
+            if on_text is not None:
+                streamer = _Streamer(self.tokenizer, functools.partial(on_text, question))
+            prompt = torch.cat([ids, torch.tensor([tail], device=ids.device)], dim=1)
             start = time.perf_counter()
-            written = self.model.generate(
-                whole,
-                attention_mask=torch.ones_like(whole),
+            generated = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
                 past_key_values=fork(),
                 max_new_tokens=question.new_tokens,
                 do_sample=False,
                 pad_token_id=pad_id(self.tokenizer),
-                streamer=_Streamer(self.tokenizer, functools.partial(on_text, question))
-                if on_text is not None
-                else None,
+                streamer=streamer,
             )
-            new_ids = written[0, whole.shape[1] :].tolist()
+            new_ids = generated[0, prompt.shape[1] :].tolist()
             text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
             reading.answers.append(Answer(text, new_ids, time.perf_counter() - start))
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Gives the answer's text away as it comes."""
+    """Passes the text of an answer on as soon as it is generated."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called with each piece of text."""
+        """Called by transformers with each piece of text."""
         self._on_text(text + "\n" if stream_end else text)
 
 

@@ -1,8 +1,8 @@
-"""RULER's synthetic tasks that need no external data (Hsieh et al., arXiv 2404.06654), written anew.
+"""An implementation of RULER's synthetic tasks that need no external data (Hsieh et al., arXiv 2404.06654).
 
-Templates, sizes and the metric are those of the published benchmark (NVIDIA/RULER, synthetic.yaml). Two things differ:
-the essays are the text that headinfer ships, or your own; and cwe takes pairs of words where a list needs more words
-than there are.
+Templates, sizes and the metric are those of the published benchmark (NVIDIA/RULER, synthetic.yaml). There are two
+differences. The essays are replaced by the text that ships with headinfer, or by your own. The task cwe uses pairs of
+words if a list needs more words than the vocabulary has.
 """
 
 from __future__ import annotations
@@ -13,47 +13,72 @@ import math
 import random
 import string
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from headinfer.errors import UsageError
-from headinfer.evals.needles import hide
-from headinfer.evals.tasks import CountTokens, Document, Question, fit
+from headinfer.evals.needles import insert_sentences
+from headinfer.evals.tasks import CountTokens, Document, Question, largest_fitting
 
 __all__ = ["RULER_TASKS", "ruler_documents"]
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_SHORT_TOKENS = 4096  # below that, cwe uses smaller counts
+_SHORT_TOKENS = 4096  # for shorter documents cwe uses smaller counts
+_VARIABLE_HOPS = 4
+_COMMON_WORDS = 10
 _DEPTHS = tuple(round(100 * step / 39) / 100 for step in range(40))
 _ESSAY_UNIT_CHARACTERS = 16
+_POSITIONS_LABEL = "places"  # a part of seeds: another label would change the documents of a seed
 
 Build = Callable[[int], "tuple[str, Question]"]
+"""Makes the text and the question of a document with a given number of units (lines, words or characters)."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task draws from. rng: seeded for one document, so that a build can be repeated."""
+    """The text, the size and the seed of one document.
+
+    Attributes:
+        essay: the text that needles are hidden in.
+        max_tokens: the length of the document with question and answer.
+        seed: the seed of all random numbers of this document.
+    """
 
     essay: str
-    most_tokens: int
+    max_tokens: int
     seed: str
 
-    def rng(self, what: str = "") -> random.Random:
-        """A generator that depends on the document and `what` only."""
-        return random.Random(f"{self.seed}/{what}")
+    def rng(self, purpose: str) -> random.Random:
+        """Create a generator for one purpose. It always returns the same numbers, so that a build can be repeated."""
+        return random.Random(f"{self.seed}/{purpose}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: build(setting) gives units -> (document, question). least_units: the fewest that hold all its parts."""
+    """A task of RULER.
+
+    Attributes:
+        build: returns the function that makes a document.
+        min_units: the smallest number of units that the function accepts.
+    """
 
     build: Callable[[Setting], Build]
-    least_units: int = 1
+    min_units: int = 1
 
 
 @dataclass(frozen=True)
 class Niah:
-    """Needles in noise, in an essay, or among other needles."""
+    """The needle tasks (niah_*): numbers or UUIDs by key, hidden in noise, in an essay or among other needles.
+
+    Attributes:
+        haystack: "essay", "noise" or "needle".
+        keys: the kind of the keys, "words" or "uuids".
+        values: the kind of the values, "numbers" or "uuids".
+        key_count: the number of keys in the document.
+        values_per_key: the number of values of each key.
+        queries: the number of keys that the question asks for.
+    """
 
     haystack: str = "essay"
     keys: str = "words"
@@ -72,16 +97,19 @@ class Niah:
         names = [keys[index] for index in asked]
         query = names[0] if len(names) == 1 else ", ".join(names[:-1]) + ", and " + names[-1]
         is_one = self.queries * self.values_per_key == 1
-        kind, be, some = (self.values[:-1], "is", "A") if is_one else (self.values, "are all", "Some")
+        kind = self.values[:-1] if is_one else self.values
+        article = "A" if is_one else "Some"
+        verb = "is" if is_one else "are"
+        question_verb = "is" if is_one else "are all"
         before = (
-            f"{some} special magic {kind} {'is' if is_one else 'are'} hidden within the following text. Make sure to "
+            f"{article} special magic {kind} {verb} hidden within the following text. Make sure to "
             f"memorize it. I will quiz you about the {kind} afterwards.\n"
         )
         references = tuple(value for index in asked for value in values[index])
         question = Question(
             key="0",
-            text=f"\nWhat {be} the special magic {kind} for {query} mentioned in the provided text?",
-            lead=f" The special magic {kind} for {query} mentioned in the provided text {'is' if is_one else 'are'}",
+            text=f"\nWhat {question_verb} the special magic {kind} for {query} mentioned in the provided text?",
+            lead=f" The special magic {kind} for {query} mentioned in the provided text {verb}",
             references=references,
             new_tokens=128,
         )
@@ -94,34 +122,37 @@ class Niah:
         rng = setting.rng("haystack")
         if self.haystack == "essay":
             depths = rng.sample(_DEPTHS, len(needles))
-            return hide(_cycled(setting.essay, units * _ESSAY_UNIT_CHARACTERS), [f" {one}" for one in needles], depths)
+            essay = _cycled(setting.essay, units * _ESSAY_UNIT_CHARACTERS)
+            return insert_sentences(essay, [f" {needle}" for needle in needles], depths)
         if self.haystack == "noise":
             lines = [_NOISE] * units
         else:
             lines = [self._needle(_draw(self.keys, rng), _draw(self.values, rng)) for _ in range(units)]
-        positions = sorted(setting.rng("places").sample(range(units), len(needles)), reverse=True)
+        positions = sorted(setting.rng(_POSITIONS_LABEL).sample(range(units), len(needles)), reverse=True)
         for position, needle in zip(positions, needles, strict=True):
             lines.insert(position, needle)
         return "\n".join(lines)
 
 
 def _variable_tracking(setting: Setting) -> Build:
-    """A chain of four assignments in noise, after one worked example."""
-    rng, hops = setting.rng("chain"), 4
+    """The task vt: a chain of assignments in noise, after one worked example."""
+    rng = setting.rng("chain")
     task = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 
     def chain(letters: int) -> tuple[list[str], str, list[str]]:
         names: list[str] = []
-        while len(names) <= hops:
+        while len(names) <= _VARIABLE_HOPS:
             name = "".join(rng.choices(string.ascii_uppercase, k=letters))
-            names += [name] if name not in names else []
+            if name not in names:
+                names.append(name)
         value = str(rng.randrange(10_000, 99_999))
         lines = [f"VAR {names[0]} = {value}"]
         lines += [f"VAR {after} = VAR {before} " for before, after in itertools.pairwise(names)]
         return names, value, lines
 
     def context(lines: Sequence[str], units: int) -> str:
-        parts, positions = [_NOISE] * units, sorted(setting.rng("places").sample(range(units), len(lines)))
+        parts = [_NOISE] * units
+        positions = sorted(setting.rng(_POSITIONS_LABEL).sample(range(units), len(lines)))
         for index, (position, line) in enumerate(zip(positions, lines, strict=True)):
             parts.insert(position + index, line)
         return "\n".join(parts).replace(". \n", ".\n")
@@ -129,8 +160,8 @@ def _variable_tracking(setting: Setting) -> Build:
     def ask(value: str) -> tuple[str, str]:
         return (
             f"\nQuestion: Find all variables that are assigned the value {value} in the text above.",
-            f" Answer: According to the chain(s) of variable assignment in the text above, {hops + 1} variables are "
-            f"assigned the value {value}, they are: ",
+            " Answer: According to the chain(s) of variable assignment in the text above, "
+            f"{_VARIABLE_HOPS + 1} variables are assigned the value {value}, they are: ",
         )
 
     names, value, lines = chain(3)
@@ -142,38 +173,41 @@ def _variable_tracking(setting: Setting) -> Build:
 
 
 def _common_words(setting: Setting) -> Build:
-    """The ten words that stand in a numbered list more often than the others, after one worked example."""
-    rng, common = setting.rng("words"), 10
+    """The task cwe: the ten most common words of a numbered list, after one worked example."""
+    rng = setting.rng("words")
     task = (
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
         "appear most often.\n"
     )
-    is_short = setting.most_tokens < _SHORT_TOKENS
-    text = f"\nQuestion: What are the {common} most common words in the above list?"
-    lead = f" Answer: The top {common} words that appear most often in the list are:"
+    is_short = setting.max_tokens < _SHORT_TOKENS
+    example_counts = (3, 1) if is_short else (10, 3)
+    counts = (6, 1) if is_short else (30, 3)
+    text = f"\nQuestion: What are the {_COMMON_WORDS} most common words in the above list?"
+    lead = f" Answer: The top {_COMMON_WORDS} words that appear most often in the list are:"
 
-    def numbered(words: Sequence[str], often: int, seldom: int) -> str:
-        listed = [*list(words[:common]) * often, *list(words[common:]) * seldom]
+    def numbered(words: Sequence[str], common_count: int, rare_count: int) -> str:
+        listed = [*list(words[:_COMMON_WORDS]) * common_count, *list(words[_COMMON_WORDS:]) * rare_count]
         setting.rng("order").shuffle(listed)
         return " ".join(f"{index}. {word}" for index, word in enumerate(listed, 1))
 
     shown = rng.sample(_words(40), 20 if is_short else 40)
-    example = task + numbered(shown, *((3, 1) if is_short else (10, 3))) + text + lead + " "
-    example += " ".join(f"{index}. {word}" for index, word in enumerate(shown[:common], 1)) + "\n"
+    example = task + numbered(shown, *example_counts) + text + lead + " "
+    example += " ".join(f"{index}. {word}" for index, word in enumerate(shown[:_COMMON_WORDS], 1)) + "\n"
 
     def build(units: int) -> tuple[str, Question]:
         words = setting.rng("list").sample(_words(units), units)
-        references = tuple(words[:common])
+        references = tuple(words[:_COMMON_WORDS])
         question = Question(key="0", text=text, lead=lead, references=references, new_tokens=120)
-        return example + task + numbered(words, *((6, 1) if is_short else (30, 3))), question
+        return example + task + numbered(words, *counts), question
 
     return build
 
 
 def _frequent_words(setting: Setting) -> Build:
-    """The three most frequent of made-up words whose counts fall with the square of their rank (a zeta law)."""
-    rng, vocabulary = setting.rng("vocabulary"), []
-    for _ in range(max(setting.most_tokens // 50, 8)):
+    """The task fwe: the three most frequent of made-up words. Counts fall with the square of the rank (a zeta law)."""
+    rng = setting.rng("vocabulary")
+    vocabulary = []
+    for _ in range(max(setting.max_tokens // 50, 8)):
         vocabulary.append("".join(rng.choices(string.ascii_lowercase, k=6)))
     vocabulary = ["...", *dict.fromkeys(vocabulary)]  # the most frequent "word" is noise
     question = Question(
@@ -191,7 +225,7 @@ def _frequent_words(setting: Setting) -> Build:
 
     def build(units: int) -> tuple[str, Question]:
         counts = (int(units / rank**2 / (math.pi**2 / 6)) for rank in range(1, len(vocabulary) + 1))
-        words = [word for word, times in zip(vocabulary, counts, strict=True) for _ in range(times)]
+        words = list(Counter(dict(zip(vocabulary, counts, strict=True))).elements())
         setting.rng("order").shuffle(words)
         return task + " ".join(words), question
 
@@ -207,18 +241,31 @@ RULER_TASKS: dict[str, Task] = {
     "niah_multikey_3": Task(Niah("needle", keys="uuids", values="uuids")),
     "niah_multivalue": Task(Niah(values_per_key=4)),
     "niah_multiquery": Task(Niah(queries=4)),
-    "vt": Task(_variable_tracking, least_units=5),
-    "cwe": Task(_common_words, least_units=11),
-    "fwe": Task(_frequent_words, least_units=30),
+    "vt": Task(_variable_tracking, min_units=5),
+    "cwe": Task(_common_words, min_units=11),
+    "fwe": Task(_frequent_words, min_units=30),
 }
+"""The tasks by their names in RULER."""
 
 
 def ruler_documents(
     name: str, lengths: Sequence[int], samples: int, essay: str, count: CountTokens, seed: int
 ) -> Iterator[Document]:
-    """`samples` documents of a task of each length, which prompt and answer together do not exceed.
+    """Yield documents of a task.
 
-    Raises UsageError for a name that is no task and for a length that holds nothing.
+    Args:
+        name: the name of the task, one of RULER_TASKS.
+        lengths: the lengths. Prompt and answer together do not exceed them.
+        samples: the number of documents of each length.
+        essay: the text that needles are hidden in.
+        count: counts the tokens of a text.
+        seed: the seed of the random numbers.
+
+    Yields:
+        The documents, each with one question.
+
+    Raises:
+        UsageError: there is no such task, or a length is too short for it.
     """
     if name not in RULER_TASKS:
         raise UsageError(f"RULER has no task {name!r} here: choose among {', '.join(RULER_TASKS)}")
@@ -231,14 +278,14 @@ def _document(name: str, length: int, sample: int, essay: str, count: CountToken
     task = RULER_TASKS[name]
     build = task.build(Setting(essay, length, f"{seed}/{name}/{length}/{sample}"))
 
-    def whole(units: int) -> str:
+    def prompt(units: int) -> str:
         text, question = build(units)
         return text + question.text + question.lead
 
-    new_tokens = build(task.least_units)[1].new_tokens
-    units = fit(whole, count, length - new_tokens, task.least_units)
+    _, question = build(task.min_units)
+    units = largest_fitting(prompt, count, length - question.new_tokens, task.min_units)
     if units == 0:
-        raise UsageError(f"{length} tokens are too few for RULER's {name}: its questions alone need more")
+        raise UsageError(f"{length} tokens are too few for RULER's {name}: the task needs more without any context")
     text, question = build(units)
     facts = {"task": name, "length": length, "sample": sample}
     return Document(f"{name}/{length}/{sample}", text, (question,), facts)
@@ -254,7 +301,7 @@ def _draw(kind: str, rng: random.Random) -> str:
 
 
 def _words(count: int) -> list[str]:
-    """At least `count` words: single ones, or pairs where there are not enough."""
+    """At least `count` words; pairs of words if there are not enough single ones."""
     nouns, adjectives, verbs = _word_lists()
     single = sorted({*nouns, *adjectives, *verbs})
     if count <= len(single):
@@ -270,10 +317,11 @@ def _word_lists() -> tuple[list[str], list[str], list[str]]:
     except ImportError as error:
         raise UsageError("RULER's words come from wonderwords: pip install 'headinfer[eval]'") from error
     words = RandomWord()
-    nouns, adjectives, verbs = (
-        sorted(set(words.filter(include_parts_of_speech=[kind]))) for kind in ("noun", "adjective", "verb")
-    )
-    return nouns, adjectives, verbs
+
+    def of_kind(kind: str) -> list[str]:
+        return sorted(set(words.filter(include_parts_of_speech=[kind])))
+
+    return of_kind("noun"), of_kind("adjective"), of_kind("verb")
 
 
 def _cycled(text: str, characters: int) -> str:

@@ -1,4 +1,4 @@
-"""Run an evaluation: read each document, ask, score; results on disk after each document, and taken up from there."""
+"""Runs an evaluation. The results are saved after each document, and an interrupted evaluation continues from them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ _FORMAT = 1
 
 @dataclass
 class Results:
-    """The answers so far. about: what must be equal for an evaluation to be continued (model, task, seed, ...).
+    """The results of an evaluation, which may be incomplete.
 
-    records: one per question and method, in the order of asking. skipped: documents that the standard cache could not
-    hold, with the reason.
+    Attributes:
+        path: the file, results.json.
+        about: model, task, seed and everything else that must be equal for an evaluation to be continued.
+        records: one entry for each question and method, in the order in which they were asked.
+        skipped: the keys of documents that are too large for the standard cache, each with the reason.
+        command: the command line, which is saved with the results.
     """
 
     path: Path
@@ -39,7 +43,18 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path, about: dict[str, Any]) -> Results:
-        """The results in a folder, or new ones. Raises UsageError where those there are of another evaluation."""
+        """Read the results of a folder, or begin new ones.
+
+        Args:
+            folder: the folder of results.json.
+            about: the evaluation that is about to run.
+
+        Returns:
+            The results.
+
+        Raises:
+            UsageError: the folder contains the results of another evaluation, or results.json cannot be written.
+        """
         results = cls(folder / "results.json", about)
         if results.path.is_file() and results.path.stat().st_size:
             found = read_json_object(results.path)
@@ -60,16 +75,23 @@ class Results:
         return results
 
     def check(self) -> Output:
-        """The file, which may be written: it is free, or holds this evaluation. Raises UsageError if it may not."""
+        """Check that the results can be written.
+
+        Returns:
+            The output file, which does not exist or contains results of this evaluation.
+
+        Raises:
+            UsageError: the file contains something else, or its folder is not writable.
+        """
         return Output(self.path, is_ours=lambda path: read_json_object(path).get("about") == self.about)
 
     def has(self, document: Document, method: Method) -> bool:
-        """Whether every question of a document was answered with a method."""
+        """Whether every question of a document has been answered with a method."""
         done = {(record["key"], record["method"]) for record in self.records}
         return all((_key(document, question), method) in done for question in document.questions)
 
     def add(self, document: Document, reading: Reading) -> None:
-        """Score a reading's answers and keep them, in place of those of an earlier reading that was cut short."""
+        """Score the answers of a reading and add them. They replace those of an earlier, interrupted reading."""
         keys = {_key(document, question) for question in document.questions}
         kept = [one for one in self.records if one["key"] not in keys or one["method"] != reading.method]
         for question, answer in zip(document.questions, reading.answers, strict=True):
@@ -93,7 +115,7 @@ class Results:
         self.records = kept
 
     def save(self) -> None:
-        """Write the file, whole; an answer a line."""
+        """Write all results to the file, with one line for each answer."""
         about = {"format": _FORMAT, "command": self.command, "machine": machine(), "about": self.about}
         about |= {"summary": self.summary(), "skipped": self.skipped}
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in self.records)
@@ -101,7 +123,15 @@ class Results:
         self.check().write(f'{head},\n "answers": [\n{lines}\n]}}\n')
 
     def scores(self, *names: str, method: Method = HEAD_WISE) -> dict[tuple[Any, ...], float]:
-        """The mean score by the facts named, e.g. ("length", "depth")."""
+        """Compute mean scores.
+
+        Args:
+            names: the fields to group by, such as "length" and "depth".
+            method: the cache whose answers are scored.
+
+        Returns:
+            The mean score for each combination of values of these fields.
+        """
         groups = defaultdict(list)
         for record in self.records:
             if record["method"] == method:
@@ -109,33 +139,42 @@ class Results:
         return {key: statistics.fmean(scores) for key, scores in sorted(groups.items(), key=str)}
 
     def differing(self) -> list[str]:
-        """Questions whose tokens differ between the methods; empty where all that both answered are identical."""
+        """List the keys of the questions to which the two caches gave different tokens."""
         tokens: dict[str, dict[str, list[int]]] = defaultdict(dict)
         for record in self.records:
             tokens[record["key"]][record["method"]] = record["token_ids"]
-        return [key for key, by in tokens.items() if len(by) == 2 and by[HEAD_WISE] != by[STANDARD]]
+        return [
+            key
+            for key, by_method in tokens.items()
+            if len(by_method) == 2 and by_method[HEAD_WISE] != by_method[STANDARD]
+        ]
 
     def summary(self) -> dict[str, Any]:
-        """Scores of both methods, and whether their answers are the same."""
-        both = {one["key"] for one in self.records if one["method"] == STANDARD}
-        both &= {one["key"] for one in self.records if one["method"] == HEAD_WISE}
-        found: dict[str, Any] = {"questions": sum(one["method"] == HEAD_WISE for one in self.records)}
-        found["score"] = _mean(one["score"] for one in self.records if one["method"] == HEAD_WISE)
+        """Summarize the scores.
+
+        Returns:
+            The number of questions that the head-wise cache answered and its mean score (None without answers). If both
+            caches answered questions, the entry "compared" says how many answers are identical and how the mean scores
+            of these questions differ.
+        """
+        head_wise = [record for record in self.records if record["method"] == HEAD_WISE]
+        standard = [record for record in self.records if record["method"] == STANDARD]
+        summary: dict[str, Any] = {
+            "questions": len(head_wise),
+            "score": statistics.fmean(record["score"] for record in head_wise) if head_wise else None,
+        }
+        both = {record["key"] for record in head_wise} & {record["key"] for record in standard}
         if both:
-            of_both = [one for one in self.records if one["key"] in both]
-            ours, theirs = (
-                _mean(one["score"] for one in of_both if one["method"] == method) for method in (HEAD_WISE, STANDARD)
-            )
-            assert ours is not None
-            assert theirs is not None
-            found["compared"] = {
+            head_wise_score = statistics.fmean(record["score"] for record in head_wise if record["key"] in both)
+            standard_score = statistics.fmean(record["score"] for record in standard if record["key"] in both)
+            summary["compared"] = {
                 "questions": len(both),
                 "identical": len(both) - len(self.differing()),
-                "score_head_wise": ours,
-                "score_standard": theirs,
-                "score_difference": ours - theirs,
+                "score_head_wise": head_wise_score,
+                "score_standard": standard_score,
+                "score_difference": head_wise_score - standard_score,
             }
-        return found
+        return summary
 
 
 def evaluate(
@@ -147,10 +186,16 @@ def evaluate(
     kv_bytes_per_token: int,
     on_document: Callable[[Document, Sequence[Reading]], None] = lambda document, readings: None,
 ) -> None:
-    """Answer what is not answered yet, saving after each document.
+    """Answer the questions that are not answered yet, and save the results after each document.
 
-    compare: with the standard cache too, where the host or device can hold its KV twice (each question is asked on a
-    copy). kv_bytes_per_token: of the whole model.
+    Args:
+        reader: reads the documents.
+        documents: the documents.
+        results: the results so far. New answers are added.
+        compare: answer with the standard cache as well. Documents whose KV does not fit into memory twice are skipped,
+            since each question is asked on a copy of the cache.
+        kv_bytes_per_token: the KV of one token in all layers, in bytes.
+        on_document: called after each document with its new readings.
     """
     for document in documents:
         readings = []
@@ -159,8 +204,9 @@ def evaluate(
                 continue
             if method == STANDARD:
                 needed = 2 * reader.count(document.text) * kv_bytes_per_token
-                if needed > (room := _room(reader)):
-                    reason = f"needs {format_bytes(needed)} for its KV and a copy; there are {format_bytes(room)}"
+                free = _free_bytes(reader)
+                if needed > free:
+                    reason = f"needs {format_bytes(needed)} for its KV and a copy; there are {format_bytes(free)}"
                     results.skipped[document.key] = reason
                     continue
                 results.skipped.pop(document.key, None)
@@ -172,8 +218,8 @@ def evaluate(
     results.save()
 
 
-def _room(reader: Reader) -> int:
-    """Bytes that are free where the standard cache lies."""
+def _free_bytes(reader: Reader) -> int:
+    """Free memory for the standard cache, on the model's device."""
     device = reader.model.device
     if device.type == "cuda":
         from headinfer.engine.machine import free_device_bytes
@@ -184,8 +230,3 @@ def _room(reader: Reader) -> int:
 
 def _key(document: Document, question: Question) -> str:
     return f"{document.key}/{question.key}"
-
-
-def _mean(scores: Iterable[float]) -> float | None:
-    found = list(scores)
-    return statistics.fmean(found) if found else None
