@@ -777,7 +777,7 @@ def test_training_replaces_only_its_own_runs(tmp_path, monkeypatch):
             (tmp_path / "somebody's" / "training.json").write_text(made)
         with pytest.raises(SystemExit, match="choose another --out"):
             train.check_run_folder(tmp_path / "somebody's")
-    assert evaluate.is_table(ROOT / "docs" / "measurements" / "embedded.json")
+    assert evaluate.is_table(ROOT / "benchmarks" / "results" / "embedded.json")
     folder = put(tmp_path / "results")
     assert not [name for name in NAMES if evaluate.is_table(folder / name)]
 
