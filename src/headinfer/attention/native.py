@@ -22,6 +22,7 @@ import torch
 
 from headinfer.attention.state import AttentionState
 from headinfer.utils.tensors import Piece
+from headinfer.utils.user_folders import cache_folder
 
 __all__ = ["attend_native", "unavailable_reason"]
 
@@ -42,11 +43,6 @@ class _Piece(ctypes.Structure):
 
 class _BuildError(Exception):
     """Why there is no native kernel on this machine."""
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "headinfer"
 
 
 def _cpu_identity() -> str:
@@ -71,7 +67,7 @@ def _build() -> Path:
     # -O3 gains only where the vectors fit one register; elsewhere it spills, and takes half a minute to build.
     flags = ("-O3" if "avx512f" in _cpu_identity() else "-O2", *_FLAGS)
     identity = "\n".join([_SOURCE.read_text(encoding="utf-8"), *flags, compiler, _cpu_identity(), *_torch_openmp()])
-    target = _cache_folder() / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    target = cache_folder() / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
 from headinfer.utils.files import Output, read_json_object
+from headinfer.utils.user_folders import cache_folder
 
 __all__ = ["HARDWARE", "Hardware", "find_hardware", "is_probe", "probe_path"]
 
@@ -225,5 +225,5 @@ def is_probe(path: Path) -> bool:
 
 
 def probe_path() -> Path:
-    """Where a probe of this machine is kept: the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headinfer" / "hardware.json"
+    """The file of this machine's probe, in the user's cache folder."""
+    return cache_folder() / "hardware.json"

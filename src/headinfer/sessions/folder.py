@@ -13,6 +13,7 @@ from headinfer.errors import SessionError, UsageError
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import LOCK, LOCK_TEXT, check_no_foreign_files, own_files
 from headinfer.utils.files import partial_path, remove, sync_folder
+from headinfer.utils.user_folders import data_folder
 
 __all__ = ["Lock", "at_rest", "check_unchanged", "default_root", "remove_session", "session_folder", "session_names"]
 
@@ -23,11 +24,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def default_root() -> Path:
-    """$HEADINFER_SESSIONS, or headinfer/sessions in the user's data folder."""
+    """The folder of all sessions: $HEADINFER_SESSIONS, or sessions in headinfer's data folder of this user."""
     if chosen := os.environ.get("HEADINFER_SESSIONS"):
         return Path(chosen)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "headinfer" / "sessions"
+    return data_folder() / "sessions"
 
 
 def session_folder(root: Path, name: str) -> Path:
