@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import paper_notes
 import paper_tables
 import pytest
@@ -117,15 +118,47 @@ def test_a_probe_of_this_machine_is_used_where_no_device_is_named(tmp_path):
     assert "on L4" in done.stdout
 
 
-def test_models_are_found_in_folders_files_and_the_hub_cache(tmp_path, monkeypatch):
-    text = json.dumps(BUILT_IN_CONFIGS["qwen3-8b"] | {"num_hidden_layers": 7})
-    snapshot = tmp_path / "hub" / "models--Some--Model" / "snapshots" / "abc"
+def download(hub_cache, model, revision, config, *, is_main=True):
+    """Put a config into a folder as huggingface_hub stores a downloaded one; returns its folder."""
+    folder = hub_cache / f"models--{model.replace('/', '--')}"
+    snapshot = folder / "snapshots" / revision
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text(text)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    if is_main:
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(revision)
+    return snapshot
+
+
+def test_the_hub_cache_is_where_hugging_face_looks_for_it(tmp_path):
+    config = BUILT_IN_CONFIGS["llama-3-8b"] | {"num_hidden_layers": 2}
+    folders = {"HF_HOME": "hub", "HF_HUB_CACHE": ".", "XDG_CACHE_HOME": "huggingface/hub"}
+    script = """
+import sys
+from headinfer.plan.models import find_shape
+assert len(find_shape("Some/Model").layers) == 2
+assert not {"torch", "transformers"} & set(sys.modules), "headinfer plan loads neither"
+"""
+    unset = {name: value for name, value in os.environ.items() if name not in (*folders, "HUGGINGFACE_HUB_CACHE")}
+    for name, below in folders.items():
+        download(tmp_path / name / below, "Some/Model", "abc", config)
+        environment = {**unset, name: str(tmp_path / name)}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, (name, done.stderr)
+
+
+def test_models_are_found_in_folders_files_and_the_hub_cache(tmp_path, monkeypatch):
+    config = BUILT_IN_CONFIGS["qwen3-8b"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = download(tmp_path / "hub", "Some/Model", "abc", config | {"num_hidden_layers": 7})
+    download(tmp_path / "hub", "Some/Model", "def", config | {"num_hidden_layers": 8}, is_main=False)
     for name in (snapshot, snapshot / "config.json", "Some/Model"):
         assert len(find_shape(str(name)).layers) == 7
+    for name in ("Some/Other", "Some/Model/config.json", "-/Model", "https://some/model"):
+        with pytest.raises(UsageError, match="there is no model"):
+            find_shape(name)
     assert find_shape("meta-llama/Meta-Llama-3-8B-Instruct") == find_shape("llama-3-8b")
     assert find_shape("google/gemma-3-12b-it") == find_shape("gemma-3-12b")
     (snapshot / "config.json").write_text("{}")
