@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from headinfer.attention.backends import backend_names
-from headinfer.cli.main import parse_bytes
 from headinfer.errors import UsageError
+from headinfer.utils.units import parse_bytes
 
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
 

@@ -791,8 +791,8 @@ CALLS = {
     # all in a temporary folder
     "bench/disk_suites.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
     "cli/bench.py": ["Output", "Output", "Output", "Output", "Output", "Output"],
-    "cli/main.py": ["Output", "Output"],
-    "cli/evals.py": ["Output"],
+    "cli/eval.py": ["Output"],
+    "cli/probe.py": ["Output", "Output"],
     # savefig: into memory
     "evals/heatmap.py": ["Output", "savefig"],
     "evals/run.py": ["Output", "Output"],

@@ -1,6 +1,5 @@
-"""Where headinfer keeps its files if the user names no folder: the same paths on Linux as in earlier versions."""
+"""Where headinfer keeps its files if the user names no folder: the same paths as in earlier versions."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ import pytest
 from headinfer.plan.hardware import probe_path
 from headinfer.sessions.folder import default_root
 from headinfer.utils.user_folders import cache_folder
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
 
 
 @pytest.mark.parametrize("value", [None, ""])

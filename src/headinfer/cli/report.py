@@ -1,62 +1,58 @@
-"""What people see on stderr: progress, summaries, tables."""
+"""Progress bars and tables of the commands."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from headinfer.hf.cache import HeadCache
-from headinfer.jobs.generate import Summary
+from headinfer.cli.console import stderr
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.units import format_bytes
 
-__all__ = ["GenerationProgress", "columns_table", "hardware_table", "summary_table"]
+if TYPE_CHECKING:
+    from headinfer.hf.cache import HeadCache
+    from headinfer.jobs.generate import Summary
+
+__all__ = [
+    "EvaluationProgress",
+    "GenerationProgress",
+    "ReadingProgress",
+    "columns_table",
+    "hardware_table",
+    "summary_row",
+    "summary_table",
+]
 
 
-class GenerationProgress:
-    """A bar for the prefill, whose share done and time left count attention's quadratic cost, then one for decode.
+def _new_progress() -> Progress:
+    """A progress display on stderr. Its tasks have a field `shown`, the text beside the bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=stderr,
+    )
 
-    The decode bar is left out where the text itself is streamed to the same terminal.
-    """
 
-    def __init__(
-        self,
-        console: Console,
-        shape: ModelShape,
-        prompt_tokens: int,
-        new_tokens: int,
-        *,
-        show_decode: bool,
-        read_before: int = 0,
-    ) -> None:
-        """read_before: tokens of the prompt that need not be read."""
-        self._shape, self._prompt_tokens, self._new_tokens = shape, prompt_tokens, new_tokens
-        self._read_before = read_before
-        self._show_decode = show_decode
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[tokens]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._start = time.perf_counter()
-        self._decode_start = 0.0
-        self._prefill: TaskID | None = None
-        self._decode: TaskID | None = None
+class _Shown:
+    """A progress display that is shown within a `with` statement."""
 
-    def __enter__(self) -> GenerationProgress:
+    def __init__(self) -> None:
+        self._progress = _new_progress()
+
+    def __enter__(self) -> Self:
         self._progress.start()
-        total = self._shape.prefill_flops(self._prompt_tokens)
-        self._prefill = self._progress.add_task("reading", total=total, tokens=f"0/{self._prompt_tokens:,} tokens")
         return self
 
     def __exit__(
@@ -64,40 +60,159 @@ class GenerationProgress:
     ) -> None:
         self._progress.stop()
 
+
+class GenerationProgress(_Shown):
+    """A progress bar for prefill, then one for decode.
+
+    The prefill bar and its remaining time account for attention's quadratic cost.
+
+    Args:
+        shape: the model.
+        prompt_tokens: tokens of the prompt.
+        new_tokens: most tokens that are generated.
+        show_decode: whether the decode bar is shown. It would disturb text that is streamed to the same terminal.
+        read_before: tokens of the prompt that a session holds already; the rate leaves them out.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        prompt_tokens: int,
+        new_tokens: int,
+        *,
+        show_decode: bool,
+        read_before: int = 0,
+    ) -> None:
+        super().__init__()
+        self._shape = shape
+        self._prompt_tokens = prompt_tokens
+        self._new_tokens = new_tokens
+        self._read_before = read_before
+        self._show_decode = show_decode
+        self._start = time.perf_counter()
+        self._decode_start = 0.0
+        self._prefill = self._progress.add_task(
+            "reading", total=shape.prefill_flops(prompt_tokens), shown=f"0/{prompt_tokens:,} tokens"
+        )
+        self._decode: TaskID | None = None
+
     def on_forward(self, cache: HeadCache) -> None:
-        """After each chunk and each token."""
+        """Update the bars. Called after each chunk and after each generated token."""
         now = time.perf_counter()
         tokens = cache.head_layers[0].get_seq_length()
-        assert self._prefill is not None
-        if self._decode is None:
-            done = min(tokens, self._prompt_tokens)
-            rate = (done - self._read_before) / (now - self._start)
-            self._progress.update(
-                self._prefill,
-                completed=self._shape.prefill_flops(done),
-                tokens=f"{done:,}/{self._prompt_tokens:,} tokens, {rate:,.0f} tokens/s",
-            )
-        if tokens >= self._prompt_tokens and self._decode is None:
-            self._decode_start = now
-            if not self._show_decode:
-                self._progress.stop()
-            self._decode = self._progress.add_task(
-                "writing", total=self._new_tokens, tokens="", visible=self._show_decode
-            )
-        elif self._decode is not None:
-            done = tokens - self._prompt_tokens
-            rate = done / (now - self._decode_start)
-            self._progress.update(
-                self._decode,
-                completed=done + 1,
-                tokens=f"{done + 1:,}/{self._new_tokens:,} tokens, {rate:,.2f} tokens/s",
-            )
+        if self._decode is not None:
+            self._update_decode(self._decode, tokens - self._prompt_tokens + 1, now)
+            return
+        self._update_prefill(min(tokens, self._prompt_tokens), now)
+        if tokens >= self._prompt_tokens:
+            self._decode = self._begin_decode(now)
+
+    def _update_prefill(self, done: int, now: float) -> None:
+        rate = (done - self._read_before) / (now - self._start)
+        self._progress.update(
+            self._prefill,
+            completed=self._shape.prefill_flops(done),
+            shown=f"{done:,}/{self._prompt_tokens:,} tokens, {rate:,.0f} tokens/s",
+        )
+
+    def _begin_decode(self, now: float) -> TaskID:
+        self._decode_start = now
+        if not self._show_decode:
+            self._progress.stop()
+        return self._progress.add_task("writing", total=self._new_tokens, shown="", visible=self._show_decode)
+
+    def _update_decode(self, task: TaskID, written: int, now: float) -> None:
+        rate = (written - 1) / (now - self._decode_start)  # the first token came with the last chunk
+        self._progress.update(
+            task,
+            completed=written,
+            shown=f"{written:,}/{self._new_tokens:,} tokens, {rate:,.2f} tokens/s",
+        )
+
+
+class EvaluationProgress(_Shown):
+    """A progress bar for the documents of an evaluation.
+
+    The bar and its remaining time account for attention's quadratic cost.
+
+    Args:
+        shape: the model.
+        document_tokens: tokens of each document, in the order in which the documents are read.
+    """
+
+    def __init__(self, shape: ModelShape, document_tokens: Sequence[int]) -> None:
+        super().__init__()
+        self._shape = shape
+        self._costs = [shape.prefill_flops(tokens) for tokens in document_tokens]
+        self._done = 0
+        self._task = self._progress.add_task("evaluating", total=sum(self._costs), shown=self._count())
+
+    def on_tokens(self, tokens: int) -> None:
+        """Update the bar. Called with the tokens of the current document that are read so far."""
+        cost = min(self._shape.prefill_flops(tokens), sum(self._costs[self._done : self._done + 1]))
+        self._progress.update(self._task, completed=self._cost_done() + cost)
+
+    def on_document(self, score: float | None) -> None:
+        """Update the bar after a document. `score` is the mean so far, or None if there is none."""
+        self._done += 1
+        shown = self._count() + ("" if score is None else f", score {score:.1%}")
+        self._progress.update(self._task, completed=self._cost_done(), shown=shown)
+
+    def _cost_done(self) -> float:
+        return sum(self._costs[: self._done])
+
+    def _count(self) -> str:
+        return f"{self._done} of {len(self._costs)} texts"
+
+
+class ReadingProgress:
+    """A progress bar for each reading of a document, one reading after another."""
+
+    def __init__(self) -> None:
+        self._update: Callable[[int], None] | None = None
+
+    @contextmanager
+    def reading(self, name: str, shape: ModelShape, tokens: int) -> Iterator[None]:
+        """Show a bar while a document is read. It ends with the last token, before any answer is printed.
+
+        Args:
+            name: the text before the bar.
+            shape: the model. The bar and its remaining time account for attention's quadratic cost.
+            tokens: tokens of the document.
+        """
+        progress = _new_progress()
+        task = progress.add_task(name, total=shape.prefill_flops(tokens), shown="")
+
+        def update(tokens_read: int) -> None:
+            if progress.finished:
+                return
+            done = min(tokens_read, tokens)
+            progress.update(task, completed=shape.prefill_flops(done), shown=f"{done:,}/{tokens:,}")
+            if done == tokens:
+                progress.stop()
+
+        self._update = update
+        with progress:
+            yield
+        self._update = None
+
+    def on_tokens(self, tokens: int) -> None:
+        """Update the bar, if one is shown. Called with the tokens that are read so far."""
+        if self._update is not None:
+            self._update(tokens)
 
 
 def columns_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[object]], justify: JustifyMethod = "right"
 ) -> Table:
-    """A table whose first column names the row; figures stand right, text is better left."""
+    """Make a table whose first column names the row.
+
+    Args:
+        title: the title, on the left.
+        header: the names of the columns. No header is shown if all are empty.
+        rows: the cells of each row, shown as str() gives them.
+        justify: alignment of the other columns: "right" for numbers, "left" for text.
+    """
     table = Table(title=title, title_justify="left", show_header=any(header))
     for index, name in enumerate(header):
         table.add_column(name, justify=justify if index else "left")
@@ -106,17 +221,27 @@ def columns_table(
     return table
 
 
+def summary_row(number: int, summary: Summary) -> tuple[str, str, str, str]:
+    """One question's number, time to first token, tokens per second and peak of KV on the device."""
+    return (
+        str(number),
+        _seconds(summary.first_token_s),
+        _rate(summary.decode_tokens_per_s),
+        "-" if summary.stats is None else format_bytes(summary.stats.device_kv_peak_bytes),
+    )
+
+
 def summary_table(summary: Summary) -> Table:
-    """What a generation did, for the end of it."""
-    rate, stats = summary.decode_tokens_per_s, summary.stats
+    """The table that ends a generation: tokens, times and bytes."""
+    stats = summary.stats
     rows: list[tuple[str, object]] = [
         ("tokens read", f"{summary.tokens_read:,} of {summary.tokens_in:,}"),
         ("tokens written", f"{summary.tokens_out:,}" + (" (interrupted)" if summary.interrupted else "")),
-        ("time to first token", "-" if summary.first_token_s is None else f"{summary.first_token_s:.2f} s"),
-        ("tokens/s after the first", "-" if rate is None else f"{rate:.2f}"),
+        ("time to first token", _seconds(summary.first_token_s)),
+        ("tokens/s after the first", _rate(summary.decode_tokens_per_s)),
     ]
     if stats is not None:
-        each = f", each of {summary.ranks} ranks" if summary.ranks > 1 else ""  # they hold equally many heads
+        each = f", each of {summary.ranks} ranks" if summary.ranks > 1 else ""  # all ranks have equally many heads
         rows += [
             (f"KV on the device, peak{each}", format_bytes(stats.device_kv_peak_bytes)),
             (f"KV on the host{each}", format_bytes(stats.host_kv_bytes)),
@@ -129,19 +254,29 @@ def summary_table(summary: Summary) -> Table:
 
 
 def hardware_table(found: Hardware) -> Table:
-    """What a probe has measured."""
-    rates = [
-        ("host memory, read", found.dram_bytes_per_s),
-        ("KV, read by decode's attention", found.kv_bytes_per_s or 0.0),
-        *((f"weights times one token, {name}", rate) for name, rate in found.weight_bytes_per_s.items()),
-        *(() if found.is_host else (("link to the device", found.link_bytes_per_s),)),
-        *(() if found.is_host else (("link to the host", found.link_back_bytes_per_s),)),
-        *(() if found.is_host else (("device memory", found.device_bytes_per_s),)),
-        ("disk, read", found.disk_read_bytes_per_s),
-        ("disk, write", found.disk_write_bytes_per_s),
-    ]
-    rows = [(name, f"{rate / 1e9:,.2f} GB/s") for name, rate in rates]
+    """The rates that a probe has measured."""
+    rates = {
+        "host memory, read": found.dram_bytes_per_s,
+        "KV, read by decode's attention": found.kv_bytes_per_s or 0.0,
+    }
+    rates |= {f"weights times one token, {name}": rate for name, rate in found.weight_bytes_per_s.items()}
+    if not found.is_host:
+        rates |= {
+            "link to the device": found.link_bytes_per_s,
+            "link to the host": found.link_back_bytes_per_s,
+            "device memory": found.device_bytes_per_s,
+        }
+    rates |= {"disk, read": found.disk_read_bytes_per_s, "disk, write": found.disk_write_bytes_per_s}
+    rows = [(name, f"{rate / 1e9:,.2f} GB/s") for name, rate in rates.items()]
     for what, by_dtype in (("matrices", found.flops_per_s), ("attention", found.attention_flops_per_s)):
         rows += [(f"{what} in {name}", f"{rate / 1e9:,.1f} GFLOP/s") for name, rate in by_dtype.items()]
     rows.append(("queueing a small kernel", f"{found.launch_s * 1e6:,.1f} us"))
     return columns_table(f"headinfer probe: {found.name}", ("", ""), rows)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.2f} s"
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.2f}"

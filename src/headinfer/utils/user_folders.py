@@ -1,10 +1,9 @@
-"""The folders of this user that the operating system intends for data and for caches."""
+"""The folders of this user for data and for caches, as the XDG Base Directory Specification names them."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-
-from platformdirs import user_cache_path, user_data_path
 
 __all__ = ["cache_folder", "data_folder"]
 
@@ -12,10 +11,10 @@ _APPLICATION = "headinfer"
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be made again: $XDG_CACHE_HOME/headinfer, or ~/.cache/headinfer, on Linux."""
-    return user_cache_path(_APPLICATION, appauthor=False)
+    """The folder for files that can be made again: $XDG_CACHE_HOME/headinfer, or ~/.cache/headinfer."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _APPLICATION
 
 
 def data_folder() -> Path:
-    """The folder for files to keep: $XDG_DATA_HOME/headinfer, or ~/.local/share/headinfer, on Linux."""
-    return user_data_path(_APPLICATION, appauthor=False)
+    """The folder for files to keep: $XDG_DATA_HOME/headinfer, or ~/.local/share/headinfer."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / _APPLICATION

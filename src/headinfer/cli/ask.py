@@ -1,0 +1,103 @@
+"""The command `headinfer ask`."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+
+from headinfer.cli.console import discard, say, stderr, write
+from headinfer.cli.options import (
+    DEVICE_KV_BUDGET_HELP,
+    MEMORY_PANEL,
+    Device,
+    DiskTier,
+    HostKVBudget,
+    Json,
+    MaxNewTokens,
+    SessionOption,
+    SessionsFolder,
+    Temperature,
+    kv_options,
+)
+from headinfer.sessions.folder import default_root
+from headinfer.utils.units import format_bytes
+
+__all__ = ["ask"]
+
+
+def ask(
+    questions: Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)],
+    session: SessionOption,
+    sessions: SessionsFolder = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Add the questions and answers to the session, as context for later questions."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is stored, if it was moved.", show_default="the session's")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    device_kv_budget: Annotated[
+        str | None,
+        typer.Option(help=DEVICE_KV_BUDGET_HELP, show_default="the session's", rich_help_panel=MEMORY_PANEL),
+    ] = None,
+    host_kv_budget: HostKVBudget = None,
+    disk_tier: DiskTier = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    temperature: Temperature = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Ask questions about a document that `headinfer read` has read.
+
+    Each question is answered as if it were the only one, and the session does not change, unless --keep is given.
+    """
+    from headinfer.cli.report import columns_table, summary_row
+    from headinfer.engine.options import Options
+    from headinfer.jobs import ask as asking
+
+    given = kv_options(device_kv_budget, host_kv_budget, disk_tier)
+    Options(**given)  # raises UsageError before anything is loaded
+    if device_kv_budget is None:
+        del given["device_kv_budget_bytes"]  # the session's own budget applies
+    job = asking.AskJob(
+        name=session,
+        root=sessions or default_root(),
+        questions=questions,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        seed=seed,
+        keep=keep,
+        sampling={"do_sample": True, "temperature": temperature} if temperature > 0 else {},
+        options=given,
+    )
+    started = time.perf_counter()
+    prepared = asking.prepare_ask(job)
+    checked = time.perf_counter()
+    say(f"{prepared.manifest.tokens:,} tokens are read, {format_bytes(prepared.manifest.nbytes)} on disk")
+    for message in prepared.slow:
+        say(message)
+    load_seconds: list[float] = []
+    summaries = asking.ask(
+        prepared,
+        on_text=discard if as_json else write,
+        on_loaded=lambda _: load_seconds.append(time.perf_counter() - checked),
+    )
+    if as_json:
+        result = {
+            "slow": prepared.slow,
+            "checks_s": checked - started,
+            "model_load_s": load_seconds[0],
+            "answers": [one.as_dict() for one in summaries],
+        }
+        print(json.dumps(result))
+    else:
+        print(flush=True)
+        header = ("question", "first token", "tokens/s", "KV on the device, peak")
+        stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
+    if summaries[-1].interrupted:
+        raise typer.Exit(130)

@@ -1,0 +1,183 @@
+"""The command `headinfer generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headinfer.cli.console import discard, stderr, warning, write
+from headinfer.cli.options import (
+    MEMORY_PANEL,
+    SAMPLING_PANEL,
+    Device,
+    DeviceKVBudget,
+    DiskTier,
+    Dtype,
+    HostKVBudget,
+    Json,
+    MaxNewTokens,
+    Model,
+    Raw,
+    Temperature,
+    kv_options,
+)
+from headinfer.errors import UsageError
+from headinfer.hf.ranks import Ranks
+
+if TYPE_CHECKING:
+    from headinfer.jobs.generate import Prepared, Summary
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: Model,
+    file: Annotated[Path | None, typer.Option(help="UTF-8 text file that precedes the prompt.")] = None,
+    prompt: Annotated[str, typer.Option(help="The question about the document, or a prompt of its own.")] = "",
+    max_new_tokens: MaxNewTokens = 256,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Prefill in chunks of this many tokens.", show_default="planned", rich_help_panel=MEMORY_PANEL
+        ),
+    ] = None,
+    device_kv_budget: DeviceKVBudget = None,
+    host_kv_budget: HostKVBudget = None,
+    disk_tier: DiskTier = None,
+    heads_per_group: Annotated[
+        int | None,
+        typer.Option(
+            help="KV heads that are streamed together.",
+            show_default="chosen before each pass",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    tile_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that are streamed together.",
+            show_default="chosen before each pass",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention backends to try first, separated by commas. `headinfer info` lists all.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    transport: Annotated[
+        str,
+        typer.Option(
+            help="How KV reaches the device: auto, in_place, eager or lazy. eager and lazy use the ring of a GPU on a "
+            "CPU, for tests.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = "auto",
+    staging: Annotated[str | None, typer.Option(hidden=True, help="Deprecated: use --transport.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of random weights.")] = 0,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Sample from the k most likely tokens.", min=1, rich_help_panel=SAMPLING_PANEL),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the fewest tokens whose probabilities sum to p.",
+            min=0,
+            max=1,
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="A value above 1 discourages repetition.", rich_help_panel=SAMPLING_PANEL),
+    ] = None,
+    raw: Raw = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text after a document and a prompt. The text is streamed to stdout."""
+    from headinfer.engine.options import Options
+    from headinfer.hf import parallel
+    from headinfer.jobs import generate as generation
+
+    ranks = Ranks.from_environment()
+    if staging is not None and ranks.is_first:
+        warning("--staging is deprecated: use --transport")
+
+    def check() -> Prepared:
+        if prompt == "" and file is None:
+            raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
+        options = Options(
+            **kv_options(device_kv_budget, host_kv_budget, disk_tier),
+            heads_per_group=heads_per_group,
+            tile_tokens=tile_tokens,
+            backend=backend,
+            transport=transport,  # type: ignore[arg-type]
+            staging=staging,
+        )
+        job = generation.Job(
+            model=model,
+            document=generation.read_text(file) if file is not None else "",
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            chunk_tokens=chunk_tokens,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            raw=raw,
+            sampling=_sampling(temperature, top_k, top_p, repetition_penalty),
+            options=options,
+        )
+        return generation.prepare(job, ranks)
+
+    with parallel.group(ranks):
+        prepared = parallel.together(ranks, check)
+        summary = _run(prepared, as_json=as_json) if ranks.is_first else generation.run(prepared, on_text=discard)
+    if summary.interrupted:
+        raise typer.Exit(130)
+
+
+def _sampling(
+    temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float | None
+) -> dict[str, Any]:
+    """The sampling options of transformers' generate()."""
+    sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if temperature > 0:
+        return sampling | {"do_sample": True, "temperature": temperature}
+    if top_k is not None or top_p is not None:
+        raise UsageError("--top-k and --top-p choose among samples: give --temperature above 0 as well")
+    return sampling
+
+
+def _run(prepared: Prepared, *, as_json: bool) -> Summary:
+    """Generate with warnings and progress on stderr, and the text or a JSON object on stdout."""
+    from headinfer.cli import report
+    from headinfer.jobs import generate as generation
+
+    for message in prepared.warnings:
+        warning(message)
+    is_shown = sys.stdout.isatty() and not as_json
+    progress = report.GenerationProgress(
+        prepared.shape,
+        prepared.input_ids.shape[1],
+        prepared.job.max_new_tokens,
+        show_decode=not is_shown,
+    )
+    with progress:
+        summary = generation.run(prepared, on_text=discard if as_json else write, on_forward=progress.on_forward)
+    if as_json:
+        print(json.dumps(summary.as_dict()))
+    else:
+        print(flush=True)
+        stderr.print(report.summary_table(summary))
+    return summary

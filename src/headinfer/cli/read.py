@@ -1,0 +1,92 @@
+"""The command `headinfer read`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headinfer.cli.console import say
+from headinfer.cli.options import (
+    MEMORY_PANEL,
+    Device,
+    DeviceKVBudget,
+    DiskTier,
+    Dtype,
+    HostKVBudget,
+    Json,
+    Model,
+    Raw,
+    SessionOption,
+    SessionsFolder,
+    kv_options,
+)
+from headinfer.sessions.folder import default_root
+from headinfer.utils.units import format_bytes
+
+__all__ = ["read"]
+
+
+def read(
+    model: Model,
+    file: Annotated[Path, typer.Option(help="UTF-8 text file to read.")],
+    session: SessionOption,
+    sessions: SessionsFolder = None,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Prefill in chunks of this many tokens. A checkpoint is saved after each chunk.",
+            show_default="planned",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    device_kv_budget: DeviceKVBudget = None,
+    host_kv_budget: HostKVBudget = None,
+    disk_tier: DiskTier = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    raw: Raw = False,
+    as_json: Json = False,
+) -> None:
+    """Read a document once and keep its KV on disk, in a session. An interrupted reading resumes."""
+    from headinfer.cli import report
+    from headinfer.engine.options import Options
+    from headinfer.jobs import generate as generation
+    from headinfer.jobs import read as reading
+
+    options = Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier))
+    job = reading.ReadJob(
+        model=model,
+        document=generation.read_text(file),
+        name=session,
+        root=sessions or default_root(),
+        chunk_tokens=chunk_tokens,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        raw=raw,
+        options=options,
+    )
+    prepared = reading.prepare_read(job)
+    tokens = prepared.input_ids.shape[1]
+    progress = report.GenerationProgress(prepared.shape, tokens, 0, show_decode=False, read_before=prepared.done)
+    with progress:
+        result = reading.read(prepared, on_forward=progress.on_forward, on_resumed=_say_resumed)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result)))
+    elif not result.interrupted:
+        print(
+            f"{result.tokens:,} tokens are read and kept in {result.folder} ({format_bytes(result.disk_bytes)}). "
+            f'Ask with `headinfer ask --session {session} "..."`'
+        )
+    if result.interrupted:
+        say(f"interrupted: {result.tokens:,} of {tokens:,} tokens are kept; the same command goes on from there")
+        raise typer.Exit(130)
+
+
+def _say_resumed(tokens: int, origin: str) -> None:
+    say(f"{tokens:,} tokens are there already ({origin}): going on from there")
