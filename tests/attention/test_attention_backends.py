@@ -1,4 +1,4 @@
-"""Every backend that a CPU can run against the float64 oracle, and how one is chosen."""
+"""Attention backends: those that run on a CPU against the float64 oracle, and the choice of a backend."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,10 @@ on_cpu = pytest.mark.parametrize(
 
 
 def assert_matches(found, wanted, keys, bound=BOUND):
-    """found and wanted over `keys` keys; a few outputs may cancel to far below their usual size, keys ** -0.5."""
+    """Compare a state with the oracle's.
+
+    Outputs over `keys` keys are usually about keys ** -0.5. A few may cancel to much less; the bound allows for that.
+    """
     assert found.out.dtype == found.lse.dtype == torch.float32
     assert found.out.shape == wanted.out.shape
     assert found.lse.shape == wanted.lse.shape
@@ -54,7 +57,7 @@ def assert_matches(found, wanted, keys, bound=BOUND):
     assert float((found.lse.double() - wanted.lse).abs().max()) <= bound * max(1.0, float(wanted.lse.abs().max()))
 
 
-# -- past ----------------------------------------------------------------------------------------------------
+# -- attend_full -----------------------------------------------------------------------------------------------
 
 PIECE_TOKENS = (1, 15, 16, 17, 130, 1023, 1024, 1025, 2047, 5000)
 
@@ -62,14 +65,16 @@ PIECE_TOKENS = (1, 15, 16, 17, 130, 1023, 1024, 1025, 2047, 5000)
 @on_cpu
 @PROPERTY
 @given(data=st.data())
-def test_past_is_attention_over_all_pieces(name, data):
+def test_attend_full_is_attention_over_all_pieces(name, data):
     draw = data.draw
-    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), draw(st.sampled_from(DTYPES))
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    dtype = draw(st.sampled_from(DTYPES))
     kv_heads, group = draw(st.sampled_from([(1, 1), (3, 1), (1, 5), (2, 4), (3, 7)]))  # MHA, MQA, GQA
     tokens = draw(st.integers(1, (32 if name == "cpu-native" else 40) // group))
     sizes = draw(st.lists(st.sampled_from(PIECE_TOKENS), min_size=1, max_size=4))
     widths = (16, 32, 48, 64) if name == "cpu-native" else (1, 5, 16, 33, 64)
-    key_dim, value_dim = draw(st.sampled_from(widths)), draw(st.sampled_from(widths))
+    key_dim = draw(st.sampled_from(widths))
+    value_dim = draw(st.sampled_from(widths))
     softcap = draw(st.sampled_from([None, 3.0])) if name == "eager" else None
     scale = draw(st.sampled_from([0.1, 1.0, 3.0])) / math.sqrt(key_dim)
     extra = draw(st.sampled_from([0, 1, 7]))
@@ -88,14 +93,14 @@ def test_past_is_attention_over_all_pieces(name, data):
         AttentionState(found.out.view(*q.shape[:2], value_dim), found.lse.view(q.shape[:2])),
         wanted,
         sum(sizes),
-        2 * BOUND,  # there may be one output only
+        2 * BOUND,  # there may be only one output
     )
 
 
 @on_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (48, 80)])
-def test_past_with_the_usual_head_dims_and_every_number_of_rows(name, dtype, dims):
+def test_attend_full_with_common_head_dims_and_any_number_of_rows(name, dtype, dims):
     rng = seeded(6)
     k, v = (with_head_stride(2, 1061, dim, 3, rng, dtype) for dim in dims)
     for rows in (1, 2, 3, 4, 7, 32):
@@ -105,7 +110,7 @@ def test_past_with_the_usual_head_dims_and_every_number_of_rows(name, dtype, dim
 
 
 @on_cpu
-def test_past_does_not_depend_on_how_the_keys_are_cut_beyond_rounding(name):
+def test_splitting_the_keys_changes_results_only_by_rounding(name):
     rng = seeded(5)
     q = torch.randn(2, 4, 32, generator=rng)
     k, v = (torch.randn(2, 6000, 32, generator=rng) for _ in range(2))
@@ -119,22 +124,23 @@ def test_past_does_not_depend_on_how_the_keys_are_cut_beyond_rounding(name):
     assert relative_error(backwards.out, whole.out) <= BOUND
 
 
-# -- square --------------------------------------------------------------------------------------------------
+# -- attend_causal ---------------------------------------------------------------------------------------------
 
 
 @on_cpu
 @PROPERTY
 @given(data=st.data())
-def test_square_is_causal_attention_of_a_chunk_on_itself(name, data):
+def test_attend_causal_is_causal_attention_of_a_chunk_on_itself(name, data):
     draw = data.draw
-    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), draw(st.sampled_from(DTYPES))
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    dtype = draw(st.sampled_from(DTYPES))
     rows = draw(st.integers(1, 3))
     kv_heads, group = draw(st.sampled_from([(1, 1), (3, 1), (1, 5), (2, 3)]))
     tokens = draw(st.sampled_from([1, 2, 3, 15, 64, 255, 300]))
     key_dim, value_dim = (draw(st.sampled_from([1, 7, 16, 33, 64])) for _ in range(2))
     softcap = draw(st.sampled_from([None, 2.0])) if name == "eager" else None
     q, k, v = (
-        torch.randn(rows, tokens, heads, dim, generator=rng).to(dtype).transpose(1, 2)  # as models lay them out
+        torch.randn(rows, tokens, heads, dim, generator=rng).to(dtype).transpose(1, 2)  # the layout of models
         for heads, dim in ((kv_heads * group, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
     )
     found = BY_NAME[name].attend_causal(q, k, v, 0.3, softcap)
@@ -143,24 +149,27 @@ def test_square_is_causal_attention_of_a_chunk_on_itself(name, data):
 
 @on_cpu
 @pytest.mark.parametrize("tokens", [1023, 1024, 1300])
-def test_square_over_more_than_one_block(name, tokens):
+def test_attend_causal_over_several_blocks(name, tokens):
     rng = seeded(tokens)
     q, k, v = (torch.randn(1, heads, tokens, dim, generator=rng) for heads, dim in ((2, 8), (1, 8), (1, 5)))
     found = BY_NAME[name].attend_causal(q, k, v, 0.3, None)
     assert_matches(found, attend_reference(q, k, v, scale=0.3, mask=causal_mask(tokens, tokens)), tokens)
-    torch.testing.assert_close(found.out[0, :, 0], v[0, :, 0].expand(2, -1))  # the first query sees the first key
+    torch.testing.assert_close(found.out[0, :, 0], v[0, :, 0].expand(2, -1))  # the first query sees only the first key
 
 
-# -- half precision: no worse than torch ----------------------------------------------------------------------
+# -- half precision --------------------------------------------------------------------------------------------
 
 
 @on_cpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sharpness", [0.05, 6.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("tokens", [777, 4500])
-def test_half_precision_outputs_are_as_good_as_torch_s(name, dtype, sharpness, tokens):
-    """DESIGN section 8: relative Frobenius error against float64 at most 1.5 times that of sdpa."""
-    rng, heads, group, dim = seeded(tokens), 8, 4, 128
+def test_attend_full_in_half_precision_is_as_exact_as_torch(name, dtype, sharpness, tokens):
+    """The relative Frobenius error against float64 is at most 1.5 times that of torch's attention."""
+    rng = seeded(tokens)
+    heads = 8
+    group = 4
+    dim = 128
     q = torch.randn(1, heads * group, 4, dim, generator=rng).to(dtype)
     k, v = (torch.randn(1, heads, tokens, dim, generator=rng).to(dtype) for _ in range(2))
     scale = sharpness / math.sqrt(dim)
@@ -176,8 +185,10 @@ def test_half_precision_outputs_are_as_good_as_torch_s(name, dtype, sharpness, t
 @on_cpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sharpness", [0.05, 6.0], ids=["flat", "peaked"])
-def test_half_precision_squares_are_as_good_as_torch_s(name, dtype, sharpness):
-    rng, tokens, dim = seeded(1), 300, 64
+def test_attend_causal_in_half_precision_is_as_exact_as_torch(name, dtype, sharpness):
+    rng = seeded(1)
+    tokens = 300
+    dim = 64
     q = torch.randn(1, 8, tokens, dim, generator=rng).to(dtype)
     k, v = (torch.randn(1, 2, tokens, dim, generator=rng).to(dtype) for _ in range(2))
     scale = sharpness / math.sqrt(dim)
@@ -193,41 +204,50 @@ AMX = (1, 0)
 
 @PROPERTY
 @given(data=st.data())
-def test_bfloat16_over_odd_shapes(data):
+def test_bfloat16_with_unusual_shapes(data):
     draw = data.draw
-    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), torch.bfloat16
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    dtype = torch.bfloat16
     kv_heads, group = draw(st.sampled_from([(1, 1), (3, 1), (1, 5), (2, 4)]))
-    dim, tokens = draw(st.sampled_from([1, 7, 16, 33, 64, 80])), draw(st.sampled_from([1, 2, 15, 64, 130, 300]))
+    dim = draw(st.sampled_from([1, 7, 16, 33, 64, 80]))
+    tokens = draw(st.sampled_from([1, 2, 15, 64, 130, 300]))
     sizes = draw(st.lists(st.sampled_from(PIECE_TOKENS), min_size=1, max_size=3))
-    extra, scale = draw(st.sampled_from([0, 1, 7])), draw(st.sampled_from([0.1, 1.0, 3.0])) / math.sqrt(dim)
+    extra = draw(st.sampled_from([0, 1, 7]))
+    scale = draw(st.sampled_from([0.1, 1.0, 3.0])) / math.sqrt(dim)
     q = torch.randn(kv_heads * group, tokens, dim, generator=rng).to(dtype)
     pieces = [tuple(with_head_stride(kv_heads, size, dim, extra, rng, dtype) for _ in range(2)) for size in sizes]
     k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
-    past = BF16.attend_full(q.view(kv_heads, group * tokens, dim), pieces, scale, None)
-    past = AttentionState(past.out.reshape(*q.shape), past.lse.reshape(q.shape[:2])).running()
-    assert_matches(past, attend_reference(q[None], k[None], v[None], scale=scale)[0], sum(sizes), 2**-7)
+    full = BF16.attend_full(q.view(kv_heads, group * tokens, dim), pieces, scale, None)
+    full = AttentionState(full.out.reshape(*q.shape), full.lse.reshape(q.shape[:2])).running()
+    assert_matches(full, attend_reference(q[None], k[None], v[None], scale=scale)[0], sum(sizes), 2**-7)
     k, v = (with_head_stride(kv_heads, tokens, dim, extra, rng, dtype)[None] for _ in range(2))
     wanted = attend_reference(q[None], k, v, scale=scale, mask=causal_mask(tokens, tokens))
     assert_matches(BF16.attend_causal(q[None], k, v, scale, None), wanted, tokens, 2**-7)
 
 
-def test_bfloat16_sums_are_no_less_exact_over_many_keys():
-    """The sum of the weights is kept in float32: rounded to bfloat16 it would stop growing at 256 equal keys."""
-    rng, tokens = seeded(3), 50_000
-    q, k = torch.zeros(1, 128, 64, dtype=torch.bfloat16), torch.randn(1, tokens, 64, generator=rng).bfloat16()
+def test_bfloat16_weights_are_summed_in_float32():
+    """A sum that is rounded to bfloat16 would stop growing at 256 equal keys."""
+    rng = seeded(3)
+    tokens = 50_000
+    q = torch.zeros(1, 128, 64, dtype=torch.bfloat16)
+    k = torch.randn(1, tokens, 64, generator=rng).bfloat16()
     v = (1 + torch.rand(1, tokens, 64, generator=rng)).bfloat16()
     found = BF16.attend_full(q, [(k, v)], 0.1, None)
     torch.testing.assert_close(found.lse, torch.full((1, 128), math.log(tokens)), rtol=0, atol=1e-4)
     assert relative_error(found.out, v.double().mean(dim=1, keepdim=True).expand(1, 128, 64)) <= 2**-9
 
 
-def test_bfloat16_is_chosen_on_amx_and_refuses_the_rest(monkeypatch):
+def test_bfloat16_is_chosen_only_on_cpus_with_amx(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (None, ""))  # as if it could be built
     chunk = Problem("cpu", torch.bfloat16, 1000, 64, 64, capability=AMX)
-    for rows, there, elsewhere in ((0, BF16.name, "cpu-flash"), (65, BF16.name, "cpu-flash"), (4, *["cpu-native"] * 2)):
+    for rows, with_amx, without_amx in (
+        (0, BF16.name, "cpu-flash"),
+        (65, BF16.name, "cpu-flash"),
+        (4, "cpu-native", "cpu-native"),
+    ):
         problem = dataclasses.replace(chunk, query_rows=rows)
-        assert choose(problem).name == there
-        assert choose(dataclasses.replace(problem, capability=(0, 0))).name == elsewhere
+        assert choose(problem).name == with_amx
+        assert choose(dataclasses.replace(problem, capability=(0, 0))).name == without_amx
     for other in (
         dataclasses.replace(chunk, dtype=torch.float16),
         dataclasses.replace(chunk, dtype=torch.float32),
@@ -241,12 +261,12 @@ def test_bfloat16_is_chosen_on_amx_and_refuses_the_rest(monkeypatch):
     ("found", "wanted"),
     [({"amx_bf16": True, "amx_tile": True}, AMX), ({"amx_bf16": True, "amx_tile": False}, (0, 0)), ({}, (0, 0))],
 )
-def test_which_cpus_have_amx(monkeypatch, found, wanted):
+def test_capability_of_cpus_with_and_without_amx(monkeypatch, found, wanted):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert capability_of.__wrapped__(torch.device("cpu")) == wanted
 
 
-def test_a_torch_that_cannot_say_has_none(monkeypatch):
+def test_capability_with_a_torch_that_does_not_report_it(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert capability_of.__wrapped__(torch.device("cpu")) == (0, 0)
 
@@ -254,8 +274,8 @@ def test_a_torch_that_cannot_say_has_none(monkeypatch):
 @on_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", ["q", "k", "v"])
-def test_nan_is_not_swallowed(name, dtype, side):
-    """One NaN reaches every output that depends on it and no other, whichever piece or block it lies in."""
+def test_nan_is_propagated(name, dtype, side):
+    """A NaN in any piece or block reaches every output that depends on it and no other output."""
     for position in (0, 700, 2049, 2503):
         rng = seeded(12)
         q, k, v = (torch.randn(3, tokens, 32, generator=rng).to(dtype) for tokens in (4, 2504, 2504))
@@ -274,7 +294,7 @@ def test_nan_is_not_swallowed(name, dtype, side):
 
 
 @on_cpu
-def test_all_nan_is_nan(name):
+def test_output_of_nan_keys_is_nan(name):
     k = torch.full((1, 40, 16), torch.nan)
     state = BY_NAME[name].attend_full(torch.ones(1, 2, 16), [(k, torch.ones(1, 40, 16))], 1.0, None)
     assert state.out.isnan().all()
@@ -282,9 +302,10 @@ def test_all_nan_is_nan(name):
 
 @on_cpu
 @pytest.mark.parametrize("offset", [-3000.0, 3000.0])
-def test_scores_far_from_zero_cost_no_precision_within_a_block(name, offset):
+def test_large_scores_cost_no_precision_within_a_block(name, offset):
     rng = seeded(13)
-    q, v = torch.zeros(1, 1, 16), torch.randn(1, 1024, 16, generator=rng)
+    q = torch.zeros(1, 1, 16)
+    v = torch.randn(1, 1024, 16, generator=rng)
     q[..., :2] = 1.0
     k = torch.zeros(1, 1024, 16)
     k[0, :, 0] = torch.randn(1024, generator=rng).mul(64).round().div(64)  # exact in float32 with the offset
@@ -299,7 +320,7 @@ def test_scores_far_from_zero_cost_no_precision_within_a_block(name, offset):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e2, 1e4, 3e4])
-def test_native_with_huge_scores(dtype, size):
+def test_native_with_very_large_scores(dtype, size):
     rng = seeded(8)
     q, k = (torch.randn(2, tokens, 32, generator=rng).mul(math.sqrt(size)).to(dtype) for tokens in (3, 2500))
     v = torch.randn(2, 2500, 48, generator=rng).to(dtype)
@@ -316,8 +337,9 @@ def test_native_with_huge_scores(dtype, size):
 @pytest.mark.parametrize("offset", [-3000.0, 0.0, 3000.0])
 @pytest.mark.parametrize("spread", [80.0, 200.0, 1000.0])
 def test_native_with_widely_spread_scores(dtype, offset, spread):
-    """Weights from 1 down to e^-spread, the best key anywhere, all scores far from 0: nothing overflows or is lost."""
-    rng, tokens = seeded(9), 2100
+    """The weights are between 1 and e^-spread, the best key is at a random position, and all scores have an offset."""
+    rng = seeded(9)
+    tokens = 2100
     q = torch.zeros(1, 1, 16, dtype=dtype)
     q[..., :2] = 1.0
     k = torch.zeros(1, tokens, 16)
@@ -345,8 +367,8 @@ def test_native_with_equal_keys_gives_the_mean_of_the_values(dtype, tokens, size
 
 
 @needs_native
-def test_native_keeps_the_smallest_half_precision_numbers():
-    """Subnormal float16 and negative zeros are widened exactly."""
+def test_native_converts_the_smallest_half_precision_numbers_exactly():
+    """These are subnormal numbers of float16 and negative zeros."""
     v = torch.tensor([6e-8, -6e-8, 3e-5, -0.0, 65504.0, 1.0] + [0.0] * 10, dtype=torch.float16)
     found = native.attend_native(
         torch.zeros(1, 1, 16, dtype=torch.float16),
@@ -363,14 +385,15 @@ def test_native_keeps_the_smallest_half_precision_numbers():
     [
         (3, 7, (64, 64), (17, 2047, 1, 5000, 1024)),
         (3, 7, (48, 32), (17, 2047, 1, 5000, 1024)),
-        (8, 32, (128, 128), (40,) * 17),  # many partial results: they are merged by several threads too
+        (8, 32, (128, 128), (40,) * 17),  # so many partial results that several threads merge them
     ],
 )
 def test_native_gives_the_same_bits_for_any_number_of_threads(dtype, heads, rows, dims, sizes):
     rng = seeded(12)
     q = torch.randn(heads, rows, dims[0], generator=rng).to(dtype)
     pieces = [tuple(with_head_stride(heads, tokens, dim, 5, rng, dtype) for dim in dims) for tokens in sizes]
-    library, threads = native._load()[0], torch.get_num_threads()
+    library, _ = native._load()
+    threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3, 2):
@@ -390,13 +413,13 @@ def test_native_gives_the_same_bits_for_any_number_of_threads(dtype, heads, rows
 )
 @pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64"])
 def test_native_built_for_smaller_cpus(arch, monkeypatch, tmp_path):
-    """The source has paths for CPUs without AVX-512; they give the same numbers."""
+    """The code for CPUs without AVX-512 gives the same numbers."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = {"-march=native": f"-march={arch}", "-O3": "-O1"}
     monkeypatch.setattr(native, "_FLAGS", tuple(flags.get(flag, flag) for flag in native._FLAGS))
     library, unavailable_reason = native._load.__wrapped__()
     assert unavailable_reason == ""
-    assert [path.suffix for path in (tmp_path / "headinfer").iterdir()] == [".so"]  # nothing half-built is left
+    assert [path.suffix for path in (tmp_path / "headinfer").iterdir()] == [".so"]  # no unfinished file remains
     monkeypatch.setattr(native, "_load", lambda: (library, ""))
     rng = seeded(13)
     for dtype in DTYPES:
@@ -407,12 +430,12 @@ def test_native_built_for_smaller_cpus(arch, monkeypatch, tmp_path):
             assert_matches(native.attend_native(q, [(k, v)], scale=0.2), wanted, 1501)
 
 
-# -- choosing ----------------------------------------------------------------------------------------------------
+# -- the choice of a backend -----------------------------------------------------------------------------------
 
 DECODE = Problem("cpu", torch.float32, 4, 64, 64)
 
 
-def test_names_are_unique_and_eager_serves_everything():
+def test_names_are_unique_and_eager_supports_everything():
     assert len(set(backend_names())) == len(BACKENDS)
     for device in ("cpu", "cuda", "mps"):
         for dtype in (*DTYPES, torch.float64):
@@ -420,7 +443,7 @@ def test_names_are_unique_and_eager_serves_everything():
                 assert choose(Problem(device, dtype, rows, 17, 300, True), "eager").name == "eager"
 
 
-def test_the_order_on_a_cpu(monkeypatch):
+def test_choice_on_a_cpu(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (None, ""))  # as if it could be built
     assert choose(DECODE).name == "cpu-native"
     for other in (
@@ -435,16 +458,19 @@ def test_the_order_on_a_cpu(monkeypatch):
 
 @pytest.fixture
 def triton_builds(monkeypatch):
-    """Choices as on a machine where triton works."""
+    """Choose backends as on a machine where triton works."""
     monkeypatch.setattr(triton_calls, "unavailable_reason", lambda: "")
 
 
-HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
+HOPPER = (9, 0)
+AMPERE = (8, 6)
+TURING = (7, 5)
 
 
 @pytest.mark.usefixtures("triton_builds")
-def test_the_order_on_a_gpu():
-    half, single = torch.bfloat16, torch.float32
+def test_choice_on_a_gpu():
+    half = torch.bfloat16
+    single = torch.float32
     for capability in (AMPERE, HOPPER, (10, 0), (12, 0), (0, 0)):
         for problem, name in (
             (Problem("cuda", half, 4, 128, 128), "cuda-flash"),
@@ -461,7 +487,7 @@ def test_the_order_on_a_gpu():
             assert choose(dataclasses.replace(problem, capability=capability)).name == name
 
 
-def test_cudnn_takes_the_full_tiles_of_hopper():
+def test_cudnn_is_chosen_for_full_tiles_on_hopper():
     tile = Problem("cuda", torch.bfloat16, 4096, 128, 128, capability=HOPPER, key_tokens=16384)
     assert choose(tile).name == "cuda-cudnn"
     for change in (
@@ -484,7 +510,7 @@ def test_cudnn_takes_the_full_tiles_of_hopper():
 
 
 @pytest.mark.usefixtures("triton_builds")
-def test_what_the_triton_kernel_refuses(monkeypatch):
+def test_problems_that_the_triton_kernel_refuses(monkeypatch):
     problem = Problem("cuda", torch.float32, 4, 256, 17, softcap=True)
     assert cuda.triton_refuses(problem) is None
     assert "256" in cuda.triton_refuses(dataclasses.replace(problem, value_dim=257))
@@ -494,16 +520,17 @@ def test_what_the_triton_kernel_refuses(monkeypatch):
     assert cuda.triton_refuses(problem) == "no compiler"
 
 
-def test_every_row_of_the_table_has_the_backends_order():
-    """What makes recorded names repeat every choice."""
+def test_every_row_of_the_table_has_the_order_of_the_backends():
+    """Recorded names can repeat every choice only because of this order."""
     assert all(backend in backend_names() for rule in TABLE for backend in rule.names)
     for rule in TABLE:
         assert list(rule.names) == [name for name in backend_names() if name in rule.names]
         assert rule.names[-1] == "eager"
 
 
-def test_a_list_is_tried_in_its_order():
-    half, single = Problem("cuda", torch.bfloat16, 4096, 64, 64), Problem("cuda", torch.float32, 4096, 64, 64)
+def test_preferred_backends_are_tried_in_their_order():
+    half = Problem("cuda", torch.bfloat16, 4096, 64, 64)
+    single = Problem("cuda", torch.float32, 4096, 64, 64)
     assert choose(half, "cuda-flash,cuda-efficient").name == "cuda-flash"
     assert choose(half, "cuda-efficient, cuda-flash").name == "cuda-efficient"
     assert choose(single, "cuda-flash,cuda-efficient").name == "cuda-efficient"
@@ -533,14 +560,14 @@ problems = st.builds(
     st.lists(st.sampled_from(backend_names()), max_size=3, unique=True),
 )
 @pytest.mark.usefixtures("triton_builds")
-def test_recorded_names_given_back_repeat_every_choice(run, names):
+def test_recorded_names_repeat_every_choice(run, names):
     preferred = ",".join(names) if names else None
     chosen = [choose(problem, preferred).name for problem in run]
     again = ",".join(recorded(set(chosen), preferred))
     assert [choose(problem, again).name for problem in run] == chosen
 
 
-def test_a_run_is_repeated_by_its_recorded_names():
+def test_recorded_names_repeat_a_run():
     error, used = decode_error()
     names = recorded(used)
     assert set(names) == used
@@ -552,33 +579,33 @@ def test_the_preferred_backend_is_tried_first(name):
     assert choose(DECODE, name).name == name
 
 
-def test_a_preferred_backend_that_cannot_serve_makes_way():
+def test_a_preferred_backend_that_refuses_is_skipped():
     assert choose(Problem("cpu", torch.float32, 0, 64, 64, softcap=True), "cpu-flash").name == "eager"
     assert choose(Problem("cpu", torch.float32, 0, 64, 64), "cuda-flash").name == "cpu-flash"
     assert choose(Problem("cpu", torch.float32, 33, 64, 64), "cpu-native").name == "cpu-flash"
 
 
-def test_an_unknown_name_is_refused():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(UsageError, match=r"no attention backend 'fastest'.*cpu-flash"):
         choose(DECODE, "fastest")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("rows", [0, 1, 100])
-def test_a_soft_cap_goes_to_a_backend_that_has_it(device, rows):
+def test_soft_caps_are_computed_by_a_backend_that_supports_them(device, rows):
     problem = Problem(device, torch.bfloat16, rows, 64, 64, softcap=True)
     backend = choose(problem)
     assert backend.name in (("cuda-triton", "eager") if device == "cuda" else ("eager",))
     if backend.name == "cuda-triton":
-        return  # its numbers: test_triton.py
+        return  # test_triton.py tests its numbers
     rng = seeded(2)
     q, k, v = (torch.randn(1, 2, 9, 64, generator=rng) for _ in range(3))
     capped = backend.attend_full(q[0], [(k[0], v[0])], 4.0, 5.0)
     assert_matches(capped, attend_reference(q, k, v, scale=4.0, softcap=5.0)[0], 9)
-    assert relative_error(capped.out, attend_reference(q, k, v, scale=4.0).out[0]) > 0.1  # the cap does something
+    assert relative_error(capped.out, attend_reference(q, k, v, scale=4.0).out[0]) > 0.1  # the cap changes the result
 
 
-# -- CUDA: what a CPU can prove ----------------------------------------------------------------------------------
+# -- CUDA backends without a GPU -------------------------------------------------------------------------------
 
 NAMES = ("varlen", "flash", "efficient", "cudnn")
 PIECES = {name: getattr(cuda, f"{name}_piece") for name in NAMES}
@@ -588,7 +615,7 @@ on_cuda = pytest.mark.parametrize("name", [pytest.param("varlen", marks=needs_va
 
 
 @pytest.mark.parametrize("refuses", [cuda.flash_refuses, cuda.varlen_refuses])
-def test_what_the_cuda_flash_kernels_refuse(refuses, monkeypatch):
+def test_problems_that_the_cuda_flash_kernels_refuse(refuses, monkeypatch):
     monkeypatch.setattr(cuda, "_varlen", lambda: object())
     for dtype in HALVES:
         for dim in (17, 64, 256):
@@ -600,7 +627,7 @@ def test_what_the_cuda_flash_kernels_refuse(refuses, monkeypatch):
     assert "8.0" in refuses(Problem("cuda", torch.float16, 1, 64, 64, capability=TURING))
 
 
-def test_what_the_other_cuda_kernels_refuse(monkeypatch):
+def test_problems_that_the_other_cuda_kernels_refuse(monkeypatch):
     for dtype in DTYPES:
         assert cuda.efficient_refuses(Problem("cuda", dtype, 1, 512, 64)) is None
     assert "soft cap" in cuda.efficient_refuses(Problem("cuda", torch.float32, 1, 64, 64, softcap=True))
@@ -612,7 +639,7 @@ def test_what_the_other_cuda_kernels_refuse(monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["return_aux", "enable_gqa", "scale"])
-def test_an_older_varlen_is_not_used(missing, monkeypatch):
+def test_an_older_varlen_attention_is_not_used(missing, monkeypatch):
     def older(query, *, return_aux=None, enable_gqa=False, scale=None): ...
 
     def without(query, **kwargs): ...
@@ -629,7 +656,7 @@ def test_an_older_varlen_is_not_used(missing, monkeypatch):
 
 
 @needs_varlen
-def test_varlen_s_signature_has_the_arguments_used():
+def test_varlen_attention_has_the_expected_arguments():
     parameters = cuda.inspect.signature(cuda._varlen().varlen_attn).parameters
     assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert {"scale", "window_size", "enable_gqa", "return_aux"} <= parameters.keys()
@@ -681,9 +708,10 @@ ATEN_OPS = {
 
 
 @pytest.mark.parametrize("name", ATEN_OPS)
-def test_the_aten_ops_have_the_arguments_used(name):
-    """A torch with other arguments is seen here, without a GPU."""
-    schema, (positional, returns) = getattr(torch.ops.aten, name).default._schema, ATEN_OPS[name]
+def test_aten_operations_have_the_expected_arguments(name):
+    """This test detects a torch with other arguments without a GPU."""
+    schema = getattr(torch.ops.aten, name).default._schema
+    positional, returns = ATEN_OPS[name]
     assert {x.name: str(x.type) for x in schema.arguments if not x.kwarg_only} == positional
     assert list(positional) == [x.name for x in schema.arguments if not x.kwarg_only]
     scale = next(x for x in schema.arguments if x.name == "scale")
@@ -693,7 +721,7 @@ def test_the_aten_ops_have_the_arguments_used(name):
     assert [str(x.type) for x in schema.returns[:2]] == ["Tensor", "Tensor"]
 
 
-def test_every_aten_op_that_is_called_is_held_to_its_schema():
+def test_the_schema_of_every_called_aten_operation_is_tested():
     folder = Path(cuda.__file__).parent
     called = {name for path in folder.glob("*.py") for name in re.findall(r"torch\.ops\.aten\.(\w+)", path.read_text())}
     assert called == ATEN_OPS.keys()
@@ -701,8 +729,8 @@ def test_every_aten_op_that_is_called_is_held_to_its_schema():
 
 @on_cuda
 @pytest.mark.parametrize("dims", [(64, 64), (33, 48), (128, 72)])
-def test_cuda_kernels_take_these_calls_and_give_these_shapes(name, dims):
-    """torch's own shape functions, on the meta device."""
+def test_shapes_of_cuda_kernels(name, dims):
+    """torch's shape functions run on the meta device."""
 
     def empty(*shape):
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
@@ -710,18 +738,20 @@ def test_cuda_kernels_take_these_calls_and_give_these_shapes(name, dims):
     piece = PIECES[name](empty(2, 10, dims[0]), empty(2, 33, dims[0]), empty(2, 33, dims[1]), 0.1)
     assert piece.out.shape == (2, 10, dims[1])
     assert piece.lse.shape == (2, 10)
-    q, k, v = empty(3, 8, 11, dims[0]), empty(3, 2, 11, dims[0]), empty(3, 2, 11, dims[1])
-    square = CAUSAL[name](q, k, v, 0.1, None)
-    assert square.out.shape == (3, 8, 11, dims[1])
-    assert square.lse.shape == (3, 8, 11)
-    assert piece.out.dtype == torch.bfloat16  # as the kernel gives it: merging widens it
-    assert piece.lse.dtype == square.out.dtype == square.lse.dtype == torch.float32
-    assert square.out.is_contiguous()
-    assert square.lse.is_contiguous()
+    q = empty(3, 8, 11, dims[0])
+    k = empty(3, 2, 11, dims[0])
+    v = empty(3, 2, 11, dims[1])
+    causal = CAUSAL[name](q, k, v, 0.1, None)
+    assert causal.out.shape == (3, 8, 11, dims[1])
+    assert causal.lse.shape == (3, 8, 11)
+    assert piece.out.dtype == torch.bfloat16  # the kernel's type; merging converts it to float32
+    assert piece.lse.dtype == causal.out.dtype == causal.lse.dtype == torch.float32
+    assert causal.out.is_contiguous()
+    assert causal.lse.is_contiguous()
 
 
 def fake_cudnn(lse_dims):
-    """A CPU stand-in for aten's cuDNN attention; its log-sum-exp has a last dim of 1 in some versions."""
+    """Replaces aten's cuDNN attention on a CPU. In some versions its log-sum-exp has a last dimension of 1."""
     aten = fake_aten(False)
 
     def attend(q, k, v, bias, with_lse, dropout, causal, debug, *, scale):
@@ -735,7 +765,7 @@ def fake_cudnn(lse_dims):
 
 
 def fake_aten(wants_equal_heads):
-    """A CPU stand-in for an aten attention kernel: strict about its input, exact, lse padded with nonsense."""
+    """Replaces an aten attention kernel on a CPU: it checks its input, and pads the log-sum-exp with infinities."""
 
     def attend(q, k, v, *, causal, scale):
         assert q.shape[-1] == k.shape[-1] == v.shape[-1]
@@ -754,27 +784,30 @@ def fake_aten(wants_equal_heads):
 
 
 def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, scale, window_size, enable_gqa, return_aux):
-    """A CPU stand-in for varlen_attn: out [all tokens, Hq, D], lse [Hq, all tokens]."""
+    """Replaces varlen_attn on a CPU. It returns out [all tokens, Hq, D] and lse [Hq, all tokens]."""
     assert enable_gqa
     assert return_aux.lse
     assert starts_q.dtype == starts_k.dtype == torch.int32
-    out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
-    ends_q, ends_k = starts_q.tolist()[1:], starts_k.tolist()[1:]
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[1], q.shape[0])
+    ends_q = starts_q.tolist()[1:]
+    ends_k = starts_k.tolist()[1:]
     assert (ends_q[-1], ends_k[-1]) == (q.shape[0], k.shape[0])
     for a, b, c, d in zip(starts_q.tolist(), ends_q, starts_k.tolist(), ends_k, strict=False):
         assert b - a <= longest_q
         assert d - c <= longest_k
         mask = {(-1, -1): None, (-1, 0): causal_mask(b - a, d - c)}[window_size]
         state = attend_reference(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), scale=scale, mask=mask)
-        out[a:b], lse[:, a:b] = state.out[0].transpose(0, 1).to(q.dtype), state.lse[0].float()
+        out[a:b] = state.out[0].transpose(0, 1).to(q.dtype)
+        lse[:, a:b] = state.lse[0].float()
     return out, lse
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dims", [(64, 64), (33, 48), (128, 7)])
 @pytest.mark.parametrize("lse_dims", [3, 4])
-def test_cuda_calls_pack_pad_and_unpack_as_the_kernels_want(name, dims, lse_dims, monkeypatch):
-    """The real kernels do not run here: stand-ins with their layouts show that nothing is lost around them."""
+def test_packing_and_padding_for_cuda_kernels(name, dims, lse_dims, monkeypatch):
+    """Replacements with the layouts of the real kernels show that packing and padding lose nothing."""
     module = SimpleNamespace(varlen_attn=fake_varlen, AuxRequest=lambda lse: SimpleNamespace(lse=lse))
     monkeypatch.setattr(cuda, "_varlen", lambda: module)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", fake_aten(False))
@@ -785,22 +818,24 @@ def test_cuda_calls_pack_pad_and_unpack_as_the_kernels_want(name, dims, lse_dims
         torch.randn(3, heads, 11, dim, generator=rng).to(torch.bfloat16)
         for heads, dim in ((6, dims[0]), (2, dims[0]), (2, dims[1]))
     )
-    square = CAUSAL[name](q, k, v, 0.3, None)
+    causal = CAUSAL[name](q, k, v, 0.3, None)
     wanted = attend_reference(q, k, v, scale=0.3, mask=causal_mask(11, 11))
-    assert relative_error(square.out, wanted.out) < 3e-3  # rounded to bfloat16 once
-    assert relative_error(square.lse, wanted.lse) < BOUND
-    backend, packed = BY_NAME[f"cuda-{name}"], q[0].reshape(2, 33, dims[0])
+    assert relative_error(causal.out, wanted.out) < 3e-3  # rounded to bfloat16 once
+    assert relative_error(causal.lse, wanted.lse) < BOUND
+    backend = BY_NAME[f"cuda-{name}"]
+    packed = q[0].reshape(2, 33, dims[0])
     pieces = [(k[0, :, :4], v[0, :, :4]), (k[0, :, 4:], v[0, :, 4:])]
-    past = backend.attend_full(packed, pieces, 0.3, None)
+    full = backend.attend_full(packed, pieces, 0.3, None)
     wanted = attend_reference(packed[None], k[:1], v[:1], scale=0.3)
-    assert relative_error(past.out[None], wanted.out) < 3e-3
-    assert relative_error(past.lse[None], wanted.lse) < BOUND
+    assert relative_error(full.out[None], wanted.out) < 3e-3
+    assert relative_error(full.lse[None], wanted.lse) < BOUND
 
 
 @pytest.mark.parametrize("tokens", [2047, 2048, 3500])
 @pytest.mark.parametrize("rows", [3, 64, 65])
-def test_efficient_attention_gets_the_keys_split_for_few_query_rows(tokens, rows, monkeypatch):
-    batches, exact = [], fake_aten(True)
+def test_efficient_attention_splits_the_keys_for_few_query_rows(tokens, rows, monkeypatch):
+    batches = []
+    exact = fake_aten(True)
 
     def attend(q, *rest, **options):
         batches.append(q.shape[0])
@@ -811,7 +846,10 @@ def test_efficient_attention_gets_the_keys_split_for_few_query_rows(tokens, rows
     q, k, v = (torch.randn(2, count, 16, generator=rng) for count in (rows, tokens, tokens))
     found = cuda.efficient_piece(q, k, v, 0.3)
     wanted = attend_reference(q[None], k[None], v[None], scale=0.3)[0]
-    assert batches == ([1] if rows > 64 or tokens < 2048 else [2] if tokens == 2048 else [3, 1])
+    if rows > 64 or tokens < 2048:
+        assert batches == [1]
+    else:
+        assert batches == ([2] if tokens == 2048 else [3, 1])
     assert relative_error(found.out, wanted.out) < BOUND
     assert relative_error(found.lse, wanted.lse) < BOUND
 
@@ -820,8 +858,10 @@ def test_efficient_attention_gets_the_keys_split_for_few_query_rows(tokens, rows
 
 
 def decode_error(dtype=torch.float32, backend=None):
-    """A decode step over 700 tokens through the loop: its error against the oracle, and the kernels that ran."""
-    rng, counter, used = seeded(21), ByteCounter(), set()
+    """Run a decode step over 700 tokens. Returns its error against the oracle, and the backends that ran."""
+    rng = seeded(21)
+    counter = ByteCounter()
+    used = set()
     k, v = (torch.randn(2, 2, 701, 32, generator=rng).to(dtype) for _ in range(2))
     q = torch.randn(2, 6, 1, 32, generator=rng).to(dtype)
     layer_kv = LayerKV(k, v, tier=HostTier(counter), counter=counter, write=WriteInPlace())
@@ -840,7 +880,7 @@ def test_decode_uses_the_native_kernel():
     assert used == {"cpu-native"}
 
 
-def test_decode_falls_back_when_the_native_kernel_cannot_be_had(monkeypatch):
+def test_decode_falls_back_without_the_native_kernel(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (None, "no C compiler"))
     assert choose(DECODE).name == choose(DECODE, "cpu-native").name == "cpu-flash"
     error, used = decode_error()
@@ -867,7 +907,7 @@ def test_the_native_kernel_can_be_switched_off():
     assert done.stdout.splitlines() == ["switched off by HEADINFER_NATIVE=0", "cpu-flash"]
 
 
-def test_why_there_is_no_native_kernel(monkeypatch, tmp_path):
+def test_reasons_for_a_missing_native_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")  # a program that always fails
     library, unavailable_reason = native._load.__wrapped__()
@@ -880,7 +920,7 @@ def test_why_there_is_no_native_kernel(monkeypatch, tmp_path):
     assert "no C compiler" in unavailable_reason
 
 
-def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+def test_a_read_only_cache_folder_is_not_an_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     library, unavailable_reason = native._load.__wrapped__()

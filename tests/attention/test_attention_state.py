@@ -1,4 +1,4 @@
-"""The algebra of partial attention: any split of the keys, merged in any order, is attention over all of them."""
+"""The algebra of partial attention: any split of the keys, merged in any order, gives attention over all keys."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def assert_close(found, wanted, tolerance):
 
 @PROPERTY
 @given(shapes, dims, seeds)
-def test_empty_is_the_identity(shape, dim, seed):
+def test_merging_with_an_empty_state_changes_nothing(shape, dim, seed):
     state = random_state(shape, dim, seeded(seed), dtype=torch.float32)
     empty = AttentionState.empty(shape, dim, "cpu")
     for merged in (merge(state, empty), merge(empty, state)):
@@ -35,7 +35,7 @@ def test_empty_is_the_identity(shape, dim, seed):
 
 @PROPERTY
 @given(shapes, dims)
-def test_empty_with_empty_stays_empty(shape, dim):
+def test_two_empty_states_merge_to_an_empty_one(shape, dim):
     first, second = (AttentionState.empty(shape, dim, "cpu") for _ in range(2))
     merged = merge(first, second)
     assert merged.out.shape == (*shape, dim)
@@ -63,17 +63,17 @@ def test_merge_is_associative(shape, dim, seed, spread):
 
 @PROPERTY
 @given(shapes, dims, seeds)
-def test_merge_in_float32_is_commutative_and_associative_to_rounding(shape, dim, seed):
+def test_merge_in_float32_is_commutative_and_associative_up_to_rounding(shape, dim, seed):
     rng = seeded(seed)
     a, b, c = (random_state(shape, dim, rng, dtype=torch.float32, spread=5.0) for _ in range(3))
     assert_close(merge(a, b), merge(b, a), 2e-6)
     assert_close(merge(merge(a, b), c), merge(a, merge(b, c)), 5e-6)
 
 
-def test_merge_leaves_its_arguments_and_merge_in_place_does_not():
+def test_only_merge_in_place_changes_its_argument():
     rng = seeded(3)
     first, second = (random_state((3, 5, 7), 8, rng, dtype=torch.float32) for _ in range(2))
-    before = copy_of(first), copy_of(second)
+    before = (copy_of(first), copy_of(second))
     merged = merge(first, second)
     for state, old in zip((first, second), before, strict=True):
         assert torch.equal(state.out, old.out)
@@ -84,10 +84,11 @@ def test_merge_leaves_its_arguments_and_merge_in_place_does_not():
     assert not torch.equal(first.out, before[0].out)
 
 
-def test_a_part_of_a_state_is_a_view_that_merges_in_place():
+def test_a_slice_of_a_state_merges_in_place():
     rng = seeded(4)
     state, part = (random_state((3, 5, 7), 8, rng, dtype=torch.float32, empty=0.0) for _ in range(2))
-    before, index = copy_of(state), (slice(1, 2), slice(None), slice(2, 6))
+    before = copy_of(state)
+    index = (slice(1, 2), slice(None), slice(2, 6))
     state[index].merge_(part[index])
     wanted = merge(before, part)
     inside = torch.zeros(3, 5, 7, dtype=torch.bool)
@@ -97,7 +98,7 @@ def test_a_part_of_a_state_is_a_view_that_merges_in_place():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_part_may_be_of_a_half_type_and_a_running_state_is_float32(dtype):
+def test_parts_may_be_half_precision_and_running_states_are_float32(dtype):
     rng = seeded(8)
     state, part = (random_state((3, 5), 8, rng, dtype=torch.float32) for _ in range(2))
     half = AttentionState(part.out.to(dtype).transpose(0, 1).contiguous().transpose(0, 1), part.lse)
@@ -105,7 +106,8 @@ def test_a_part_may_be_of_a_half_type_and_a_running_state_is_float32(dtype):
     assert running.out.dtype == torch.float32
     assert running.out.is_contiguous()
     assert torch.equal(running.out, half.out.float())
-    found, wanted = merge(state, half), merge(state, running)
+    found = merge(state, half)
+    wanted = merge(state, running)
     assert torch.equal(found.out, wanted.out)
     assert torch.equal(found.lse, wanted.lse)
     same = state.running()
@@ -113,7 +115,7 @@ def test_a_part_may_be_of_a_half_type_and_a_running_state_is_float32(dtype):
     assert same.lse is state.lse
 
 
-def test_join_is_merging_all_parts():
+def test_join_merges_all_parts():
     parts = random_state((4, 3, 5), 8, seeded(9), dtype=torch.float32, spread=5.0, empty=0.0)
     wanted = parts[0].running()
     for index in range(1, 4):
@@ -123,11 +125,13 @@ def test_join_is_merging_all_parts():
 
 @st.composite
 def split_attention(draw):
-    """q, k, v, mask and scale of an attention, and its keys dealt out to parts (some of them without any key)."""
+    """Draw q, k, v, mask and scale of an attention, and a split of its keys into parts, some of them empty."""
     rng = seeded(draw(seeds))
     rows, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (3, 5, 1), (2, 3, 7), (5, 1, 3)]))
-    queries, keys = draw(st.sampled_from([1, 3, 7])), draw(st.sampled_from([1, 2, 5, 31, 64]))
-    key_dim, value_dim = draw(dims), draw(dims)
+    queries = draw(st.sampled_from([1, 3, 7]))
+    keys = draw(st.sampled_from([1, 2, 5, 31, 64]))
+    key_dim = draw(dims)
+    value_dim = draw(dims)
     q, k, v = (
         torch.randn(rows, heads, tokens, dim, generator=rng, dtype=torch.float64)
         for heads, tokens, dim in (
@@ -161,7 +165,7 @@ def merge_as_tree(states):
 
 @PROPERTY
 @given(split_attention())
-def test_any_split_merged_in_any_order_is_the_whole(problem):
+def test_any_split_merged_in_any_order_gives_the_whole(problem):
     q, k, v, mask, scale, parts = problem
     whole = attend_reference(q, k, v, scale=scale, mask=mask)
     states = [partial(q, k, v, mask, scale, keys, torch.float64) for keys in parts]
@@ -171,21 +175,21 @@ def test_any_split_merged_in_any_order_is_the_whole(problem):
     for merged in (one_by_one, merge_as_tree(states)):
         assert not merged.out.isnan().any()
         assert_close(merged, whole, 1e-11)
-        blind = ~mask.any(dim=-1)
-        assert (merged.out[blind] == 0).all()
-        assert (merged.lse[blind] == -torch.inf).all()
+        sees_nothing = ~mask.any(dim=-1)
+        assert (merged.out[sees_nothing] == 0).all()
+        assert (merged.lse[sees_nothing] == -torch.inf).all()
 
 
 @PROPERTY
 @given(split_attention())
-def test_a_split_merged_in_float32_is_the_whole_to_rounding(problem):
+def test_a_split_merged_in_float32_gives_the_whole_up_to_rounding(problem):
     q, k, v, mask, _, parts = problem
     whole = attend_reference(q, k, v, scale=0.3, mask=mask)
     merged = merge_as_tree([partial(q, k, v, mask, 0.3, keys, torch.float32) for keys in parts])
     assert_close(AttentionState(merged.out.double(), merged.lse.double()), whole, 3e-6)
 
 
-def test_merging_passes_nan_on_but_makes_none():
+def test_merging_propagates_nan_and_creates_none():
     state = AttentionState.empty((4,), 2, "cpu")
     other = AttentionState(torch.ones(4, 2), torch.tensor([0.0, torch.nan, -torch.inf, torch.inf]))
     other.out[2] = 0.0
@@ -200,7 +204,7 @@ def test_merging_passes_nan_on_but_makes_none():
 
 @PROPERTY
 @given(split_attention(), seeds, st.sampled_from([-50.0, 0.0, 3.0, 50.0]))
-def test_sinks_are_one_more_key_with_value_zero(problem, seed, shift):
+def test_sinks_act_like_a_key_with_value_zero(problem, seed, shift):
     q, k, v, mask, scale, parts = problem
     heads = q.shape[1]
     sinks = shift + torch.randn(heads, generator=seeded(seed), dtype=torch.float64)
@@ -212,11 +216,11 @@ def test_sinks_are_one_more_key_with_value_zero(problem, seed, shift):
     before = copy_of(merged)
     found = merged.with_sinks(sinks[:, None])
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
-    assert torch.equal(merged.out, before.out)  # the state itself takes in no sink
+    assert torch.equal(merged.out, before.out)  # the state does not change
     assert torch.equal(merged.lse, before.lse)
 
 
-def test_sinks_of_half_precision_models_are_used_in_float32():
+def test_half_precision_sinks_are_converted_to_float32():
     state = random_state((1, 4, 3), 8, seeded(7), dtype=torch.float32, spread=2.0)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.bfloat16)
     found = state.with_sinks(sinks[:, None])
@@ -225,7 +229,7 @@ def test_sinks_of_half_precision_models_are_used_in_float32():
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (5, 5), (3, 10)])
-def test_the_oracle_s_causal_mask_shows_the_last_query_every_key(queries, keys):
+def test_last_query_of_the_oracles_causal_mask_sees_every_key(queries, keys):
     mask = causal_mask(queries, keys)
     assert mask.shape == (queries, keys)
     for i in range(queries):
@@ -233,13 +237,14 @@ def test_the_oracle_s_causal_mask_shows_the_last_query_every_key(queries, keys):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_oracle_is_torch_s_attention(softcap):
+def test_the_oracle_agrees_with_torch(softcap):
     rng = seeded(11)
     q = torch.randn(2, 6, 5, 7, generator=rng, dtype=torch.float64)
     k, v = (torch.randn(2, 3, 9, dim, generator=rng, dtype=torch.float64) for dim in (7, 4))
     mask = causal_mask(5, 9)
     found = attend_reference(q, k, v, scale=0.7, mask=mask, softcap=softcap)
-    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    k = k.repeat_interleave(2, dim=1)
+    v = v.repeat_interleave(2, dim=1)
     if softcap is None:
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.7)
     else:

@@ -1,7 +1,7 @@
-"""Every kernel on the device it is for, against the float64 oracle: on a GPU all of CUDA's, elsewhere the CPU's.
+"""Every attention backend on its device against the float64 oracle.
 
-The criterion is DESIGN's, section 8: in half types a relative Frobenius error of at most 1.5 times that of torch's own
-attention, over at least 10,000 outputs, with flat and peaked softmax.
+The CUDA backends are tested if there is a GPU. In half precision the relative Frobenius error may be at most 1.5 times
+that of torch's attention, over at least 10,000 outputs, with flat and peaked softmax.
 """
 
 import math
@@ -42,8 +42,8 @@ def skip_refused(backend, problem):
         pytest.skip(f"{backend.name} refuses: {reason}")
 
 
-def torch_s_attention(q, k, v, scale, softcap, causal):
-    """In q's type: sdpa, or with a soft cap the matrix products that transformers uses."""
+def torch_attention(q, k, v, scale, softcap, causal):
+    """Compute attention with torch in q's type: sdpa, or matrix products as in transformers if there is a soft cap."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is None:
@@ -54,11 +54,11 @@ def torch_s_attention(q, k, v, scale, softcap, causal):
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-LSE_BOUND = {"cpu-flash-bf16": 1e-4}  # torch's approximate exponential, whatever the length; bfloat16 rounds by 4e-3
+LSE_BOUND = {"cpu-flash-bf16": 1e-4}  # torch approximates the exponential; the error does not depend on the length
 
 
 def assert_as_good_as_torch(out, lse, wanted, theirs, backend):
-    """out in the model's type, against float64; float32 kernels differ by orders of adding: a floor for those."""
+    """Compare outputs in the model's type with float64. A floor allows float32 kernels to sum in any order."""
     assert out.shape == wanted.out.shape
     assert wanted.out.numel() >= 10_000
     assert out.isfinite().all()
@@ -69,14 +69,14 @@ def assert_as_good_as_torch(out, lse, wanted, theirs, backend):
     )
 
 
-def past_matches(device, backend, dtype, sharpness, dims, heads, rows, sizes, softcap=None):
+def check_attend_full(device, backend, dtype, sharpness, dims, heads, rows, sizes, softcap=None):
     rng = seeded(rows)
     q = torch.randn(heads, rows, dims[0], generator=rng).to(dtype).to(device)
     pieces = [tuple(with_head_stride(heads, size, dim, 8, rng, dtype, device) for dim in dims) for size in sizes]
     k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
     scale = sharpness / math.sqrt(dims[0])
     wanted = attend_reference(q[None], k[None], v[None], scale=scale, softcap=softcap)[0]
-    theirs = torch_s_attention(q[None], k[None], v[None], scale, softcap, causal=False)[0]
+    theirs = torch_attention(q[None], k[None], v[None], scale, softcap, causal=False)[0]
     parts = [backend.attend_full(q, [piece], scale, softcap) for piece in pieces]
     merged = AttentionState.empty((heads, rows), dims[1], device)
     for part in parts:
@@ -86,27 +86,27 @@ def past_matches(device, backend, dtype, sharpness, dims, heads, rows, sizes, so
         assert state.out.device.type == device
         assert_as_good_as_torch(state.out.to(dtype), state.lse, wanted, theirs, backend)
     again = backend.attend_full(q, pieces, scale, softcap)
-    assert torch.equal(again.out, at_once.out)  # the same call, the same bits
+    assert torch.equal(again.out, at_once.out)  # the same call gives the same bits
     assert torch.equal(again.lse, at_once.lse)
 
 
 @on_every_device
 @with_any_type
 @with_any_softmax
-def test_a_chunk_s_queries_on_the_past(device, backend, dtype, sharpness, dims):
-    rows = 1024 if backend.name == "cuda-cudnn" else 129  # cuDNN's plans are for a chunk's rows
+def test_chunk_attends_to_the_past(device, backend, dtype, sharpness, dims):
+    rows = 1024 if backend.name == "cuda-cudnn" else 129  # cuDNN is only used for chunks
     skip_refused(backend, problem_of(device, dtype, rows, dims, tokens=1024))
-    past_matches(device, backend, dtype, sharpness, dims, 2, rows, (1024, 507))
+    check_attend_full(device, backend, dtype, sharpness, dims, 2, rows, (1024, 507))
 
 
 @on_every_device
 @with_any_type
 @with_any_softmax
 @pytest.mark.parametrize("rows", [1, 17])
-def test_decode_on_the_past(device, backend, dtype, sharpness, dims, rows):
+def test_decode_attends_to_the_past(device, backend, dtype, sharpness, dims, rows):
     skip_refused(backend, problem_of(device, dtype, rows, dims, tokens=4099))
     heads = -(-10_000 // (rows * dims[1]))
-    past_matches(
+    check_attend_full(
         device, backend, dtype, sharpness, dims, min(heads, 160), rows, (4099 if device == "cuda" else 515, 255)
     )
 
@@ -115,10 +115,10 @@ def test_decode_on_the_past(device, backend, dtype, sharpness, dims, rows):
 @with_any_type
 @with_any_softmax
 @pytest.mark.parametrize("rows", [4, 129])
-def test_soft_caps_on_the_past(device, backend, dtype, sharpness, dims, rows):
+def test_soft_caps_with_the_past(device, backend, dtype, sharpness, dims, rows):
     skip_refused(backend, problem_of(device, dtype, rows, dims, 50.0))
     heads = -(-10_000 // (rows * dims[1]))
-    past_matches(device, backend, dtype, 4 * sharpness, dims, heads, rows, (1024, 255), softcap=50.0)
+    check_attend_full(device, backend, dtype, 4 * sharpness, dims, heads, rows, (1024, 255), softcap=50.0)
 
 
 @on_every_device
@@ -126,9 +126,11 @@ def test_soft_caps_on_the_past(device, backend, dtype, sharpness, dims, rows):
 @with_any_softmax
 @pytest.mark.parametrize("softcap", [None, 50.0])
 @pytest.mark.parametrize("tokens", [1, 255])
-def test_a_chunk_on_itself(device, backend, dtype, sharpness, dims, softcap, tokens):
+def test_chunk_attends_to_itself(device, backend, dtype, sharpness, dims, softcap, tokens):
     skip_refused(backend, problem_of(device, dtype, 0, dims, softcap))
-    rng, kv_heads, group = seeded(tokens), 2, 3
+    rng = seeded(tokens)
+    kv_heads = 2
+    group = 3
     batch = -(-10_000 // (kv_heads * group * tokens * dims[1]))
     q, k, v = (
         torch.randn(batch, tokens, heads, dim, generator=rng).to(dtype).to(device).transpose(1, 2)
@@ -136,7 +138,7 @@ def test_a_chunk_on_itself(device, backend, dtype, sharpness, dims, softcap, tok
     )
     scale = sharpness / math.sqrt(dims[0])
     wanted = attend_reference(q, k, v, scale=scale, softcap=softcap, mask=causal_mask(tokens, tokens, device))
-    theirs = torch_s_attention(q, k, v, scale, softcap, causal=True)
+    theirs = torch_attention(q, k, v, scale, softcap, causal=True)
     found = backend.attend_causal(q, k, v, scale, softcap)
     assert found.out.dtype == found.lse.dtype == torch.float32
     assert found.out.is_contiguous()
@@ -144,9 +146,9 @@ def test_a_chunk_on_itself(device, backend, dtype, sharpness, dims, softcap, tok
 
 
 @pytest.mark.gpu
-def test_this_device_builds_the_triton_kernels():
+def test_triton_kernels_compile_on_this_device():
     if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("for compute capability 8.0 and up")
+        pytest.skip("the kernels need compute capability 8.0")
     assert triton_calls.unavailable_reason() == ""
 
 
@@ -154,7 +156,7 @@ def test_this_device_builds_the_triton_kernels():
 @with_any_type
 @pytest.mark.parametrize("dim", [1, 33, 128, 300])
 @pytest.mark.parametrize("shape", [(7,), (3, 500), (1, 8, 2049)], ids=str)
-def test_a_merge_in_one_kernel_is_torch_s(shape, dim, dtype):
+def test_merge_kernel_agrees_with_torch(shape, dim, dtype):
     state, part = (random_state(shape, dim, seeded(dim), dtype=torch.float32, empty=0.3) for _ in range(2))
     part.out = part.out.to(dtype)
     wanted = copy_of(state).merge_(part)
@@ -166,7 +168,7 @@ def test_a_merge_in_one_kernel_is_torch_s(shape, dim, dtype):
 
 
 @pytest.mark.gpu
-def test_a_merge_with_empty_keeps_the_bits_on_the_device():
+def test_merging_with_an_empty_state_on_the_device_changes_nothing():
     state = random_state((3, 100), 128, seeded(1), dtype=torch.float32)
     state = AttentionState(state.out.cuda(), state.lse.cuda())
     empty = AttentionState.empty((3, 100), 128, "cuda")

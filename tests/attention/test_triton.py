@@ -1,7 +1,8 @@
-"""The Triton kernels: what they compute is tested through Triton's interpreter, in a process of its own.
+"""The Triton kernels and their launches.
 
-The interpreter must be asked for before triton is imported, and then there is no compiler: hence the process. What it
-runs is triton_on_cpu.py; alone: TRITON_INTERPRET=1 pytest tests/support/triton_on_cpu.py
+tests/support/triton_on_cpu.py tests the results of the kernels in Triton's interpreter. It runs in a separate process,
+because the interpreter has to be enabled before triton is imported and disables the compiler. To run it alone:
+TRITON_INTERPRET=1 pytest tests/support/triton_on_cpu.py
 """
 
 import importlib.util
@@ -23,13 +24,13 @@ SWITCHED_OFF = "switched off by HEADINFER_TRITON=0"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_through_the_interpreter():
+def test_kernels_in_the_interpreter():
     run_pytest(SUPPORT / "triton_on_cpu.py", timeout_s=600, TRITON_INTERPRET="1")
 
 
 @pytest.fixture
 def no_triton(monkeypatch):
-    """As on a machine without triton (Windows, torch for CPUs)."""
+    """Behave like a machine without triton (Windows, or torch for CPUs)."""
 
     def absent():
         raise ImportError("No module named 'triton'")
@@ -39,7 +40,7 @@ def no_triton(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_triton")
-def test_without_triton_others_serve():
+def test_other_backends_are_chosen_without_triton():
     assert "No module named 'triton'" in triton_calls.unavailable_reason()
     assert choose(Problem("cuda", torch.bfloat16, 0, 64, 64, softcap=True)).name == "eager"
     assert choose(Problem("cuda", torch.bfloat16, 0, 64, 64), "cuda-triton").name == "cuda-flash"
@@ -47,7 +48,7 @@ def test_without_triton_others_serve():
     assert not triton_calls.merge_(state.out, state.lse, state.out, state.lse)
 
 
-def test_importing_headinfer_s_kernels_imports_no_triton():
+def test_importing_the_backends_does_not_import_triton():
     script = (
         "import sys\n"
         "from headinfer.attention import triton_calls\n"
@@ -64,16 +65,15 @@ def test_importing_headinfer_s_kernels_imports_no_triton():
 
 
 class OnDevice:
-    """A tensor that says it lies on a CUDA device, and counts as one for merge_."""
+    """An object that looks like a tensor on a CUDA device to merge_."""
 
-    def __init__(self, tensor):
-        self.tensor, self.is_cuda = tensor, True
+    is_cuda = True
 
 
-def test_on_cuda_a_merge_is_the_kernel_where_it_can_be(monkeypatch):
+def test_merging_on_cuda_uses_the_kernel(monkeypatch):
     seen = []
     monkeypatch.setattr(triton_calls, "merge_", lambda *tensors: seen.append(tensors) or True)
-    state, part = (AttentionState(OnDevice(object()), object()) for _ in range(2))
+    state, part = (AttentionState(OnDevice(), object()) for _ in range(2))
     assert state.merge_(part) is state
     assert seen == [(state.out, state.lse, part.out, part.lse)]
     on_cpu = AttentionState(torch.zeros(2, 3), torch.zeros(2))
@@ -82,7 +82,7 @@ def test_on_cuda_a_merge_is_the_kernel_where_it_can_be(monkeypatch):
     assert on_cpu.out.tolist() == [[0.5] * 3] * 2
 
 
-def test_splits_cover_the_keys_and_none_is_empty():
+def test_splits_cover_all_keys_and_are_not_empty():
     for blocks in (1, 3, 8, 100, 1000):
         for keys in (1, 255, 511, 512, 1023, 1024, 1025, 4096, 50_001, 4_000_000):
             for block_keys in (16, 32, 64):
@@ -97,15 +97,15 @@ def test_splits_cover_the_keys_and_none_is_empty():
 @pytest.mark.parametrize("is_half", [True, False])
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 255, 8192])
-def test_there_is_always_a_smaller_launch(rows, width, is_half):
+def test_launches_end_with_the_smallest_one(rows, width, is_half):
     launches = list(triton_calls._launches(rows, width, is_half))
     assert launches[-1] == (16, 4, 1)
     assert all(block in (16, 32, 64, 128) and warps in (4, 8) for block, warps, _ in launches)
     assert launches[0][0] < 2 * max(rows, 16)
 
 
-def test_a_launch_that_does_not_fit_makes_way_for_a_smaller_one_once(monkeypatch):
-    """As on a device with little shared memory; the next call of the shape starts with what fitted."""
+def test_launch_that_does_not_fit_is_replaced_by_a_smaller_one(monkeypatch):
+    """The device has little shared memory. The next call with the same shape starts with the launch that fitted."""
 
     class OutOfResources(Exception):
         pass
@@ -137,7 +137,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from headinfer.attention import triton_kernels as kernels
 
-HALF, SINGLE = "*bf16", "*fp32"
+HALF = "*bf16"
+SINGLE = "*fp32"
 
 
 def build(kernel, capability, half, constants, **options):
@@ -164,7 +165,7 @@ for capability in (80, 90):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+def test_kernels_compile_for_several_gpus(tmp_path):
     (tmp_path / "build.py").write_text(COMPILE)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "build.py")],
