@@ -419,7 +419,7 @@ MISTAKES = {
     "no GPU": (["--device", "cuda"], "sees no CUDA device"),
     "no GPU, one suite": (["decode", "--device", "cuda:3", "--gpu-memory", "24GB"], "sees no CUDA device"),
     "no suite": (["speed", "--device", "cuda"], "there is no GPU suite 'speed'"),
-    "no size": (["--device", "cuda", "--gpu-memory", "much"], "is no size"),
+    "no size": (["--device", "cuda", "--gpu-memory", "much"], "is not a size"),
     "no time": (["--device", "cuda", "--limit-s", "0"], "must be a positive number of seconds"),
     "no place": (["--device", "cuda", "--output", f"{__file__}/results"], "cannot write results in"),
     "a card for a CPU": (["--gpu-memory", "24GB"], "give --device cuda as well"),

@@ -138,7 +138,7 @@ MISTAKES = {
     "no prompt": ([], "the prompt is empty"),
     "empty prompt": (["--prompt", "  "], "the prompt is empty"),
     "budget below a tile": (["--prompt", "x", "--device-kv-budget", "1KB"], "give at least"),
-    "size that is none": (["--prompt", "x", "--device-kv-budget", "much"], "is no size"),
+    "size that is none": (["--prompt", "x", "--device-kv-budget", "much"], "is not a size"),
     "too little host RAM": (["--prompt", "x", "--max-new-tokens", "9000000000"], "tokens fit"),
     "negative tokens": (["--prompt", "x", "--max-new-tokens", "-3"], "must be a positive number"),
     "zero chunk": (["--prompt", "x", "--chunk-tokens", "0"], "must be a positive number"),

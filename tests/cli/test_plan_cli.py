@@ -86,16 +86,16 @@ def test_json_is_one_object_with_all_tables():
         (("llama-3-8b", "--gpu", "rtx4091"), "there is no device 'rtx4091' in the table: choose one of rtx4090"),
         (("llama-3-9b", "--gpu", "rtx4090"), "there is no model 'llama-3-9b'"),
         (("llama-3-9b", "--gpu", "rtx4090"), "llama-3-8b"),
-        (("llama-3-8b", "--gpu", "rtx4090", "--ram", "12XB"), "'12XB' is no size"),
-        (("llama-3-8b", "--gpu", "rtx4090", "--disk", "TB"), "'TB' is no size"),
-        (("llama-3-8b", "--gpu", "rtx4090", "--context", "1Q"), "'1Q' is no number of tokens"),
+        (("llama-3-8b", "--gpu", "rtx4090", "--ram", "12XB"), "'12XB' is not a size"),
+        (("llama-3-8b", "--gpu", "rtx4090", "--disk", "TB"), "'TB' is not a size"),
+        (("llama-3-8b", "--gpu", "rtx4090", "--context", "1Q"), "'1Q' is not a number of tokens"),
         (("llama-3-8b", "--gpu", "rtx4090", "--context", "0"), "'0' tokens are out of range"),
         (("llama-3-8b", "--gpu", "rtx4090", "--ram", "94GiB", "--context", "1M"), "at most 753,888 tokens fit"),
         (("llama-3-8b", "--gpu", "rtx4090", "--ram", "1GB"), "no context fits"),
         (("llama-3-8b", "--gpu", "rtx4090", "--device-kv-budget", "1MiB", "--ram", "64GB"), "is too small"),
         (("llama-3-70b", "--gpu", "rtx4090"), "the weights need 131.4 GiB at 16 bits each"),
         (("llama-3-8b", "--gpu", "t4", "--dtype", "bfloat16"), "T4 has no figure for bfloat16"),
-        (("llama-3-8b", "--gpu", "nowhere.json"), "nowhere.json is no description of hardware"),
+        (("llama-3-8b", "--gpu", "nowhere.json"), "nowhere.json is not a description of hardware"),
         (("llama-3-8b",), "name a device with --gpu"),
         ((), "name a model"),
         (("--paper",), "python benchmarks/paper/compare.py prints the comparison with the paper"),
@@ -162,9 +162,9 @@ def test_models_are_found_in_folders_files_and_the_hub_cache(tmp_path, monkeypat
     assert find_shape("meta-llama/Meta-Llama-3-8B-Instruct") == find_shape("llama-3-8b")
     assert find_shape("google/gemma-3-12b-it") == find_shape("gemma-3-12b")
     (snapshot / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is no config of a decoder: the config's hidden_size is None"):
+    with pytest.raises(UsageError, match="is not the config of a decoder: the config's hidden_size is None"):
         find_shape(str(snapshot))
-    with pytest.raises(UsageError, match="is no model folder"):
+    with pytest.raises(UsageError, match="is not a model folder"):
         find_shape(str(tmp_path))
 
 

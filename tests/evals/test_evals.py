@@ -418,7 +418,7 @@ def test_eval_data_end_to_end(tmp_path):
     [
         (("niah", TINY, "--depths", "0..200"), "is not a list of depths: write percents"),
         (("niah", TINY, "--depths", "deep"), "is not a list of depths: write percents"),
-        (("niah", TINY, "--lengths", "4X"), "is no number of tokens"),
+        (("niah", TINY, "--lengths", "4X"), "is not a number of tokens"),
         (("niah", TINY, "--text", "/nowhere.txt"), "cannot read /nowhere.txt"),
         (("niah", "no/such-model"), "there is no model 'no/such-model'"),
         (("niah", TINY, "--lengths", "4000M"), "of host RAM for KV"),

@@ -501,7 +501,7 @@ def test_a_broken_hardware_file_says_so(tmp_path):
     path = tmp_path / "probe.json"
     for text in ("{", "[]", '{"name": "x"}'):
         path.write_text(text)
-        with pytest.raises(UsageError, match="no description of hardware"):
+        with pytest.raises(UsageError, match="not a description of hardware"):
             Hardware.load(path)
     with pytest.raises(UsageError, match="link_bytes_per_s is 0"):
         dataclasses.replace(RTX4090, link_bytes_per_s=0)

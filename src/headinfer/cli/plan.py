@@ -1,4 +1,7 @@
-"""`headinfer plan`: whether a job fits, what it costs and why. Imports neither torch nor transformers."""
+"""The command `headinfer plan`: whether a job fits a machine, and how long it takes.
+
+The module imports neither torch nor transformers, so that the command answers at once.
+"""
 
 from __future__ import annotations
 
@@ -38,36 +41,39 @@ def plan(
             show_default=False,
         ),
     ] = "",
-    context: Annotated[str, typer.Option(help="Tokens to read, e.g. 128K or 1M (K is 1,024).")] = "128K",
+    context: Annotated[str, typer.Option(help="Tokens to read, such as 128K or 1M; K stands for 1,024.")] = "128K",
     gpu: Annotated[
         str | None,
-        typer.Option(help=f"The device: {', '.join(HARDWARE)}, or a JSON file; this machine's where it was probed."),
+        typer.Option(
+            help=f"The device: {', '.join(HARDWARE)}, or a JSON file of headinfer probe; by default this machine, if "
+            "it was probed."
+        ),
     ] = None,
     ram: Annotated[
-        str | None, typer.Option(help="Host RAM for the job, e.g. 128GB; what is free here if left out.")
+        str | None, typer.Option(help="Host RAM for the job, such as 128GB; by default what is free here.")
     ] = None,
-    disk: Annotated[str | None, typer.Option(help="Disk for KV that RAM cannot hold, e.g. 1TB.")] = None,
-    device_memory: Annotated[str | None, typer.Option(help="Use no more of the device than this, e.g. 12GiB.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Disk for KV that does not fit RAM, such as 1TB.")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="The most device memory, such as 12GiB.")] = None,
     device_kv_budget: Annotated[
-        str | None, typer.Option(help="KV bytes on the device, at most, resident KV included.")
+        str | None, typer.Option(help="The most KV on the device, with resident KV, such as 256MiB.")
     ] = None,
-    chunk_tokens: Annotated[int | None, typer.Option(help="Fix the tokens of a chunk.")] = None,
-    heads_per_group: Annotated[int | None, typer.Option(help="Fix the KV heads streamed together.")] = None,
-    tile_tokens: Annotated[int | None, typer.Option(help="Fix the tokens streamed together.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write, when weighing decode against prefill.")] = 256,
-    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    chunk_tokens: Annotated[int | None, typer.Option(help="Fix the tokens of a chunk of the prompt.")] = None,
+    heads_per_group: Annotated[int | None, typer.Option(help="Fix the KV heads of a tile.")] = None,
+    tile_tokens: Annotated[int | None, typer.Option(help="Fix the tokens of a tile.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate, to weigh decode against prefill.")] = 256,
+    rows: Annotated[int, typer.Option(help="Rows of the batch, each with that context.")] = 1,
+    dtype: Annotated[str, typer.Option(help="The dtype: auto, bfloat16, float16 or float32.")] = "auto",
     resident: Annotated[
-        bool, typer.Option("--resident/--no-resident", help="Keep on the device as well what KV it has room for.")
+        bool, typer.Option("--resident/--no-resident", help="Also keep KV on the device as far as its memory allows.")
     ] = True,
-    weight_bits: Annotated[int | None, typer.Option(help="Bits of a weight, where it is quantised, e.g. 4.")] = None,
+    weight_bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight, such as 4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw memory, seconds and roofline into this .png, .svg or .pdf file.")
+        Path | None, typer.Option(help="Plot memory, seconds and the roofline into this .png, .svg or .pdf file.")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", hidden=True)] = False,
 ) -> None:
-    """Whether a job fits a GPU and its host, how long it takes, what bounds it; nothing is loaded."""
+    """Predict whether a job fits a GPU and its host, how long it takes and what bounds it. No model is loaded."""
     if paper:
         raise UsageError(
             "--paper is not an option any more: in a checkout of headinfer, python benchmarks/paper/compare.py prints "
@@ -111,7 +117,7 @@ def plan(
     for line in made.explain():
         console.print(line, highlight=False, markup=False)
     if plot is not None:
-        stderr.print(f"drawn into {plot}", highlight=False, markup=False)
+        stderr.print(f"plots are in {plot}", highlight=False, markup=False)
 
 
 def _hardware(name: str | None) -> Hardware:
@@ -131,7 +137,8 @@ def _dtype(name: str, hardware: Hardware) -> str:
 
 
 def _warnings(request: Request) -> list[str]:
-    most, asked = request.shape.max_context_tokens, request.context_tokens
+    most = request.shape.max_context_tokens
+    asked = request.context_tokens
     if not most or asked <= most:
         return []
     return [
@@ -141,7 +148,9 @@ def _warnings(request: Request) -> list[str]:
 
 
 def _points(made: Plan) -> list[OperatingPoint]:
-    hardware, layer = made.request.hardware, max(made.request.layers, key=lambda x: x.kv_bytes_per_token(1))
+    """Return the roofline of the layer with the most KV."""
+    hardware = made.request.hardware
+    layer = max(made.request.layers, key=lambda layer: layer.kv_bytes_per_token(1))
     return operating_points(
         layer,
         hardware.attained_flops_per_s(made.request.dtype),
@@ -154,7 +163,9 @@ def _points(made: Plan) -> list[OperatingPoint]:
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
-    table.show_header, table.pad_edge, table.collapse_padding = any(header), False, True
+    table.show_header = any(header)
+    table.pad_edge = False
+    table.collapse_padding = True
     for index, name in enumerate(header):
         style = "bold" if name == OURS else None
         table.add_column(name, justify="right" if index else "left", style=style, no_wrap=not index)
@@ -164,9 +175,10 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _tables(model: str, made: Plan) -> list[Table]:
-    """Memory, seconds and roofline; methods are columns, so that the tables fit a terminal of 80."""
+    """Return the tables of the plan. Methods are columns, so that the tables fit a terminal with 80 columns."""
     hardware = made.request.hardware
-    memory, longest = memory_by_method(made), longest_by_method(made)
+    memory = memory_by_method(made)
+    longest = longest_by_method(made)
     seconds = seconds_by_method(made, CONTEXTS)
     methods = ("", *(name.removesuffix(" offload").removesuffix(" prefill") for name in memory))
     ram = "" if hardware.is_host else f", {format_bytes(made.request.host_bytes)} of RAM"
@@ -196,26 +208,25 @@ def _tables(model: str, made: Plan) -> list[Table]:
 
 def _roofline(made: Plan) -> Table:
     points = _points(made)
-    rows = [
-        (
-            f"{on_device.phase} {format_tokens(on_device.tokens)}",
-            _si(on_device.flops),
-            *_under_roof(on_device),
-            *(() if made.request.hardware.is_host else _under_roof(over_link)),
-        )
-        for on_device, over_link in zip(points[::2], points[1::2], strict=True)
-    ]
-    far_header = () if made.request.hardware.is_host else ("FLOP/ link byte", "FLOP/s", "bound")
-    header = ("", "FLOP", "FLOP/ byte", "FLOP/s", "bound", *far_header)
+    has_link = not made.request.hardware.is_host
+    header = ["", "FLOP", "FLOP/ byte", "FLOP/s", "bound"]
+    if has_link:
+        header += ["FLOP/ link byte", "FLOP/s", "bound"]
+    rows = []
+    for on_device, over_link in zip(points[::2], points[1::2], strict=True):
+        row = [f"{on_device.phase} {format_tokens(on_device.tokens)}", _si(on_device.flops), *_point_cells(on_device)]
+        if has_link:
+            row += _point_cells(over_link)
+        rows.append(row)
     return _table("roofline: attention of one layer, from device memory and over the link", header, rows)
 
 
-def _under_roof(point: OperatingPoint) -> tuple[str, str, str]:
+def _point_cells(point: OperatingPoint) -> tuple[str, str, str]:
     return f"{point.intensity:,.0f}", _si(point.flops_per_s), point.bound.removeprefix("device ")
 
 
 def _si(value: float) -> str:
-    """Three digits and a letter: 17.2G, 1.72T."""
+    """Format a number with three digits and a letter, as in 17.2G or 1.72T."""
     for letter in ("", "K", "M", "G", "T"):
         if value < 1000:
             return f"{value:.3g}{letter}"
@@ -224,12 +235,13 @@ def _si(value: float) -> str:
 
 
 def _choices(made: Plan) -> Table:
-    streams, resident = not made.request.hardware.is_host, f"{made.resident_text} of {made.request.context_tokens:,}"
-    tiles = (("prefill", made.prefill), ("decode", made.decode))
-    rows = [
-        ("chunk", f"{made.chunk_tokens:,} tokens"),
-        *((f"tile in {name}, KV heads x tokens", f"{x.heads_per_group} x {x.tile_tokens:,}") for name, x in tiles),
-        *((("tokens resident on the device", resident),) if streams else ()),
+    rows = [("chunk", f"{made.chunk_tokens:,} tokens")]
+    for phase, tile in (("prefill", made.prefill), ("decode", made.decode)):
+        rows.append((f"tile in {phase}, KV heads x tokens", f"{tile.heads_per_group} x {tile.tile_tokens:,}"))
+    if not made.request.hardware.is_host:
+        resident = f"{made.resident_text} of {made.request.context_tokens:,}"
+        rows.append(("tokens resident on the device", resident))
+    rows += [
         ("device KV budget", format_bytes(made.device_kv_budget_bytes)),
         ("prefill", f"{format_seconds(made.prefill_cost.total_s)}, bound by {made.prefill_cost.bound}"),
         ("decode, a token", f"{format_seconds(made.decode_cost.total_s)}, bound by {made.decode_cost.bound}"),
@@ -238,6 +250,7 @@ def _choices(made: Plan) -> Table:
 
 
 def _verdict(found: Footprint, request: Request) -> str:
+    """Say whether a method fits, and which memory is too small if it does not."""
     if request.hardware.is_host:
         return "yes" if found.device_bytes + found.host_bytes <= request.host_bytes else "no: RAM"
     if found.device_bytes > request.room_bytes:
@@ -246,10 +259,12 @@ def _verdict(found: Footprint, request: Request) -> str:
 
 
 def _cells(row: Sequence[tuple[Seconds, Seconds] | None], phase: int) -> list[str]:
+    """Format the seconds of one method. Phase 0 is prefill, phase 1 decode."""
     return ["-" if cell is None else format_seconds(cell[phase].total_s) for cell in row]
 
 
 def _as_dict(model: str, made: Plan, warnings: list[str]) -> dict[str, Any]:
+    """Return the JSON object of the command."""
     seconds = seconds_by_method(made, CONTEXTS)
     return {
         "model": model,

@@ -1,4 +1,7 @@
-"""The plots of `headinfer plan --plot`: memory by method, seconds a token, the roofline. Needs matplotlib."""
+"""The plots of `headinfer plan --plot`: memory by method, seconds a token and the roofline.
+
+They need matplotlib, which is imported when a plot is drawn.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,15 @@ from headinfer.utils.units import format_tokens
 __all__ = ["draw"]
 
 _CREATOR = "headinfer plan"
-_MARKS = {  # how a file of each format begins, and what it holds if draw() wrote it
+# By suffix: the first bytes of a file of that format, and the bytes that it contains if draw() wrote it.
+_MARKS = {
     ".png": (b"\x89PNG\r\n", b"tEXtCreator\0" + _CREATOR.encode()),
     ".svg": (b"<?xml", b"<dc:title>" + _CREATOR.encode() + b"</dc:title>"),
     ".pdf": (b"%PDF", b"/Creator (" + _CREATOR.encode() + b")"),
 }
 _MAX_PLOT_BYTES = 2**26
 _CONTEXTS = tuple(1024 * 2**power for power in range(13))  # 1K to 4M
-_INCHES = (9.0, 13.0)  # 900 pixels wide at 100 dpi, the width of a README
+_INCHES = (9.0, 13.0)  # 900 pixels wide at 100 dpi, which fits a README
 _COMPONENTS: tuple[tuple[str, str, Callable[[Footprint], int]], ...] = (
     ("weights", "#4c72b0", lambda found: found.weights_bytes),
     ("KV on the device", "#dd8452", lambda found: found.device_kv_bytes),
@@ -35,14 +39,22 @@ _COMPONENTS: tuple[tuple[str, str, Callable[[Footprint], int]], ...] = (
 )
 _COLORS = ("#8c8c8c", "#4c72b0", "#55a868", "#937860", "#dd8452", "#c44e52")
 _MARKERS = ("o", "s", "^", "v", "D", "*")
+_LINE = {"linewidth": 1.5, "markersize": 5, "zorder": 2, "alpha": 0.95}
+_BROAD_LINE = {"linewidth": 7, "markersize": 13, "zorder": 1, "alpha": 0.45}
 
 
 def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -> None:
     """Draw the three plots, one above the other, into an image file.
 
+    Args:
+        plan: the plan.
+        model: the model's name, for the titles.
+        path: the file, whose suffix is its format; an earlier plot is replaced.
+        points: the points of the roofline.
+
     Raises:
-        UsageError: matplotlib is missing or does not know the format, or the file holds something else than an
-            earlier plot.
+        UsageError: matplotlib is missing, the suffix is not a known format, the folder does not exist, or the file
+            exists and is not an earlier plot.
     """
     if path.suffix.lower() not in _MARKS:
         raise UsageError(f"cannot draw into {path}: its name must end with {', '.join(_MARKS)}")
@@ -67,7 +79,7 @@ def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -
 
 
 def _is_plot(path: Path) -> bool:
-    """Whether a file is a picture that draw() wrote: its format holds the creator's name."""
+    """Whether draw() wrote a file, which then contains the creator's name."""
     if path.stat().st_size > _MAX_PLOT_BYTES:
         return False
     data = path.read_bytes()
@@ -75,7 +87,7 @@ def _is_plot(path: Path) -> bool:
 
 
 def _draw_memory(axes: Any, plan: Plan, model: str) -> None:
-    """Stacked bars, one for each method, in the order of the tables."""
+    """Draw a stacked bar for each method, in the order of the tables."""
     found = dict(reversed(memory_by_method(plan).items()))
     gib = 2.0**30
     left = [0.0] * len(found)
@@ -84,11 +96,11 @@ def _draw_memory(axes: Any, plan: Plan, model: str) -> None:
         axes.barh(list(found), widths, left=left, color=color, label=name, height=0.65)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, (one, end) in enumerate(zip(found.values(), left, strict=True)):
-        words = axes.text(end + 0.01 * max(left), row, f"{end:,.1f}{_host_text(one)}", va="center")
-        words.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+        label = axes.text(end + 0.01 * max(left), row, f"{end:,.1f}{_host_text(one)}", va="center")
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
     room = plan.request.room_bytes / gib
     axes.axvline(room, color="black", linestyle="--", linewidth=1, zorder=0.5)
-    axes.text(room, len(found) - 0.45, f" {plan.request.hardware.name}: {room:.3g}", va="bottom")
+    axes.text(room, len(found) - 0.45, f" {plan.request.hardware.name}: {room:.3g} GiB", va="bottom")
     axes.set_xlim(0, max(*left, room) * 1.25)
     axes.set_xlabel("device memory, GiB")
     axes.set_title(f"Memory of {model} at {format_tokens(plan.request.context_tokens)} tokens", loc="left", pad=18)
@@ -100,33 +112,33 @@ def _host_text(found: Footprint) -> str:
 
 
 def _draw_seconds(axes: Any, plan: Plan, model: str) -> None:
-    """Seconds of a decoded token against the context, as far as a method fits."""
+    """Draw the seconds of a decoded token against the context, for each method up to the contexts that fit."""
     table = seconds_by_method(plan, _CONTEXTS)
     seen = [cell[1].total_s for row in table.values() for cell in row if cell is not None]
     for name, row in table.items():
-        color, marker = _COLORS[METHODS.index(name)], _MARKERS[METHODS.index(name)]
+        color = _COLORS[METHODS.index(name)]
+        marker = _MARKERS[METHODS.index(name)]
         fitting = [(tokens, cell[1].total_s) for tokens, cell in zip(_CONTEXTS, row, strict=True) if cell is not None]
         if fitting:
-            # Methods with all KV on the device coincide: ours is a broad line behind the others.
-            width, size, above = (7, 13, 1) if name == OURS else (1.5, 5, 2)
+            # The lines of methods with all KV on the device coincide, so headinfer's is broad and behind the others.
+            style = _BROAD_LINE if name == OURS else _LINE
             xs, ys = zip(*fitting, strict=True)
-            style = {"color": color, "marker": marker, "linewidth": width, "markersize": size, "zorder": above}
-            axes.plot(xs, ys, label=name, alpha=0.45 if name == OURS else 0.95, **style)
+            axes.plot(xs, ys, label=name, color=color, marker=marker, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(_CONTEXTS, [format_tokens(tokens) for tokens in _CONTEXTS])
     axes.minorticks_off()
     axes.set_ylim(10 ** math.floor(math.log10(min(seen))), 10 ** math.ceil(math.log10(max(seen))))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("context, tokens; a line ends where the method no longer fits")
-    axes.set_ylabel("seconds a token")
+    axes.set_xlabel("tokens of context; a line ends at the longest context that fits")
+    axes.set_ylabel("seconds per token")
     axes.set_title(f"Decode of {model} on {plan.request.hardware.name}", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
 
 def _draw_roofline(axes: Any, plan: Plan, points: Sequence[OperatingPoint]) -> None:
-    """The two roofs, device memory and link, and one layer's attention under them."""
+    """Draw the two roofs, of device memory and of the link, and the points of one layer's attention."""
     hardware = plan.request.hardware
     peak = hardware.attained_flops_per_s(plan.request.dtype)
     roofs = [("device", "#4c72b0", hardware.attained_device_bytes_per_s)]
@@ -137,21 +149,38 @@ def _draw_roofline(axes: Any, plan: Plan, points: Sequence[OperatingPoint]) -> N
         edge = peak / rate
         axes.plot([0.5, edge, most], [0.5 * rate, peak, peak], color=color, label=f"{memory}, {rate / 1e9:.3g} GB/s")
         for phase, marker in (("prefill", "s"), ("decode", "o")):
-            mine = [point for point in points if point.memory == memory and point.phase == phase]
-            axes.plot([p.intensity for p in mine], [p.flops_per_s for p in mine], marker, color=color, markersize=7)
-            # Decode lies at one intensity for any context: one label serves all.
-            for point in mine if phase == "prefill" else mine[-1:]:
-                words = format_tokens(point.tokens) if phase == "prefill" else "decode"
-                down = -16 if phase == "prefill" else -4
-                down -= 14 if phase == "prefill" and memory == "link" else 0
-                offset = (0, down) if phase == "prefill" else (10, down)
-                align = "center" if phase == "prefill" else "left"
-                axes.annotate(words, (point.intensity, point.flops_per_s), xytext=offset, textcoords="offset points",
-                              color=color, ha=align)  # fmt: skip
+            shown = [point for point in points if point.memory == memory and point.phase == phase]
+            intensities = [point.intensity for point in shown]
+            rates = [point.flops_per_s for point in shown]
+            axes.plot(intensities, rates, marker, color=color, markersize=7)
+            if phase == "decode":  # the intensity of decode is the same at any context, so one label is enough
+                shown = shown[-1:]
+            for point in shown:
+                _label_point(axes, point, color)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("FLOP a byte")
-    axes.set_ylabel("FLOP a second")
+    axes.set_xlabel("FLOP per byte")
+    axes.set_ylabel("FLOP per second")
     axes.set_title("Roofline: attention of one layer (squares: prefill of 1K, 10K, 100K tokens)", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
+
+
+def _label_point(axes: Any, point: OperatingPoint, color: str) -> None:
+    """Write the context below a point of prefill, or "decode" beside a point of decode."""
+    if point.phase == "prefill":
+        text = format_tokens(point.tokens)
+        offset = (0, -30 if point.memory == "link" else -16)
+        align = "center"
+    else:
+        text = "decode"
+        offset = (10, -4)
+        align = "left"
+    axes.annotate(
+        text,
+        (point.intensity, point.flops_per_s),
+        xytext=offset,
+        textcoords="offset points",
+        color=color,
+        ha=align,
+    )

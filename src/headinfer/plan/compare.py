@@ -1,4 +1,7 @@
-"""headinfer beside the other methods: memory, longest context, seconds. The paper's tables 3 to 7, 10 and 11."""
+"""Compare headinfer with the paper's baselines: memory, longest context and seconds.
+
+These are the figures of tables 3, 5 to 7, 10 and 11 of arXiv 2502.12574.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,14 @@ from dataclasses import dataclass
 
 from headinfer.errors import CapacityError
 from headinfer.plan.fit import HOST_OVERHEAD_BYTES, longest_context
-from headinfer.plan.footprint import BASELINES, OFFLOADED, Footprint, activation_bytes, baseline_footprint
-from headinfer.plan.footprint import ActivationRule as ActivationRule
+from headinfer.plan.footprint import (
+    BASELINES,
+    OFFLOADED,
+    ActivationRule,
+    Footprint,
+    activation_bytes,
+    baseline_footprint,
+)
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, prefill_seconds
@@ -23,9 +32,17 @@ _LONGEST_TOKENS = 2**36
 
 @dataclass(frozen=True)
 class Baseline:
-    """One of BASELINES on a machine. heads_per_group None: the most that fit, as the paper adapts it.
+    """One of BASELINES on a machine. The write-back of new KV is not counted, as in the paper's timings.
 
-    writes_back is not counted: the paper's timings are calibrated without it.
+    Attributes:
+        request: the model and the machine; the context is given to each method.
+        method: one of BASELINES.
+        chunk_tokens: tokens of a chunk, for the methods that read in chunks.
+        heads_per_group: KV heads of a group of the head-wise method; None for the most that fit, as the paper adapts
+            them.
+        activations: the rule for the bytes of activations.
+        overhead_bytes: device memory for the driver, libraries and the allocator; None for the hardware's.
+        host_overhead_bytes: host RAM for the process and the system.
     """
 
     request: Request
@@ -37,39 +54,43 @@ class Baseline:
     host_overhead_bytes: int = HOST_OVERHEAD_BYTES
 
     def footprint(self, tokens: int) -> Footprint:
-        """What it needs at a context."""
+        """Return what the method needs at a context."""
         if self.heads_per_group is None and self.method == "head-wise (paper)":
             heads = self._most_heads
-            options = [heads // part for part in (1, 2, 4, 8, 16, 32) if heads % part == 0]
-            found = [self._footprint(tokens, option) for option in options]
+            groups = [heads // part for part in (1, 2, 4, 8, 16, 32) if heads % part == 0]
+            found = [self._footprint(tokens, group) for group in groups]
             fitting = [one for one in found if one.device_bytes <= self.request.room_bytes]
             return fitting[0] if fitting else self._footprint(tokens, 1)
         return self._footprint(tokens, self.heads_per_group or 1)
 
     def fits(self, tokens: int) -> bool:
-        """Whether it fits the device and, where KV is offloaded, host RAM."""
+        """Whether the method fits the device and host RAM at a context."""
         found = self.footprint(tokens)
         if self.request.hardware.is_host:
             return found.device_bytes + found.host_bytes <= self.request.host_bytes
         return found.device_bytes <= self.request.room_bytes and found.host_bytes <= self.request.host_bytes
 
     def longest_tokens(self) -> int:
-        """The most tokens that fit."""
-        low, high = 0, _LONGEST_TOKENS
+        """Return the longest context that fits, exact to one part in 16,384."""
+        low = 0
+        high = _LONGEST_TOKENS
         while high - low > max(low // 2**14, 1):
             middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(middle) else (low, middle)
+            if self.fits(middle):
+                low = middle
+            else:
+                high = middle
         return low
 
     def prefill(self, tokens: int) -> Seconds:
-        """Seconds to read a context."""
+        """Predict the seconds to read a context."""
         request = self.request
         return prefill_seconds(
             request.shape, request.hardware, tokens, self._schedule(tokens), request.dtype, request.bits, request.rows
         )
 
     def decode(self, tokens: int) -> Seconds:
-        """Seconds for one token after a context."""
+        """Predict the seconds of one token after a context."""
         request = self.request
         return decode_seconds(
             request.shape, request.hardware, tokens, self._schedule(tokens), request.dtype, request.bits, request.rows
@@ -99,7 +120,7 @@ class Baseline:
     def _schedule(self, tokens: int) -> Schedule:
         chunked = self.method in ("chunked prefill", "head-wise (paper)")
         chunk_tokens = min(self.chunk_tokens, tokens) if chunked else tokens
-        if self.method == "4-bit KV":  # the cost of unpacking is not counted
+        if self.method == "4-bit KV":  # unpacking is not counted
             return Schedule(chunk_tokens, kv_scale=1 / (2 * self.request.element_bytes))
         if self.method in ("standard", "chunked prefill") or self.request.hardware.is_host:
             return Schedule(chunk_tokens)
@@ -112,27 +133,37 @@ class Baseline:
 
 
 def _baselines(request: Request, chunk_tokens: int) -> list[Baseline]:
-    """On a CPU alone there is nowhere to offload to."""
+    """Return the baselines that the machine allows; a CPU has nothing to offload to."""
     methods = [name for name in BASELINES if not (request.hardware.is_host and name in OFFLOADED)]
     return [Baseline(request, method, chunk_tokens) for method in methods]
 
 
 def memory_by_method(plan: Plan) -> dict[str, Footprint]:
-    """The footprint of every method at the plan's context and chunk."""
-    found = {
-        one.method: one.footprint(plan.request.context_tokens) for one in _baselines(plan.request, plan.chunk_tokens)
-    }
+    """Return the footprint of each method at the plan's context and chunk."""
+    tokens = plan.request.context_tokens
+    found = {one.method: one.footprint(tokens) for one in _baselines(plan.request, plan.chunk_tokens)}
     return {**found, OURS: plan.footprint}
 
 
 def longest_by_method(plan: Plan) -> dict[str, int]:
-    """The most tokens that each method fits on the plan's machine: others with the plan's chunk, ours with any."""
+    """Return the longest context of each method on the plan's machine.
+
+    The baselines have the plan's chunk; headinfer chooses its chunk for each context.
+    """
     found = {one.method: one.longest_tokens() for one in _baselines(plan.request, plan.chunk_tokens)}
     return {**found, OURS: longest_context(plan.request)}
 
 
 def seconds_by_method(plan: Plan, contexts: Sequence[int]) -> dict[str, list[tuple[Seconds, Seconds] | None]]:
-    """Prefill and decode of every method at each context; None where it does not fit."""
+    """Predict the seconds of each method.
+
+    Args:
+        plan: the plan, for its machine and its chunk; headinfer is planned anew for each context.
+        contexts: the numbers of tokens.
+
+    Returns:
+        For each method and each context the seconds of prefill and of one decoded token, None if it does not fit.
+    """
     table: dict[str, list[tuple[Seconds, Seconds] | None]] = {}
     for one in _baselines(plan.request, plan.chunk_tokens):
         table[one.method] = [(one.prefill(n), one.decode(n)) if one.fits(n) else None for n in contexts]

@@ -1,7 +1,9 @@
-"""The memory model: what lies on the device, in host RAM and on disk, by component and by method.
+"""The memory model: bytes on the device, in host RAM and on disk, by component and method.
 
-device = weights + activations of a chunk + KV on the device + overhead
-KV on the device = resident + ring + tails + write-back buffers + what non-full layers keep there
+The bytes on the device are these sums:
+
+    device            weights + activations of a chunk + KV on the device + overhead
+    KV on the device  resident KV + ring + tails + write-back buffers + windows and states of other layers
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ __all__ = [
     "write_back_bytes",
 ]
 
-TAIL_UNIT_TOKENS = 128  # as kv/head_store.py; a test holds them together
-SEGMENT_TOKENS = 16_384  # the largest, as there
-_WRITE_BACK_BYTES = 16 * 2**20  # K of one layer of Llama-3-8B in a chunk of 8,192 tokens: packed without a wait
+# Both equal the constants of kv/layer_kv.py, which a test checks.
+TAIL_UNIT_TOKENS = 128
+SEGMENT_TOKENS = 16_384  # of the largest segment
+# K of one layer of Llama-3-8B for a chunk of 8,192 tokens, which is then packed without a wait.
+_WRITE_BACK_BYTES = 16 * 2**20
 BASELINES = ("standard", "chunked prefill", "4-bit KV", "layer-wise offload", "head-wise (paper)")
 _CHUNKED = ("chunked prefill", "head-wise (paper)")
 OFFLOADED = ("layer-wise offload", "head-wise (paper)")
@@ -37,9 +41,21 @@ ActivationRule = Callable[[ModelShape, int, int], int]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a job at its longest, by component. Resident KV is also in host RAM, written through.
+    """Bytes that a job needs at its longest context, by component.
 
-    spare_tail_bytes: kept free in the budget, since reordering rows copies a tail.
+    Attributes:
+        weights_bytes: the weights.
+        activation_bytes: the activations of a chunk, at their peak.
+        overhead_bytes: device memory for the driver, libraries and the allocator.
+        resident_bytes: KV that stays on the device; it is written through to host RAM as well.
+        ring_bytes: the ring that streams KV to the device.
+        tail_bytes: the newest tokens of all layers, on the device.
+        spare_tail_bytes: room for one more tail, since reordering rows copies a tail.
+        staging_bytes: the two write-back buffers.
+        local_bytes: KV and states of the layers without full attention, on the device.
+        host_kv_bytes: KV in host RAM.
+        disk_kv_bytes: KV on disk.
+        host_overhead_bytes: host RAM for the process and the system.
     """
 
     weights_bytes: int
@@ -57,55 +73,67 @@ class Footprint:
 
     @property
     def device_kv_budget_bytes(self) -> int:
-        """What counts against device_kv_budget_bytes: all KV of the full-attention layers on the device."""
+        """The bytes that count against device_kv_budget_bytes: all device KV of the full-attention layers."""
         return sum((self.resident_bytes, self.ring_bytes, self.tail_bytes, self.spare_tail_bytes, self.staging_bytes))
 
     @property
     def device_kv_bytes(self) -> int:
-        """All KV on the device: also the windows and states of the other layers."""
+        """All KV on the device, with the windows and states of the layers without full attention."""
         return self.device_kv_budget_bytes + self.local_bytes
 
     @property
     def device_bytes(self) -> int:
-        """Device memory in all."""
+        """The device memory in all."""
         return self.weights_bytes + self.activation_bytes + self.overhead_bytes + self.device_kv_bytes
 
     @property
     def host_bytes(self) -> int:
-        """Host RAM in all (beside the device's, where the device is the host)."""
+        """The host RAM in all. If the device is the host's CPU, `device_bytes` is host RAM too and comes on top."""
         return self.host_kv_bytes + self.host_overhead_bytes
 
     @property
     def total_kv_bytes(self) -> int:
-        """KV of the whole context, wherever it lies; resident KV that the host has too is counted once."""
+        """KV of the whole context in all tiers. Resident KV that host RAM holds as well is counted once."""
         offloaded = self.host_kv_bytes + self.disk_kv_bytes
         return (offloaded or self.resident_bytes) + self.local_bytes
 
 
 def weight_bytes(shape: ModelShape, weight_bits: int) -> int:
-    """Bytes of all weights."""
+    """Return the bytes of all weights."""
     return shape.weights * weight_bits // 8
 
 
 def activation_bytes(shape: ModelShape, chunk_tokens: int, element_bytes: int) -> int:
-    """Peak of a forward pass over a chunk: the larger of the MLP's and the attention's (DESIGN, section 3).
+    """Return the peak of a forward pass over a chunk, which is that of the MLP or of attention.
 
-    MLP: gate, up and their product (3 I) beside the residual and norms (4 H), in the model's dtype. Attention: the
-    residual and its norm (2 H), Q, K, V and the output in the model's dtype, and two float32 states of a head group
-    (out and lse; the running one and the tile's), counted for all heads in one group.
+    H is the hidden size and I the MLP's inner size. The MLP holds gate, up and their product (3 I elements a token),
+    and the residual and norms (4 H), in the model's dtype. Attention holds the residual and its norm (2 H), Q, K, V and
+    the output, in the model's dtype, and two float32 states (out and lse) of a head group: the running one and a
+    tile's. All heads are counted as one group.
+
+    Args:
+        shape: the model.
+        chunk_tokens: tokens of the chunk, over all rows.
+        element_bytes: bytes of an element in the model's dtype.
+
+    Returns:
+        The bytes. The windows of sliding layers and the scores of the last token over the vocabulary, in the model's
+        dtype and in float32, are added to the peak.
     """
     mlp = (3 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
     attention = max(_attention_token_bytes(shape, layer, element_bytes) for layer in shape.layers)
-    # A sliding layer joins its window and the chunk; the last token's scores over the vocabulary, in float32 too.
+    # A sliding layer concatenates its window and the chunk.
     windows = (layer.kv_bytes_per_token(element_bytes) * layer.window_tokens for layer in shape.layers)
     return chunk_tokens * max(mlp, attention) + max(windows) + shape.vocab_size * (element_bytes + 4)
 
 
 def _attention_token_bytes(shape: ModelShape, layer: LayerShape, element_bytes: int) -> int:
-    heads, value_dim = layer.query_heads, layer.value_dim
-    own = layer.kv_heads * (layer.key_dim + value_dim)
-    io = 2 * shape.hidden_size + heads * (layer.key_dim + value_dim) + own
-    return io * element_bytes + (2 * heads * (value_dim + 1) * 4 if layer.is_offloaded else 0)
+    heads = layer.query_heads
+    value_dim = layer.value_dim
+    kv = layer.kv_heads * (layer.key_dim + value_dim)
+    io = 2 * shape.hidden_size + heads * (layer.key_dim + value_dim) + kv
+    states = 2 * heads * (value_dim + 1) * 4 if layer.is_offloaded else 0
+    return io * element_bytes + states
 
 
 def baseline_footprint(
@@ -122,16 +150,35 @@ def baseline_footprint(
     rows: int = 1,
     activations: ActivationRule = activation_bytes,
 ) -> Footprint:
-    """What one of BASELINES needs at a context of `tokens`, as the paper defines them (section 4.2).
+    """Return what one of BASELINES needs, as arXiv 2502.12574 defines them in section 4.2.
 
-    4-bit KV counts four bits an element and no scales. Offloading holds two layers' KV (layer-wise) or two head
-    groups' KV of one layer (head-wise) on the device: one is computed while the other comes.
+    4-bit KV has four bits an element and no scales. Offloading keeps the KV of two layers (layer-wise) or of two head
+    groups of one layer (head-wise) on the device: one is computed while the other is copied.
+
+    Args:
+        shape: the model.
+        method: one of BASELINES.
+        tokens: the context, of each row.
+        chunk_tokens: tokens of a chunk, for the methods that read in chunks.
+        element_bytes: bytes of an element of the KV and the activations.
+        weight_bits: bits of a stored weight.
+        heads_per_group: KV heads of a group of the head-wise method.
+        overhead_bytes: device memory for the driver, libraries and the allocator.
+        host_overhead_bytes: host RAM for the process and the system.
+        rows: rows of the batch.
+        activations: the rule for the bytes of activations.
+
+    Returns:
+        The footprint.
     """
     kv_bytes = tokens * shape.kv_bytes_per_token(element_bytes) * rows
     largest = max((layer for layer in shape.layers if layer.is_offloaded), key=lambda x: x.kv_bytes_per_token(1))
     layer_bytes = tokens * largest.kv_bytes_per_token(element_bytes) * rows
     group = min(heads_per_group, largest.kv_heads)
-    ring = {"layer-wise offload": 2 * layer_bytes, "head-wise (paper)": 2 * layer_bytes * group // largest.kv_heads}
+    ring_bytes = {
+        "layer-wise offload": 2 * layer_bytes,
+        "head-wise (paper)": 2 * layer_bytes * group // largest.kv_heads,
+    }
     resident = kv_bytes // (2 * element_bytes) if method == "4-bit KV" else kv_bytes
     read_at_once = min(chunk_tokens, tokens) if method in _CHUNKED else tokens
     return Footprint(
@@ -139,7 +186,7 @@ def baseline_footprint(
         activation_bytes=activations(shape, read_at_once * rows, element_bytes),
         overhead_bytes=overhead_bytes,
         resident_bytes=0 if method in OFFLOADED else resident,
-        ring_bytes=ring.get(method, 0),
+        ring_bytes=ring_bytes.get(method, 0),
         local_bytes=shape.local_kv_bytes(tokens, element_bytes) * rows,
         host_kv_bytes=kv_bytes if method in OFFLOADED else 0,
         host_overhead_bytes=host_overhead_bytes,
@@ -147,21 +194,21 @@ def baseline_footprint(
 
 
 def write_back_bytes(budget_bytes: int) -> int:
-    """Bytes of one of the two write-back buffers under a streaming budget."""
+    """Return the bytes of one of the two write-back buffers under a streaming budget."""
     return min(_WRITE_BACK_BYTES, budget_bytes // 16 // 256 * 256)
 
 
 def tail_bytes(shape: ModelShape, element_bytes: int, rows: int = 1) -> tuple[int, int]:
-    """Device bytes of all tails, and of one more."""
+    """Return the device bytes of all tails, and of the largest one."""
     tails = [2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes) * rows for layer in _offloaded(shape)]
     return sum(tails), max(tails, default=0)
 
 
 def host_kv_tokens(tokens: int) -> int:
-    """Tokens that a store of known final length allocates in host memory: none while the tail holds them all.
+    """Return the tokens for which a layer's KV allocates host memory at a known final length.
 
-    A segment of the rest of the length, or of 16,384 tokens, is allocated when it is written to; the tail's tokens
-    are not.
+    A segment for the rest of the length, of at most 16,384 tokens, is allocated when it is first written to. The tokens
+    in the tail need no host memory, so a context that fits the tail allocates none.
     """
     if tokens <= 2 * TAIL_UNIT_TOKENS:
         return 0
@@ -170,11 +217,17 @@ def host_kv_tokens(tokens: int) -> int:
 
 
 def resident_tokens(room_bytes: int, layers: int, token_bytes: int, rows: int, host_tokens: int) -> int:
-    """Tokens of one offloaded layer that stay on the device as well: the first ones of each row, all KV heads.
+    """Return the number of each row's first tokens that one offloaded layer keeps on the device, for all KV heads.
 
-    room_bytes: of the device for all of them, shared in equal parts among the offloaded `layers`. token_bytes: K and V
-    of one token of one row of this layer. host_tokens: what the host will hold, see `host_kv_tokens`; where all of it
-    is resident, nothing streams. In whole flush units.
+    Args:
+        room_bytes: device memory for the resident KV of all layers, which is divided in equal parts.
+        layers: the number of offloaded layers.
+        token_bytes: bytes of K and V of one token of one row of this layer.
+        rows: rows of the batch.
+        host_tokens: tokens that the host holds, see `host_kv_tokens`. If all of them are resident, nothing streams.
+
+    Returns:
+        The tokens, a multiple of TAIL_UNIT_TOKENS unless all are resident.
     """
     fitting = max(room_bytes, 0) // (layers * token_bytes * rows) // TAIL_UNIT_TOKENS * TAIL_UNIT_TOKENS
     return min(fitting, host_tokens)
@@ -193,15 +246,31 @@ def streaming_footprint(
     host_overhead_bytes: int = 0,
     rows: int = 1,
 ) -> Footprint:
-    """What headinfer needs.
+    """Return what headinfer needs.
 
-    streaming_bytes: device budget for ring, tails and write-back, or None where KV is read in place. resident_tokens:
-    for each offloaded layer, tokens kept on the device as well; where these are all that the host holds, the ring is
-    never allocated. None: no layer keeps any, and there is a ring. Raises CapacityError where a budget leaves nothing
-    for the ring.
+    Args:
+        shape: the model.
+        tokens: the context, of each row.
+        chunk_tokens: tokens of a chunk.
+        streaming_bytes: the device budget for ring, tails and write-back buffers; None if KV is read in place.
+        resident_tokens: for each offloaded layer, the tokens that also stay on the device. If these are all tokens that
+            the host holds, no ring is allocated. None for a ring and no resident tokens.
+        element_bytes: bytes of an element of the KV and the activations.
+        weight_bits: bits of a stored weight.
+        overhead_bytes: device memory for the driver, libraries and the allocator.
+        host_overhead_bytes: host RAM for the process and the system.
+        rows: rows of the batch.
+
+    Returns:
+        The footprint, with all KV in host RAM.
+
+    Raises:
+        CapacityError: the streaming budget leaves nothing for the ring.
     """
-    (tails, spare), host_tokens = tail_bytes(shape, element_bytes, rows), host_kv_tokens(tokens)
-    staging = ring = 0
+    tails, spare = tail_bytes(shape, element_bytes, rows)
+    host_tokens = host_kv_tokens(tokens)
+    staging = 0
+    ring = 0
     if streaming_bytes is not None:
         staging = 2 * write_back_bytes(streaming_bytes)
         ring = RING_SLOTS * ring_slot_bytes(streaming_bytes, tails + spare + staging)

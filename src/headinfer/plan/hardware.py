@@ -1,7 +1,7 @@
-"""What a machine can do: memory and rates, from data sheets or measured.
+"""Descriptions of machines: memory and rates, from data sheets or from a probe.
 
-A data sheet's rates are peaks; the *_share fields say how much of them kernels and copies attain. A probe measures
-what is attained, and sets the shares to 1.
+The rates of a data sheet are peaks, and the *_share fields say which part of them kernels and copies attain. A probe
+measures attained rates, and its shares are 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from headinfer.utils.user_folders import cache_folder
 __all__ = ["HARDWARE", "Hardware", "find_hardware", "is_probe", "probe_path"]
 
 MIB = 2**20
-TERA, GIGA = 10**12, 10**9
+GIGA = 10**9
+TERA = 10**12
 _POSITIVE = (
     "device_memory_bytes", "device_bytes_per_s", "link_bytes_per_s", "link_back_bytes_per_s", "dram_bytes_per_s",
     "disk_read_bytes_per_s", "disk_write_bytes_per_s", "multiprocessors", "launch_s",
@@ -30,15 +31,30 @@ _POSITIVE = (
 
 @dataclass(frozen=True)
 class Hardware:
-    """One compute device and the host around it. Rates in bytes or FLOP per second, 1 GB/s = 10^9.
+    """One compute device and its host. Rates are bytes or FLOP per second, and 1 GB/s is 10^9 bytes per second.
 
-    flops_per_s: by dtype. link: host to device; link_back: device to host. is_host: the device is the host's CPU, so
-    device memory is the host's RAM and nothing crosses a link. multiprocessors: what a kernel must fill. launch_s:
-    host seconds to queue one kernel or copy from Python. overhead_bytes: device memory for driver context,
-    libraries, the allocator's gaps, and a reserve. source: where the figures come from.
-
-    attention_flops_per_s and weight_bytes_per_s (by dtype), kv_bytes_per_s: what prefill's attention, matrices times
-    one token, and decode's attention attain, where a probe has measured them; else the rates above stand for them.
+    Attributes:
+        name: the device's name, for people.
+        device_memory_bytes: the device memory.
+        flops_per_s: the rate of matrix products, by dtype.
+        device_bytes_per_s: the rate of device memory.
+        link_bytes_per_s: the rate from host to device.
+        link_back_bytes_per_s: the rate from device to host.
+        dram_bytes_per_s: the rate of host memory.
+        disk_read_bytes_per_s: the sequential rate at which the disk reads.
+        disk_write_bytes_per_s: the sequential rate at which the disk writes.
+        source: where the figures come from.
+        multiprocessors: the multiprocessors that a kernel must fill.
+        is_host: whether the device is the host's CPU. Device memory is then host RAM, and nothing crosses a link.
+        launch_s: host seconds to queue one kernel or copy from Python.
+        overhead_bytes: device memory for the driver's context, libraries and the allocator's gaps, and a reserve.
+        compute_share: the attained share of flops_per_s.
+        device_share: the attained share of device_bytes_per_s.
+        link_share: the attained share of link_bytes_per_s and link_back_bytes_per_s.
+        dram_share: the attained share of dram_bytes_per_s.
+        attention_flops_per_s: the attained rate of prefill's attention by dtype, if a probe has measured it.
+        weight_bytes_per_s: the attained rate of reading weights for one token by dtype, if a probe has measured it.
+        kv_bytes_per_s: the attained rate of reading KV in decode's attention, if a probe has measured it.
     """
 
     name: str
@@ -70,38 +86,42 @@ class Hardware:
                 raise UsageError(f"hardware {self.name}: {name} is {value!r}: it must be a positive number")
 
     def attained_flops_per_s(self, dtype: str) -> float:
-        """FLOP per second that kernels attain in a dtype; UsageError where the device has no figure for it."""
+        """Return the FLOP per second that kernels attain in a dtype.
+
+        Raises:
+            UsageError: the device has no figure for the dtype.
+        """
         if dtype not in self.flops_per_s:
             raise UsageError(f"{self.name} has no figure for {dtype}: choose one of {', '.join(self.flops_per_s)}")
         return self.flops_per_s[dtype] * self.compute_share
 
     def attained_attention_flops_per_s(self, dtype: str) -> float:
-        """FLOP per second that the attention kernels attain in prefill."""
+        """Return the FLOP per second that attention attains in prefill."""
         return self.attention_flops_per_s.get(dtype) or self.attained_flops_per_s(dtype)
 
     def attained_weight_bytes_per_s(self, dtype: str) -> float:
-        """Bytes of weights that are read per second where one token is multiplied with them."""
+        """Return the bytes of weights that are read per second to multiply them with one token."""
         return self.weight_bytes_per_s.get(dtype) or self.attained_device_bytes_per_s
 
     @property
     def attained_kv_bytes_per_s(self) -> float:
-        """Bytes of K and V per second that decode's attention reads on the device."""
+        """The bytes of K and V that decode's attention reads per second on the device."""
         return self.kv_bytes_per_s or self.attained_device_bytes_per_s
 
     @property
     def attained_device_bytes_per_s(self) -> float:
-        """Bytes per second that kernels read from device memory (on a CPU: from DRAM)."""
+        """The bytes per second that kernels read from device memory; on a CPU, from DRAM."""
         if self.is_host:
             return self.dram_bytes_per_s * self.dram_share
         return self.device_bytes_per_s * self.device_share
 
     @property
     def attained_link_bytes_per_s(self) -> float:
-        """Bytes per second from host RAM to the device: the link's, or DRAM's where that is slower."""
+        """The bytes per second from host RAM to the device, which the link or DRAM limits."""
         return min(self.link_bytes_per_s * self.link_share, self.dram_bytes_per_s * self.dram_share)
 
     def tile_rates(self, dtype: str) -> TileRates:
-        """What choose_tiles() asks of a machine."""
+        """Return the rates that `choose_tiles` needs."""
         return TileRates(
             flops_per_s=self.attained_flops_per_s(dtype),
             device_bytes_per_s=self.attained_device_bytes_per_s,
@@ -111,40 +131,70 @@ class Hardware:
         )
 
     def text(self) -> str:
-        """The description as JSON, which load() reads."""
+        """Return the description as JSON, which `load` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write text() to a file, in place of an earlier probe but of nothing else.
+        """Write `text` to a file. An earlier probe is replaced, and no other file.
 
         Raises:
-            UsageError: the file holds something else.
+            UsageError: the file exists and is not a probe.
         """
         Output(path, is_ours=is_probe).write(self.text())
 
     @classmethod
     def load(cls, path: Path) -> Hardware:
-        """Read what save() wrote; UsageError where the file is missing or not such a file."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            UsageError: the file is missing or is not a description of hardware.
+        """
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"{path} is no description of hardware: {error}") from error
+            raise UsageError(f"{path} is not a description of hardware: {error}") from error
 
 
-# Assumptions where a data sheet of the device cannot say: the host around it.
-# DRAM: two channels of DDR5-5600 in a desktop (2 x 8 B x 5.6 GT/s); eight of DDR4-3200 in a server.
-# Disk: the sequential rates in data sheets of PCIe 4 x4 NVMe drives, rounded down.
-_DESKTOP_DRAM, _SERVER_DRAM = 89.6 * GIGA, 204.8 * GIGA
-_DISK_READ, _DISK_WRITE = 7.0 * GIGA, 5.0 * GIGA
-# PCI Express after its 128b/130b coding, each way: 0.985, 1.969 and 3.938 GB/s a lane for generations 3, 4 and 5.
+# A device's data sheet does not describe its host, so the host is assumed.
+_DESKTOP_DRAM = 89.6 * GIGA  # two channels of DDR5-5600: 2 x 8 B x 5.6 GT/s
+_SERVER_DRAM = 204.8 * GIGA  # eight channels of DDR4-3200
+# Sequential rates in data sheets of PCIe 4 x4 NVMe drives, rounded down.
+_DISK_READ = 7.0 * GIGA
+_DISK_WRITE = 5.0 * GIGA
+# PCI Express in each direction, after its 128b/130b coding: 0.985, 1.969 and 3.938 GB/s a lane for generations 3 to 5.
 _PCIE = {"3 x16": 15.75 * GIGA, "4 x8": 15.75 * GIGA, "4 x16": 31.5 * GIGA, "5 x16": 63.0 * GIGA}
 
 
 def _gpu(
-    name: str, mib: int, tensor_tera: float, float32_tera: float, bandwidth_giga: float, units: int, pcie: str,
-    source: str, *, server: bool = False, has_bfloat16: bool = True,
-) -> Hardware:  # fmt: skip
-    """tensor_tera: dense float16 with float32 accumulation, no sparsity. mib: what the driver reports."""
+    name: str,
+    mib: int,
+    tensor_tera: float,
+    float32_tera: float,
+    bandwidth_giga: float,
+    units: int,
+    pcie: str,
+    source: str,
+    *,
+    server: bool = False,
+    has_bfloat16: bool = True,
+) -> Hardware:
+    """Describe a GPU of a data sheet.
+
+    Args:
+        name: its name.
+        mib: the memory that the driver reports.
+        tensor_tera: TFLOP/s of dense float16 with float32 accumulation.
+        float32_tera: TFLOP/s of float32.
+        bandwidth_giga: GB/s of device memory.
+        units: multiprocessors.
+        pcie: generation and lanes of its link, a key of _PCIE.
+        source: the data sheet.
+        server: whether its host is assumed to be a server.
+        has_bfloat16: whether it has tensor cores for bfloat16.
+
+    Returns:
+        The GPU and its assumed host.
+    """
     flops = {"float16": tensor_tera * TERA, "float32": float32_tera * TERA}
     if has_bfloat16:
         flops["bfloat16"] = tensor_tera * TERA
@@ -167,7 +217,7 @@ _AMPERE = "NVIDIA Ampere GA102 whitepaper and product page"
 _ADA = "NVIDIA Ada GPU architecture whitepaper and product page"
 
 HARDWARE: dict[str, Hardware] = {
-    # name, MiB, TFLOP/s in half types and in float32, GB/s of device memory, multiprocessors, link, source
+    # Name, MiB, TFLOP/s in half types and in float32, GB/s of device memory, multiprocessors, link, source.
     "rtx3060": _gpu("RTX 3060 12 GB", 12_288, 25.5, 12.7, 360, 28, "4 x16", _AMPERE),
     "rtx3090": _gpu("RTX 3090", 24_576, 71.0, 35.6, 936, 82, "4 x16", _AMPERE),
     "rtx4060ti": _gpu("RTX 4060 Ti 16 GB", 16_380, 44.1, 22.1, 288, 34, "4 x8", _ADA),
@@ -180,7 +230,7 @@ HARDWARE: dict[str, Hardware] = {
     "h200": _gpu("H200 141 GB", 143_771, 989.4, 66.9, 4800, 132, "5 x16", "NVIDIA H200 data sheet (SXM)", server=True),
     "l4": _gpu("L4", 23_034, 121, 30.3, 300, 58, "4 x16", "NVIDIA L4 data sheet", server=True),
     "t4": _gpu("T4", 15_360, 65, 8.1, 320, 40, "3 x16", "NVIDIA T4 data sheet", server=True, has_bfloat16=False),
-    # Eight cores x 3.5 GHz x 32 float32 FLOP a cycle (two 256-bit multiply-adds); half types are widened to float32.
+    # Eight cores x 3.5 GHz x 32 float32 FLOP a cycle (two 256-bit multiply-adds); half types are converted to float32.
     # Shares: about half of the DRAM bandwidth is what this project's decode kernel reaches (benchmarks/results).
     "laptop-cpu": Hardware(
         name="laptop CPU, 8 cores",
@@ -206,9 +256,15 @@ def _key(name: str) -> str:
 
 
 def find_hardware(name: str) -> Hardware:
-    """A device of the table by name (case, spaces and 'NVIDIA GeForce' do not matter), or of a JSON file.
+    """Return a device of HARDWARE, or one that a JSON file describes.
 
-    Raises UsageError with the nearest names.
+    Args:
+        name: the device's name, or the path of a file that ends with .json. Case, spaces and "NVIDIA GeForce" in a
+            name do not matter.
+
+    Raises:
+        UsageError: there is no such device, and the message names the nearest ones; or the file is not a description
+            of hardware.
     """
     if name.endswith(".json"):
         return Hardware.load(Path(name))
@@ -220,10 +276,10 @@ def find_hardware(name: str) -> Hardware:
 
 
 def is_probe(path: Path) -> bool:
-    """Whether a file is what `headinfer probe` wrote, with whatever fields that version had."""
+    """Whether `headinfer probe` of any version wrote a file."""
     return str(read_json_object(path).get("source", "")).startswith("headinfer probe")
 
 
 def probe_path() -> Path:
-    """The file of this machine's probe, in the user's cache folder."""
+    """Return the file in the user's cache folder that holds the probe of this machine."""
     return cache_folder() / "hardware.json"

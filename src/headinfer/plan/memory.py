@@ -1,4 +1,4 @@
-"""How much host memory there is, and whether a job fits it. Asked before anything is loaded."""
+"""Free host memory and disk, and the check that a job fits host memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_host_bytes(cgroup: Path = _CGROUP) -> int:
-    """Bytes that can be taken without swapping: what the system has free, within this process's cgroup limit."""
+    """Return the bytes of host memory that can be allocated without swapping, within this process's cgroup limit.
+
+    Args:
+        cgroup: the folder of the cgroup; tests pass another one.
+    """
     available = int(psutil.virtual_memory().available)
     for limit_name, used_name in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            limit, used = (cgroup / limit_name).read_text().strip(), (cgroup / used_name).read_text().strip()
-        except OSError:  # no cgroup of this version
+            limit = (cgroup / limit_name).read_text().strip()
+            used = (cgroup / used_name).read_text().strip()
+        except OSError:  # there is no cgroup of this version
             continue
         if limit != "max":
             available = min(available, max(int(limit) - int(used), 0))
@@ -32,7 +37,7 @@ def available_host_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(nearest).free
 
@@ -46,10 +51,18 @@ def check_host_memory(
     other_name: str = "weights",
     kv_budget: int | None = None,
 ) -> None:
-    """Raise CapacityError where `tokens` tokens of KV and `other_bytes` do not fit the host's memory.
+    """Check that the KV of a job and other data fit host memory.
 
-    token_bytes: KV bytes per token over all offloaded layers and rows. available: in bytes, measured where None.
-    kv_budget: of the KV in host memory, where the rest goes to a disk.
+    Args:
+        tokens: tokens of each row.
+        token_bytes: KV bytes of one token, over all offloaded layers and rows.
+        other_bytes: bytes of the other data.
+        available: bytes of host memory that are available; None to measure them.
+        other_name: what the other data are, for the message.
+        kv_budget: bytes of KV that host memory may hold while a disk holds the rest; None without a disk tier.
+
+    Raises:
+        CapacityError: they do not fit; the message says how many tokens do.
     """
     room = available_host_bytes() if available is None else available
     beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""

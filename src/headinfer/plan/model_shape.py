@@ -1,7 +1,7 @@
 """The shape of a decoder, read from a transformers config without importing transformers.
 
-What costs memory and time: layers and their kinds, heads, dims, KV bytes a token, and the weights. Weights are those
-of the matrices; vectors (norms, biases, sinks) are far below a hundredth and are left out.
+A shape holds what costs memory and time: the layers and their kinds, heads and dims, and the numbers of weights. Only
+the weights of matrices are counted. Vectors (norms, biases, sinks) are far less than 1 % and are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["LayerShape", "ModelShape"]
 
-# What a config.json may leave out because the family's class has a default for it.
+# Fields that a config.json may leave out, because the family's class has a default for them.
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {"tie_word_embeddings": True},
@@ -35,12 +35,22 @@ _LINEAR_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer. `kind` is transformers' layer type, e.g. full_attention, sliding_attention or hybrid.
+    """One decoder layer.
 
-    window_tokens: what a sliding or chunked layer sees; 0 for everything. shares_kv: reads the K and V of an earlier
-    layer. state_elements: a linear layer's constant state, per row. score_dims: Dk + Dv of a query head where the
-    cache holds something else (MLA's latents, as one head of key_dim + value_dim). weights, active_weights: of the
-    matrices, in all and for one token. mlp_width: the MLP's inner width for one token.
+    Attributes:
+        kind: transformers' layer type, such as full_attention, sliding_attention or hybrid.
+        query_heads: query heads.
+        kv_heads: KV heads in the cache.
+        key_dim: the dim Dk of a cached key.
+        value_dim: the dim Dv of a cached value.
+        window_tokens: tokens that a sliding or chunked layer sees; 0 for the whole context.
+        shares_kv: whether the layer reads the K and V of an earlier layer.
+        state_elements: elements of a linear layer's constant state, for each row.
+        score_dims: Dk + Dv of a query head if the cache holds something else; 0 otherwise. MLA caches its latents as
+            one head with key_dim + value_dim elements.
+        weights: weights of the matrices.
+        active_weights: weights of the matrices that one token is multiplied with.
+        mlp_width: the MLP's inner size for one token.
     """
 
     kind: str
@@ -58,38 +68,49 @@ class LayerShape:
 
     @property
     def is_full(self) -> bool:
-        """Whether its attention sees the whole context."""
+        """Whether the layer's attention sees the whole context."""
         return self.kind in ("full_attention", "hybrid")
 
     @property
     def is_offloaded(self) -> bool:
-        """Only the KV of full attention grows with the context; the other layers stay with transformers."""
+        """Whether headinfer stores the layer's KV in host memory.
+
+        It does so for full attention, whose KV grows with the context. transformers keeps the KV of the other layers.
+        """
         return self.is_full and not self.shares_kv
 
     @property
     def flops_per_pair(self) -> int:
-        """Floating-point operations of a query token with a key token, over all query heads; 0 where linear."""
+        """Floating-point operations for a pair of a query and a key token, over all query heads; 0 if linear."""
         if self.kind == "linear_attention":
             return 0
         return 2 * self.query_heads * (self.score_dims or self.key_dim + self.value_dim)
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of K and V that one token adds to one row of this layer, as long as it is kept."""
+        """Return the bytes of K and V that one token adds to one row of this layer's cache."""
         if self.shares_kv or self.kind == "linear_attention":
             return 0
         return self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
 
     def seen_tokens(self, past_tokens: int) -> int:
-        """How many of the past tokens a query sees (for a chunked layer: at most)."""
+        """Return how many of the past tokens a query sees, at most."""
         return min(past_tokens, self.window_tokens) if self.window_tokens else past_tokens
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All layers of a decoder, and the widths that its cost depends on.
+    """The layers of a decoder, and the sizes that its cost depends on.
 
-    embedding_weights are looked up, not multiplied; head_weights are multiplied with the last token's state, and
-    are stored a second time only where they are not tied to the embedding.
+    Attributes:
+        layers: the layers.
+        hidden_size: the hidden size H.
+        intermediate_size: the largest inner size I of an MLP, for one token.
+        vocab_size: tokens in the vocabulary.
+        max_context_tokens: the longest context that the model was made for; 0 if the config does not say it.
+        family: transformers' model_type.
+        embedding_weights: weights of the embedding, which are looked up and not multiplied.
+        head_weights: weights of the output head, which only the last token's state is multiplied with.
+        is_tied: whether the head and the embedding are the same weights, stored once.
     """
 
     layers: tuple[LayerShape, ...]
@@ -104,9 +125,16 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
-        """Read a `PreTrainedConfig` (or anything with its attributes); takes the text part of a larger model."""
+        """Read the shape from a config of transformers.
+
+        Args:
+            config: a `PreTrainedConfig`, or an object with its attributes. The text part of a larger model is used.
+
+        Raises:
+            ValueError: a field that is needed is missing or is not a positive number.
+        """
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        stored = text.to_dict() if hasattr(text, "to_dict") else {}  # per-layer values are no attributes
+        stored = text.to_dict() if hasattr(text, "to_dict") else {}  # values by layer are not attributes
 
         def get(name: str, default: Any = None) -> Any:
             return _or(stored[name] if name in stored else getattr(text, name, None), default)
@@ -115,33 +143,43 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Read the fields of a config.json. Raises ValueError where one that is needed is missing or no number."""
+        """Read the shape from the fields of a config.json.
+
+        Args:
+            config: the fields. The text part of a larger model is used.
+
+        Raises:
+            ValueError: a field that is needed is missing or is not a positive number.
+        """
         text = config.get("text_config") or config
         defaults = _FAMILY_DEFAULTS.get(str(text.get("model_type")), {})
         return _read(lambda name, default=None: _or(text.get(name), defaults.get(name, default)))
 
     @cached_property
     def offloaded_layers(self) -> tuple[int, ...]:
-        """Indices of the layers whose KV goes to the host."""
+        """Indices of the layers whose KV is stored in host memory."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.is_offloaded)
 
     @cached_property
     def weights(self) -> int:
-        """Weights that are stored."""
+        """Stored weights."""
         head = 0 if self.is_tied else self.head_weights
         return sum(layer.weights for layer in self.layers) + self.embedding_weights + head
 
     @cached_property
     def active_weights(self) -> int:
-        """Weights that one token is multiplied with in the layers: without embedding and head."""
+        """Weights that one token is multiplied with in the layers, without embedding and head."""
         return sum(layer.active_weights for layer in self.layers)
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of host KV that one token of one row needs, over all offloaded layers."""
+        """Return the bytes of host KV of one token of one row, over all offloaded layers."""
         return sum(layer.kv_bytes_per_token(element_bytes) for layer in self.layers if layer.is_offloaded)
 
     def local_kv_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Bytes that the other layers keep on the device for one row: windows of K and V, states of linear layers."""
+        """Return the bytes of one row that the layers without offloading keep on the device.
+
+        These are windows of K and V and the states of linear layers.
+        """
         return sum(
             layer.kv_bytes_per_token(element_bytes) * layer.seen_tokens(tokens) + layer.state_elements * element_bytes
             for layer in self.layers
@@ -149,7 +187,7 @@ class ModelShape:
         )
 
     def shard(self, ranks: int) -> ModelShape:
-        """One of `ranks` equal shares: its heads, and its part of the weights."""
+        """Return the shape of one of `ranks` equal shards: its heads and its part of the weights."""
         layers = tuple(
             replace(
                 layer,
@@ -170,10 +208,10 @@ class ModelShape:
         )
 
     def prefill_flops(self, tokens: int) -> float:
-        """Floating-point operations to read `tokens` tokens: linear layers plus causal attention.
+        """Estimate the floating-point operations to read `tokens` tokens, in linear layers and causal attention.
 
-        An estimate for progress displays: 2 FLOP per weight and token, and 2 * Hq * (Dk + Dv) FLOP per pair
-        of tokens, half of the pairs (arXiv 2502.12574, section 4, counts the same way).
+        There are 2 FLOP for each weight and token, and 2 * Hq * (Dk + Dv) FLOP for each of the pairs of tokens that
+        the causal mask leaves, as in section 4 of arXiv 2502.12574.
         """
         pairs = sum(layer.flops_per_pair for layer in self.layers if layer.is_full)
         return 2.0 * self.active_weights * tokens + pairs / 2 * float(tokens) * tokens
@@ -194,13 +232,16 @@ def _whole(get: _Get, name: str, default: Any = None) -> int:
 
 
 def _read(get: _Get) -> ModelShape:
-    """The shape from a function that gives a config's field, or a default where it has none."""
-    hidden, count = _whole(get, "hidden_size"), _whole(get, "num_hidden_layers")
-    vocab, family = _whole(get, "vocab_size"), str(get("model_type", ""))
+    """Read the shape with a function that returns a field of the config, or a default if it is missing."""
+    hidden = _whole(get, "hidden_size")
+    count = _whole(get, "num_hidden_layers")
+    vocab = _whole(get, "vocab_size")
+    family = str(get("model_type", ""))
     kinds = _kinds(get, family, count)
     own_kv_layers = count - int(get("num_kv_shared_layers", 0))
     layers = tuple(_layer(get, family, index, kind, index >= own_kv_layers) for index, kind in enumerate(kinds))
-    # Gemma 3n and 4: a second, small embedding for each layer, and its projection; 3n: AltUp's projections.
+    # Gemma 3n and 4 have a second, small embedding for each layer, and its projection. Gemma 3n also has the
+    # projections of AltUp.
     per_layer = int(get("hidden_size_per_layer_input", 0)) * count if family.startswith("gemma") else 0
     extra = per_layer * (int(get("vocab_size_per_layer_input", 0)) + hidden)
     if family == "gemma3n_text":
@@ -219,7 +260,7 @@ def _read(get: _Get) -> ModelShape:
 
 
 def _kinds(get: _Get, family: str, count: int) -> list[str]:
-    """transformers' layer_types, from the older fields where a config has none."""
+    """Return transformers' layer_types. Older configs lack them, and other fields determine the types."""
     kinds = get("layer_types")
     if kinds is not None:
         if len(kinds) < count:
@@ -243,7 +284,8 @@ def _kinds(get: _Get, family: str, count: int) -> list[str]:
 
 
 def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> LayerShape:
-    hidden, query_heads = _whole(get, "hidden_size"), _whole(get, "num_attention_heads")
+    hidden = _whole(get, "hidden_size")
+    query_heads = _whole(get, "num_attention_heads")
     kv_heads = 1 if get("multi_query", False) else int(get("num_key_value_heads", query_heads))
     head_dim = int(get("head_dim", 0) or hidden // query_heads)
     mlp_weights, mlp_active, mlp_width = _mlp(get, family, index, shares_kv)
@@ -252,7 +294,8 @@ def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> La
         window = int(get("sliding_window", 0))
     elif kind == "chunked_attention":
         window = int(get("attention_chunk_size", 0))
-    state, score_dims = 0, 0
+    state = 0
+    score_dims = 0
     if kind == "linear_attention":
         query_heads, state, attention = _linear_attention(get, hidden, query_heads)
         key_dim = value_dim = head_dim
@@ -262,17 +305,18 @@ def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> La
     else:
         if family.startswith("gemma4") and kind == "full_attention":
             head_dim, kv_heads = _gemma4_full(get, index, kv_heads)
-        key_dim, value_dim = head_dim, int(get("v_head_dim", 0) or head_dim)
-        gate = 2 if family in _LINEAR_FAMILIES else 1  # their full layers gate the output with a second half of q_proj
+        key_dim = head_dim
+        value_dim = int(get("v_head_dim", 0) or head_dim)
+        gate = 2 if family in _LINEAR_FAMILIES else 1  # a second half of q_proj gates the output of their full layers
         kv_sides = 0 if shares_kv else key_dim + value_dim
         if family.startswith("gemma4") and kind == "full_attention" and get("attention_k_eq_v", False):
-            kv_sides = key_dim  # one projection serves both
+            kv_sides = key_dim  # K and V have one projection
         attention = hidden * (query_heads * (gate * key_dim + value_dim) + kv_heads * kv_sides)
-    more = 0
+    extra = 0
     if family.startswith("gemma") and get("hidden_size_per_layer_input", 0):
-        more += 2 * hidden * int(get("hidden_size_per_layer_input", 0))
+        extra += 2 * hidden * int(get("hidden_size_per_layer_input", 0))
     if family == "gemma3n_text":
-        more += 2 * hidden * int(get("laurel_rank", 64))
+        extra += 2 * hidden * int(get("laurel_rank", 64))
     return LayerShape(
         kind=kind,
         query_heads=query_heads,
@@ -283,24 +327,33 @@ def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> La
         shares_kv=shares_kv,
         state_elements=state,
         score_dims=score_dims,
-        weights=attention + mlp_weights + more,
-        active_weights=attention + mlp_active + more,
+        weights=attention + mlp_weights + extra,
+        active_weights=attention + mlp_active + extra,
         mlp_width=mlp_width,
     )
 
 
 def _linear_attention(get: _Get, hidden: int, query_heads: int) -> tuple[int, int, int]:
-    """Heads, elements of the state, and weights of a gated delta-rule layer (Qwen3-Next)."""
+    """Return the heads, the elements of the state and the weights of a gated delta-rule layer (Qwen3-Next)."""
     heads = int(get("linear_num_value_heads", query_heads))
-    key_dim, value_dim = int(get("linear_key_head_dim", 128)), int(get("linear_value_head_dim", 128))
-    keys, values = int(get("linear_num_key_heads", heads)) * key_dim, heads * value_dim
+    key_dim = int(get("linear_key_head_dim", 128))
+    value_dim = int(get("linear_value_head_dim", 128))
+    keys = int(get("linear_num_key_heads", heads)) * key_dim
+    values = heads * value_dim
     return heads, heads * key_dim * value_dim, hidden * (2 * keys + 3 * values + 2 * heads)
 
 
 def _latent_attention(get: _Get, hidden: int, query_heads: int) -> tuple[int, int, int, int]:
-    """MLA: what the cache holds of a token (latent, rotary key), Dk + Dv of a query head, and the weights."""
-    latent, rope = _whole(get, "kv_lora_rank"), _whole(get, "qk_rope_head_dim")
-    nope, value_dim = _whole(get, "qk_nope_head_dim"), _whole(get, "v_head_dim")
+    """Return the dims of MLA (multi-head latent attention) and its weights.
+
+    Returns:
+        The dims of the latent and of the rotary key, which the cache holds for each token, Dk + Dv of a query head,
+        and the weights.
+    """
+    latent = _whole(get, "kv_lora_rank")
+    rope = _whole(get, "qk_rope_head_dim")
+    nope = _whole(get, "qk_nope_head_dim")
+    value_dim = _whole(get, "v_head_dim")
     query_rank = int(get("q_lora_rank", 0))
     query = query_heads * (nope + rope)
     weights = query_rank * (hidden + query) if query_rank else hidden * query
@@ -309,7 +362,7 @@ def _latent_attention(get: _Get, hidden: int, query_heads: int) -> tuple[int, in
 
 
 def _gemma4_full(get: _Get, index: int, kv_heads: int) -> tuple[int, int]:
-    """Gemma 4's full layers have their own head dim and number of KV heads."""
+    """Return the head dim and the number of KV heads of a full layer of Gemma 4, which differ from other layers'."""
     layers = get("per_layer_config") or {}
     own: Mapping[str, Any] = layers.get(index) or layers.get(str(index)) or {}
     if get("attention_k_eq_v", False):
@@ -318,7 +371,7 @@ def _gemma4_full(get: _Get, index: int, kv_heads: int) -> tuple[int, int]:
 
 
 def _mlp(get: _Get, family: str, index: int, shares_kv: bool) -> tuple[int, int, int]:
-    """Weights of the MLP in all and for one token, and its inner width for one token."""
+    """Return the weights of an MLP, the weights for one token, and the inner size for one token."""
     hidden = _whole(get, "hidden_size")
     width = get("intermediate_size", 4 * hidden)
     width = int(width[index] if isinstance(width, (list, tuple)) else width)
@@ -340,7 +393,7 @@ def _mlp(get: _Get, family: str, index: int, shares_kv: bool) -> tuple[int, int,
 
 
 def _is_sparse(get: _Get, family: str, index: int) -> bool:
-    """Whether a layer of a mixture of experts has experts."""
+    """Whether a layer of a mixture-of-experts model has experts."""
     if family == "llama4_text":
         step = int(get("interleave_moe_layer_step", 1))
         return index in get("moe_layers", range(step - 1, index + 1, step))

@@ -1,4 +1,4 @@
-"""Models that a plan can be asked about: built-in configs, and any folder or file with a config.json."""
+"""Look up the shape of a model: a built-in config, a folder, a config.json or a downloaded hub model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DEEPSEEK = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "
              "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
              "moe_intermediate_size": 2048, "first_k_dense_replace": 3}  # fmt: skip
 
-# The fields of each model's published config.json that its shape depends on.
+# The fields of each model's published config.json that determine its shape.
 BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
     "llama-2-7b": _config("llama", 32, 4096, 11008, 32, 32, 32_000, 4096),
     "llama-3-8b": _config("llama", 32, 4096, 14336, 32, 8, 128_256, 8192),
@@ -60,16 +60,21 @@ BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def find_shape(model: str) -> ModelShape:
-    """The shape of a built-in config, a folder, a config.json, or a hub name in the local hub cache. No network.
+    """Return the shape of a model, without the network.
 
-    Raises UsageError with the nearest names where there is none, or with what is wrong in the file.
+    Args:
+        model: a built-in config's name, a folder, a config.json, or a hub name in the local hub cache.
+
+    Raises:
+        UsageError: there is no such model, and the message names the nearest built-in ones; or its config.json is not
+            the config of a decoder.
     """
     path = embedded_model() if model == EMBEDDED else Path(model)
     built_in = BUILT_IN_CONFIGS.get(_short(model))
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise UsageError(f"{model} is no model folder: it has no config.json")
+            raise UsageError(f"{model} is not a model folder: it has no config.json")
     elif not path.is_file():
         cached = _in_hub_cache(model)
         if cached is None and built_in is not None:
@@ -85,17 +90,17 @@ def find_shape(model: str) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
         return ModelShape.from_dict(config)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is no config of a decoder: {error}") from error
+        raise UsageError(f"{path} is not the config of a decoder: {error}") from error
 
 
 def _short(model: str) -> str:
-    """meta-llama/Meta-Llama-3-8B-Instruct is llama-3-8b."""
+    """Shorten a hub name: meta-llama/Meta-Llama-3-8B-Instruct becomes llama-3-8b."""
     name = model.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
     return re.sub(r"-(instruct|chat|base|hf|it|pt|v0\.[0-9])\b", "", name)
 
 
 def _in_hub_cache(model: str) -> Path | None:
-    """The config.json of a hub name that was downloaded to Hugging Face's cache; None if there is none."""
+    """Return the config.json of a hub name that was downloaded to Hugging Face's cache, or None."""
     if "/" not in model:
         return None
     # Imported here, since it takes 0.1 s that a built-in config does not need.
@@ -104,6 +109,6 @@ def _in_hub_cache(model: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:  # no hub has such names
+    except HFValidationError:  # a hub name cannot be written like this
         return None
     return Path(found) if isinstance(found, str) else None

@@ -1,13 +1,13 @@
-"""What of one layer's copies a prefill does not hide, over all its chunks, as closed forms.
+"""Closed forms for the copy time of one layer's prefill, and for the part of it that stays exposed.
 
-Chunk i has a past of p = i * chunk_tokens tokens, of which the first `resident_tokens` are on the device for good.
-Three streams run side by side:
+Chunk i of a prefill has a past of p = i * chunk_tokens tokens. The first `resident_tokens` of them stay on the device.
+Three streams run at the same time, and the seconds of each are linear in p:
 
-    compute      attention_first_s + attention_s_per_token * p, and merging
+    compute      attention_first_s + attention_s_per_token * p, plus merging
     copy         fetch_s_per_token * max(0, p - resident_tokens)
     write-back   back_s
 
-Each is a straight line in p, so a sum over chunks is one over at most three ranges of them.
+A sum over all chunks is therefore a sum over at most three ranges of chunks, each of which has a closed form.
 """
 
 from __future__ import annotations
@@ -22,9 +22,18 @@ __all__ = ["LayerChunks"]
 class LayerChunks:
     """The chunks of a prefill in one offloaded layer.
 
-    merge_first_s: in each chunk that has a past, for a last tile that is shorter, or for the resident tokens;
-    merge_s_per_token: for the streamed ones. early_s, back_early_s: what of fetching and of writing back is hidden
-    behind other layers' work.
+    Attributes:
+        chunks: the number of chunks.
+        chunk_tokens: tokens of a chunk.
+        resident_tokens: tokens of the past that stay on the device and are never fetched.
+        attention_first_s: seconds of a chunk's attention on itself.
+        attention_s_per_token: seconds of a chunk's attention on one token of the past.
+        merge_first_s: seconds of merging in each chunk with a past, for the resident tokens or a shorter last tile.
+        merge_s_per_token: seconds of merging for each streamed token.
+        fetch_s_per_token: seconds to copy one token to the device.
+        back_s: seconds to write a chunk's KV back to the host.
+        early_s: seconds of a chunk's fetching that are hidden behind other layers' work.
+        back_early_s: seconds of a chunk's write-back that are hidden behind other layers' work.
     """
 
     chunks: int
@@ -41,33 +50,36 @@ class LayerChunks:
 
     @property
     def streaming_chunks(self) -> int:
-        """Chunks that fetch anything."""
+        """The number of chunks that fetch tokens."""
         return self.chunks - self._first_above(0.0)
 
     @property
     def streamed_tokens(self) -> float:
-        """Tokens fetched by all chunks together."""
+        """The number of tokens that all chunks together fetch."""
         first = self._first_above(0.0)
         return (self.chunks - first) * ((first + self.chunks - 1) / 2 * self.chunk_tokens - self.resident_tokens)
 
     @property
     def merge_s(self) -> float:
-        """Seconds of merging."""
+        """Seconds of merging in all chunks."""
         return self.merge_first_s * (self.chunks - 1) + self.merge_s_per_token * self.streamed_tokens
 
     @property
     def transfer_s(self) -> float:
-        """Seconds that the link is busy: fetching and writing back go in opposite directions, side by side."""
+        """Seconds that the link is busy. Fetching and write-back use its two directions at the same time."""
         first = self._first_above(self.back_s)
         fetch_s = self._positive_sum(0.0, 0.0, self.fetch_s_per_token, first, self.chunks)
         return first * self.back_s + fetch_s
 
     @property
     def exposed_s(self) -> float:
-        """Seconds of copies that are not hidden behind this layer's attention, or behind others' work."""
-        back_s, first = self.back_s - self.back_early_s, self._first_above(0.0)
-        start_s, slope, merge = self.attention_first_s, self.attention_s_per_token, self.merge_s_per_token
+        """Seconds of copies that neither this layer's attention nor other layers' work hides."""
+        back_s = self.back_s - self.back_early_s
+        slope = self.attention_s_per_token
+        merge = self.merge_s_per_token
+        start_s = self.attention_first_s
         later_s = start_s + self.merge_first_s
+        first = self._first_above(0.0)
         above = max(self._first_above(back_s + self.early_s), first)
         return (
             max(0.0, back_s - start_s)
@@ -77,17 +89,18 @@ class LayerChunks:
         )
 
     def _first_above(self, seconds: float) -> int:
-        """The first chunk, but not the very first, whose fetch takes more than that."""
+        """Return the first chunk after chunk 0 that fetches for longer than `seconds`."""
         past = self.resident_tokens + seconds / self.fetch_s_per_token
         return min(max(math.floor(past / self.chunk_tokens) + 1, 1), self.chunks)
 
     def _positive_sum(self, first_s: float, slope: float, streamed_slope: float, begin: int, end: int) -> float:
-        """Sum of max(0, first_s + slope * p + streamed_slope * (p - resident_tokens)) for the chunks begin to end."""
+        """Sum max(0, first_s + slope * p + streamed_slope * (p - resident_tokens)) over the chunks begin to end - 1."""
         level = first_s - streamed_slope * self.resident_tokens
         step = (slope + streamed_slope) * self.chunk_tokens
         if step == 0.0:
             return max(0.0, level) * max(end - begin, 0)
-        crossing = -level / step  # positive before it where the line falls, after it where it rises
+        # A falling line is positive before its zero, and a rising line after it.
+        crossing = -level / step
         if step < 0:
             end = min(end, max(begin, math.ceil(crossing)))
         else:

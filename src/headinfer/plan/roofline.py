@@ -1,14 +1,15 @@
-"""The cost model: seconds of prefill and decode by component, what hides behind what, and what bounds them.
+"""The cost model: predicted seconds of prefill and decode, their components, and the resource that bounds them.
 
-In each layer of each forward pass three things run side by side, and the longest one counts:
+In each layer of each forward pass three streams run at the same time, and the longest one counts:
 
-    compute stream      linear layers, then attention on the chunk and on the past, and merging tiles
-    copy stream         tiles host -> device, of what is not resident: beside attention, and the first tile of a layer
-                        beside the linear layers before it, where that is prefetched
-    write-back stream   new KV device -> host, the link's other direction: beside attention and linear layers
+    compute stream      The linear layers, then attention on the chunk and on the past, and the merging of tiles.
+    copy stream         Tiles that are not resident, from the host to the device. They are copied during attention; a
+                        prefetched first tile is copied during the linear layers before it.
+    write-back stream   New KV, from the device to the host, during attention and linear layers. It uses the other
+                        direction of the link.
 
-The past grows by one chunk per forward pass, so all are straight lines in it; sums over chunks are closed forms, see
-overlap.py.
+The past grows by one chunk per forward pass, so the seconds of each stream are linear in the number of past tokens. The
+sums over chunks have closed forms, see overlap.py.
 """
 
 from __future__ import annotations
@@ -32,23 +33,30 @@ __all__ = [
     "prefill_seconds",
 ]
 
-# Kernels that eager PyTorch queues for one decoder layer of transformers (norms, projections, rotary embedding,
-# MLP, residuals). For a head group that is copied whole: K and V in and out, attention, events.
+# Kernels that eager PyTorch queues for one decoder layer of transformers: norms, projections, rotary embedding, MLP and
+# residuals.
 LAYER_LAUNCHES = 40
+# Kernels, copies and events that are queued for a head group that is copied whole: K and V in and out, and attention.
 GROUP_LAUNCHES = 10
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a method moves and when.
+    """What a method copies, and when.
 
-    chunk_tokens: tokens of one forward pass in prefill. resident_tokens: by offloaded layer, the first tokens of a
-    row that do not cross the link in each pass; empty where there is no link to cross. prefill_tile, decode_tile:
-    (heads, tokens).
-    merges: whether tiles cut a head's tokens, as headinfer's do; queueing them is taken to run ahead of the device,
-    and queueing the paper's whole groups not to, as its table 7 shows. writes_back: whether new KV goes to the
-    host. kv_scale: bytes of KV against the model's dtype. disk_share: of the streamed bytes. prefetches_next_layer:
-    whether a layer's first tile comes while the layer before computes.
+    Attributes:
+        chunk_tokens: tokens of one forward pass in prefill.
+        resident_tokens: for each offloaded layer, the number of a row's first tokens that stay on the device and do
+            not cross the link; empty if the method uses no link.
+        prefill_tile: KV heads and tokens of a tile in prefill.
+        decode_tile: KV heads and tokens of a tile in decode.
+        merges: whether a tile holds a part of a head's tokens, so that the results of tiles are merged, as headinfer
+            does. Tiles are then queued ahead of the device. The paper's groups, which hold all tokens of their heads,
+            are not, as its table 7 shows (arXiv 2502.12574).
+        writes_back: whether new KV is written back to the host.
+        kv_scale: bytes of stored KV for each byte of KV in the model's dtype.
+        disk_share: the share of the streamed bytes that is read from disk.
+        prefetches_next_layer: whether a layer's first tile is copied while the layer before it computes.
     """
 
     chunk_tokens: int
@@ -64,12 +72,21 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a prefill or of one token; the parts add up to total_s.
+    """Predicted seconds of a prefill or of one decoded token.
 
-    linear_s, attention_s and merge_s on the compute stream; exposed_transfer_s, exposed_launch_s: what of the copies
-    and of the host's queueing is not hidden behind them. The busy times say how long each resource works in all:
-    compute_s and device_memory_s (kernels, by what bounds them), transfer_s (copies, whichever direction takes longer),
-    launch_s (the host).
+    The first five fields add up to `total_s`. The next four are the busy times of the resources, which overlap.
+
+    Attributes:
+        linear_s: linear layers, on the compute stream.
+        attention_s: attention, on the compute stream.
+        merge_s: merging tiles, on the compute stream.
+        exposed_transfer_s: the part of the copies that no computation hides.
+        exposed_launch_s: the part of the host's queueing that neither computation nor copies hide.
+        compute_s: kernels that are bound by arithmetic.
+        device_memory_s: kernels that are bound by device memory.
+        transfer_s: copies, in the direction that takes longer.
+        launch_s: queueing on the host.
+        transfer_name: what bounds the copies: "link", "DRAM" or "disk".
     """
 
     linear_s: float
@@ -90,7 +107,7 @@ class Seconds:
 
     @property
     def bound(self) -> str:
-        """The resource that is busy longest: compute, device memory, link, DRAM, disk, or launches."""
+        """The resource that is busy longest: compute, device memory, link, DRAM, disk or launches."""
         busy = {
             "compute": self.compute_s,
             "device memory": self.device_memory_s,
@@ -102,7 +119,7 @@ class Seconds:
 
 @dataclass
 class _Sum:
-    """Adds up the parts of one phase."""
+    """The sums of the fields of `Seconds` over the layers of a model."""
 
     linear_s: float = 0.0
     attention_s: float = 0.0
@@ -119,10 +136,28 @@ class _Sum:
 
 
 def prefill_seconds(
-    shape: ModelShape, hardware: Hardware, tokens: int, schedule: Schedule, dtype: str = "bfloat16",
-    weight_bits: int = 16, rows: int = 1,
-) -> Seconds:  # fmt: skip
-    """Seconds to read `tokens` tokens in chunks; each row of the batch has that many."""
+    shape: ModelShape,
+    hardware: Hardware,
+    tokens: int,
+    schedule: Schedule,
+    dtype: str = "bfloat16",
+    weight_bits: int = 16,
+    rows: int = 1,
+) -> Seconds:
+    """Predict the seconds of a prefill.
+
+    Args:
+        shape: the model.
+        hardware: the machine.
+        tokens: tokens of each row of the batch, read in chunks.
+        schedule: what is copied, and when.
+        dtype: the model's dtype.
+        weight_bits: bits of a stored weight.
+        rows: rows of the batch.
+
+    Returns:
+        The seconds of all chunks.
+    """
     bytes_per_s = hardware.attained_device_bytes_per_s
     attention_flops_per_s = hardware.attained_attention_flops_per_s(dtype)
     weight_bytes_per_s = hardware.attained_weight_bytes_per_s(dtype)
@@ -148,18 +183,18 @@ def prefill_seconds(
 
     linear_s = max(linear_flop_s, linear_byte_s) / len(shape.layers)
     for layer, count, resident in _distinct(shape, schedule):
-        square_s = layer.flops_per_pair * _own_pairs(layer, chunk, tokens) * rows / attention_flops_per_s
+        causal_s = layer.flops_per_pair * _own_pairs(layer, chunk, tokens) * rows / attention_flops_per_s
         past_sum = chunk * chunks * (chunks - 1) / 2
         seen_sum = 0.0 if layer.window_tokens else past_sum
         kv_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
         flop_slope = layer.flops_per_pair * chunk * rows / attention_flops_per_s
         byte_slope = kv_bytes / hardware.attained_kv_bytes_per_s
-        attention_s = chunks * square_s + max(flop_slope, byte_slope) * seen_sum
+        attention_s = chunks * causal_s + max(flop_slope, byte_slope) * seen_sum
         total.attention_s += count * attention_s
         if flop_slope >= byte_slope:
             total.compute_s += count * attention_s
         else:
-            total.compute_s += count * chunks * square_s
+            total.compute_s += count * chunks * causal_s
             total.device_memory_s += count * byte_slope * seen_sum
         if resident is None:
             continue
@@ -172,7 +207,7 @@ def prefill_seconds(
             chunks=chunks,
             chunk_tokens=chunk,
             resident_tokens=resident,
-            attention_first_s=square_s,
+            attention_first_s=causal_s,
             attention_s_per_token=max(flop_slope, byte_slope),
             merge_first_s=merge_s,
             merge_s_per_token=merge_s / tile_tokens,
@@ -185,8 +220,8 @@ def prefill_seconds(
         total.transfer_s += count * layer_chunks.transfer_s
         exposed_s = layer_chunks.exposed_s
         if schedule.merges and not schedule.prefetches_next_layer:
-            # The first tile of a layer has only the chunk's own attention to hide behind.
-            exposed_s += max(0.0, tile_s - square_s * heads / layer.kv_heads) * layer_chunks.streaming_chunks
+            # Only the chunk's attention on itself hides the first tile of a layer.
+            exposed_s += max(0.0, tile_s - causal_s * heads / layer.kv_heads) * layer_chunks.streaming_chunks
         total.exposed_transfer_s += count * exposed_s
         passes = layer_chunks.streamed_tokens / tile_tokens
         passes += layer_chunks.streaming_chunks if schedule.merges else chunks
@@ -199,10 +234,28 @@ def prefill_seconds(
 
 
 def decode_seconds(
-    shape: ModelShape, hardware: Hardware, past_tokens: int, schedule: Schedule, dtype: str = "bfloat16",
-    weight_bits: int = 16, rows: int = 1,
-) -> Seconds:  # fmt: skip
-    """Seconds for one token after `past_tokens` tokens."""
+    shape: ModelShape,
+    hardware: Hardware,
+    past_tokens: int,
+    schedule: Schedule,
+    dtype: str = "bfloat16",
+    weight_bits: int = 16,
+    rows: int = 1,
+) -> Seconds:
+    """Predict the seconds of one decoded token.
+
+    Args:
+        shape: the model.
+        hardware: the machine.
+        past_tokens: tokens of each row before the new one.
+        schedule: what is copied, and when.
+        dtype: the model's dtype.
+        weight_bits: bits of a stored weight.
+        rows: rows of the batch, each of which gets one token.
+
+    Returns:
+        The seconds of one forward pass.
+    """
     flops_per_s = hardware.attained_flops_per_s(dtype)
     element_bytes = 4 if dtype == "float32" else 2
     transfer_s_per_byte, transfer_name = _transfer(hardware, schedule)
@@ -210,14 +263,18 @@ def decode_seconds(
     flop_s = 2 * weights * rows / flops_per_s
     byte_s = weights * weight_bits / 8 / hardware.attained_weight_bytes_per_s(dtype)
     total = _Sum(linear_s=max(flop_s, byte_s))
-    total.compute_s, total.device_memory_s = (flop_s, 0.0) if flop_s > byte_s else (0.0, byte_s)
+    if flop_s > byte_s:
+        total.compute_s = flop_s
+    else:
+        total.device_memory_s = byte_s
     total.launch_s = len(shape.layers) * LAYER_LAUNCHES * hardware.launch_s
     total.exposed_launch_s = total.launch_s if hardware.is_host else max(0.0, total.launch_s - total.linear_s)
     linear_s = total.linear_s / len(shape.layers)
     for layer, count, resident in _distinct(shape, schedule):
         seen = layer.seen_tokens(past_tokens)
         kv_bytes = seen * layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
-        flop_s, byte_s = layer.flops_per_pair * seen * rows / flops_per_s, kv_bytes / hardware.attained_kv_bytes_per_s
+        flop_s = layer.flops_per_pair * seen * rows / flops_per_s
+        byte_s = kv_bytes / hardware.attained_kv_bytes_per_s
         attention_s = max(flop_s, byte_s)
         total.attention_s += count * attention_s
         if flop_s > byte_s:
@@ -233,7 +290,7 @@ def decode_seconds(
         tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed / tile_tokens)
         transfer_s = streamed / seen * kv_bytes * transfer_s_per_byte
         total.transfer_s += count * transfer_s
-        # The last tile is computed when nothing comes any more, but the next layer's first one.
+        # While the last tile is computed, only the first tile of the next layer can be copied.
         tile_share = min(tile_tokens, streamed) / streamed * heads / layer.kv_heads
         last_s = attention_s * streamed / seen * tile_share
         early_s = min(transfer_s * tile_share, linear_s + last_s) if schedule.prefetches_next_layer else 0.0
@@ -251,7 +308,11 @@ def _tile_launches(schedule: Schedule, heads: int) -> int:
 
 
 def _distinct(shape: ModelShape, schedule: Schedule) -> list[tuple[LayerShape, int, int | None]]:
-    """Layers with equal shape and resident tokens, and how many; None tokens where nothing crosses a link."""
+    """Group the layers of equal shape and resident tokens.
+
+    Returns:
+        For each group its layer, the number of layers, and the resident tokens, None if the layer does not stream.
+    """
     residents = iter(schedule.resident_tokens)
     found: dict[tuple[LayerShape, int | None], int] = {}
     for layer in shape.layers:
@@ -261,15 +322,19 @@ def _distinct(shape: ModelShape, schedule: Schedule) -> list[tuple[LayerShape, i
 
 
 def _transfer(hardware: Hardware, schedule: Schedule) -> tuple[float, str]:
-    """Seconds per byte from the host to the device, and what bounds it."""
-    link, dram = hardware.link_bytes_per_s * hardware.link_share, hardware.dram_bytes_per_s * hardware.dram_share
+    """Return the seconds per byte from the host to the device, and the name of what bounds them."""
+    link = hardware.link_bytes_per_s * hardware.link_share
+    dram = hardware.dram_bytes_per_s * hardware.dram_share
     ways = {"link": 1 / link, "DRAM": 1 / dram, "disk": schedule.disk_share / hardware.disk_read_bytes_per_s}
     slowest = max(ways, key=lambda name: ways[name])
     return ways[slowest], slowest
 
 
 def _own_pairs(layer: LayerShape, chunk: float, tokens: int) -> float:
-    """Pairs of tokens that a layer scores in each chunk beside the growing past: all of them, where it has a window."""
+    """Return the pairs of tokens that a chunk's attention scores apart from the growing past.
+
+    In a layer without a window these are the pairs within the chunk; in a layer with a window they are all pairs.
+    """
     if not layer.window_tokens:
         return chunk * chunk / 2
     window = min(layer.window_tokens, tokens)
@@ -277,10 +342,20 @@ def _own_pairs(layer: LayerShape, chunk: float, tokens: int) -> float:
 
 
 def hiding_chunk_tokens(layer: LayerShape, hardware: Hardware, dtype: str) -> int:
-    """Tokens of a chunk from which on a layer's streamed KV arrives no later than attention on it takes.
+    """Return the smallest chunk whose attention on streamed KV takes at least as long as the transfer of that KV.
 
-    A token of the past costs flops_per_pair * Tq / F seconds of attention and kv_bytes / W of transfer. With G query
-    heads per KV head and e bytes an element, that is Tq >= F * e / (2 * G * W) (DESIGN, section 3), as attained.
+    For a chunk of Tq tokens, a token of the past costs flops_per_pair * Tq / F seconds of attention and kv_bytes / W
+    seconds of transfer, where F is the attained FLOP/s and W the attained bytes/s of the link. With G query heads per
+    KV head and e bytes an element, the transfer is hidden for Tq >= F * e / (2 * G * W). This is the ridge of the
+    offloaded roofline in table 12 of arXiv 2502.12574.
+
+    Args:
+        layer: an offloaded layer.
+        hardware: the machine.
+        dtype: the dtype of K and V.
+
+    Returns:
+        The tokens of the chunk.
     """
     element_bytes = 4 if dtype == "float32" else 2
     pair_s = layer.flops_per_pair / hardware.attained_attention_flops_per_s(dtype)
@@ -289,7 +364,17 @@ def hiding_chunk_tokens(layer: LayerShape, hardware: Hardware, dtype: str) -> in
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One layer's attention as a point under the roofline; rates in FLOP/s, bytes_moved in `memory` per pass."""
+    """One layer's attention as a point under the roofline.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        tokens: the context.
+        memory: "device", or "link" for KV in host memory.
+        flops: floating-point operations of a pass.
+        bytes_moved: bytes that a pass moves in device memory or over the link.
+        flops_per_s: the attained rate.
+        bound: what bounds the rate: "compute", "device memory" or "link".
+    """
 
     phase: str
     tokens: int
@@ -306,13 +391,32 @@ class OperatingPoint:
 
 
 def operating_points(
-    layer: LayerShape, flops_per_s: float, device_bytes_per_s: float, link_bytes_per_s: float,
-    contexts: Sequence[int], element_bytes: int = 2, *, heads: int | None = None,
-) -> list[OperatingPoint]:  # fmt: skip
-    """Prefill and decode of one layer (or of `heads` of its KV heads) from device memory and from the host.
+    layer: LayerShape,
+    flops_per_s: float,
+    device_bytes_per_s: float,
+    link_bytes_per_s: float,
+    contexts: Sequence[int],
+    element_bytes: int = 2,
+    *,
+    heads: int | None = None,
+) -> list[OperatingPoint]:
+    """Return the operating points of one layer's attention, from device memory and over the link.
 
-    As the paper counts: every query sees every key (no causal half); device bytes are Q, K, V and the output, link
-    bytes K and V. Attained: min(FLOP/s, intensity * bytes/s).
+    Operations and bytes are counted as in table 12 of arXiv 2502.12574: every query sees every key, without the causal
+    mask; Q, K, V and the output are moved in device memory, and K and V over the link. The attained rate is
+    min(flops_per_s, intensity * bytes_per_s).
+
+    Args:
+        layer: the layer.
+        flops_per_s: the rate of the device.
+        device_bytes_per_s: the rate of device memory.
+        link_bytes_per_s: the rate of the link.
+        contexts: the numbers of tokens.
+        element_bytes: bytes of an element of Q, K, V and the output.
+        heads: count only that many of the KV heads; None for all.
+
+    Returns:
+        For prefill and then decode, and for each context, a point for the device and a point for the link.
     """
     part = (heads or layer.kv_heads) / layer.kv_heads
     points = []

@@ -1,4 +1,7 @@
-"""Sizes and lengths as people write them. 1K tokens are 1,024; 1 GB is 10^9 bytes and 1 GiB 2^30."""
+"""Parse and format sizes, token counts and times for people.
+
+1K tokens are 1,024 tokens, 1 GB is 10^9 bytes and 1 GiB is 2^30 bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,34 @@ _TOKENS = {"": 1, "K": 2**10, "M": 2**20}
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 256MiB, 1.5GB or 1000000. Raises UsageError for anything else."""
+    """Parse a size in bytes.
+
+    Args:
+        text: a size such as 256MiB, 1.5GB or 1000000.
+
+    Raises:
+        UsageError: the text is not a size, or is out of range.
+    """
     value = _parse(text, _BYTES)
     if value is None:
-        raise UsageError(f"{text!r} is no size: write for example 256MiB, 1.5GB or 1000000")
+        raise UsageError(f"{text!r} is not a size: write for example 256MiB, 1.5GB or 1000000")
     if not 1 <= value < 2**63:
         raise UsageError(f"a size of {text!r} is out of range: write for example 256MiB")
     return int(value)
 
 
 def parse_tokens(text: str) -> int:
-    """Tokens of a length such as 128K, 1M or 50000; K is 1,024. Raises UsageError for anything else."""
+    """Parse a number of tokens.
+
+    Args:
+        text: a number such as 128K, 1M or 50000; K stands for 1,024.
+
+    Raises:
+        UsageError: the text is not a number of tokens, or is out of range.
+    """
     value = _parse(text, _TOKENS)
     if value is None:
-        raise UsageError(f"{text!r} is no number of tokens: write for example 128K, 1M or 50000")
+        raise UsageError(f"{text!r} is not a number of tokens: write for example 128K, 1M or 50000")
     if not 1 <= value < 2**40:
         raise UsageError(f"{text!r} tokens are out of range: write for example 128K, 1M or 50000")
     return int(value)
@@ -44,7 +61,7 @@ def format_bytes(nbytes: float) -> str:
 
 
 def format_tokens(tokens: int) -> str:
-    """A number of tokens for people: 1M, 4.5M, 128K, 1,000."""
+    """Format a number of tokens for people, as in 4.5M, 128K or 1,000."""
     for unit, size in (("M", 2**20), ("K", 2**10)):
         if tokens >= size and tokens * 100 % size == 0:
             return f"{tokens / size:.4g}{unit}"
@@ -52,7 +69,7 @@ def format_tokens(tokens: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time for people: 12 ms, 6.41 s, 34 min, 7.5 h."""
+    """Format a time for people, as in 12 ms, 6.41 s, 34 min or 7.5 h."""
     if seconds < 0.1:
         return f"{seconds * 1000:.3g} ms"
     if seconds < 120:
