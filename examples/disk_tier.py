@@ -1,7 +1,9 @@
 """Generate with a KV cache that is larger than the host memory it may use: the rest is stored on a disk.
 
-python examples/disk_tier.py
-python examples/disk_tier.py --model Qwen/Qwen3-8B --file library.txt --host-kv-mib 32768 --disk-tier /mnt/nvme
+The defaults use the small model that ships with headinfer, and keep 4 MiB of its KV in host memory:
+
+    python examples/disk_tier.py
+    python examples/disk_tier.py --model MODEL --file library.txt --host-kv-mib 32768 --disk-tier /mnt/ssd
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Generate text with a KV cache that is stored in host memory and streamed through a small budget of device memory.
 
-The defaults use the small model that ships with headinfer, which finds magic numbers and nothing else:
+The default is the small model that ships with headinfer, which finds magic numbers and nothing else. MODEL is a hub
+name or a folder of one that is made for long contexts, such as Qwen/Qwen2.5-7B-Instruct-1M:
 
     python examples/enable.py
-    python examples/enable.py --model Qwen/Qwen3-8B --file book.txt --question "Who did it?"
+    python examples/enable.py --model MODEL --file book.txt --question "Who did it?"
 """
 
 import argparse

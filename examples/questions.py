@@ -1,10 +1,10 @@
 """Read a document once and ask several questions about it, each on a fork of the cache.
 
 A fork shares the document's KV with the cache that it was made from: nothing is copied, and no answer depends on
-another question.
+another question. The defaults use the small model that ships with headinfer:
 
     python examples/questions.py
-    python examples/questions.py --model Qwen/Qwen3-8B --file book.txt --question "Who did it?" --question "Why?"
+    python examples/questions.py --model MODEL --file book.txt --question "Who did it?" --question "Why?"
 """
 
 import argparse

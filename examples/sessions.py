@@ -1,8 +1,10 @@
 """Read a document, save its KV cache to a folder, and ask about the document later without reading it again.
 
-python examples/sessions.py
-python examples/sessions.py --model Qwen/Qwen3-8B --session book --file book.txt     # reads, saves and asks
-python examples/sessions.py --model Qwen/Qwen3-8B --session book --question "Why?"   # only asks
+The defaults use the small model that ships with headinfer, and a temporary folder:
+
+    python examples/sessions.py
+    python examples/sessions.py --model MODEL --session book --file book.txt    # reads, saves and asks
+    python examples/sessions.py --model MODEL --session book --question "Why?"  # only asks
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Share one model between several processes under torchrun. Each rank offloads the KV heads that it computes.
 
-Ranks use one GPU each, or the CPU if the machine has no GPU:
+Ranks use one GPU each, or the CPU if the machine has no GPU. The default is the small model that ships with headinfer:
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
-    torchrun --nproc-per-node 2 examples/tensor_parallel.py --model Qwen/Qwen3-8B --file book.txt --question "Who?"
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py --model MODEL --file book.txt --question "Who did it?"
 """
 
 import argparse
