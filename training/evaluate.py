@@ -35,7 +35,7 @@ def main(out: Path, work: Path, count: int) -> None:
         work: the folder for the results of each evaluation. An interrupted evaluation continues from them.
         count: run only the first `count` evaluations of PLAN.
     """
-    output = Output(out, is_ours=is_table)
+    written = Output(out, is_ours=is_table)
     rows = []
     for length, depths, samples, gives_lead in PLAN[:count]:
         arguments = ["eval", "niah", "embedded", "--lengths", length, "--depths", f"0..100/{depths}"]
@@ -58,7 +58,7 @@ def main(out: Path, work: Path, count: int) -> None:
             }
         )
         print(f"{folder.name:>12}: {summary['score']:.2%} of {summary['questions']}", flush=True)
-    output.write(json.dumps(rows, indent=1) + "\n")
+    written.write(json.dumps(rows, indent=1) + "\n")
 
 
 def is_table(path: Path) -> bool:
