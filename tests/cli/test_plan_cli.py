@@ -1,4 +1,4 @@
-"""`headinfer plan` as a person meets it, its plots, and the comparison with the paper."""
+"""The command `headinfer plan`, its plots, and the comparison with the paper."""
 
 import json
 import os
@@ -15,7 +15,6 @@ from headinfer.errors import UsageError
 from headinfer.plan.compare import METHODS
 from headinfer.plan.hardware import HARDWARE
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
-from headinfer.utils.units import format_seconds, format_tokens, parse_bytes, parse_tokens
 
 ROOT = Path(__file__).parents[2]
 JOB = ("llama-3-8b", "--context", "1M", "--gpu", "rtx4090", "--ram", "256GB")
@@ -27,7 +26,7 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=variables)
 
 
-def test_it_answers_in_under_a_second_without_torch_and_transformers():
+def test_plan_takes_less_than_a_second_and_loads_neither_torch_nor_transformers():
     script = f"""
 import sys
 from headinfer.cli.main import main
@@ -40,7 +39,7 @@ for name in ("torch", "transformers", "matplotlib", "numpy"):
     assert name not in sys.modules, name
 """
     seconds = []
-    for _ in range(3):  # processor seconds, and the best of three: the machine may be busy with other things
+    for _ in range(3):  # the least processor time of three runs, since the machine may be busy
         start = _child_seconds()
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
         seconds.append(_child_seconds() - start)
@@ -53,7 +52,7 @@ def _child_seconds():
     return times.children_user + times.children_system
 
 
-def test_the_tables_fit_a_terminal_and_say_what_matters():
+def test_the_tables_fit_a_terminal_and_show_the_main_figures():
     done = run(*JOB)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -111,7 +110,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(arguments, sentence, tmp_pa
     assert done.stderr.count("\n") == 1
 
 
-def test_a_probe_of_this_machine_is_used_where_no_device_is_named(tmp_path):
+def test_the_probe_of_this_machine_is_the_default_device(tmp_path):
     HARDWARE["l4"].save(tmp_path / "headinfer" / "hardware.json")
     done = run("llama-3-8b", "--ram", "64GB", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -168,34 +167,6 @@ def test_models_are_found_in_folders_files_and_the_hub_cache(tmp_path, monkeypat
         find_shape(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"), [("1M", 2**20), ("128k", 2**17), ("1.5M", 3 * 2**19), ("4096", 4096), (" 2 K ", 2048)]
-)
-def test_tokens_as_people_write_them(text, tokens):
-    assert parse_tokens(text) == tokens
-    assert parse_tokens(format_tokens(tokens)) == tokens
-
-
-@pytest.mark.parametrize("text", ["", "K", "1KK", "1KB", "-1", "nan", "inf", "1e300", "12XB", "1T"])
-def test_what_is_no_number_of_tokens_is_refused(text):
-    with pytest.raises(UsageError):
-        parse_tokens(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("1TB", 10**12), ("2TiB", 2**41), ("128GB", 128 * 10**9), ("1.5 kib", 1536)]
-)
-def test_bytes_as_people_write_them(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.0123, "12.3 ms"), (6.41, "6.41 s"), (2040, "34 min"), (27114, "7.53 h")]
-)
-def test_seconds_for_people(seconds, text):
-    assert format_seconds(seconds) == text
-
-
 @pytest.mark.parametrize("job", [JOB, ("gemma-3-4b", "--gpu", "laptop-cpu", "--ram", "32GB")])
 def test_plots_are_drawn(job, tmp_path):
     path = tmp_path / "plan.png"
@@ -212,7 +183,7 @@ def test_plots_are_drawn(job, tmp_path):
 # -- the paper ------------------------------------------------------------------------------------------------------
 
 
-def test_the_comparison_with_the_paper_is_what_its_command_prints():
+def test_the_document_is_what_its_command_prints():
     command = [sys.executable, "-W", "error", ROOT / "benchmarks" / "paper" / "compare.py"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -223,7 +194,7 @@ def test_every_difference_is_explained_and_no_explanation_is_stale():
     used = set()
     for table in paper_tables.TABLES:
         for row in paper_tables.rows_of(table):
-            note = row.note  # raises where one is missing
+            note = row.note  # raises if there is none
             assert bool(note) == (abs(row.difference) > row.allowed)
             used |= {text for text in paper_notes.NOTES.values() if note.startswith(text) and note}
     assert used == set(paper_notes.NOTES.values())

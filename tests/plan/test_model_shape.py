@@ -1,4 +1,4 @@
-"""The reading of a config, from the object and from config.json alone, against transformers' own models."""
+"""ModelShape from a config object and from config.json, compared with transformers' own models."""
 
 import json
 
@@ -38,7 +38,7 @@ def model_of(family, config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_and_kinds_are_those_of_transformers(family):
+def test_weights_and_layer_types_are_those_of_transformers(family):
     config = AutoConfig.for_model(family, **FAMILIES[family])
     model = model_of(family, config)
     shape = ModelShape.from_config(config)
@@ -54,20 +54,20 @@ def test_weights_and_kinds_are_those_of_transformers(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_file_says_what_the_object_says(family, tmp_path):
+def test_config_json_gives_the_same_shape_as_the_config_object(family, tmp_path):
     config = AutoConfig.for_model(family, **FAMILIES[family])
     shape = ModelShape.from_config(config)
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert ModelShape.from_dict(stored) == shape
-    # Old files have no layer_types: the family's rule must give the same layers.
+    # Old files have no layer_types, and the family's rule must give the same layers.
     stored.pop("layer_types", None)
     assert ModelShape.from_dict(stored) == shape
     assert ModelShape.from_dict({"model_type": "outer", "text_config": stored}) == shape
 
 
-def test_a_short_file_takes_the_familys_defaults():
-    """Gemma 3's own files leave out what its class has as a default."""
+def test_fields_that_a_file_leaves_out_are_the_familys_defaults():
+    """The published files of Gemma 3 leave out the defaults of its class."""
     given = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     shape = ModelShape.from_dict({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **given}})
     assert shape == ModelShape.from_config(AutoConfig.for_model("gemma3_text", **given))
@@ -77,8 +77,8 @@ CACHED = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "gemma4_text",
 
 
 @pytest.mark.parametrize("family", CACHED)
-def test_kv_bytes_are_those_of_transformers_own_cache(family):
-    """One token through a tiny model: the bytes that DynamicCache holds, layer by layer."""
+def test_kv_bytes_are_those_of_dynamic_cache(family):
+    """A tiny model reads three tokens; DynamicCache holds the predicted bytes."""
     fields = {**FAMILIES[family], "hidden_size": 128, "num_hidden_layers": 8, "vocab_size": 64}
     fields |= {"intermediate_size": 64, "vocab_size_per_layer_input": 64} if "gemma" in family else {}
     config = AutoConfig.for_model(family, **fields)
@@ -100,6 +100,6 @@ def test_kv_bytes_are_those_of_transformers_own_cache(family):
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
     ],
 )
-def test_a_file_that_is_no_config_says_what_is_wrong(change, message):
+def test_a_config_that_is_incomplete_is_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=message):
         ModelShape.from_dict({"model_type": "llama", **DENSE, **change})

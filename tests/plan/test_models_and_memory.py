@@ -8,7 +8,6 @@ from headinfer.errors import CapacityError
 from headinfer.hf.models import RANDOM_CONFIGS, byte_tokenizer, resolve
 from headinfer.plan.memory import available_host_bytes, check_host_memory
 from headinfer.plan.model_shape import ModelShape
-from headinfer.utils.units import format_bytes
 
 
 @pytest.mark.parametrize("text", ["plain", "Grüße, 世界 🌍\n\ttabs  and   spaces\r\n", "\x00\x7f", "<|eos|", ""])
@@ -29,13 +28,13 @@ def test_every_built_in_config_resolves_to_its_shape(name):
     assert shape.vocab_size == 259
 
 
-def test_llama_3_8b_holds_128_kib_a_token():
+def test_llama_3_8b_has_128_kib_of_kv_a_token():
     shape = ModelShape.from_config(resolve("random:llama-3-8b").config)
     assert shape.kv_bytes_per_token(2) == 128 * 1024
     assert len(shape.offloaded_layers) == 32
 
 
-def test_shape_counts_only_full_layers_and_matches_the_cache():
+def test_kv_bytes_count_full_attention_layers_only():
     config = AutoConfig.for_model(
         "gemma3_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3, head_dim=32,
         num_attention_heads=4, num_key_value_heads=2,
@@ -45,7 +44,7 @@ def test_shape_counts_only_full_layers_and_matches_the_cache():
     assert shape.kv_bytes_per_token(4) == 3 * 2 * 64 * 4
 
 
-def test_prefill_flops_matches_a_count_by_hand():
+def test_prefill_flops_equal_a_count_by_hand():
     shape = ModelShape.from_config(
         resolve("random:tiny-llama?layers=1&hidden=64&intermediate=96&heads=4&kv_heads=2").config
     )
@@ -75,7 +74,7 @@ def test_a_saved_model_and_its_tokenizer_load_from_a_folder(tmp_path):
     assert isinstance(loaded, type(AutoModelForCausalLM.from_config(source.config)))
 
 
-def test_host_memory_is_refused_with_what_would_fit():
+def test_a_job_that_exceeds_host_memory_is_refused_with_what_would_fit():
     check_host_memory(1000, 1024, 0, available=1000 * 1024)
     with pytest.raises(CapacityError, match=r"at most 500 tokens fit"):
         check_host_memory(1000, 1024, 512 * 1024, available=1012 * 1024)
@@ -83,7 +82,7 @@ def test_host_memory_is_refused_with_what_would_fit():
         check_host_memory(10, 1024, 2048, available=1024)
 
 
-def test_cgroup_limits_are_honoured(tmp_path):
+def test_available_memory_is_within_the_cgroup_limit(tmp_path):
     free = available_host_bytes(tmp_path)
     assert free > 0
     (tmp_path / "memory.max").write_text("5000\n")
@@ -95,10 +94,3 @@ def test_cgroup_limits_are_honoured(tmp_path):
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("4000")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4500")
     assert available_host_bytes(tmp_path) == 0
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"), [(512, "512 B"), (1536, "1.5 KiB"), (256 * 2**20, "256 MiB"), (128 * 2**30, "128 GiB")]
-)
-def test_sizes_for_people(nbytes, text):
-    assert format_bytes(nbytes) == text

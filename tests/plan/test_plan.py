@@ -1,4 +1,4 @@
-"""The planner: never over a budget, never worse with more memory, and the same as slow and independent counts."""
+"""The planner: it keeps all budgets, more memory never makes a plan worse, and figures equal independent counts."""
 
 import dataclasses
 import random
@@ -47,7 +47,7 @@ def shape_of(layers, hidden=256, inner=512, vocab=1000):
 
 
 def random_request(rng):
-    """Shapes, budgets and contexts far from and near to what fits, on a small GPU or a CPU."""
+    """Return a request on a small GPU or a CPU that fits, nearly fits or does not fit."""
     layers = [LayerShape("full_attention", *rng.choice([(4, 2, 64, 64), (8, 8, 32, 32), (6, 3, 128, 64)]))]
     layers *= rng.randint(1, 4)
     layers += [LayerShape("full_attention", 4, 4, 64, 32)] * rng.choice([0, 0, 1])
@@ -89,7 +89,7 @@ def plan_or_none(request):
 
 
 def test_no_plan_exceeds_a_budget_and_parts_add_up():
-    """Two thousand random requests; what is refused does not fit with the least that any plan needs."""
+    """Of two thousand random requests, those that are refused exceed what the smallest plan needs."""
     rng, fitted, refused = random.Random(0), 0, 0
     for _ in range(2000):
         request = random_request(rng)
@@ -132,7 +132,7 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
 
 
 def assert_the_engine_keeps_the_same(plan):
-    """By the rule of the engine: equal parts of the budget that streaming leaves, in whole flush units."""
+    """Check resident tokens by the engine's rule: equal parts of the budget that streaming leaves, in flush units."""
     request, kept_bytes = plan.request, 0
     room, layers = plan.device_kv_budget_bytes - plan.streaming_bytes, request.shape.offloaded_layers
     for index, layer in enumerate(request.shape.layers):
@@ -189,7 +189,7 @@ def test_the_longest_context_fits_and_a_longer_one_does_not(request):
 @settings(PROPERTY, max_examples=60)
 @given(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.floats(22, 30), st.floats(20, 32), st.floats(5, 21))
 def test_the_plan_is_the_best_of_all_that_fit(layers, kv_heads, device_power, host_power, token_power):
-    """All chunks, ring sizes and numbers of resident tokens, with bytes counted by hand."""
+    """Compare with all chunks, ring sizes and numbers of resident tokens, whose bytes are counted by hand."""
     shape = shape_of([LayerShape("full_attention", 4, kv_heads, 64, 64)] * layers)
     hardware = dataclasses.replace(HARDWARE["rtx3060"], device_memory_bytes=int(2**device_power), overhead_bytes=0)
     tokens, host_bytes = int(2**token_power), HOST_OVERHEAD_BYTES + int(2**host_power)
@@ -248,7 +248,7 @@ def seconds_of(request, chunk, ring, resident, host_tokens):
 def test_closed_forms_are_sums_over_chunks(
     chunk, chunks, share, heads, tile_power, link_power, back_power, flop_power, merges, writes_back, prefetches
 ):
-    """Prefill chunk by chunk, as the loop runs, against the closed form."""
+    """Compare the closed form of prefill with a sum over its chunks."""
     hardware = dataclasses.replace(
         RTX4090,
         link_bytes_per_s=10**link_power,
@@ -289,7 +289,7 @@ def test_closed_forms_are_sums_over_chunks(
 
 
 def test_decode_by_hand():
-    """Llama-3-8B at 1M tokens, 64K of them resident: the rest crosses the link, a little of it behind other work."""
+    """Llama-3-8B at 1M tokens, of which 64K are resident; other work hides a little of the transfer."""
     kept, tile = 64 * 1024, (8, 8192)
     schedule = Schedule(8192, (kept,) * 32, tile, tile, merges=True, writes_back=True)
     machine = dataclasses.replace(RTX4090, launch_s=1e-9)
@@ -307,8 +307,8 @@ def test_decode_by_hand():
     assert decode_seconds(LLAMA, machine, M, everything).total_s == pytest.approx(32 * (linear_s + attention_s))
 
 
-def test_transfer_hides_from_so_many_tokens_of_a_chunk_on():
-    """Tq >= F * e / (2 * G * W), and at that many tokens both take equally long."""
+def test_the_smallest_chunk_that_hides_the_transfer():
+    """It is F * e / (2 * G * W) tokens, for which attention and transfer take equally long."""
     exact = dataclasses.replace(RTX4090, compute_share=1.0, link_bytes_per_s=25e9, link_share=1.0)
     assert hiding_chunk_tokens(LLAMA.layers[0], exact, "bfloat16") == 1652  # 165.2e12 * 2 / (2 * 4 * 25e9)
     assert hiding_chunk_tokens(find_shape("llama-2-7b").layers[0], exact, "bfloat16") == 6608
@@ -336,7 +336,7 @@ def test_constants_are_those_of_the_engine():
 @pytest.mark.parametrize("room", [0, 500_000, 64 * MIB])
 @pytest.mark.parametrize("tokens", [200, 256, 258, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
 def test_the_footprint_is_what_the_engine_holds(tokens, room):
-    """Ring, tails, write-back, resident and host bytes of a cache that is really filled."""
+    """Compare ring, tails, write-back, resident and host bytes with those of a cache that was filled."""
     source = resolve("random:tiny-llama?layers=3&hidden=64&heads=4&kv_heads=2")
     model = source.load(dtype=torch.float32, device="cpu", seed=0)
     budget = 2 * MIB
@@ -376,7 +376,7 @@ def test_llama_3_8b_needs_256_mib_of_kv_on_the_device_at_any_context():
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("tokens", [256, 257, 1000, 16_385, 16_600])
 def test_resident_kv_is_counted_to_the_byte(tokens, rows):
-    """Equal bytes in each layer, in whole flush units, no more than the host holds; then no ring."""
+    """Layers have equal parts, in flush units, of at most what the host holds. If all is resident, there is no ring."""
     layers = [LayerShape("full_attention", 4, 2, 64, 64), LayerShape("full_attention", 4, 4, 64, 32)]
     shape, sizes, host_tokens = shape_of(layers), (2 * 128 * 2, 4 * 96 * 2), host_kv_tokens(tokens)
     for room in (0, 2 * 128 * sizes[1] * rows - 1, 2 * 128 * sizes[1] * rows, MIB, GIB):
@@ -400,7 +400,7 @@ def test_decode_at_1m_tokens_is_bound_by_the_link():
     assert plan.prefill_cost.bound == "compute"
 
 
-def test_more_of_what_bounds_makes_it_faster():
+def test_a_faster_bounding_resource_makes_a_plan_faster():
     base = Request(LLAMA, RTX4090, M, 1000 * GIB)
     faster_link = dataclasses.replace(RTX4090, link_bytes_per_s=63e9)
     slow_dram = dataclasses.replace(RTX4090, dram_bytes_per_s=10e9)
@@ -465,7 +465,7 @@ def test_every_built_in_model_can_be_planned(name, device):
         ({"hardware": HARDWARE["laptop-cpu"], "host_bytes": 64 * GIB}, "1M tokens need 128 GiB of host RAM for KV"),
     ],
 )  # fmt: skip
-def test_what_cannot_fit_is_refused_with_what_would(change, message):
+def test_a_job_that_does_not_fit_is_refused_with_what_would_fit(change, message):
     base = Request(LLAMA, RTX4090, M, 4000 * GIB)
     with pytest.raises(CapacityError, match=message):
         make_plan(dataclasses.replace(base, **change))
@@ -507,8 +507,8 @@ def test_a_broken_hardware_file_says_so(tmp_path):
         dataclasses.replace(RTX4090, link_bytes_per_s=0)
 
 
-def test_units_stand_in_every_name():
-    """A figure of bytes, seconds or a rate says so in its name."""
+def test_field_names_end_with_their_unit():
+    """The name of each field of bytes, seconds or a rate ends with its unit."""
     counts = {"multiprocessors", "disk_share", "name", "source", "is_host", "flops_per_s", "transfer_name"}
     for kind in (Footprint, Hardware):
         for field in dataclasses.fields(kind):
@@ -518,7 +518,7 @@ def test_units_stand_in_every_name():
     assert all(field.name.endswith("_s") or field.name in counts for field in dataclasses.fields(Seconds))
 
 
-def test_candidates_are_listed_small_ones_first():
+def test_candidates_come_in_order_of_their_chunks():
     found = [plan.chunk_tokens for plan in candidates(Request(LLAMA, RTX4090, M, 400 * GIB))]
     assert found == sorted(found)
     assert len(set(found)) == len(CHUNK_TOKENS)

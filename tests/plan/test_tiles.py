@@ -1,4 +1,4 @@
-"""The shape of a tile: it fits its slot, obeys what the user fixed, and is the cheapest by the model of cost."""
+"""The shape of a tile: it fits its slot, keeps what the user fixed, and is the cheapest by the cost model."""
 
 import pytest
 from hypothesis import given, settings
