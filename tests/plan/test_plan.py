@@ -32,8 +32,11 @@ from headinfer.plan.roofline import MERGE_BYTES, Schedule, decode_seconds, hidin
 from headinfer.plan.tiles import choose_tiles
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
-MIB, GIB, M = 2**20, 2**30, 2**20
-LLAMA, RTX4090 = find_shape("llama-3-8b"), HARDWARE["rtx4090"]
+MIB = 2**20
+GIB = 2**30
+M = 2**20
+LLAMA = find_shape("llama-3-8b")
+RTX4090 = HARDWARE["rtx4090"]
 
 
 def shape_of(layers, hidden=256, inner=512, vocab=1000):
@@ -90,7 +93,9 @@ def plan_or_none(request):
 
 def test_no_plan_exceeds_a_budget_and_parts_add_up():
     """Of two thousand random requests, those that are refused exceed what the smallest plan needs."""
-    rng, fitted, refused = random.Random(0), 0, 0
+    rng = random.Random(0)
+    fitted = 0
+    refused = 0
     for _ in range(2000):
         request = random_request(rng)
         plan = plan_or_none(request)
@@ -99,7 +104,8 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
             assert longest_context(request) < request.context_tokens
             continue
         fitted += 1
-        memory, is_host = plan.footprint, request.hardware.is_host
+        memory = plan.footprint
+        is_host = request.hardware.is_host
         assert request.keeps_resident or memory.resident_bytes == 0
         assert memory.device_bytes <= request.room_bytes
         assert memory.host_bytes + (memory.device_bytes if is_host else 0) <= request.host_bytes
@@ -133,10 +139,13 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
 
 def assert_the_engine_keeps_the_same(plan):
     """Check resident tokens by the engine's rule: equal parts of the budget that streaming leaves, in flush units."""
-    request, kept_bytes = plan.request, 0
-    room, layers = plan.device_kv_budget_bytes - plan.streaming_bytes, request.shape.offloaded_layers
+    request = plan.request
+    kept_bytes = 0
+    room = plan.device_kv_budget_bytes - plan.streaming_bytes
+    layers = request.shape.offloaded_layers
     for index, layer in enumerate(request.shape.layers):
-        wanted, token_bytes = 0, layer.kv_bytes_per_token(request.element_bytes) * request.rows
+        wanted = 0
+        token_bytes = layer.kv_bytes_per_token(request.element_bytes) * request.rows
         if index in layers:
             wanted = min(room // (len(layers) * token_bytes) // 128 * 128, host_kv_tokens(request.context_tokens))
             kept_bytes += wanted * token_bytes
@@ -157,7 +166,8 @@ def test_more_memory_never_worsens_a_plan(request, field, factor):
 @PROPERTY
 @given(requests, st.integers(1, 2**20))
 def test_a_longer_context_never_needs_fewer_bytes(request, added):
-    shape, tokens = request.shape, request.context_tokens
+    shape = request.shape
+    tokens = request.context_tokens
     for method in BASELINES:
         short, long = (baseline_footprint(shape, method, n, chunk_tokens=512) for n in (tokens, tokens + added))
         assert_no_fewer(short, long)
@@ -192,9 +202,11 @@ def test_the_plan_is_the_best_of_all_that_fit(layers, kv_heads, device_power, ho
     """Compare with all chunks, ring sizes and numbers of resident tokens, whose bytes are counted by hand."""
     shape = shape_of([LayerShape("full_attention", 4, kv_heads, 64, 64)] * layers)
     hardware = dataclasses.replace(HARDWARE["rtx3060"], device_memory_bytes=int(2**device_power), overhead_bytes=0)
-    tokens, host_bytes = int(2**token_power), HOST_OVERHEAD_BYTES + int(2**host_power)
+    tokens = int(2**token_power)
+    host_bytes = HOST_OVERHEAD_BYTES + int(2**host_power)
     request = Request(shape, hardware, tokens, host_bytes)
-    token_bytes, best = kv_heads * 128 * 2, None
+    token_bytes = kv_heads * 128 * 2
+    best = None
     weights = 2 * (layers * (256 * (4 + kv_heads) * 128 + 3 * 256 * 512) + 2 * 256 * 1000)
     host_kv = 0 if tokens <= 256 else -(-tokens // 128) * 128 * layers * kv_heads * 128 * 2
     host_tokens = host_kv // (layers * token_bytes)
@@ -221,7 +233,8 @@ def test_the_plan_is_the_best_of_all_that_fit(layers, kv_heads, device_power, ho
 
 
 def seconds_of(request, chunk, ring, resident, host_tokens):
-    layer, tokens = request.layers[0], request.context_tokens
+    layer = request.layers[0]
+    tokens = request.context_tokens
     slot = {"slot_bytes": ring // 2, "rates": request.hardware.tile_rates(request.dtype)}
     shape = {"kv_heads": layer.kv_heads, "group_queries": layer.query_heads // layer.kv_heads}
     tiles = []
@@ -233,7 +246,8 @@ def seconds_of(request, chunk, ring, resident, host_tokens):
             return None
     pairs = [(tile.heads_per_group, tile.tile_tokens) for tile in tiles]
     if resident == host_tokens:
-        pairs, resident = [(layer.kv_heads, tokens)] * 2, max(resident, tokens)
+        pairs = [(layer.kv_heads, tokens)] * 2
+        resident = max(resident, tokens)
     per_layer = (resident,) * len(request.layers)
     schedule = Schedule(chunk, per_layer, *pairs, merges=True, writes_back=True, prefetches_next_layer=True)
     prefill = prefill_seconds(request.shape, request.hardware, tokens, schedule)
@@ -257,14 +271,17 @@ def test_closed_forms_are_sums_over_chunks(
         launch_s=1e-15,
         link_share=1,
     )
-    layer, tokens, tile_tokens = LayerShape("full_attention", 8, 8, 64, 64), chunk * chunks, int(10**tile_power)
+    layer = LayerShape("full_attention", 8, 8, 64, 64)
+    tokens = chunk * chunks
+    tile_tokens = int(10**tile_power)
     resident = int(share * tokens) // 128 * 128
     pair = (heads, tile_tokens)
     switches = {"merges": merges, "writes_back": writes_back, "prefetches_next_layer": prefetches}
     schedule = Schedule(chunk, (resident,), pair, pair, **switches)
     shape = shape_of([layer])
     found = prefill_seconds(shape, hardware, tokens, schedule)
-    flops, bandwidth = hardware.attained_flops_per_s("bfloat16"), hardware.attained_device_bytes_per_s
+    flops = hardware.attained_flops_per_s("bfloat16")
+    bandwidth = hardware.attained_device_bytes_per_s
     token_s = 8 * 128 * 2 / hardware.attained_link_bytes_per_s
     linear_s = max(2 * shape.active_weights * chunk / flops, 2 * shape.layers[0].weights / bandwidth)
     tile_s = min(tile_tokens, max(tokens - resident, 0)) * heads / 8 * token_s
@@ -281,7 +298,9 @@ def test_closed_forms_are_sums_over_chunks(
         exposed_s += max(0.0, fetch - early - attention - merge, back_s - linear_s - attention - merge)
         if merges and not prefetches and streamed:
             exposed_s += max(0.0, tile_s - square * heads / 8)
-        attention_s, merge_s, transfer_s = attention_s + attention, merge_s + merge, transfer_s + max(fetch, back_s)
+        attention_s = attention_s + attention
+        merge_s = merge_s + merge
+        transfer_s = transfer_s + max(fetch, back_s)
     assert found.attention_s == pytest.approx(attention_s)
     assert found.merge_s == pytest.approx(merge_s)
     assert found.transfer_s == pytest.approx(transfer_s)
@@ -290,13 +309,17 @@ def test_closed_forms_are_sums_over_chunks(
 
 def test_decode_by_hand():
     """Llama-3-8B at 1M tokens, of which 64K are resident; other work hides a little of the transfer."""
-    kept, tile = 64 * 1024, (8, 8192)
+    kept = 64 * 1024
+    tile = (8, 8192)
     schedule = Schedule(8192, (kept,) * 32, tile, tile, merges=True, writes_back=True)
     machine = dataclasses.replace(RTX4090, launch_s=1e-9)
-    link, device = RTX4090.attained_link_bytes_per_s, RTX4090.attained_device_bytes_per_s
-    fetch_s, attention_s = (M - kept) * 4096 / link, M * 4096 / device
+    link = RTX4090.attained_link_bytes_per_s
+    device = RTX4090.attained_device_bytes_per_s
+    fetch_s = (M - kept) * 4096 / link
+    attention_s = M * 4096 / device
     linear_s = 2 * (LLAMA.active_weights + LLAMA.head_weights) / device / 32
-    last_s, tile_s = 8192 * 4096 / device, 8192 * 4096 / link
+    last_s = 8192 * 4096 / device
+    tile_s = 8192 * 4096 / link
     late = decode_seconds(LLAMA, machine, M, schedule)
     assert late.exposed_transfer_s == pytest.approx(32 * (fetch_s - attention_s + last_s))
     assert late.total_s == pytest.approx(32 * (linear_s + fetch_s + last_s))
@@ -378,7 +401,9 @@ def test_llama_3_8b_needs_256_mib_of_kv_on_the_device_at_any_context():
 def test_resident_kv_is_counted_to_the_byte(tokens, rows):
     """Layers have equal parts, in flush units, of at most what the host holds. If all is resident, there is no ring."""
     layers = [LayerShape("full_attention", 4, 2, 64, 64), LayerShape("full_attention", 4, 4, 64, 32)]
-    shape, sizes, host_tokens = shape_of(layers), (2 * 128 * 2, 4 * 96 * 2), host_kv_tokens(tokens)
+    shape = shape_of(layers)
+    sizes = (2 * 128 * 2, 4 * 96 * 2)
+    host_tokens = host_kv_tokens(tokens)
     for room in (0, 2 * 128 * sizes[1] * rows - 1, 2 * 128 * sizes[1] * rows, MIB, GIB):
         kept = [resident_tokens(room, 2, size, rows, host_tokens) for size in sizes]
         assert kept == [min(room // 2 // (128 * size * rows) * 128, host_tokens) for size in sizes]

@@ -73,7 +73,8 @@ def seconds(problem, heads, tokens):
 def test_no_tile_of_the_slots_size_is_clearly_cheaper(problem):
     problem["slot_bytes"] += problem["kv_heads"] * 16 * problem["head_token_bytes"]
     plan = choose_tiles(**problem)
-    chosen, past = seconds(problem, plan.heads_per_group, plan.tile_tokens), max(problem["past_tokens"], 1)
+    chosen = seconds(problem, plan.heads_per_group, plan.tile_tokens)
+    past = max(problem["past_tokens"], 1)
     for heads in (n for n in range(1, problem["kv_heads"] + 1) if problem["kv_heads"] % n == 0):
         longest = min(problem["slot_bytes"] // (heads * problem["head_token_bytes"]), past)
         for tokens in (longest, -(-longest // 2), -(-longest // 4), -(-longest // 8)):
