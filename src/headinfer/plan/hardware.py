@@ -231,7 +231,7 @@ HARDWARE: dict[str, Hardware] = {
     "l4": _gpu("L4", 23_034, 121, 30.3, 300, 58, "4 x16", "NVIDIA L4 data sheet", server=True),
     "t4": _gpu("T4", 15_360, 65, 8.1, 320, 40, "3 x16", "NVIDIA T4 data sheet", server=True, has_bfloat16=False),
     # Eight cores x 3.5 GHz x 32 float32 FLOP a cycle (two 256-bit multiply-adds); half types are converted to float32.
-    # Shares: about half of the DRAM bandwidth is what this project's decode kernel reaches (benchmarks/results).
+    # This project's decode kernel reaches about half of the DRAM bandwidth (benchmarks/results).
     "laptop-cpu": Hardware(
         name="laptop CPU, 8 cores",
         device_memory_bytes=32 * 2**30,
