@@ -1,4 +1,4 @@
-"""KV beyond a host budget on a disk: exact, within the budget, and nothing left behind."""
+"""The disk tier: exact results, the host budget, and no files left behind."""
 
 import errno
 import gc
@@ -31,7 +31,7 @@ def token_ids(tokens, rows=1, seed=0):
 
 
 def read_and_write(model, ids, steps=4, **options):
-    """Logits of a prefill's last token and of some single steps, and the cache."""
+    """Prefill, then decode some steps. Returns the logits of the last token and of each step, and the cache."""
     with headinfer.enable(model, chunk_tokens=CHUNK, **options) as enabled:
         cache = enabled.new_cache()
         found = [forward(model, cache, ids)[:, -1]]
@@ -44,13 +44,14 @@ def model():
     return tiny_model("llama")
 
 
-# -- exact, and bounded -----------------------------------------------------------------------------------------------
+# -- results and memory ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport", ["auto", "eager", "lazy"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "falcon_h1", "mimo_v2_flash"])
-def test_what_lies_on_disk_is_attended_to(family, transport, tmp_path):
-    model, ids = tiny_model(family), token_ids(5000)
+def test_kv_on_disk_gives_the_same_logits(family, transport, tmp_path):
+    model = tiny_model(family)
+    ids = token_ids(5000)
     expected, plain = read_and_write(model, ids)
     budget = plain.stats().host_kv_bytes // 3
     found, cache = read_and_write(model, ids, transport=transport, host_kv_budget_bytes=budget, disk_tier=str(tmp_path))
@@ -58,7 +59,7 @@ def test_what_lies_on_disk_is_attended_to(family, transport, tmp_path):
     stats = cache.stats()
     assert stats.host_kv_peak_bytes <= budget
     assert stats.disk_kv_bytes > plain.stats().host_kv_bytes // 2
-    assert stats.disk_to_host_bytes > 5 * stats.disk_kv_bytes, "read again for each chunk and each token"
+    assert stats.disk_to_host_bytes > 5 * stats.disk_kv_bytes, "each chunk and each token reads it again"
 
 
 @settings(max_examples=8, deadline=None)
@@ -69,8 +70,10 @@ def test_what_lies_on_disk_is_attended_to(family, transport, tmp_path):
     tile=st.sampled_from([None, 33, 128, 250]),
     keep=st.integers(400, 2400),
 )
-def test_forks_crops_rows_and_odd_tiles(model, tmp_path_factory, tokens, rows, heads, tile, keep):
-    folder, ids, more = tmp_path_factory.mktemp("tier"), token_ids(tokens, rows), token_ids(300, rows, seed=1)
+def test_forks_crops_reordered_rows_and_uneven_tiles(model, tmp_path_factory, tokens, rows, heads, tile, keep):
+    folder = tmp_path_factory.mktemp("tier")
+    ids = token_ids(tokens, rows)
+    more = token_ids(300, rows, seed=1)
     logits = []
     for options in (
         {},
@@ -93,7 +96,7 @@ def test_forks_crops_rows_and_odd_tiles(model, tmp_path_factory, tokens, rows, h
     torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=2e-5)
 
 
-def test_the_dense_form_is_the_same(model, tmp_path):
+def test_dense_kv_is_the_same(model, tmp_path):
     ids = token_ids(4000)
     _, plain = read_and_write(model, ids)
     _, cache = read_and_write(model, ids, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path))
@@ -102,8 +105,9 @@ def test_the_dense_form_is_the_same(model, tmp_path):
             torch.testing.assert_close(side, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_sessions_and_a_disk_tier_go_together(model, tmp_path):
-    ids, question = token_ids(4000), token_ids(20, seed=1)
+def test_sessions_with_a_disk_tier(model, tmp_path):
+    ids = token_ids(4000)
+    question = token_ids(20, seed=1)
     tier = {"host_kv_budget_bytes": BUDGET, "disk_tier": str(tmp_path / "tier")}
     expected = {}
     for transport in ("auto", "eager"):
@@ -123,16 +127,18 @@ def test_sessions_and_a_disk_tier_go_together(model, tmp_path):
             assert torch.equal(loaded.token_ids, ids)
 
 
-def test_tiles_are_read_ahead_of_their_use(model, tmp_path, monkeypatch):
-    """Each tile once, up to four before it is waited for, the next layer's and the next token's first ones too."""
+def test_tiles_are_read_before_they_are_used(model, tmp_path, monkeypatch):
+    """Each tile is read once, up to four tiles ahead. This includes the first tiles of the next layer and token."""
     events = []
-    begin, wait = ReadAhead._begin, ReadAhead.wait
+    begin = ReadAhead._begin
+    wait = ReadAhead.wait
 
     def note_begin(ring, pieces, after):
-        if is_far := any(isinstance(piece, DiskSlice) for piece in pieces):
+        is_on_disk = any(isinstance(piece, DiskSlice) for piece in pieces)
+        if is_on_disk:
             events.append(1)
         tile = begin(ring, pieces, after)
-        assert bool(tile.reads) == is_far
+        assert bool(tile.reads) == is_on_disk
         return tile
 
     def note_wait(ring, handle):
@@ -148,23 +154,26 @@ def test_tiles_are_read_ahead_of_their_use(model, tmp_path, monkeypatch):
         events.clear()
         for _ in range(5):
             forward(model, cache, token_ids(1))
-    ahead = list(itertools.accumulate(events, initial=READ_SLOTS - 1))  # from the token before
+    ahead = list(itertools.accumulate(events, initial=READ_SLOTS - 1))  # begun by the previous token
     assert max(ahead) <= READ_SLOTS
-    assert min(ahead) >= 1, "begun before it is waited for"
-    assert events.count(1) == events.count(-1) > 50, "nothing is read in vain"
+    assert min(ahead) >= 1, "reading begins before a tile is needed"
+    assert events.count(1) == events.count(-1) > 50, "each tile that is read is used"
 
 
-# -- the file ---------------------------------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_piece_comes_back_from_the_file(tmp_path_factory, data):
-    heads, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 300))
-    key_dim, value_dim = data.draw(st.sampled_from([1, 3, 16, 64])), data.draw(st.sampled_from([1, 8, 64]))
+def test_any_slice_can_be_read_from_the_file(tmp_path_factory, data):
+    heads = data.draw(st.integers(1, 4))
+    tokens = data.draw(st.integers(1, 300))
+    key_dim = data.draw(st.sampled_from([1, 3, 16, 64]))
+    value_dim = data.draw(st.sampled_from([1, 8, 64]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     file = DiskFile(tmp_path_factory.mktemp("file"), data.draw(st.sampled_from([0, 10_000])))
-    k, v = torch.rand(heads, tokens, key_dim).to(dtype), torch.rand(heads, tokens, value_dim).to(dtype)
+    k = torch.rand(heads, tokens, key_dim).to(dtype)
+    v = torch.rand(heads, tokens, value_dim).to(dtype)
     memory = torch.cat([k.flatten(1), v.flatten(1)], dim=1).contiguous()
     before = file.allocate(data.draw(st.sampled_from([1, 4096, 5000])))
     start = file.allocate(memory.numel() * dtype.itemsize)
@@ -182,12 +191,13 @@ def test_any_piece_comes_back_from_the_file(tmp_path_factory, data):
     assert torch.equal(found_v, v[first:last, begin:stop])
 
 
-def test_nothing_has_a_name_and_space_is_used_again(model, tmp_path):
+def test_files_have_no_name_and_their_space_is_reused(model, tmp_path):
     _, cache = read_and_write(
         model, token_ids(4000), host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path / "new" / "tier")
     )
     assert list((tmp_path / "new" / "tier").iterdir()) == [], "a crash leaves nothing behind"
-    file, used = cache.engine.disk.file, cache.engine.disk.file._used
+    file = cache.engine.disk.file
+    used = file._used
     assert cache.stats().disk_kv_bytes > 0
     cache.reset()
     gc.collect()
@@ -198,7 +208,7 @@ def test_nothing_has_a_name_and_space_is_used_again(model, tmp_path):
     assert file._used <= 1.1 * used
 
 
-def test_space_is_reserved_before_the_start(model, tmp_path, monkeypatch):
+def test_space_is_reserved_before_the_first_token(model, tmp_path, monkeypatch):
     asked = []
     original = os.posix_fallocate
 
@@ -213,10 +223,10 @@ def test_space_is_reserved_before_the_start(model, tmp_path, monkeypatch):
         token_bytes = sum(2 * layer.layer_kv.heads * layer.layer_kv.key_dim * 4 for layer in cache.head_layers)
         assert asked == [4000 * token_bytes]
         forward(model, cache, token_ids(3900))
-    assert len(asked) == 1, "and that was enough"
+    assert len(asked) == 1, "the reserved space is sufficient"
 
 
-def test_a_full_disk_is_said_before_the_start(model, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_first_token(model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -229,7 +239,7 @@ def test_a_full_disk_is_said_before_the_start(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["pwrite", "preadv"])
-def test_a_disk_that_fails_leaves_the_cache_as_it_was(model, tmp_path, monkeypatch, call):
+def test_errors_of_the_disk_are_reported(model, tmp_path, monkeypatch, call):
     ids = token_ids(4000)
     with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path)) as enabled:
         cache = enabled.new_cache()
@@ -249,7 +259,7 @@ def test_a_disk_that_fails_leaves_the_cache_as_it_was(model, tmp_path, monkeypat
                     forward(model, cache, ids[:, :CHUNK])
 
 
-def test_options_that_cannot_be(model, tmp_path):
+def test_invalid_options(model, tmp_path):
     with pytest.raises(UsageError, match="host_kv_budget_bytes and disk_tier go together"):
         HeadCache(model.config, host_kv_budget_bytes=2**30)
     with pytest.raises(UsageError, match="host_kv_budget_bytes and disk_tier go together"):
@@ -270,7 +280,7 @@ def test_options_that_cannot_be(model, tmp_path):
         enabled.new_cache()
 
 
-def test_slots_are_a_share_of_the_budget():
+def test_read_slots_are_a_share_of_the_budget():
     assert read_slot_bytes(1) == 64 * 1024
     assert read_slot_bytes(32 * 2**20) == 2**20
     assert read_slot_bytes(2**40) == 32 * 2**20

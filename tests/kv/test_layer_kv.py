@@ -1,4 +1,4 @@
-"""LayerKV against a plain model of lists of tensors, and its promises about what moves and what does not."""
+"""LayerKV against a model of plain tensors, and the bytes that each operation moves."""
 
 import gc
 import itertools
@@ -23,12 +23,14 @@ from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import WriteInPlace
 
 UNIT = TAIL_UNIT_TOKENS
-HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5
+HEADS = 2
+KEY_DIM = 3
+VALUE_DIM = 5
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_garbage_collection():
-    """What the imports left behind is not looked at again: gc.collect() then takes no time."""
+    """Exclude the objects of imported modules from garbage collection, so that gc.collect() is fast."""
     gc.collect()
     gc.freeze()
     yield
@@ -36,7 +38,7 @@ def quick_garbage_collection():
 
 
 class LimitedTier(HostTier):
-    """A tier that refuses after `left` more allocations."""
+    """A tier that refuses all allocations after the next `left` ones."""
 
     left = None
 
@@ -49,7 +51,7 @@ class LimitedTier(HostTier):
 
 
 class CountingWriter(WriteInPlace):
-    """Writes in place and counts what it wrote."""
+    """Writes in place, and counts calls and bytes."""
 
     def __init__(self):
         self.calls = self.nbytes = 0
@@ -62,11 +64,14 @@ class CountingWriter(WriteInPlace):
 
 
 class Bench:
-    """A counter, a tier and a counting writer, and stores that use them."""
+    """Makes LayerKVs that share a byte counter, a host tier and a counting writer."""
 
     def __init__(self, dtype=torch.float32, heads=HEADS, dims=(KEY_DIM, VALUE_DIM)):
-        self.dtype, self.heads, self.dims = dtype, heads, dims
-        self.counter, self.write = ByteCounter(), CountingWriter()
+        self.dtype = dtype
+        self.heads = heads
+        self.dims = dims
+        self.counter = ByteCounter()
+        self.write = CountingWriter()
         self.tier = LimitedTier(self.counter)
         self.rng = torch.Generator().manual_seed(0)
 
@@ -79,14 +84,15 @@ class Bench:
         return LayerKV(k, v, tier=self.tier, counter=self.counter, write=self.write, expected_tokens=expected_tokens)
 
     def new(self, rows, tokens):
-        """Fresh K and V, in the layout of a model: tokens before heads in memory."""
+        """Make new K and V in the layout of a model, tokens before heads in memory."""
         return tuple(
             torch.randn(rows, tokens, self.heads, dim, generator=self.rng).to(self.dtype).transpose(1, 2)
             for dim in self.dims
         )
 
     def filled(self, tokens, rows=1, **options):
-        layer_kv, (k, v) = self.layer_kv(rows, **options), self.new(rows, tokens)
+        layer_kv = self.layer_kv(rows, **options)
+        k, v = self.new(rows, tokens)
         layer_kv.append(k, v)
         return layer_kv, k, v
 
@@ -106,7 +112,7 @@ def segment_bytes(segment):
 
 
 def assert_holds(layer_kv, k, v):
-    """The store's content is exactly k and v."""
+    """Assert that a LayerKV contains exactly k and v."""
     found_k, found_v = layer_kv.dense()
     assert layer_kv.tokens == k.shape[2]
     assert torch.equal(found_k, k)
@@ -114,7 +120,7 @@ def assert_holds(layer_kv, k, v):
 
 
 def host_part(layer_kv, row, shared_prefixes):
-    """K and V of a row's host tokens, put together from shared prefixes."""
+    """Join K and V of a row's host tokens from shared prefixes."""
     slices = [part for shared in shared_prefixes if row in shared.rows for part in shared.slices]
     if not slices:
         empty = layer_kv.dense()
@@ -129,7 +135,7 @@ def host_part(layer_kv, row, shared_prefixes):
 
 
 def assert_shared_prefixes_do_not_overlap(shared_prefixes):
-    """No token of a segment is in two shared prefixes: what rows share is there once."""
+    """Assert that no token of a segment is in two shared prefixes."""
     seen = {}
     for shared in shared_prefixes:
         assert shared.rows == tuple(sorted(set(shared.rows)))
@@ -140,15 +146,15 @@ def assert_shared_prefixes_do_not_overlap(shared_prefixes):
             seen[id(part.segment)].append((part.start, part.stop))
 
 
-# -- against the model -----------------------------------------------------------------------------------------
+# -- random operations -----------------------------------------------------------------------------------------
 
 
-class StoreMachine(RuleBasedStateMachine):
-    """Random use of stores and their forks; `model` holds what each must contain: k and v of every row."""
+class LayerKVMachine(RuleBasedStateMachine):
+    """Random operations on LayerKVs and their forks. `pairs` has each LayerKV with the K and V that it must contain."""
 
     def __init__(self):
         super().__init__()
-        self.pairs = []  # [store, k, v]
+        self.pairs = []  # [layer_kv, k, v]
         self.choice = 0
 
     @initialize(
@@ -186,7 +192,7 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             layer_kv.append(new_k, new_v)
         except CapacityError:
-            pass  # and nothing has changed: the invariants look
+            pass  # the invariants check that nothing has changed
         else:
             pair[1:] = [torch.cat([old, new], dim=2) for old, new in zip(pair[1:], (new_k, new_v), strict=True)]
         finally:
@@ -198,7 +204,8 @@ class StoreMachine(RuleBasedStateMachine):
         pair = self.pick(which)
         layer_kv, k, v = pair
         keep = max(layer_kv.tokens - int(share * 20), 0) if few else int(share * layer_kv.tokens)
-        writes, tail_bytes = self.bench.write.calls, layer_kv.tail_bytes
+        writes = self.bench.write.calls
+        tail_bytes = layer_kv.tail_bytes
         layer_kv.crop(keep)
         assert self.bench.write.calls == writes
         assert layer_kv.tail_bytes == tail_bytes
@@ -210,11 +217,13 @@ class StoreMachine(RuleBasedStateMachine):
         pair = self.pick(which)
         layer_kv, k, v = pair
         indices = [row % layer_kv.rows for row in picks]
-        writes, moved, host = self.bench.write.calls, self.bench.counter.tail_moved_bytes, self.bench.counter.host_bytes
+        writes = self.bench.write.calls
+        moved = self.bench.counter.tail_moved_bytes
+        host = self.bench.counter.host_bytes
         same = indices == list(range(layer_kv.rows))
         layer_kv.select_rows(indices)
         assert self.bench.write.calls == writes
-        assert self.bench.counter.host_bytes <= host  # rows that nobody has any more are given back
+        assert self.bench.counter.host_bytes <= host  # unused rows are freed
         moved = self.bench.counter.tail_moved_bytes - moved
         assert moved == (0 if same else len(indices) * layer_kv.tail_tokens * self.bench.token_bytes)
         pair[1:] = [k[indices], v[indices]]
@@ -225,15 +234,15 @@ class StoreMachine(RuleBasedStateMachine):
         layer_kv, k, v = self.pick(which)
         before = self.bench.write.calls, self.bench.counter.host_bytes
         moved = self.bench.counter.tail_moved_bytes
-        twin = layer_kv.fork()
+        fork = layer_kv.fork()
         assert before == (self.bench.write.calls, self.bench.counter.host_bytes)
-        assert self.bench.counter.tail_moved_bytes - moved == twin.tail_bytes == layer_kv.tail_bytes
-        self.pairs.append([twin, k, v])
+        assert self.bench.counter.tail_moved_bytes - moved == fork.tail_bytes == layer_kv.tail_bytes
+        self.pairs.append([fork, k, v])
 
     @precondition(lambda self: 0 < len(self.pairs) < 4)
     @rule(which=st.integers(0, 3), share=st.floats(0, 1), tokens=st.integers(200, 600))
-    def part_ways(self, which, share, tokens):
-        """Fork, take the same tokens back on both sides and go on with different ones."""
+    def fork_and_continue(self, which, share, tokens):
+        """Fork, crop both sides to the same length and append different tokens to them."""
         self.fork(which)
         for index in (which % (len(self.pairs) - 1), len(self.pairs) - 1):
             self.crop(index, share, few=False)
@@ -246,7 +255,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pairs)
     @rule(which=st.integers(0, 3), cuts=st.lists(st.integers(0, 4500), min_size=8, max_size=8))
-    def look_through_runs(self, which, cuts):
+    def read_token_ranges(self, which, cuts):
         layer_kv, k, v = self.pick(which)
         edges = sorted({min(cut, layer_kv.tokens) for cut in cuts})
         token_ranges = [
@@ -262,16 +271,16 @@ class StoreMachine(RuleBasedStateMachine):
                     if a < layer_kv.host_tokens
                 ]
                 wanted = torch.cat(seen, dim=1) if seen else whole[row, :, :0]
-                # A row that shares some spans and not others may see them out of order: the tokens are the same.
+                # The order may differ if a row shares only some of its slices. The tokens are the same.
                 assert sorted_tokens(found) == sorted_tokens(wanted)
                 tails = [pair[side] for pair in layer_kv.tail(row, token_ranges[row])]
-                late = [
+                wanted_tails = [
                     whole[row, :, max(a, layer_kv.host_tokens) : b]
                     for a, b in token_ranges[row]
                     if b > layer_kv.host_tokens
                 ]
-                assert len(tails) == len(late)
-                assert all(map(torch.equal, tails, late))
+                assert len(tails) == len(wanted_tails)
+                assert all(map(torch.equal, tails, wanted_tails))
 
     @invariant()
     def contents_are_right(self):
@@ -315,19 +324,19 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def sorted_tokens(x):
-    """The tokens of x [H, T, D], each as a list of its numbers, in an order of their own."""
+    """The tokens of x [H, T, D] as sorted lists of numbers."""
     return sorted(x.transpose(0, 1).flatten(1).tolist())
 
 
-def test_stores_and_their_forks_hold_what_they_should():
+def test_random_operations():
     run_state_machine_as_test(
-        StoreMachine,
+        LayerKVMachine,
         settings=settings(
             deadline=None,
             derandomize=True,
             max_examples=60,
             stateful_step_count=25,
-            phases=(Phase.generate,),  # a failure shows at once; add Phase.shrink for a short one, in minutes
+            phases=(Phase.generate,),  # add Phase.shrink to shorten a failing example, which takes minutes
             suppress_health_check=list(HealthCheck),
         ),
     )
@@ -336,10 +345,10 @@ def test_stores_and_their_forks_hold_what_they_should():
 # -- growing ---------------------------------------------------------------------------------------------------
 
 
-def test_growing_never_moves_old_data():
+def test_appending_never_moves_old_data():
     bench = Bench()
     layer_kv = bench.layer_kv(rows=2)
-    known = {}  # id of a segment -> the segment, its addresses, the tokens it held, their contents
+    known = {}  # id of a segment: the segment, its addresses, the number of its tokens, their contents
     for tokens in (1, 300, 64, 1, 700, 128, 5, 2000, 1, 1, 400):
         layer_kv.append(*bench.new(2, tokens))
         for segment, addresses, held, k, v in known.values():
@@ -348,9 +357,11 @@ def test_growing_never_moves_old_data():
             assert torch.equal(segment.v[:, :held], v)
         for shared in layer_kv.shared_prefixes():
             for part in shared.slices:
-                segment, held = part.segment, part.stop
-                contents = segment.k[:, :held].clone(), segment.v[:, :held].clone()
-                known[id(segment)] = segment, (segment.k.data_ptr(), segment.v.data_ptr()), held, *contents
+                segment = part.segment
+                held = part.stop
+                addresses = (segment.k.data_ptr(), segment.v.data_ptr())
+                k, v = (side[:, :held].clone() for side in (segment.k, segment.v))
+                known[id(segment)] = (segment, addresses, held, k, v)
     assert len(known) > 4
     assert {id(segment) for segment in segments_of(layer_kv)} == known.keys()
 
@@ -366,23 +377,25 @@ def test_each_token_is_written_to_the_host_at_most_once():
 
 
 def test_rejected_tokens_never_touch_the_host():
-    """Speculative decoding: five tokens are tried, some are taken back, at every place of the tail."""
+    """Speculative decoding appends five tokens and rejects some of them, at every position of the tail."""
     bench = Bench()
     layer_kv, k, v = bench.filled(300)
     for step in range(200):
         new_k, new_v = bench.new(1, 5)
         layer_kv.append(new_k, new_v)
-        kept, writes = step % 4 + 1, bench.write.calls
+        kept = step % 4 + 1
+        writes = bench.write.calls
         layer_kv.crop(k.shape[2] + kept)
         assert bench.write.calls == writes
-        k, v = torch.cat([k, new_k[:, :, :kept]], dim=2), torch.cat([v, new_v[:, :, :kept]], dim=2)
+        k = torch.cat([k, new_k[:, :, :kept]], dim=2)
+        v = torch.cat([v, new_v[:, :, :kept]], dim=2)
     assert_holds(layer_kv, k, v)
     assert layer_kv.host_tokens > 300
-    assert bench.write.nbytes == layer_kv.host_tokens * bench.token_bytes  # nothing twice, nothing in vain
+    assert bench.write.nbytes == layer_kv.host_tokens * bench.token_bytes  # each token is written once
 
 
 @pytest.mark.parametrize("keep", [0, 1, 127, 128, 500, 871, 872, 873, 999, 1000])
-def test_crop_anywhere_and_go_on(keep):
+def test_crop_and_append(keep):
     bench = Bench()
     layer_kv, k, v = bench.filled(1000, rows=2)
     writes = bench.write.calls
@@ -395,14 +408,14 @@ def test_crop_anywhere_and_go_on(keep):
 
 
 @pytest.mark.parametrize("keep", [-1, 301])
-def test_crop_out_of_range_is_refused(keep):
+def test_crop_out_of_range_is_an_error(keep):
     layer_kv, k, v = Bench().filled(300)
     with pytest.raises(StateError, match=f"300 tokens to {keep}"):
         layer_kv.crop(keep)
     assert_holds(layer_kv, k, v)
 
 
-def test_heads_are_contiguous_in_a_segment_with_k_and_v_next_to_each_other():
+def test_each_head_of_a_segment_is_contiguous_with_v_after_k():
     bench = Bench(heads=3)
     layer_kv, _, _ = bench.filled(1500)
     for segment in segments_of(layer_kv):
@@ -410,12 +423,12 @@ def test_heads_are_contiguous_in_a_segment_with_k_and_v_next_to_each_other():
             assert k.is_contiguous()
             assert v.is_contiguous()
             assert v.data_ptr() == k.data_ptr() + k.numel() * k.element_size()
-        assert segment.k.data_ptr() % 4096 == 0  # page-aligned, as cudaHostRegister wants
+        assert segment.k.data_ptr() % 4096 == 0  # cudaHostRegister needs whole pages
 
 
 @pytest.mark.parametrize("chunk", [64, 1000, 4096])
 @pytest.mark.parametrize("expected_tokens", [3000, 40_000])
-def test_a_known_length_gives_exact_host_memory(expected_tokens, chunk):
+def test_host_memory_is_exact_if_the_length_is_known(expected_tokens, chunk):
     bench = Bench(heads=1, dims=(1, 1))
     layer_kv = bench.layer_kv(expected_tokens=expected_tokens)
     while layer_kv.tokens < expected_tokens:
@@ -426,19 +439,20 @@ def test_a_known_length_gives_exact_host_memory(expected_tokens, chunk):
     assert bench.counter.host_bytes == bench.counter.host_peak_bytes == rounded * bench.token_bytes
 
 
-def test_an_unknown_length_wastes_at_most_one_segment_of_a_sixteenth():
+def test_an_unknown_length_wastes_at_most_a_sixteenth():
     bench = Bench(heads=1, dims=(1, 1))
-    layer_kv, most = bench.layer_kv(), 0
+    layer_kv = bench.layer_kv()
+    max_waste = 0
     for _ in range(600):
         layer_kv.append(*bench.new(1, 100))
         waste = bench.counter.host_bytes // bench.token_bytes - layer_kv.host_tokens
         assert 0 <= waste <= max(256, layer_kv.host_tokens // 16)
-        most = max(most, waste)
-    assert most > 1000  # segments do get larger: few copies for a long context
+        max_waste = max(max_waste, waste)
+    assert max_waste > 1000  # segments grow with the context, so that there are few of them
     assert len(segments_of(layer_kv)) < 120
 
 
-def test_a_longer_text_than_expected_goes_on():
+def test_a_text_may_be_longer_than_expected():
     bench = Bench()
     layer_kv, k, v = bench.filled(3000, rows=2, expected_tokens=1000)
     new_k, new_v = bench.new(2, 777)
@@ -449,40 +463,43 @@ def test_a_longer_text_than_expected_goes_on():
 # -- sharing ---------------------------------------------------------------------------------------------------
 
 
-def test_reordering_and_forking_copy_no_segment():
+def test_reordering_and_forking_copy_no_segments():
     bench = Bench()
     layer_kv, k, v = bench.filled(1000, rows=3)
-    host, writes = bench.counter.host_bytes, bench.write.calls
+    host = bench.counter.host_bytes
+    writes = bench.write.calls
     before = {id(segment): segment.k.clone() for segment in segments_of(layer_kv)}
-    twin = layer_kv.fork()
+    fork = layer_kv.fork()
     layer_kv.select_rows([2, 0, 0, 1])
     assert bench.write.calls == writes
     assert bench.counter.host_bytes == host
-    assert {id(segment) for segment in segments_of(layer_kv, twin)} == before.keys()
+    assert {id(segment) for segment in segments_of(layer_kv, fork)} == before.keys()
     assert all(torch.equal(segment.k, before[id(segment)]) for segment in segments_of(layer_kv))
     assert_holds(layer_kv, k[[2, 0, 0, 1]], v[[2, 0, 0, 1]])
-    assert_holds(twin, k, v)
+    assert_holds(fork, k, v)
 
 
 def test_beam_search_never_copies_segments():
-    """Reordering at each step, as beam search does: host bytes grow by what is new, not by what is old."""
+    """Beam search reorders rows at each step. Host memory grows only by the new tokens."""
     bench = Bench()
     layer_kv, k, v = bench.filled(2000, rows=1)
     layer_kv.select_rows([0, 0, 0])
-    k, v = k[[0, 0, 0]], v[[0, 0, 0]]
+    k = k[[0, 0, 0]]
+    v = v[[0, 0, 0]]
     base = bench.counter.host_bytes
     for step in range(300):
         order = [[0, 1, 2], [0, 0, 2], [2, 1, 0], [1, 1, 1]][step % 4]
         new_k, new_v = bench.new(3, 1)
         layer_kv.append(new_k, new_v)
         layer_kv.select_rows(order)
-        k, v = torch.cat([k, new_k], dim=2)[order], torch.cat([v, new_v], dim=2)[order]
+        k = torch.cat([k, new_k], dim=2)[order]
+        v = torch.cat([v, new_v], dim=2)[order]
     assert_holds(layer_kv, k, v)
     gc.collect()
     assert bench.counter.host_bytes - base <= 3 * (300 + 3 * 256) * bench.token_bytes
 
 
-def test_rows_that_share_a_prefix_are_read_together_until_they_go_on():
+def test_rows_share_a_prefix_and_have_their_own_later_tokens():
     bench = Bench()
     layer_kv, k, v = bench.filled(1000)
     shared = layer_kv.host_tokens
@@ -502,18 +519,19 @@ def test_rows_that_share_a_prefix_are_read_together_until_they_go_on():
     assert [each.rows for each in layer_kv.shared_prefixes()] == [(0, 1, 2), (0, 1), (2,)]
 
 
-def test_what_is_shared_is_never_written():
-    """A fork, a crop into the shared part and new tokens on both sides: neither sees the other's."""
+def test_shared_tokens_are_never_overwritten():
+    """After a fork, both sides are cropped into the shared part and get new tokens, which are independent."""
     bench = Bench()
     layer_kv, k, v = bench.filled(1000)
-    twin = layer_kv.fork()
-    for each, keep in ((layer_kv, 300), (twin, 301)):
+    fork = layer_kv.fork()
+    for each, keep in ((layer_kv, 300), (fork, 301)):
         each.crop(keep)
-    first, second = bench.new(1, 900), bench.new(1, 900)
+    first = bench.new(1, 900)
+    second = bench.new(1, 900)
     layer_kv.append(*first)
-    twin.append(*second)
+    fork.append(*second)
     assert_holds(layer_kv, torch.cat([k[:, :, :300], first[0]], dim=2), torch.cat([v[:, :, :300], first[1]], dim=2))
-    assert_holds(twin, torch.cat([k[:, :, :301], second[0]], dim=2), torch.cat([v[:, :, :301], second[1]], dim=2))
+    assert_holds(fork, torch.cat([k[:, :, :301], second[0]], dim=2), torch.cat([v[:, :, :301], second[1]], dim=2))
 
 
 def test_no_shared_prefix_if_nothing_is_on_the_host():
@@ -528,22 +546,22 @@ def test_no_shared_prefix_if_nothing_is_on_the_host():
 # -- memory ----------------------------------------------------------------------------------------------------
 
 
-def test_all_memory_comes_back_on_close():
+def test_close_frees_all_memory():
     bench = Bench()
     layer_kv, _, _ = bench.filled(3000, rows=2)
-    twin = layer_kv.fork()
+    fork = layer_kv.fork()
     assert bench.counter.host_bytes > 0
     layer_kv.close()
     gc.collect()
-    assert bench.counter.host_bytes > 0  # the twin sees it all
-    twin.close()
+    assert bench.counter.host_bytes > 0  # the fork still uses it
+    fork.close()
     gc.collect()
     assert bench.counter.host_bytes == 0
     assert bench.counter.device_bytes == {"ring": 0, "tail": 0, "staging": 0, "resident": 0}
     assert bench.counter.host_peak_bytes >= 2 * 2800 * bench.token_bytes
 
 
-def test_segments_are_given_back_as_soon_as_nobody_sees_them():
+def test_unused_segments_are_freed():
     bench = Bench()
     layer_kv, _, _ = bench.filled(3000)
     layer_kv.append(*bench.new(1, 3000))
@@ -556,8 +574,8 @@ def test_segments_are_given_back_as_soon_as_nobody_sees_them():
     assert bench.counter.host_bytes == 0
 
 
-def test_memory_lives_as_long_as_a_view_of_it():
-    """A tile that is still being read keeps its pages, whatever happens to the store."""
+def test_memory_exists_as_long_as_a_view_of_it():
+    """A tile that is still being read keeps its pages, even if the LayerKV is closed."""
     bench = Bench()
     layer_kv, k, _ = bench.filled(1000)
     view = layer_kv.shared_prefixes()[0].slices[0].segment.k[1, 10:20]
@@ -571,17 +589,20 @@ def test_memory_lives_as_long_as_a_view_of_it():
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
+def test_a_failed_allocation_changes_nothing(allowed, monkeypatch):
     bench = Bench()
     layer_kv, k, v = bench.filled(400, rows=2)
-    real, count = bench.tier.allocate, itertools.count()
+    real = bench.tier.allocate
+    count = itertools.count()
 
     def allocate(shape, dtype):
-        if next(count) >= allowed:  # after the first row has its segment, or before
+        if next(count) >= allowed:  # before or after the first row has its segment
             raise CapacityError("no more memory, on purpose")
         return real(shape, dtype)
 
-    host, shared_prefixes, writes = bench.counter.host_bytes, layer_kv.shared_prefixes(), bench.write.calls
+    host = bench.counter.host_bytes
+    shared_prefixes = layer_kv.shared_prefixes()
+    writes = bench.write.calls
     with monkeypatch.context() as patch:
         patch.setattr(bench.tier, "allocate", allocate)
         with pytest.raises(CapacityError):
@@ -597,10 +618,11 @@ def test_a_failed_allocation_leaves_the_store_as_it_was(allowed, monkeypatch):
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 3])
-def test_a_failed_write_leaves_the_store_as_it_was(allowed):
+def test_a_failed_write_changes_nothing(allowed):
     bench = Bench()
     layer_kv, k, v = bench.filled(400, rows=2)
-    shared_prefixes, count = layer_kv.shared_prefixes(), itertools.count()
+    shared_prefixes = layer_kv.shared_prefixes()
+    count = itertools.count()
 
     class Failing(WriteInPlace):
         def __call__(self, destination, source, write_done):
@@ -613,14 +635,16 @@ def test_a_failed_write_leaves_the_store_as_it_was(allowed):
         layer_kv.append(*bench.new(2, 900))
     assert layer_kv.shared_prefixes() == shared_prefixes
     assert_holds(layer_kv, k, v)
-    layer_kv.write, (new_k, new_v) = bench.write, bench.new(2, 900)
+    layer_kv.write = bench.write
+    new_k, new_v = bench.new(2, 900)
     layer_kv.append(new_k, new_v)
     assert_holds(layer_kv, torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
 
 
-def test_the_tail_is_fixed_while_the_batch_is():
+def test_the_size_of_the_tail_depends_only_on_the_batch():
     bench = Bench()
-    layer_kv, per_row = bench.layer_kv(rows=2), 2 * UNIT * bench.token_bytes
+    layer_kv = bench.layer_kv(rows=2)
+    per_row = 2 * UNIT * bench.token_bytes
     for tokens in (1, 5000, 3):
         assert layer_kv.tail_bytes == bench.counter.device_bytes["tail"] == 2 * per_row
         layer_kv.append(*bench.new(2, tokens))
@@ -630,7 +654,7 @@ def test_the_tail_is_fixed_while_the_batch_is():
     assert layer_kv.tail_bytes == bench.counter.device_bytes["tail"] == per_row
 
 
-def test_the_system_s_refusal_is_a_capacity_error():
+def test_memory_that_the_system_refuses_is_a_capacity_error():
     tier = HostTier(ByteCounter())
     with pytest.raises(CapacityError, match="refused"):
         tier.allocate((2**60,), torch.float32)

@@ -1,11 +1,11 @@
-"""No order that the queues allow makes the ring or the write-back go wrong; and the check sees it where one does."""
+"""The ring and the write-back in every order that the queues allow, and faults that the check must detect."""
 
 import gc
 import itertools
 
 import pytest
 import torch
-from orders import Recorded, cells_of, explore, unordered
+from orders import TORN, Recorded, cells_of, explore, unordered
 
 from headinfer.engine import device_kv, streaming
 from headinfer.engine.engine import Engine
@@ -19,26 +19,28 @@ TOKENS = 2
 
 
 class Without(Recorded):
-    """Forgets to wait in one queue for events of another."""
+    """Streams in which one queue does not wait for the events of another."""
 
     def __init__(self, waiting, event):
         super().__init__()
-        self.forgotten = (waiting, event)
+        self.ignored = (waiting, event)
 
     def wait(self, event, queue):
-        if (queue, event.queue) != self.forgotten:
+        if (queue, event.queue) != self.ignored:
             super().wait(event, queue)
 
 
-class Unwaiting(SlotRing):
+class RingWithoutWaits(SlotRing):
+    """A ring that does not wait for a tile."""
+
     def wait(self, handle):
         return (self._in_use[handle][0],)
 
 
 class Loop:
-    """What streaming.py does with a ring and a store, for layers of a few tokens, with values as symbols.
+    """Uses a ring and a write-back like streaming.py, for layers of a few tokens, with symbols as values.
 
-    Each pass reads a layer's tiles and appends one new tile, which later passes read too.
+    Each pass reads the tiles of a layer and appends a new tile, which later passes read as well.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Loop:
         waits_for_write_back=True,
         expects=True,
     ):
-        self.streams, self.releases_early, self.waits_for_write_back = streams, releases_early, waits_for_write_back
+        self.streams = streams
+        self.releases_early = releases_early
+        self.waits_for_write_back = waits_for_write_back
         self.expects = expects
         self.ring = ring(slots, 2 * TOKENS * 4, CPU, ByteCounter(), streams)
         self.write = StagingWriter(TOKENS * 4, CPU, ByteCounter(), streams)
@@ -61,7 +65,7 @@ class Loop:
         self.host = [[self.segment(f"layer {layer} tile {tile}") for tile in range(tiles)] for layer in range(layers)]
 
     def segment(self, name, is_there=True):
-        """K and V [1, T, 1] on the host, the values they hold, and the event of their landing."""
+        """Make K and V [1, T, 1] on the host. Returns them, their values, and the event of their write-back."""
         sides = tuple(torch.zeros(1, TOKENS, 1) for _ in range(2))
         values = (f"{name} K", f"{name} V")
         if is_there:
@@ -107,13 +111,13 @@ def run(streams, passes, **options):
     return loop
 
 
-# slots, layers, tiles of the first pass, passes
+# Slots, layers, tiles of the first pass, passes.
 CASES = [(2, 1, 1, 3), (2, 2, 1, 3), (2, 2, 3, 2), (3, 1, 4, 3), (3, 2, 2, 2), (4, 1, 5, 3), (4, 2, 2, 3)]
 
 
 @pytest.mark.parametrize(("slots", "layers", "tiles", "passes"), CASES)
 @pytest.mark.parametrize("expects", [True, False])
-def test_every_order_is_right(slots, layers, tiles, passes, expects):
+def test_every_order_gives_the_right_values(slots, layers, tiles, passes, expects):
     streams = Recorded()
     loop = run(streams, passes, slots=slots, layers=layers, tiles=tiles, expects=expects)
     states, complaints = explore(streams, loop.start)
@@ -123,10 +127,10 @@ def test_every_order_is_right(slots, layers, tiles, passes, expects):
 
 
 FAULTS = {
-    "a missing wait for a tile": (lambda: Recorded(), {"ring": Unwaiting}),
+    "a missing wait for a tile": (lambda: Recorded(), {"ring": RingWithoutWaits}),
     "an early release": (lambda: Recorded(), {"releases_early": True}),
     "a slot filled while it is read": (lambda: Without("fetch", "compute"), {}),
-    "a fetch before the write-back write_done": (lambda: Recorded(), {"waits_for_landing": False}),
+    "a fetch before the write-back is done": (lambda: Recorded(), {"waits_for_write_back": False}),
     "a write-back buffer packed before it is empty": (lambda: Without("compute", "back"), {"layers": 2, "tiles": 1}),
     "a write-back buffer read before it is packed": (lambda: Without("back", "compute"), {}),
 }
@@ -134,7 +138,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("slots", [2, 3, 4])
-def test_a_fault_is_seen(fault, slots):
+def test_faults_are_detected(fault, slots):
     make, options = FAULTS[fault]
     streams = make()
     loop = run(streams, 2, **({"slots": slots, "layers": 1, "tiles": slots} | options))
@@ -142,26 +146,25 @@ def test_a_fault_is_seen(fault, slots):
     assert unordered(streams)
 
 
-def test_nothing_is_read_that_was_not_written():
-    """The checker itself: a kernel that reads memory nobody filled, and one that reads it while it is filled."""
-    streams, memory, source = Recorded(), torch.zeros(4), torch.zeros(4)
+def test_reading_unwritten_memory_is_detected():
+    """One kernel reads memory that was never written. Another one reads it while it is being written."""
+    streams = Recorded()
+    memory = torch.zeros(4)
+    source = torch.zeros(4)
     streams.read([memory], "x")
     assert explore(streams)[1] == ["kernel 0 read ['nothing'] and not x"]
     streams.copy([(memory, source)], "fetch")
     states, complaints = explore(streams, {cells_of(source): "x"})
     assert states > 3
-    assert any(TORN_IN in complaint for complaint in complaints)
+    assert any(TORN in complaint for complaint in complaints)
     assert unordered(streams) == [("compute", 0, "kernel reads", "fetch", 0, "copy")]
 
 
-TORN_IN = "torn"
-
-
-# -- the engine itself -------------------------------------------------------------------------------------------------
+# -- the engine ------------------------------------------------------------------------------------------------
 
 
 def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, events=()):
-    """The engine's forward passes over three layers on queues that only note; kernels are what reads ring slots."""
+    """Record forward passes of the engine over three layers. Every use of a tile counts as a kernel."""
     monkeypatch.setattr(device_kv, "open_streams", lambda *_: streams)
     attend_tile = streaming._attend_tile
 
@@ -170,13 +173,16 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
         return attend_tile(layer, heads, state, of_rows, pieces)
 
     monkeypatch.setattr(streaming, "_attend_tile", note)
-    layers, token_bytes, streaming_budget_bytes = 3, 2 * 32 * 4, 900_000 * rows
+    layers = 3
+    token_bytes = 2 * 32 * 4
+    streaming_budget_bytes = 900_000 * rows
     budget = streaming_budget_bytes + layers * resident_tokens * token_bytes * rows
     options = Options(
         transport="lazy", device_kv_budget_bytes=budget, streaming_budget_bytes=streaming_budget_bytes, tile_tokens=200
     )
     engine = Engine(options, layers)
-    rng, layer_kvs = torch.Generator().manual_seed(0), []
+    rng = torch.Generator().manual_seed(0)
+    layer_kvs = []
     for tokens, event in itertools.zip_longest(lengths, events):
         for layer in range(layers):
             q, k, v = (torch.randn(rows, heads, tokens, 16, generator=rng) for heads in (4, 2, 2))
@@ -209,20 +215,20 @@ PASSES = [300, 500, 1, 1, 130, 1, 200, 1]
     [{}, {"rows": 2, "events": [None, swap]}, {"events": [None, None, None, crop]}, {"resident_tokens": 256}],
     ids=["plain", "rows", "crop", "resident"],
 )
-def test_a_forward_pass_leaves_nothing_to_chance(monkeypatch, options):
+def test_all_accesses_of_a_forward_pass_are_ordered(monkeypatch, options):
     streams = Recorded()
     engine, layer_kvs = record_engine(monkeypatch, streams, PASSES, **options)
     assert all(len(streams.jobs[queue]) > 30 for queue in ("compute", "fetch", "back"))
     assert not unordered(streams)
     if "resident_tokens" in options:
         assert engine.counter.device_bytes["resident"] == 3 * 256 * 2 * 32 * 4
-        assert all(span.segment.resident_tokens for layer_kv in layer_kvs for span in layer_kv._tables[0][:1])
+        assert all(layer_kv._tables[0][0].segment.resident_tokens for layer_kv in layer_kvs)
 
 
-@pytest.mark.parametrize("forgotten", [("compute", "fetch"), ("fetch", "compute"), ("fetch", "back"),
-                                       ("compute", "back"), ("back", "compute")])  # fmt: skip
-def test_each_event_of_a_forward_pass_is_needed(monkeypatch, forgotten):
-    streams = Without(*forgotten)
+@pytest.mark.parametrize("ignored", [("compute", "fetch"), ("fetch", "compute"), ("fetch", "back"),
+                                     ("compute", "back"), ("back", "compute")])  # fmt: skip
+def test_each_event_of_a_forward_pass_is_needed(monkeypatch, ignored):
+    streams = Without(*ignored)
     record_engine(monkeypatch, streams, PASSES)
     assert unordered(streams)
 
@@ -230,7 +236,7 @@ def test_each_event_of_a_forward_pass_is_needed(monkeypatch, forgotten):
 def test_the_host_never_waits_in_the_loop(monkeypatch):
     waits = []
 
-    class Unwaited(Recorded):
+    class CountingWaits(Recorded):
         def finish(self, event):
             waits.append("finish")
 
@@ -238,15 +244,15 @@ def test_the_host_never_waits_in_the_loop(monkeypatch):
             waits.append("drain")
 
     monkeypatch.setattr(SlotRing, "close", lambda ring: None)
-    held = record_engine(monkeypatch, Unwaited(), PASSES)
+    held = record_engine(monkeypatch, CountingWaits(), PASSES)
     assert not waits
     del held
     gc.collect()
-    assert set(waits) == {"drain"}, "before the memory of ring and buffers is given back"
+    assert set(waits) == {"drain"}, "only before the memory of ring and buffers is freed"
 
 
 def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch):
-    """In the fetch queue, its copies stand before what waits for the layer's last kernel."""
+    """Its copies precede the fetch queue's wait for the layer's last kernel."""
     streams = Recorded()
     engine, layer_kvs = record_engine(monkeypatch, streams, [300, 600])
     before = engine.counter.host_to_device_bytes
@@ -256,7 +262,7 @@ def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch
     attend_tile = streaming._attend_tile
     monkeypatch.setattr(streaming, "_attend_tile", lambda *more: order.append("kernel") or attend_tile(*more))
     rng = torch.Generator().manual_seed(1)
-    for _ in range(3):  # decode: each pass fetches what it reads, once, and the last layer the next token's first tile
+    for _ in range(3):  # each pass fetches every tile once, and the last layer the first tile of the next token
         order.clear()
         for layer, layer_kv in enumerate(layer_kvs):
             q, k, v = (torch.randn(1, heads, 1, 16, generator=rng) for heads in (4, 2, 2))

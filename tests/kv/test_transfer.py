@@ -1,4 +1,6 @@
-"""The ring's protocol and its CPU twins, which make a mistake in the protocol visible; the write-back of new tokens."""
+"""The ring of slots and the write-back. EagerStreams and LazyStreams make mistakes in their use visible."""
+
+import math
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from headinfer.plan.tiles import TilePlan
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")
-both_twins = pytest.mark.parametrize("kind", [EagerStreams, LazyStreams])
+both_streams = pytest.mark.parametrize("kind", [EagerStreams, LazyStreams])
 
 
 def seeded(seed):
@@ -29,7 +31,7 @@ def seeded(seed):
 
 
 def random_pieces(rng, heads, sizes, dims, dtype=torch.float32):
-    """Pieces of K and V with other data between the heads, as in a segment."""
+    """Make pieces of K and V with other data between the heads, as in a segment."""
     return [
         tuple(torch.randn(heads, size + 3, dim, generator=rng).to(dtype)[:, 1 : size + 1] for dim in dims)
         for size in sizes
@@ -47,25 +49,27 @@ def nbytes(*tensors):
 # -- the ring --------------------------------------------------------------------------------------------------
 
 
-@both_twins
+@both_streams
 @PROPERTY
 @given(data=st.data())
-def test_tiles_come_out_as_their_pieces_joined(kind, data):
+def test_tiles_contain_their_pieces(kind, data):
     draw = data.draw
-    rng, counter = seeded(draw(st.integers(0, 2**31 - 1))), ByteCounter()
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    counter = ByteCounter()
     slots = draw(st.integers(2, 4))
     ring = SlotRing(slots, 4096, CPU, counter, kind())
     total = copies = 0
     handles = []
     for _ in range(draw(st.integers(1, 8))):
         dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-        heads, dims = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([(4, 4), (3, 5), (16, 1)]))
+        heads = draw(st.sampled_from([1, 2, 3]))
+        dims = draw(st.sampled_from([(4, 4), (3, 5), (16, 1)]))
         sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
         pieces = random_pieces(rng, heads, sizes, dims, dtype)
         handles.append((ring.fetch(pieces), joined(pieces)))
         total += nbytes(*joined(pieces))
         copies += 2 * heads * len(pieces)
-        if len(handles) == slots:  # as the loop does: the oldest is read while the newest comes in
+        if len(handles) == slots:  # the oldest tile is read while the newest one is fetched, as in the loop
             handle, wanted = handles.pop(0)
             found = joined(ring.wait(handle))
             assert all(map(torch.equal, found, wanted))
@@ -82,24 +86,28 @@ def test_tiles_come_out_as_their_pieces_joined(kind, data):
     assert counter.device_bytes["ring"] == 0
 
 
-@both_twins
-def test_a_slot_in_use_is_refused(kind):
-    ring, pieces = SlotRing(2, 1024, CPU, ByteCounter(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
-    first, second = ring.fetch(pieces), ring.fetch(pieces)
+@both_streams
+def test_fetching_into_a_slot_in_use_is_an_error(kind):
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), kind())
+    pieces = random_pieces(seeded(0), 1, [4], (4, 4))
+    first = ring.fetch(pieces)
+    second = ring.fetch(pieces)
     with pytest.raises(StateError, match="still in use"):
         ring.fetch(pieces)
-    ring.release(second)  # out of order: the next slot is the first one's
+    ring.release(second)  # the next slot to fill is still the first one
     with pytest.raises(StateError, match="still in use"):
         ring.fetch(pieces)
     ring.release(first)
     ring.fetch(pieces)
 
 
-@both_twins
-def test_a_refused_fetch_changes_nothing(kind):
+@both_streams
+def test_a_failed_fetch_changes_nothing(kind):
     counter = ByteCounter()
-    ring, pieces = SlotRing(2, 1024, CPU, counter, kind()), random_pieces(seeded(0), 1, [4], (4, 4))
-    first, _ = ring.fetch(pieces), ring.fetch(pieces)
+    ring = SlotRing(2, 1024, CPU, counter, kind())
+    pieces = random_pieces(seeded(0), 1, [4], (4, 4))
+    first = ring.fetch(pieces)
+    _ = ring.fetch(pieces)
     wanted = joined(pieces)
     moved = counter.host_to_device_bytes
     with pytest.raises(StateError):
@@ -108,8 +116,8 @@ def test_a_refused_fetch_changes_nothing(kind):
     assert all(map(torch.equal, joined(ring.wait(first)), wanted))
 
 
-@both_twins
-def test_a_tile_larger_than_a_slot_is_refused(kind):
+@both_streams
+def test_a_tile_larger_than_a_slot_is_an_error(kind):
     ring = SlotRing(2, 2 * 8 * (4 + 4) * 4, CPU, ByteCounter(), kind())
     ring.fetch(random_pieces(seeded(0), 2, [5, 3], (4, 4)))  # fills a slot to the last byte
     with pytest.raises(StateError, match="exceeds a slot"):
@@ -117,9 +125,10 @@ def test_a_tile_larger_than_a_slot_is_refused(kind):
     ring.fetch(random_pieces(seeded(0), 2, [16], (4, 4), torch.bfloat16))
 
 
-@both_twins
+@both_streams
 def test_abandon_frees_all_slots(kind):
-    ring, pieces = SlotRing(2, 1024, CPU, ByteCounter(), kind()), random_pieces(seeded(0), 1, [4], (4, 4))
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), kind())
+    pieces = random_pieces(seeded(0), 1, [4], (4, 4))
     ring.fetch(pieces)
     ring.fetch(pieces)
     ring.abandon()
@@ -129,7 +138,7 @@ def test_abandon_frees_all_slots(kind):
         assert all(map(torch.equal, joined(ring.wait(handle)), joined(fresh)))
 
 
-@both_twins
+@both_streams
 def test_a_released_handle_cannot_be_used_again(kind):
     ring = SlotRing(2, 1024, CPU, ByteCounter(), kind())
     handle = ring.fetch(random_pieces(seeded(0), 1, [4], (4, 4)))
@@ -139,31 +148,32 @@ def test_a_released_handle_cannot_be_used_again(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_late_twin_shows_a_missing_wait_as_nan(dtype):
+def test_lazy_streams_show_a_missing_wait_as_nan(dtype):
     ring = SlotRing(2, 1024, CPU, ByteCounter(), LazyStreams())
     pieces = random_pieces(seeded(0), 2, [4, 3], (4, 5), dtype)
-    for _ in range(3):  # also where the slot held an older tile
+    for _ in range(3):  # the third tile replaces an older one
         handle = ring.fetch(pieces)
-        unwaited = ring._in_use[handle][0]  # what a kernel would read that did not wait
+        unwaited = ring._in_use[handle][0]  # what a kernel reads without waiting
         assert all(side.isnan().all() for side in unwaited)
         assert all(map(torch.equal, joined(ring.wait(handle)), joined(pieces)))
         ring.release(handle)
 
 
-def test_the_early_twin_shows_a_slot_reused_too_early():
+def test_eager_streams_show_a_slot_that_is_reused_too_early():
     ring = SlotRing(2, 1024, CPU, ByteCounter(), EagerStreams())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(3)]
-    first, _ = ring.fetch(tiles[0]), ring.fetch(tiles[1])
+    first = ring.fetch(tiles[0])
+    _ = ring.fetch(tiles[1])
     ((k, v),) = ring.wait(first)
-    ring.release(first)  # too early: k and v are still to be read
+    ring.release(first)  # too early: k and v have not been read yet
     ring.fetch(tiles[2])
     assert not torch.equal(k, tiles[0][0][0])
     assert torch.equal(k, tiles[2][0][0])
     assert torch.equal(v, tiles[2][0][1])
 
 
-@both_twins
-def test_what_was_expected_is_fetched_once(kind):
+@both_streams
+def test_an_expected_tile_is_fetched_once(kind):
     counter = ByteCounter()
     ring = SlotRing(2, 1024, CPU, counter, kind())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(4)]
@@ -178,7 +188,7 @@ def test_what_was_expected_is_fetched_once(kind):
     assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[1])))
     ring.expect(tiles[2], key="2")
     ring.release(handle)
-    for key in ("3", None):  # another tile than was expected, or one without a name
+    for key in ("3", None):  # another tile than the expected one, or a tile without a key
         handle = ring.fetch(tiles[3], key=key)
         assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[3])))
         ring.expect(tiles[2], key=key)
@@ -188,20 +198,23 @@ def test_what_was_expected_is_fetched_once(kind):
     assert all(map(torch.equal, joined(ring.wait(handles[1])), joined(tiles[1])))
 
 
-@both_twins
+@both_streams
 @pytest.mark.parametrize("queue", ["fetch", "back"])
-def test_copies_between_other_layouts_are_refused(kind, queue):
-    contiguous, strided, twin = torch.zeros(4, 6), torch.zeros(6, 4).T, kind()
-    twin.copy([(contiguous, torch.ones(4, 6))], queue)
-    twin.drain()
+def test_copies_between_other_layouts_are_errors(kind, queue):
+    contiguous = torch.zeros(4, 6)
+    strided = torch.zeros(6, 4).T
+    cpu_streams = kind()
+    cpu_streams.copy([(contiguous, torch.ones(4, 6))], queue)
+    cpu_streams.drain()
     assert (contiguous == 1).all()
     for sides in ((contiguous, strided), (strided, contiguous)):
         with pytest.raises(AssertionError, match="contiguous on both sides"):
-            twin.copy([sides], queue)
+            cpu_streams.copy([sides], queue)
 
 
-def test_in_place_a_tile_is_the_pieces_themselves():
-    ring, tiles = InPlace(), [random_pieces(seeded(seed), 2, [3, 4], (4, 5)) for seed in range(3)]
+def test_in_place_tiles_are_the_pieces_themselves():
+    ring = InPlace()
+    tiles = [random_pieces(seeded(seed), 2, [3, 4], (4, 5)) for seed in range(3)]
     handles = [ring.fetch(pieces) for pieces in tiles]
     for handle, pieces in zip(handles, tiles, strict=True):
         for found, wanted in zip(ring.wait(handle), pieces, strict=True):
@@ -215,25 +228,25 @@ def test_in_place_a_tile_is_the_pieces_themselves():
         ring.wait(handle)
 
 
-# -- mistakes in the loop are seen -----------------------------------------------------------------------------
+# -- mistakes in the loop --------------------------------------------------------------------------------------
 
 
 class Overwriting(SlotRing):
-    """A ring that forgets that a slot is in use: the next tile lands in the one that is about to be read."""
+    """A ring that overwrites the slot that is read next."""
 
     def _is_in_use(self, handle):
         return False
 
 
-class Unwaiting(SlotRing):
-    """A ring whose wait does not wait."""
+class RingWithoutWaits(SlotRing):
+    """A ring that does not wait for a tile."""
 
     def wait(self, handle):
         return (self._in_use[handle][0],)
 
 
 def stream_with(ring, counter, backend):
-    """Decode over 700 tokens in tiles of 100: the relative error against the oracle."""
+    """Decode over 700 tokens in tiles of 100. Returns the relative error against the oracle."""
     rng = seeded(3)
     k, v = (torch.randn(1, 2, 701, 16, generator=rng) for _ in range(2))
     q = torch.randn(1, 4, 1, 16, generator=rng)
@@ -253,24 +266,24 @@ def stream_with(ring, counter, backend):
     return float((out.double() - wanted).norm() / wanted.norm())
 
 
-@both_twins
+@both_streams
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
-def test_the_loop_keeps_the_protocol(kind, backend):
+def test_the_loop_uses_the_ring_correctly(kind, backend):
     counter = ByteCounter()
     assert stream_with(SlotRing(2, 2 * 100 * 32 * 4, CPU, counter, kind()), counter, backend) < 2e-6
 
 
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
-def test_a_slot_overwritten_in_the_loop_gives_wrong_numbers(backend):
+def test_an_overwritten_slot_gives_wrong_numbers(backend):
     counter = ByteCounter()
     assert stream_with(Overwriting(1, 2 * 100 * 32 * 4, CPU, counter, EagerStreams()), counter, backend) > 0.01
 
 
 @pytest.mark.parametrize("backend", [None, "cpu-flash", "eager"])
-def test_a_wait_missing_in_the_loop_gives_nan(backend):
+def test_a_missing_wait_gives_nan(backend):
     counter = ByteCounter()
-    error = stream_with(Unwaiting(2, 2 * 100 * 32 * 4, CPU, counter, LazyStreams()), counter, backend)
-    assert error != error  # NaN
+    error = stream_with(RingWithoutWaits(2, 2 * 100 * 32 * 4, CPU, counter, LazyStreams()), counter, backend)
+    assert math.isnan(error)
 
 
 # -- write-back ------------------------------------------------------------------------------------------------
@@ -284,14 +297,17 @@ LAYOUTS = {
 }
 
 
-@both_twins
+@both_streams
 @PROPERTY
 @given(data=st.data())
-def test_write_back_brings_any_layout_home_in_pieces(kind, data):
+def test_write_back_of_any_layout(kind, data):
     draw = data.draw
-    rng, counter = seeded(draw(st.integers(0, 2**31 - 1))), ByteCounter()
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    counter = ByteCounter()
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    heads, tokens, dim = draw(st.integers(1, 4)), draw(st.integers(0, 40)), draw(st.sampled_from([1, 3, 8]))
+    heads = draw(st.integers(1, 4))
+    tokens = draw(st.integers(0, 40))
+    dim = draw(st.sampled_from([1, 3, 8]))
     row_bytes = heads * dim * dtype.itemsize
     buffer_bytes = row_bytes * draw(st.integers(1, 12)) + draw(st.sampled_from([0, dtype.itemsize]))
     source = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](torch.randn(heads, tokens, dim, generator=rng).to(dtype))
@@ -310,22 +326,22 @@ def test_write_back_brings_any_layout_home_in_pieces(kind, data):
     assert counter.device_bytes["staging"] == 0
 
 
-def test_a_write_back_buffer_too_small_for_a_token_is_refused():
+def test_a_write_back_buffer_too_small_for_a_token_is_an_error():
     write = StagingWriter(31, CPU, ByteCounter(), EagerStreams())
     with pytest.raises(CapacityError, match="holds no token of 32 bytes"):
         write(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None)
 
 
-def test_a_write_back_buffer_is_not_packed_again_before_it_is_empty():
-    class Hurrying(LazyStreams):
-        """Does not make the compute queue wait."""
+def test_a_write_back_buffer_is_not_reused_before_it_is_copied():
+    class WithoutComputeWaits(LazyStreams):
+        """Streams whose compute queue does not wait."""
 
         def wait(self, event, queue):
             if queue != "compute":
                 super().wait(event, queue)
 
     source = torch.randn(2, 9, 4, generator=seeded(0))
-    for kind, is_right in ((LazyStreams, True), (Hurrying, False)):
+    for kind, is_right in ((LazyStreams, True), (WithoutComputeWaits, False)):
         memory = torch.zeros(2, 9, 4)
         write = StagingWriter(2 * 4 * 4 * 2, CPU, ByteCounter(), kind())
         write(memory, source, write.event())
@@ -333,8 +349,9 @@ def test_a_write_back_buffer_is_not_packed_again_before_it_is_empty():
         assert torch.equal(memory, source) == is_right
 
 
-def test_writing_in_place_is_a_copy():
-    destination, source = torch.zeros(2, 3, 4), torch.randn(3, 2, 4, generator=seeded(0)).transpose(0, 1)
+def test_writing_in_place_copies():
+    destination = torch.zeros(2, 3, 4)
+    source = torch.randn(3, 2, 4, generator=seeded(0)).transpose(0, 1)
     WriteInPlace()(destination, source)
     assert torch.equal(destination, source)
     assert destination.data_ptr() != source.data_ptr()
@@ -345,7 +362,7 @@ def test_writing_in_place_is_a_copy():
 
 @pytest.mark.parametrize("transport", ["eager", "lazy"])
 def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(transport, monkeypatch):
-    """Two layers, two rows, chunks as a model gives them; all that crosses the link goes through one function."""
+    """Two layers with two rows get chunks in a model's layout. One function checks every copy over the link."""
     moved = []
 
     checked = streams.check_contiguous
@@ -358,13 +375,16 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(transport, m
             yield destination, source
 
     def refuse(*_):
-        raise AssertionError("a write that is not staged")
+        raise AssertionError("a write without a staging buffer")
 
     monkeypatch.setattr(streams, "check_contiguous", spy)
     monkeypatch.setattr(WriteInPlace, "__call__", refuse)
-    rng, layers, scale = seeded(1), 2, 0.25
+    rng = seeded(1)
+    layers = 2
+    scale = 0.25
     engine = Engine(Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=300), layers)
-    layer_kvs, told = [], [[], []]
+    layer_kvs = []
+    appended = [[], []]
     for tokens in (300, 600, 1, 5, 1):
         for layer in range(layers):
             q, k, v = (torch.randn(2, tokens, heads, 16, generator=rng).transpose(1, 2) for heads in (4, 2, 2))
@@ -372,16 +392,16 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(transport, m
                 layer_kvs.append(engine.new_layer_kv(k, v))
             if layer == 0:
                 engine.begin(layer_kvs[0], 4, tokens)
-            told[layer].append((k, v))
+            appended[layer].append((k, v))
             out = engine.attend(q, k, v, layer_kvs[layer], scale=scale, softcap=None, sinks=None, token_ranges=None)
             layer_kvs[layer].append(k, v)
-            all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
+            all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*appended[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])
             wanted = attend_reference(q, all_k, all_v, scale=scale, mask=mask).out.transpose(1, 2)
             torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
     counter = engine.counter
     host_bytes = sum(layer_kv.rows * layer_kv.host_tokens * 2 * 32 * 4 for layer_kv in layer_kvs)
-    assert counter.device_to_host_bytes == host_bytes  # each new token goes home once
+    assert counter.device_to_host_bytes == host_bytes  # each new token is written back once
     assert counter.host_to_device_bytes > 3 * host_bytes
     assert sum(moved) == counter.host_to_device_bytes + counter.device_to_host_bytes
     assert len(moved) == counter.copies
