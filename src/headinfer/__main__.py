@@ -1,4 +1,4 @@
-"""python -m headinfer"""
+"""Runs the command line for `python -m headinfer`."""
 
 from headinfer.cli.main import main
 

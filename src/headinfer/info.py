@@ -1,4 +1,4 @@
-"""What this installation and machine can do."""
+"""Facts about this installation and this machine: versions, devices, memory, backends, model families."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ from headinfer.utils.units import format_bytes
 
 __all__ = ["accelerator", "gather_info", "machine", "pinning"]
 
-_TRIAL_BYTES = 256 * 2**20
+_TRIAL_BYTES = 256 * 2**20  # pinned to see whether the system allows it
 _DRIVER = Path("/proc/driver/nvidia/version")
 _NUMA_NODES = Path("/sys/devices/system/node")
 
 
 def gather_info() -> dict[str, Any]:
-    """Versions, devices, memory, attention backends and served families, ready for JSON."""
+    """Collect what `headinfer info` shows.
+
+    Returns:
+        A dictionary that json.dumps() accepts: versions, cpu, cuda_devices, memory, numa_nodes, native_kernel,
+        attention_backends and families.
+    """
     return {
         "versions": {
             "headinfer": headinfer.__version__,
@@ -60,22 +65,33 @@ def gather_info() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """One line that names the machine and the versions, its GPUs first."""
+    """Describe the machine and its versions in one line, the GPUs first. Result files contain it."""
     found = gather_info()
-    gpus = "".join(f"{gpu['name']} ({format_bytes(gpu['total_bytes'])}), " for gpu in found["cuda_devices"])
+    cpu = found["cpu"]
     versions = found["versions"]
-    below = f", CUDA {versions['cuda']}, driver {versions['driver']}" if gpus else ""
-    return (
-        f"{gpus}{found['cpu']['name']}, {found['cpu']['cores']} cores, {found['cpu']['capability']}, "
-        f"{format_bytes(found['memory']['host_total_bytes'])} RAM, {platform.system()}, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}{below}"
-    )
+    gpus = [f"{gpu['name']} ({format_bytes(gpu['total_bytes'])})" for gpu in found["cuda_devices"]]
+    parts = [
+        *gpus,
+        f"{cpu['name']}, {cpu['cores']} cores, {cpu['capability']}",
+        f"{format_bytes(found['memory']['host_total_bytes'])} RAM",
+        platform.system(),
+        f"torch {versions['torch']}, transformers {versions['transformers']}",
+    ]
+    if gpus:
+        parts.append(f"CUDA {versions['cuda']}, driver {versions['driver']}")
+    return ", ".join(parts)
 
 
 def accelerator(device: torch.device) -> dict[str, Any]:
-    """What computes: a CUDA device's name, total_bytes, capability and NUMA node, with its driver; or the CPU's name.
+    """Describe the device that computes, for result files.
 
-    The bytes are the device's own, whatever a process is held to.
+    Args:
+        device: the CPU or a CUDA device.
+
+    Returns:
+        For a CUDA device name, total_bytes, free_bytes, capability, numa_node, pinned_host_memory, driver and cuda;
+        for the CPU name and total_bytes. total_bytes is the memory of the device, even if a process is limited to
+        less.
     """
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
@@ -84,7 +100,7 @@ def accelerator(device: torch.device) -> dict[str, Any]:
 
 
 def driver_version(path: Path = _DRIVER) -> str:
-    """The NVIDIA driver's version as its kernel module tells it; "unknown" where it does not."""
+    """The version of the NVIDIA driver, from the file of its kernel module; "unknown" if it cannot be read."""
     try:
         words = path.read_text(encoding="utf-8").splitlines()[0].split()
     except (OSError, IndexError):
@@ -93,13 +109,16 @@ def driver_version(path: Path = _DRIVER) -> str:
 
 
 def _backend(backend: Any) -> dict[str, str]:
+    """Name, device and summary of an attention backend, and whether it serves a typical problem here."""
     device_type = "cpu" if backend.device_type == "any" else backend.device_type
     dtype = torch.float32 if backend.name == "cuda-efficient" else torch.bfloat16
     if device_type == "cuda" and not torch.cuda.is_available():
         reason: str | None = "no CUDA device"
-    else:  # on CUDA the chunk on itself, which every kernel there does; on CPUs decode, which has a kernel of its own
-        rows, capability = (0, capability_of(torch.device("cuda"))) if device_type == "cuda" else (1, (0, 0))
-        reason = backend.refuses(Problem(device_type, dtype, rows, 128, 128, capability=capability))
+    elif device_type == "cuda":  # a chunk on itself (rows is 0), which every CUDA kernel supports
+        capability = capability_of(torch.device("cuda"))
+        reason = backend.refuses(Problem(device_type, dtype, 0, 128, 128, capability=capability))
+    else:  # decode (one query row), which has a CPU kernel of its own
+        reason = backend.refuses(Problem(device_type, dtype, 1, 128, 128, capability=(0, 0)))
     return {
         "name": backend.name,
         "device": backend.device_type,
@@ -123,10 +142,10 @@ def _cuda_device(index: int) -> dict[str, Any]:
 
 
 def pinning(device: torch.device) -> str:
-    """Whether the system pins host memory for a device: "yes", or why not and what serves instead."""
+    """Whether the system pins host memory for a CUDA device: "yes", or "no" with the reason and the replacement."""
     tier = HostTier(ByteCounter(), device=device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it is said here
+        warnings.simplefilter("ignore", UserWarning)  # the returned text says the same
         tier.allocate((_TRIAL_BYTES,), torch.uint8)
     if not tier.pin_refusal:
         return "yes"
@@ -134,7 +153,7 @@ def pinning(device: torch.device) -> str:
 
 
 def _cpu_capability() -> str:
-    """The widest vectors that torch uses, and matrix units where there are any."""
+    """The widest vector instructions that torch uses, and AMX if the CPU has it."""
     vectors = torch.backends.cpu.get_cpu_capability()
     return f"{vectors} and AMX" if capability_of(torch.device("cpu")) == AMX else vectors
 

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: a process of its own, its exit code, stdout and stderr."""
+"""The command line: exit codes, stdout and stderr of whole commands."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def book(tmp_path_factory):
     return path
 
 
-def test_generate_streams_text_and_summarises(book):
+def test_generate_prints_text_and_a_summary(book):
     done = run("generate", MODEL, "--file", book, "--prompt", "When?", "--max-new-tokens", 6, "--chunk-tokens", 512)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
@@ -62,7 +62,7 @@ def test_generate_json_counts_every_byte(book):
     assert not result["interrupted"]
 
 
-def test_the_same_seed_gives_the_same_text_however_it_is_cut(book, capsys, monkeypatch):
+def test_the_same_seed_gives_the_same_text_with_any_chunks_and_tiles(book, capsys, monkeypatch):
     from headinfer.cli import main as cli
 
     def result_of(*arguments):
@@ -72,7 +72,8 @@ def test_the_same_seed_gives_the_same_text_however_it_is_cut(book, capsys, monke
 
     options = ("--max-new-tokens", 12, "--temperature", 1.0, "--json", "--seed", 5)
     small = ("--transport", "lazy", "--device-kv-budget", "700KB", "--heads-per-group", 1, "--tile-tokens", 300)
-    plain, again = result_of(*options), result_of(*options)
+    plain = result_of(*options)
+    again = result_of(*options)
     cut = result_of(*options, *small, "--chunk-tokens", 200)
     assert plain["token_ids"] == again["token_ids"] == cut["token_ids"]
     assert len(set(plain["token_ids"])) > 3
@@ -82,18 +83,18 @@ def test_the_same_seed_gives_the_same_text_however_it_is_cut(book, capsys, monke
     assert result_of(*options[:-1], 6)["token_ids"] != plain["token_ids"]
 
 
-def test_a_prompt_beyond_the_models_context_is_warned_about(book):
+def test_a_prompt_beyond_the_context_of_the_model_gets_a_warning(book):
     done = run("generate", MODEL + "&context=1000", "--file", book, "--max-new-tokens", 2)
     assert done.returncode == 0
     assert "exceed the 1,000" in done.stderr
 
 
 @pytest.mark.parametrize("forwards", [1, 30], ids=["while reading", "while writing"])
-def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch):
+def test_ctrl_c_prints_the_summary_so_far(forwards, book, capsys, monkeypatch):
     from headinfer.cli import main as cli
     from headinfer.cli import report
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore SIGINT
     calls = []
 
     def on_forward(self, cache):
@@ -117,11 +118,12 @@ def test_ctrl_c_ends_with_the_summary_so_far(forwards, book, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["Grüße, 世界 🌍! " * 5, "plain words", "\x80 half"])
-def test_the_streamer_shows_whole_characters_and_loses_none(text):
+def test_the_streamer_prints_whole_characters_and_loses_none(text):
     from headinfer.hf.models import byte_tokenizer
     from headinfer.jobs.generate import Streamer, Summary
 
-    pieces, summary = [], Summary("m")
+    pieces = []
+    summary = Summary("m")
     streamer = Streamer(byte_tokenizer(), pieces.append, summary, time.perf_counter())
     streamer.put(torch.tensor([[1, 2, 3]]))
     for token in byte_tokenizer()(text).input_ids:
@@ -138,7 +140,7 @@ MISTAKES = {
     "no prompt": ([], "the prompt is empty"),
     "empty prompt": (["--prompt", "  "], "the prompt is empty"),
     "budget below a tile": (["--prompt", "x", "--device-kv-budget", "1KB"], "give at least"),
-    "size that is none": (["--prompt", "x", "--device-kv-budget", "much"], "is not a size"),
+    "no size": (["--prompt", "x", "--device-kv-budget", "much"], "is not a size"),
     "too little host RAM": (["--prompt", "x", "--max-new-tokens", "9000000000"], "tokens fit"),
     "negative tokens": (["--prompt", "x", "--max-new-tokens", "-3"], "must be a positive number"),
     "zero chunk": (["--prompt", "x", "--chunk-tokens", "0"], "must be a positive number"),
@@ -152,13 +154,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "says"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_sentence_and_loads_nothing(arguments, says, capsys, monkeypatch):
-    refuses_in_process(["generate", MODEL, *arguments], says, capsys, monkeypatch)
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_sentence_and_loads_nothing(arguments, message, capsys, monkeypatch):
+    refuses_in_process(["generate", MODEL, *arguments], message, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("model", "message"),
     {
         "/no/such/folder": "there is no model",
         "no-such-model": "there is no model",
@@ -171,22 +173,22 @@ def test_a_mistake_gets_one_sentence_and_loads_nothing(arguments, says, capsys, 
         "random:mistral-7b?sliding_window=512": "no full-attention layer",
     }.items(),
 )
-def test_an_unknown_model_gets_one_sentence(model, says, capsys, monkeypatch):
-    refuses_in_process(["generate", model, "--prompt", "x"], says, capsys, monkeypatch)
+def test_an_unknown_model_gets_one_sentence(model, message, capsys, monkeypatch):
+    refuses_in_process(["generate", model, "--prompt", "x"], message, capsys, monkeypatch)
 
 
-def test_a_folder_without_config_and_an_unserved_family(tmp_path, capsys, monkeypatch):
+def test_a_folder_without_config_and_an_unsupported_family(tmp_path, capsys, monkeypatch):
     refuses_in_process(["generate", str(tmp_path), "--prompt", "x"], "no config.json", capsys, monkeypatch)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
     refuses_in_process(["generate", str(tmp_path), "--prompt", "x"], "not verified", capsys, monkeypatch)
 
 
-def refuses_in_process(arguments, says, capsys, monkeypatch):
-    """main() exits with 2 and one sentence, and no weights were made."""
+def refuses_in_process(arguments, message, capsys, monkeypatch):
+    """Check that main() exits with 2 and one sentence, and that no weights are loaded."""
     from headinfer.cli import main as cli
     from headinfer.hf.models import ModelSource
 
-    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded first"))
+    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded"))
     monkeypatch.setattr(sys, "argv", ["headinfer", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -194,7 +196,7 @@ def refuses_in_process(arguments, says, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("headinfer: error: ")
-    assert says in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -205,6 +207,17 @@ def test_a_mistake_in_a_real_process_prints_no_traceback():
     assert done.stderr == "headinfer: error: cannot read /no/such/file: No such file or directory\n"
     assert run("nonsense").returncode == 2
     assert "generate" in run("--help").stdout
+
+
+def test_help_loads_no_heavy_library():
+    """`headinfer --help` is quick: torch and transformers are imported by the commands that need them."""
+    script = """
+import sys
+import headinfer.cli.main
+assert not {"torch", "transformers", "matplotlib"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_info_lists_every_backend():
@@ -225,6 +238,6 @@ def test_sizes(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1MB", "0", "1TBx", "nan", "inf", "1e400GB"])
-def test_sizes_that_are_none(text):
+def test_text_that_is_not_a_size(text):
     with pytest.raises(UsageError):
         parse_bytes(text)

@@ -151,13 +151,13 @@ def test_ctrl_c_costs_one_chunk_at_most_and_the_same_command_goes_on(headinfer, 
     stopped = json.loads(out)
     assert stopped["interrupted"]
     assert stopped["tokens"] == after_chunks * CHUNK
-    assert "goes on from there" in err
+    assert "run the same command again to resume" in err
     code, _, err = headinfer("ask", "--session", "mybook", "When?")
     assert code == 2
     assert "run the same `headinfer read` again" in err
     code, out, err = headinfer(*arguments)
     assert code == 0
-    assert f"{after_chunks * CHUNK:,} tokens are there already" in err
+    assert f"{after_chunks * CHUNK:,} tokens are stored already" in err
     resumed = json.loads(out)
     assert resumed["resumed_at"] == after_chunks * CHUNK
     assert resumed["tokens"] == len(book.read_bytes())
@@ -185,7 +185,7 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint(headinfer, tmp_path):
     assert headinfer("session", "verify", "mybook")[0] == 0
     resumed, err = read(headinfer, book, "--chunk-tokens", 256)
     assert resumed["resumed_at"] == kept
-    assert f"{kept:,} tokens are there already (of this session)" in err
+    assert f"{kept:,} tokens are stored already (of this session)" in err
     assert ask(headinfer, "When?")[0]["token_ids"] == generate(headinfer, book, "When?")["token_ids"]
 
 

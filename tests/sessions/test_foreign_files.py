@@ -859,7 +859,7 @@ def changing_call(node):
         modes = [one.value for one in values if isinstance(one, ast.Constant) and isinstance(one.value, str)]
         is_for_writing = any(set(mode) & set("wax+") for mode in modes) or "O_" in ast.unparse(node)
         return f"{called} for writing" if is_for_writing else None
-    if called in ("Output", "self.check().write", "written.write", "one.write"):
+    if called in ("Output", "self.check().write", "written.write", "output.write", "one.write"):
         return "Output"
     if name == "replace":  # Path.replace(target); str.replace() has two arguments
         is_path = (len(node.args) == 1 and not node.keywords) or any(one.arg == "target" for one in node.keywords)

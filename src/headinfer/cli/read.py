@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -79,14 +80,15 @@ def read(
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     elif not result.interrupted:
+        where = "" if sessions is None else f" --sessions {shlex.quote(str(sessions))}"
         print(
             f"{result.tokens:,} tokens are read and kept in {result.folder} ({format_bytes(result.disk_bytes)}). "
-            f'Ask with `headinfer ask --session {session} "..."`'
+            f'Ask with `headinfer ask --session {session}{where} "..."`'
         )
     if result.interrupted:
-        say(f"interrupted: {result.tokens:,} of {tokens:,} tokens are kept; the same command goes on from there")
+        say(f"interrupted: {result.tokens:,} of {tokens:,} tokens are kept; run the same command again to resume")
         raise typer.Exit(130)
 
 
 def _say_resumed(tokens: int, origin: str) -> None:
-    say(f"{tokens:,} tokens are there already ({origin}): going on from there")
+    say(f"{tokens:,} tokens are stored already ({origin}): resuming after them")

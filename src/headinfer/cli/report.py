@@ -92,7 +92,10 @@ class GenerationProgress(_Shown):
         self._start = time.perf_counter()
         self._decode_start = 0.0
         self._prefill = self._progress.add_task(
-            "reading", total=shape.prefill_flops(prompt_tokens), shown=f"0/{prompt_tokens:,} tokens"
+            "reading",
+            total=shape.prefill_flops(prompt_tokens),
+            completed=int(shape.prefill_flops(read_before)),
+            shown=f"{read_before:,}/{prompt_tokens:,} tokens",
         )
         self._decode: TaskID | None = None
 
