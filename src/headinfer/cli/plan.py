@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from headinfer.cli.console import say, show, warning
+from headinfer.cli.options import Json, bytes_or_none
 from headinfer.errors import UsageError
 from headinfer.plan.compare import OURS, longest_by_method, memory_by_method, seconds_by_method
 from headinfer.plan.footprint import Footprint
@@ -67,7 +68,7 @@ def plan(
         bool, typer.Option("--resident/--no-resident", help="Also keep KV on the device as far as its memory allows.")
     ] = True,
     weight_bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight, such as 4.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     plot: Annotated[
         Path | None, typer.Option(help="Plot memory, seconds and the roofline into this .png, .svg or .pdf file.")
     ] = None,
@@ -87,7 +88,7 @@ def plan(
         hardware=hardware,
         context_tokens=parse_tokens(context),
         host_bytes=parse_bytes(ram) if ram is not None else available_host_bytes(),
-        device_bytes=parse_bytes(device_memory) if device_memory is not None else None,
+        device_bytes=bytes_or_none(device_memory),
         disk_bytes=parse_bytes(disk) if disk is not None else 0,
         new_tokens=new_tokens,
         rows=rows,
@@ -96,14 +97,13 @@ def plan(
         chunk_tokens=chunk_tokens,
         heads_per_group=heads_per_group,
         tile_tokens=tile_tokens,
-        device_kv_budget_bytes=parse_bytes(device_kv_budget) if device_kv_budget is not None else None,
+        device_kv_budget_bytes=bytes_or_none(device_kv_budget),
         keeps_resident=resident,
     )
     made = make_plan(request)
     warnings = _warnings(request)
-    stderr = Console(stderr=True)
-    for warning in warnings:
-        stderr.print(f"headinfer: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    for message in warnings:
+        warning(message)
     if plot is not None:
         from headinfer.cli.plan_plots import draw
 
@@ -111,13 +111,12 @@ def plan(
     if as_json:
         print(json.dumps(_as_dict(model, made, warnings)))
         return
-    console = Console()
     for table in _tables(model, made):
-        console.print(table)
+        show(table)
     for line in made.explain():
-        console.print(line, highlight=False, markup=False)
+        show(line)
     if plot is not None:
-        stderr.print(f"plots are in {plot}", highlight=False, markup=False)
+        say(f"plots are in {plot}")
 
 
 def _hardware(name: str | None) -> Hardware:
