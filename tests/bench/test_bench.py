@@ -1,64 +1,114 @@
-"""The benchmarks run and measure what they say; their speed is no test's business."""
+"""The CPU's benchmarks run, measure what they say, and leave nothing behind. Their speed is not tested."""
 
 import json
 
 import pytest
 
-from headinfer.bench.cpu_suites import SUITES
-from headinfer.bench.disk_suites import DISK_SUITES
-from headinfer.bench.run import markdown_table, result_json, run_suites
+from headinfer.bench.job import CpuJob
+from headinfer.bench.results import result_json, result_markdown
+from headinfer.bench.run import CPU_SUITES, run_suites
+from headinfer.bench.sizes import QUICK_CPU
+from headinfer.bench.timing import Call, Rounds, in_turns
 from headinfer.errors import UsageError
+
+DEFAULT_SUITES = {name for name, suite in CPU_SUITES.items() if suite.by_default}
+DISK_SUITES = set(CPU_SUITES) - DEFAULT_SUITES
+
+
+def measured(names, job):
+    return [measurement for found in run_suites(names, job) for measurement in found]
 
 
 @pytest.fixture(scope="module")
-def measures():
-    stages = []
-    found = run_suites([], quick=True, on_stage=stages.append)
-    assert len(stages) == len(SUITES)
+def stages():
+    return []
+
+
+@pytest.fixture(scope="module")
+def job(stages):
+    return CpuJob(QUICK_CPU, stages.append)
+
+
+@pytest.fixture(scope="module")
+def measurements(job, stages):
+    found = measured([], job)
+    assert len(stages) == len(DEFAULT_SUITES)
     return found
 
 
-def test_every_suite_measures(measures):
-    assert {measure.suite for measure in measures} == set(SUITES)
-    assert all(measure.value > 0 for measure in measures)
+def test_every_suite_measures(measurements):
+    assert {measurement.suite for measurement in measurements} == DEFAULT_SUITES
+    assert all(measurement.value > 0 for measurement in measurements)
 
 
-def test_device_bytes_are_equal_at_both_lengths_and_add_up(measures):
-    short, long = (measure for measure in measures if measure.suite == "device-kv")
+def test_goals_are_answered(measurements):
+    assert all((measurement.reached is None) == (not measurement.goal) for measurement in measurements)
+
+
+def test_device_bytes_are_equal_at_both_lengths_and_add_up(measurements):
+    short, long = (measurement for measurement in measurements if measurement.suite == "device-kv")
     assert short.value == long.value
-    for measure in (short, long):
-        parts = measure.details
-        assert measure.value == parts["ring_bytes"] + parts["tail_bytes"] + parts["staging_bytes"] <= 256 * 2**20
+    assert short.reached
+    assert long.reached
+    for measurement in (short, long):
+        parts = measurement.details
+        assert measurement.value == parts["ring_bytes"] + parts["tail_bytes"] + parts["staging_bytes"] <= 256 * 2**20
     assert long.details["host_kv_bytes"] > short.details["host_kv_bytes"]
     assert long.details["link_bytes_of_the_pass"] <= long.details["host_kv_bytes"]
 
 
-def test_results_name_command_machine_and_model(measures):
-    result = json.loads(result_json(measures, ["bench", "decode"]))
+def test_results_name_command_machine_and_model(job, measurements):
+    result = json.loads(result_json(job, measurements, ["bench", "decode"]))
     assert result["command"] == "headinfer bench decode"
     assert result["machine"]
     assert result["model"].startswith("random:llama-3-8b")
-    assert len(result["measures"]) == len(measures)
-    assert markdown_table(measures).count("\n| ") == len(measures)
+    assert len(result["lines"]) == len(measurements)
+    text = result_markdown(job, measurements, ["bench", "decode"])
+    assert text.startswith("# CPU benchmark: ")
+    assert text.count("\n| ") == len(measurements) + len(DEFAULT_SUITES)  # with a header for each suite
+    assert "note" not in text.partition("## decode")[2].splitlines()[2]
 
 
-def test_an_unknown_suite_is_refused():
+def test_an_unknown_suite_is_refused(job):
     with pytest.raises(UsageError, match="no suite"):
-        run_suites(["speed"], quick=True, on_stage=print)
+        run_suites(["speed"], job)
 
 
 def test_the_disk_suites_measure_and_leave_nothing(tmp_path):
-    found = run_suites(list(DISK_SUITES), quick=True, on_stage=print, folder=tmp_path)
-    assert {measure.suite for measure in found} == set(DISK_SUITES)
-    assert all(measure.value > 0 for measure in found)
-    asked = [measure.details for measure in found if "total_s" in measure.details]
+    found = measured(list(DISK_SUITES), CpuJob(QUICK_CPU, print, folder=tmp_path))
+    assert {measurement.suite for measurement in found} == DISK_SUITES
+    assert all(measurement.value > 0 for measurement in found)
+    asked = [measurement.details for measurement in found if "total_s" in measurement.details]
     assert len(asked) == 2
     for parts in asked:
         names = ("process_start_s", "checks_s", "model_load_s", "kv_read_s", "compute_s")
         assert all(parts[name] > 0 for name in names)
         assert parts["total_s"] == pytest.approx(sum(parts[name] for name in names))
-    (memory,) = (measure.details for measure in found if "budget_bytes" in measure.details)
+    (memory,) = (measurement.details for measurement in found if "budget_bytes" in measurement.details)
     assert 0 < memory["held_bytes"] <= memory["budget_bytes"]
     assert not list(tmp_path.iterdir())
     with pytest.raises(UsageError, match="there is no folder"):
-        run_suites(["disk-tier"], quick=True, on_stage=print, folder=tmp_path / "none")
+        CpuJob(QUICK_CPU, print, folder=tmp_path / "none")
+
+
+def test_alternatives_run_in_turns_and_only_their_run_is_timed():
+    events = []
+
+    def call(name):
+        return Call(run=lambda: events.append(name), after=lambda: events.append(f"after {name}"))
+
+    def timer(run):
+        run()
+        return 1.0 if events[-1] == "a" else 2.0
+
+    rounds = in_turns({"a": call("a"), "b": call("b")}, 2, timer)
+    assert events == ["a", "after a", "b", "after b"] * 3  # the first time to warm up
+    assert rounds.seconds == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
+    assert rounds.ratio("b", "a") == 2.0
+
+
+def test_alternatives_are_compared_round_by_round():
+    """The load doubles in the last round, which changes the medians but not the ratio."""
+    rounds = Rounds({"a": [1.0, 2.0, 4.0], "b": [3.0, 6.0, 12.0]})
+    assert rounds.ratio("b", "a") == 3.0
+    assert rounds.medians() == {"a_s": 2.0, "b_s": 6.0}

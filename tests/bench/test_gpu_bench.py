@@ -1,4 +1,4 @@
-"""The GPU benchmark on a CPU: every line of it but CUDA's clocks, with a tiny model and tiny sizes."""
+"""The GPU's suites on a CPU: all of their code but CUDA's clocks, with a tiny model and tiny sizes."""
 
 import dataclasses
 import json
@@ -13,14 +13,16 @@ from measured import measured_section
 from transformers import DynamicCache
 
 from headinfer import enable
-from headinfer.bench import gpu, gpu_point
+from headinfer.bench import gpu_point
+from headinfer.bench import run as bench_run
 from headinfer.bench.baselines import Baseline, baselines_of, compare, ring_budget_bytes
-from headinfer.bench.gpu import GPU_SUITES, check_device, run_gpu
-from headinfer.bench.gpu_point import OURS
-from headinfer.bench.job import QUICK, GpuSizes, Job, Rates, goal_reached
+from headinfer.bench.job import GpuJob, Rates
+from headinfer.bench.measurement import OURS, goal_reached, shown
 from headinfer.bench.past import Past, noise
-from headinfer.bench.results import HEADER, gpu_json, gpu_markdown, result_paths, shown
+from headinfer.bench.results import result_json, result_markdown, result_paths
+from headinfer.bench.run import GPU_SUITES, check_device, run_suites
 from headinfer.bench.runners import HeadRunner, TransformersRunner
+from headinfer.bench.sizes import QUICK_GPU, GpuSizes
 from headinfer.errors import CapacityError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +47,12 @@ BASELINES = {"paper's scheme", "resident store", "offloaded cache", "DynamicCach
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def run(request):
-    stages, kept, device = [], [], CPU if request.param == "cpu" else check_device("cuda")
-    job, lines = run_gpu([], device, SIZES, stages.append, keep=lambda job, lines: kept.append(len(lines)))
-    assert sum(stage.startswith("measuring ") for stage in stages) == len(kept) == len(GPU_SUITES)
-    assert kept[-1] == len(lines)
-    return job, lines
+    stages = []
+    device = CPU if request.param == "cpu" else check_device("cuda")
+    job = GpuJob(device, SIZES, stages.append)
+    by_suite = list(run_suites([], job))
+    assert sum(stage.startswith("measuring ") for stage in stages) == len(by_suite) == len(GPU_SUITES)
+    return job, [line for found in by_suite for line in found]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def of(lines, suite, who=None):
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def test_all_suites_measure_and_what_they_do_not_is_said(run):
+def test_all_suites_measure_and_notes_explain_missing_figures(run):
     _, lines = run
     assert list(dict.fromkeys(line.suite for line in lines)) == ["rates", *GPU_SUITES]
     for line in lines:
@@ -89,7 +92,7 @@ def test_decode_streams_all_of_the_host_and_holds_equal_device_bytes(run):
     assert spread.reached
 
 
-def test_a_simulation_is_called_so_and_holds_one_layer(run):
+def test_a_simulation_is_labelled_and_holds_one_layer(run):
     _, lines = run
     for suite in ("decode", "prefill"):
         for line in of(lines, suite):
@@ -105,7 +108,7 @@ def test_a_simulation_is_called_so_and_holds_one_layer(run):
 
 
 @pytest.mark.parametrize("suite", ["decode", "prefill"])
-def test_every_rival_is_there_or_says_why_not(run, suite):
+def test_every_baseline_is_measured_or_its_note_says_why_not(run, suite):
     job, lines = run
     points = {line.point for line in of(lines, suite) if line.who in BASELINES and not line.point.startswith("all of")}
     assert len(points) == (3 if suite == "decode" else 2)
@@ -129,7 +132,7 @@ def test_every_rival_is_there_or_says_why_not(run, suite):
         assert found["DynamicCache"].device_kv_bytes == LAYERS * past * TOKEN_BYTES
 
 
-def test_a_whole_prefill_brings_all_kv_home_and_is_compared_with_the_resident_store(run):
+def test_a_whole_prefill_writes_all_kv_back_and_is_compared_with_the_resident_store(run):
     _, lines = run
     ours, resident = (line for line in of(lines, "prefill") if line.details.get("is_whole"))
     assert (ours.who, resident.who) == (OURS, "resident store")
@@ -163,7 +166,7 @@ def test_the_link_both_ways_and_as_the_ring_copies(run):
     assert rates["pinned, to the device"] == job.rates.link_bytes_per_s / 1e9
 
 
-# -- the stores ------------------------------------------------------------------------------------------------------
+# -- the pasts -------------------------------------------------------------------------------------------------------
 
 
 def logits(job, cache, tokens):
@@ -175,10 +178,10 @@ def logits(job, cache, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 384])
-def test_one_layers_kv_for_all_gives_the_bits_and_bytes_of_kv_of_their_own(job, tokens):
-    """The noise is the same in all layers, so that a simulation differs in nothing but where K and V lie."""
+def test_a_simulation_gives_the_same_bits_and_moves_the_same_bytes(job, tokens):
+    """The noise is the same in all layers, so a simulation differs only in the memory that K and V are read from."""
     room, past_tokens = tokens if tokens > 1 else 0, 2048
-    other = Job(job.device, dataclasses.replace(SIZES, real_kv_bytes=1), print)
+    other = GpuJob(job.device, dataclasses.replace(SIZES, real_kv_bytes=1), print)
     real, shared = Past(job, past_tokens), Past(other, past_tokens)
     assert (real.is_simulation, shared.is_simulation) == (False, True)
     found = [
@@ -227,12 +230,12 @@ def test_a_chunk_needs_no_new_host_memory_and_leaves_the_past_as_it_was(job):
         first = found
 
 
-# -- what does not fit, and what there is no time for ------------------------------------------------------------------
+# -- what does not fit, and what gets no time --------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def test_a_smaller_card_turns_away_what_does_not_fit(job):
-    small = Job(CPU, SIZES, print, gpu_memory_bytes=3 << 20)
+def test_a_smaller_card_refuses_what_does_not_fit(job):
+    small = GpuJob(CPU, SIZES, print, gpu_memory_bytes=3 << 20)
     small.rates = job.rates
     past = Past(small, 8192)
     own = HeadRunner(small, past.cache(device_kv_budget_bytes=2 << 20), 1)
@@ -244,7 +247,7 @@ def test_a_smaller_card_turns_away_what_does_not_fit(job):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), CapacityError("no room")])
-def test_a_rival_that_runs_out_of_memory_is_a_line(job, error):
+def test_a_baseline_that_runs_out_of_memory_has_a_note(job, error):
     def opened():
         raise error
 
@@ -289,7 +292,7 @@ def test_transformers_caches_start_each_pass_from_the_same_past(job, monkeypatch
 
 def test_a_cap_counts_as_the_device_does(monkeypatch):
     """CUDA's figures as they come: 140 GiB, of which others hold 20, this process 16 and its allocator 2 more."""
-    one = Job(CPU, SIZES, print)
+    one = GpuJob(CPU, SIZES, print)
     one.device, one.is_cuda = torch.device("cuda", 0), True
     for name, value in (("memory_allocated", 16 << 30), ("memory_reserved", 18 << 30)):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
@@ -300,9 +303,9 @@ def test_a_cap_counts_as_the_device_does(monkeypatch):
         assert one.free_device_bytes() == max((free << 30) - spare, 0)
 
 
-def test_what_gets_no_turn_is_a_line_that_says_so():
-    _, lines = run_gpu(["decode", "prefill"], CPU, SIZES, print, limit_s=1e-6)
-    found = [line for line in lines if line.suite != "rates"]
+def test_what_gets_no_time_has_a_note_that_says_so():
+    by_suite = run_suites(["decode", "prefill"], GpuJob(CPU, SIZES, print, limit_s=1e-6))
+    found = [line for lines in by_suite for line in lines if line.suite != "rates"]
     assert [line.suite for line in found] == ["decode"] * 3 + ["prefill"] * (2 + 2)
     assert all(line.value is None and line.note == "not measured: out of time" for line in found)
 
@@ -324,12 +327,12 @@ def test_the_resident_store_is_compared_with_the_same_kernels(job):
 
 
 def test_a_chunk_is_long_enough_to_hide_its_copies():
-    big = Job(CPU, GpuSizes(), print)
+    big = GpuJob(CPU, GpuSizes(), print)
     big.rates = Rates(165e12, 800e9, 25e9, 25e9)
     assert big.chunk_tokens() == 2560  # 1.5 x 165e12 x 2 / (2 x 4 x 25e9) = 2,475
     assert big.flops(0, 1024) == pytest.approx(big.shape.prefill_flops(1024), rel=0.01)
     assert big.kv_bytes(1024 * 1024) == 128 << 30
-    assert Job(CPU, QUICK, print).shape.layers[0] == big.shape.layers[0]
+    assert GpuJob(CPU, QUICK_GPU, print).shape.layers[0] == big.shape.layers[0]
 
 
 @pytest.mark.parametrize(
@@ -350,23 +353,29 @@ def test_goals(goal, value, reached):
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def test_json_and_markdown_say_all_that_was_measured(run, tmp_path):
+def test_json_and_markdown_contain_all_measurements(run, tmp_path):
     job, lines = run
-    result = json.loads(gpu_json(job, lines, ["bench", "--device", "cuda", "my file"]))
+    result = json.loads(result_json(job, lines, ["bench", "--device", "cuda", "my file"]))
     assert result["command"] == "headinfer bench --device cuda 'my file'"
     assert {"headinfer", "torch", "transformers", "cuda", "driver"} <= result["versions"].keys()
     assert result["device"]["total_bytes"] > 0
     assert result["host"]["cores"] == os.cpu_count()
     assert result["host"]["numa_nodes"] >= 1
     assert len(result["lines"]) == len(lines)
-    text = gpu_markdown(job, lines, ["bench"])
-    rows = [line for line in text.splitlines() if line.startswith("| ") and " measured | x headinfer" not in line]
-    assert len(rows) == len(lines)
-    assert all(row.count(" | ") == len(HEADER) - 1 for row in rows)
+    assert {"gpu_memory_bytes", "model", "dtype", "weights_bytes", "rates"} <= result.keys()
+    text = result_markdown(job, lines, ["bench"])
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    headers = [line for line in rows if line.startswith("| point | way | measured")]
+    assert len(rows) - len(headers) == len(lines)
+    assert len(headers) == len({line.suite for line in lines})
+    for header in headers:
+        section = text[text.index(header) :].partition("\n\n")[0]
+        assert {row.count(" | ") for row in section.splitlines() if row.startswith("| ")} == {header.count(" | ")}
     goals = [line for line in lines if line.reached is not None]
     assert f"{sum(line.reached for line in goals)} of {len(goals)} goals are reached" in text
-    assert result_paths(tmp_path / "x.json", CPU, None) == (tmp_path / "x.json", tmp_path / "x.md")
-    assert result_paths(tmp_path, CPU, 24 * 10**9)[0].name.endswith("-24gb.json")
+    assert result_paths(job, tmp_path / "x.json") == (tmp_path / "x.json", tmp_path / "x.md")
+    small = GpuJob(CPU, SIZES, print, gpu_memory_bytes=24 * 10**9)
+    assert result_paths(small, tmp_path)[0].name.endswith("-24gb.json")
     assert [shown(0.0123, "s/token"), shown(256 << 20, "bytes"), shown(None, "s")] == ["12.3 ms/token", "256 MiB", "-"]
 
 
@@ -377,7 +386,7 @@ def test_the_papers_tables_beside_what_was_measured(run, tmp_path):
     ours = dataclasses.replace(of(lines, "decode", OURS)[0], value=2.75, device_kv_bytes=256 << 20, details=at_1m)
     theirs = dataclasses.replace(ours, who="paper's scheme", value=2.5, device_kv_bytes=1 << 30)
     whole = dataclasses.replace(ours, suite="prefill", unit="s", value=1.5, details={"is_whole": True, "tokens": 10240})
-    (tmp_path / "gpu.json").write_text(gpu_json(job, [ours, theirs, whole], ["bench", "--device", "cuda"]))
+    (tmp_path / "gpu.json").write_text(result_json(job, [ours, theirs, whole], ["bench", "--device", "cuda"]))
     (tmp_path / "other.json").write_text("{}")
     text = measured_section(tmp_path)
     assert "no GPU measurement" not in text
@@ -431,7 +440,7 @@ MISTAKES = {
 def test_mistakes_get_one_sentence_before_anything_is_made(without_cuda, monkeypatch, name):
     from headinfer.cli import bench as bench_cli
 
-    monkeypatch.setattr(gpu, "run_gpu", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr(bench_run, "run_suites", lambda *_, **__: pytest.fail("it began"))
     import typer
     from typer.testing import CliRunner
 
@@ -444,19 +453,16 @@ def test_mistakes_get_one_sentence_before_anything_is_made(without_cuda, monkeyp
     assert "\n" not in str(result.exception)
 
 
-def test_a_result_is_written_where_it_is_wanted(run, monkeypatch, tmp_path):
+def test_a_result_is_written_to_the_named_folder_and_printed(run, monkeypatch, tmp_path):
     import typer
     from typer.testing import CliRunner
 
     from headinfer.cli import bench as bench_cli
 
-    def ran(*_, keep, **__):
-        keep(run[0], run[1][:3])  # after a suite
-        keep(*run)
-        return run
-
-    monkeypatch.setattr(gpu, "run_gpu", ran)
-    monkeypatch.setattr(gpu, "check_device", lambda _: CPU)
+    measured_lines = run[1]
+    by_suite = [measured_lines[:3], measured_lines[3:]]
+    monkeypatch.setattr(bench_run, "run_suites", lambda *_, **__: iter(by_suite))
+    monkeypatch.setattr(bench_run, "check_device", lambda _: CPU)
     app = typer.Typer()
     app.command()(bench_cli.bench)
     result = CliRunner(env={"COLUMNS": "250"}).invoke(
@@ -467,10 +473,12 @@ def test_a_result_is_written_where_it_is_wanted(run, monkeypatch, tmp_path):
     assert found.with_suffix(".md").read_text() in result.output
     assert len(json.loads(found.read_text())["lines"]) == len(run[1])
     assert len(list(found.parent.iterdir())) == 2
-    assert "decode" in CliRunner(env={"COLUMNS": "250"}).invoke(app, ["--device", "cuda"]).output
+    shown_table = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["--device", "cuda"]).output
+    assert "decode" in shown_table
+    assert max(len(line) for line in shown_table.splitlines() if "[" not in line) <= 80
 
 
-def test_devices_that_are_not_there(monkeypatch):
+def test_devices_that_do_not_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -490,7 +498,7 @@ def script(*arguments, python=sys.executable, **more):
     )
 
 
-def test_the_script_refuses_in_one_sentence_where_there_is_no_gpu(tmp_path):
+def test_the_script_refuses_in_one_sentence_if_there_is_no_gpu(tmp_path):
     assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
     assert os.access(SCRIPT, os.X_OK)
     done = script(tmp_path / "results")
@@ -507,7 +515,7 @@ def test_the_script_refuses_in_one_sentence_where_there_is_no_gpu(tmp_path):
 
 
 def test_what_the_script_names_exists():
-    """Its test's name, its options and its suites are strings: here they are held to what there is."""
+    """The script contains the name of a test, options and suites as strings; each of them must exist."""
     text = SCRIPT.read_text()
     (one,) = (line.split("'")[1] for line in text.splitlines() if line.strip().startswith("one="))
     done = subprocess.run(

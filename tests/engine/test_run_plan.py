@@ -205,11 +205,11 @@ def test_the_check_of_the_plan_compares_bytes_and_seconds(small_probe, monkeypat
     assert "NOT EQUAL" not in out
     assert out.count("of measured |") == 2
     saved = json.loads(Path(tmp_path / "check.json").read_text())
-    assert {one["unit"] for one in saved["measures"]} == {"bytes", "s"}
-    wrong = plan_check.Comparison("case", "ring", 1, 2, "bytes")
-    assert not wrong.is_right
-    assert wrong.row == ("ring", "1 B", "2 B", "NOT EQUAL")
-    monkeypatch.setattr("headinfer.bench.run.run_check", lambda **_: [wrong])
+    assert {one["unit"] for one in saved["lines"]} == {"bytes", "s"}
+    wrong = plan_check.compared("case", "ring", predicted=1, measured=2, unit="bytes")
+    assert wrong.reached is False
+    assert (wrong.who, wrong.goal, wrong.note) == ("ring", "== 1 B", "2 B: NOT EQUAL")
+    monkeypatch.setattr("headinfer.bench.run.run_check", lambda _: [wrong])
     with pytest.raises(SystemExit) as stopped:
         cli.app(["bench", "--check-plan"])
     assert stopped.value.code == 1

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 
 import headinfer
 from headinfer import CapacityError, HeadCache, SessionError, UsageError
-from headinfer.bench import gpu as gpu_bench
-from headinfer.bench.measurement import Measure
+from headinfer.bench import run as bench_run
+from headinfer.bench.measurement import Measurement
+from headinfer.bench.plan_check import compared
 from headinfer.kv.disk import DiskFile
 from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.sessions.folder import Lock, remove_session
@@ -516,8 +517,8 @@ def test_an_archive_replaces_nothing(command, kept, tmp_path):
 
 
 def test_the_gpu_benchmark_replaces_no_foreign_file(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_bench, "check_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(gpu_bench, "run_gpu", lambda *_, **__: pytest.fail("it measured before it looked"))
+    monkeypatch.setattr(bench_run, "check_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(bench_run, "run_suites", lambda *_, **__: pytest.fail("it measured before it looked"))
     folder = put(tmp_path / "somebody's")
     before = content_of(folder)
     for name in ("results.json", "hardware.json"):
@@ -559,15 +560,16 @@ def test_an_evaluation_replaces_no_foreign_file(command, tmp_path, monkeypatch):
     assert content_of(folder) == {Path("niah.png"): PNG}
 
 
-MEASURE = Measure("decode", "seconds of a token", 1.0, "s")
+MEASUREMENT = Measurement("decode", "1K tokens", "seconds of a token", 1.0, "s")
+COMPARED = compared("decode", "seconds", predicted=1.0, measured=1.0, unit="s")
 PROBED = Hardware(**{**vars(HARDWARE["t4"]), "source": "headinfer probe, torch 2.11"})
 
 
 def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
     """Each command that may replace its own result does so, and the empty file of mktemp is free."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("headinfer.bench.run.run_suites", lambda *_, **__: [MEASURE])
-    monkeypatch.setattr("headinfer.bench.run.run_check", lambda *_, **__: [])
+    monkeypatch.setattr("headinfer.bench.run.run_suites", lambda *_, **__: iter([[MEASUREMENT]]))
+    monkeypatch.setattr("headinfer.bench.run.run_check", lambda *_, **__: [COMPARED])
     monkeypatch.setattr("headinfer.bench.probe.probe", lambda *_: PROBED)
     plan = ["plan", "llama-3-8b", "--gpu", "rtx4090"]
     for name in ("plan.png", "plan.svg", "plan.pdf", "plan.PNG"):
@@ -615,8 +617,8 @@ def test_a_file_that_comes_while_a_command_measures_stays(command, tmp_path, mon
 
         return measured
 
-    monkeypatch.setattr("headinfer.bench.run.run_suites", meanwhile([MEASURE]))
-    monkeypatch.setattr("headinfer.bench.run.run_check", meanwhile([]))
+    monkeypatch.setattr("headinfer.bench.run.run_suites", meanwhile([[MEASUREMENT]]))
+    monkeypatch.setattr("headinfer.bench.run.run_check", meanwhile([COMPARED]))
     monkeypatch.setattr("headinfer.bench.probe.probe", meanwhile(PROBED))
     for arguments, shown in (
         (["bench"], "seconds of a token"),
@@ -790,7 +792,7 @@ CALLS = {
     "attention/native.py": ["Path.replace", "TemporaryDirectory", "mkdir"],
     # all in a temporary folder
     "bench/disk_suites.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
-    "cli/bench.py": ["Output", "Output", "Output", "Output", "Output", "Output"],
+    "bench/results.py": ["Output", "Output"],
     "cli/eval.py": ["Output"],
     "cli/probe.py": ["Output", "Output"],
     # savefig: into memory

@@ -1,13 +1,13 @@
-"""Ways of holding a long context that are measured against headinfer's own, each in turns with it.
+"""Baselines: ways of holding a long context that are measured in turns with headinfer's own.
 
 | name | what it is |
 |---|---|
-| resident store | headinfer's loop over KV that all lies on the device: as if the link were free |
-| what is free | headinfer with all device memory that is free: the first tokens stay there, the rest streams |
+| resident store | headinfer with all KV on the device, as if the link took no time |
+| what is free | headinfer with all free device memory: the first tokens are resident, the rest is streamed |
 | paper's scheme | one KV head at a time, its whole past in a slot (arXiv 2502.12574) |
-| layer-wise | all KV heads of a layer at a time, its whole past in a slot: pinned, only new KV written back |
+| layer-wise | all KV heads of a layer at a time, their whole past in a slot; pinned, and only new KV is written back |
 | DynamicCache | transformers' cache, all of it on the device |
-| offloaded cache | transformers' `DynamicCache(offloading=True)`: a layer at a time, written back whole |
+| offloaded cache | transformers' `DynamicCache(offloading=True)`: one layer at a time, written back as a whole |
 
 The first four are headinfer's engine with other options, over the same host memory.
 """
@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from headinfer.bench.job import Job
+from headinfer.bench.job import GpuJob
+from headinfer.bench.measurement import OURS
 from headinfer.bench.past import Past
 from headinfer.bench.runners import HeadRunner, Runner, TransformersRunner
+from headinfer.bench.timing import Rounds, in_turns, run_turn
 from headinfer.errors import CapacityError
 from headinfer.kv.resident import RESIDENT_UNIT_TOKENS
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
@@ -35,16 +36,24 @@ from headinfer.utils.units import format_bytes
 
 __all__ = ["Baseline", "Outcome", "baselines_of", "compare", "measure_alone", "ring_budget_bytes"]
 
+_BASELINE = "baseline"  # the baseline's name in its rounds
 _SLOT_ALIGN = 256
-_ACTIVATION_SHARE = 8  # of the device memory that is free: for a chunk, where KV takes what is free
+_ACTIVATION_SHARE = 8  # "what is free" leaves an eighth of the free device memory for a chunk's activations
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way that may be opened. device_bytes, host_bytes: what it needs; pass_s: about what a pass takes.
+    """A baseline that can be opened.
 
-    goal: of its time over headinfer's. refusal: why it cannot be opened at all. is_foreign: none of this project's
-    code, so that its errors are a result.
+    Attributes:
+        name: its name in results.
+        device_bytes: bytes of device memory that it needs.
+        pass_s: about the seconds of a pass.
+        open: returns its runner.
+        host_bytes: bytes of host memory that it needs.
+        goal: a goal for its time over headinfer's, such as "> 1".
+        refusal: why it cannot be opened; empty if it can.
+        is_foreign: it contains none of this project's code, so that its errors are a result.
     """
 
     name: str
@@ -59,128 +68,185 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a way. seconds: of passes in turns with headinfer's own in own_s; note: why there are none."""
+    """The result of comparing a baseline with headinfer.
+
+    Attributes:
+        name: the baseline's name.
+        rounds: its times and headinfer's in the same turns; None if it was not measured.
+        kv_bytes: peak bytes of its KV on the device.
+        goal: a goal for its time over headinfer's.
+        note: why it was not measured.
+        facts: details, for JSON.
+    """
 
     name: str
-    seconds: Sequence[float] = ()
-    own_s: Sequence[float] = ()
+    rounds: Rounds | None = None
     kv_bytes: int | None = None
     goal: str = ""
     note: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def seconds(self) -> Sequence[float]:
+        """The baseline's seconds, one a round."""
+        return self.rounds.seconds[_BASELINE] if self.rounds is not None else ()
+
+    @property
+    def own_s(self) -> Sequence[float]:
+        """headinfer's seconds, one a round."""
+        return self.rounds.seconds[OURS] if self.rounds is not None else ()
+
+    @property
+    def median_s(self) -> float | None:
+        """The median of the baseline's seconds."""
+        return self.rounds.median_s(_BASELINE) if self.rounds is not None else None
+
+    @property
     def ratio(self) -> float | None:
-        """The median over the rounds of its time over headinfer's."""
-        pairs = zip(self.seconds, self.own_s, strict=True)
-        return statistics.median(a / b for a, b in pairs) if self.seconds else None
+        """The median over the rounds of the baseline's time over headinfer's."""
+        return self.rounds.ratio(_BASELINE, OURS) if self.rounds is not None else None
 
 
-def baselines_of(job: Job, past: Past, tokens: int, pass_s: float, goals: dict[str, str]) -> list[Baseline]:
-    """The ways for passes of `tokens` tokens after a past, the most telling first.
+def baselines_of(job: GpuJob, past: Past, tokens: int, pass_s: float, goals: dict[str, str]) -> list[Baseline]:
+    """Return the baselines for passes after a past, the most telling first.
 
-    pass_s: what headinfer takes, about. goals: by name.
+    Args:
+        job: the run.
+        past: the past.
+        tokens: tokens of a pass.
+        pass_s: about the seconds of headinfer's pass.
+        goals: goals by the names of baselines.
     """
-    kv, rates, layers = job.kv_bytes(past.tokens), job.rates, len(job.shape.offloaded_layers)
-    floor_bytes = job.sizes.floor_bytes
-    held = 1 if past.is_simulation else layers  # whose KV is really there
+    made = _Baselines(job, past, tokens, pass_s)
     layer = job.shape.layers[job.shape.offloaded_layers[0]]
-    layer_bytes, heads = kv // layers, layer.kv_heads
-    kv_near_s, kv_far_s = kv / rates.device_bytes_per_s, kv / min(rates.link_bytes_per_s, rates.back_bytes_per_s)
-    near_s = max(pass_s - kv / rates.link_bytes_per_s, 0.0) if tokens == 1 else pass_s
+    baselines = [
+        made.whole_past("paper's scheme", 1),
+        made.resident(),
+        made.offloaded_cache(),
+        made.dynamic_cache(),
+        made.whole_past("layer-wise", layer.kv_heads),
+        made.what_is_free(),
+    ]
+    return [dataclasses.replace(baseline, goal=goals.get(baseline.name, "")) for baseline in baselines]
 
-    def whole_past(name: str, group: int) -> Baseline:
-        budget = ring_budget_bytes(job, group * layer_bytes // heads)
+
+class _Baselines:
+    """Makes the baselines of one past; see baselines_of()."""
+
+    def __init__(self, job: GpuJob, past: Past, tokens: int, pass_s: float) -> None:
+        self._job = job
+        self._past = past
+        self._tokens = tokens
+        self._pass_s = pass_s
+        self._kv = job.kv_bytes(past.tokens)
+        self._layers = len(job.shape.offloaded_layers)
+        self._layer_bytes = self._kv // self._layers
+        self._kv_near_s = self._kv / job.rates.device_bytes_per_s
+        self._near_s = max(pass_s - self._kv / job.rates.link_bytes_per_s, 0.0) if tokens == 1 else pass_s
+
+    def whole_past(self, name: str, group: int) -> Baseline:
+        """The whole past of `group` KV heads in each slot of the ring."""
+        heads = self._job.shape.layers[self._job.shape.offloaded_layers[0]].kv_heads
+        budget = ring_budget_bytes(self._job, group * self._layer_bytes // heads)
         options = {"device_kv_budget_bytes": budget, "streaming_budget_bytes": budget, "heads_per_group": group}
-        return baseline(name, budget, pass_s, tile_tokens=past.tokens, **options)
+        return self._head_wise(name, budget, self._pass_s, tile_tokens=self._past.tokens, **options)
 
-    def baseline(name: str, device_bytes: int, seconds: float, **options: Any) -> Baseline:
-        def opened() -> Runner:
-            return HeadRunner(job, past.cache(room_tokens=tokens if tokens > 1 else 0, **options), tokens)
+    def resident(self) -> Baseline:
+        """All KV on the device."""
+        floor = self._job.sizes.floor_bytes
+        # Every layer's part of the budget holds all of its KV and a unit more, even if layers share one layer's KV.
+        each = self._layer_bytes + self._layer_bytes // self._past.tokens * RESIDENT_UNIT_TOKENS
+        held_layers = 1 if self._past.is_simulation else self._layers
+        options = {"device_kv_budget_bytes": floor + self._layers * each, "streaming_budget_bytes": floor}
+        return self._head_wise("resident store", floor + held_layers * each, self._near_s + self._kv_near_s, **options)
 
-        return Baseline(name, device_bytes, seconds, opened)
-
-    def resident() -> Baseline:
-        # As if nothing were shared: each layer's part of the budget holds all of its own, and a unit more.
-        each = layer_bytes + layer_bytes // past.tokens * RESIDENT_UNIT_TOKENS
-        options = {"device_kv_budget_bytes": floor_bytes + layers * each, "streaming_budget_bytes": floor_bytes}
-        return baseline("resident store", floor_bytes + held * each, near_s + kv_near_s, **options)
-
-    def what_is_free() -> Baseline:
-        free = job.free_device_bytes()
-        if past.is_simulation or resident().device_bytes <= free - free // _ACTIVATION_SHARE:
-            why = "one layer's KV stands for all" if past.is_simulation else "all of it fits, see resident store"
-            return Baseline("what is free", 0, 0.0, _refused, refusal=f"not measured: {why}")
+    def what_is_free(self) -> Baseline:
+        """As much KV on the device as its free memory holds."""
+        free = self._job.free_device_bytes()
         budget = free - free // _ACTIVATION_SHARE
-        return baseline(
-            "what is free", budget, pass_s, device_kv_budget_bytes=budget, streaming_budget_bytes=floor_bytes
-        )
+        if self._past.is_simulation or self.resident().device_bytes <= budget:
+            reason = (
+                "one layer's KV stands for all" if self._past.is_simulation else "all of it fits, see resident store"
+            )
+            return Baseline("what is free", 0, 0.0, _refused, refusal=f"not measured: {reason}")
+        options = {"device_kv_budget_bytes": budget, "streaming_budget_bytes": self._job.sizes.floor_bytes}
+        return self._head_wise("what is free", budget, self._pass_s, **options)
 
-    def dynamic(name: str, *, offloaded: bool) -> Baseline:
-        seconds = near_s + (2 * kv_far_s if offloaded else 3 * kv_near_s)
-        host = (3 if tokens > 1 else 2) * 2 * kv if offloaded else 0  # torch rounds pinned sizes to powers of two
-        refusal = "does not run without a GPU" if offloaded and not job.is_cuda else ""
+    def dynamic_cache(self) -> Baseline:
+        """transformers' cache on the device. It copies its KV in each pass."""
         return Baseline(
-            name,
-            4 * layer_bytes if offloaded else kv + 2 * layer_bytes,
-            seconds,
-            lambda: TransformersRunner(job, past.tokens, tokens, offloaded=offloaded),
-            host_bytes=host,
-            refusal=refusal,
+            "DynamicCache",
+            self._kv + 2 * self._layer_bytes,
+            self._near_s + 3 * self._kv_near_s,
+            lambda: TransformersRunner(self._job, self._past.tokens, self._tokens, offloaded=False),
             is_foreign=True,
         )
 
-    made = [
-        whole_past("paper's scheme", 1),
-        resident(),
-        dynamic("offloaded cache", offloaded=True),
-        dynamic("DynamicCache", offloaded=False),
-        whole_past("layer-wise", heads),
-        what_is_free(),
-    ]
-    return [dataclasses.replace(one, goal=goals.get(one.name, "")) for one in made]
+    def offloaded_cache(self) -> Baseline:
+        """transformers' offloaded cache. It moves its KV over the link in both directions."""
+        rates = self._job.rates
+        over_link_s = self._kv / min(rates.link_bytes_per_s, rates.back_bytes_per_s)
+        copies = 3 if self._tokens > 1 else 2
+        return Baseline(
+            "offloaded cache",
+            4 * self._layer_bytes,
+            self._near_s + 2 * over_link_s,
+            lambda: TransformersRunner(self._job, self._past.tokens, self._tokens, offloaded=True),
+            host_bytes=copies * 2 * self._kv,  # torch rounds pinned sizes up to powers of two
+            refusal="" if self._job.is_cuda else "does not run without a GPU",
+            is_foreign=True,
+        )
+
+    def _head_wise(self, name: str, device_bytes: int, seconds: float, **options: Any) -> Baseline:
+        """headinfer's engine with other options."""
+        room_tokens = self._tokens if self._tokens > 1 else 0
+
+        def opened() -> Runner:
+            return HeadRunner(self._job, self._past.cache(room_tokens=room_tokens, **options), self._tokens)
+
+        return Baseline(name, device_bytes, seconds, opened)
 
 
-def ring_budget_bytes(job: Job, slot_bytes: int) -> int:
-    """The device KV budget whose ring has slots of so many bytes."""
+def ring_budget_bytes(job: GpuJob, slot_bytes: int) -> int:
+    """Return the device KV budget, in bytes, whose ring has slots of `slot_bytes`."""
     tails = sum(tail_bytes(job.shape, job.sizes.dtype.itemsize))
     slots = RING_SLOTS * math.ceil(slot_bytes / _SLOT_ALIGN) * _SLOT_ALIGN
     return slots + tails + 2 * write_back_bytes(DEFAULT_BUDGET_BYTES)
 
 
-def measure_alone(job: Job, runner: Runner) -> float:
-    """Seconds of a pass, after one that warms up; where that one takes long, its own."""
-    with runner.active():
-        seconds = job.timed(runner.run)
-        runner.after()
-        if seconds < job.sizes.rounds_s:
-            seconds = job.timed(runner.run)
-            runner.after()
-    return seconds
+def measure_alone(job: GpuJob, runner: Runner) -> float:
+    """Return the seconds of a pass after one that warms up, or of that one if it takes long."""
+    seconds = run_turn(runner, job.timed)
+    return run_turn(runner, job.timed) if seconds < job.sizes.rounds_s else seconds
 
 
-def compare(job: Job, own: Runner, own_s: float, baselines: Sequence[Baseline]) -> list[Outcome]:
-    """Each way in turns with headinfer's own, which takes own_s a pass; or why it was not measured."""
+def compare(job: GpuJob, own: Runner, own_s: float, baselines: Sequence[Baseline]) -> list[Outcome]:
+    """Time each baseline in turns with headinfer.
+
+    Args:
+        job: the run.
+        own: headinfer's runner.
+        own_s: about the seconds of its pass.
+        baselines: the baselines.
+
+    Returns:
+        An outcome for each baseline. If it was not measured, its note says why.
+    """
     return [_against(job, own, own_s, baseline) for baseline in baselines]
 
 
-def _against(job: Job, own: Runner, own_s: float, baseline: Baseline) -> Outcome:
-    if why := _refusal(job, own_s, baseline):
-        return Outcome(baseline.name, goal=baseline.goal, note=why)
-    seconds: list[float] = []
-    own_seconds: list[float] = []
+def _against(job: GpuJob, own: Runner, own_s: float, baseline: Baseline) -> Outcome:
+    """Time one baseline."""
+    reason = _refusal(job, own_s, baseline)
+    if reason:
+        return Outcome(baseline.name, goal=baseline.goal, note=reason)
+    runner: Runner | None = None
     try:
         runner = baseline.open()
-        with runner.active():
-            first_s = job.timed(runner.run)
-            runner.after()
-        rounds = max(1, min(job.sizes.rounds, int(job.sizes.rounds_s / (own_s + first_s))))
-        for _ in range(rounds):
-            for one, found in ((own, own_seconds), (runner, seconds)):
-                with one.active():
-                    found.append(job.timed(one.run))
-                    one.after()
-        return Outcome(baseline.name, seconds, own_seconds, runner.kv_bytes(), baseline.goal, facts=runner.facts())
+        first_s = run_turn(runner, job.timed)
+        count = max(1, min(job.sizes.rounds, int(job.sizes.rounds_s / (own_s + first_s))))
+        rounds = in_turns({OURS: own, _BASELINE: runner}, count, job.timed, warm_up=False)
+        return Outcome(baseline.name, rounds, runner.kv_bytes(), baseline.goal, facts=runner.facts())
     except (torch.OutOfMemoryError, CapacityError) as error:
         return Outcome(baseline.name, goal=baseline.goal, note=f"ran out of memory: {str(error).splitlines()[0]}")
     except RuntimeError as error:
@@ -188,21 +254,22 @@ def _against(job: Job, own: Runner, own_s: float, baseline: Baseline) -> Outcome
             raise
         return Outcome(baseline.name, goal=baseline.goal, note=f"failed: {str(error).splitlines()[0]}")
     finally:
-        runner = None  # type: ignore[assignment]  # let go of it before memory is given back
+        runner = None  # so that clean() can free its memory
         job.clean()
 
 
-def _refusal(job: Job, own_s: float, baseline: Baseline) -> str:
-    """Why a way is not tried; empty where it is."""
+def _refusal(job: GpuJob, own_s: float, baseline: Baseline) -> str:
+    """Return why a baseline is not measured; empty if it is."""
     if baseline.refusal:
         return baseline.refusal
-    free, host = job.free_device_bytes(), available_host_bytes()
-    if baseline.device_bytes > free:
-        return (
-            f"does not fit: {format_bytes(baseline.device_bytes)} of KV, {format_bytes(free)} of device memory are free"
-        )
-    if baseline.host_bytes > host:
-        return f"does not fit: {format_bytes(baseline.host_bytes)} of host memory, {format_bytes(host)} are free"
+    free_device = job.free_device_bytes()
+    free_host = available_host_bytes()
+    if baseline.device_bytes > free_device:
+        needed = format_bytes(baseline.device_bytes)
+        return f"does not fit: {needed} of KV, {format_bytes(free_device)} of device memory are free"
+    if baseline.host_bytes > free_host:
+        needed = format_bytes(baseline.host_bytes)
+        return f"does not fit: {needed} of host memory, {format_bytes(free_host)} are free"
     if baseline.pass_s > job.sizes.longest_pass_s:
         return f"not measured: a pass would take about {baseline.pass_s:.0f} s"
     if 2 * baseline.pass_s + own_s + 1.0 > job.left_s:
@@ -211,4 +278,4 @@ def _refusal(job: Job, own_s: float, baseline: Baseline) -> str:
 
 
 def _refused() -> Runner:
-    raise AssertionError("what is refused is not opened")
+    raise AssertionError("a baseline with a refusal is not opened")

@@ -1,7 +1,7 @@
-"""What the benchmarks share: a model of Llama-3-8B's attention, and noise for its stores.
+"""What the CPU's suites share: their model, and noise in place of the KV of a long prompt.
 
-Two cores cannot prefill 128K tokens in reasonable time, so stores are filled with seeded noise and single passes
-are measured at an offset. The MLP and the vocabulary are small, so that attention is what is measured.
+Two cores cannot read 128K tokens in reasonable time. So caches are filled with seeded noise, and single passes are
+measured at an offset.
 """
 
 from __future__ import annotations
@@ -11,37 +11,44 @@ from typing import Any
 
 import torch
 
+from headinfer.bench.sizes import CpuSizes
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.models import resolve
 
 __all__ = [
-    "BENCH_MODEL",
     "DRAM_BUFFER_BYTES",
     "append_noise",
     "dram_reader",
     "fill_dynamic",
     "fill_head_wise",
+    "forward_and_crop",
     "kv_bytes",
     "load_model",
 ]
 
-BENCH_MODEL = "random:llama-3-8b?layers=2&intermediate=256&vocab=256&context=1048576"
-_NOISE_TOKENS = 2048
 DRAM_BUFFER_BYTES = 1 << 30
+_NOISE_TOKENS = 2048
 
 
-def load_model() -> Any:
-    """The benchmark model, bfloat16 on the CPU, seeded."""
-    return resolve(BENCH_MODEL).load(dtype=torch.bfloat16, device="cpu", seed=0)
+def load_model(sizes: CpuSizes) -> Any:
+    """Return the model of the CPU's suites, with seeded random weights."""
+    return resolve(sizes.model).load(dtype=sizes.dtype, device="cpu", seed=0)
 
 
 def kv_bytes(config: Any, tokens: int) -> int:
-    """Bytes of K and V of `tokens` tokens of the benchmark model, bfloat16."""
+    """Bytes of K and V of `tokens` tokens in all layers of that model, in bfloat16."""
     return int(2 * 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
 
 
+def forward_and_crop(model: Any, cache: Any, tokens: int = 1, mask: torch.Tensor | None = None) -> None:
+    """Run one forward pass of `tokens` tokens at the end of a cache, then crop the cache to its old length."""
+    ids = torch.full((1, tokens), 7)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, attention_mask=mask)
+    cache.crop(-tokens)
+
+
 def _noise(config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Seeded K and V [1, Hkv, T, D] chunks that add up to `tokens` tokens; the same chunk again and again."""
+    """Seeded K and V [1, Hkv, T, D] in chunks of `tokens` tokens in all; all whole chunks are the same tensors."""
     torch.manual_seed(1)
     shape = (1, config.num_key_value_heads, min(tokens, _NOISE_TOKENS), config.head_dim)
     k, v = (torch.randn(shape, dtype=dtype) for _ in range(2))
@@ -51,13 +58,13 @@ def _noise(config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> lis
 
 
 def fill_head_wise(cache: HeadCache, config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Put noise into every layer of an empty HeadCache."""
+    """Append noise of `tokens` tokens to every layer of an empty HeadCache."""
     for k, v in _noise(config, tokens, dtype):
         _append(cache, k, v)
 
 
 def append_noise(cache: HeadCache, config: Any, tokens: int) -> None:
-    """The same in one piece, as a chunk of so many tokens would."""
+    """Append the same noise in one piece, as a chunk of `tokens` tokens does."""
     _append(cache, *(torch.cat(sides, dim=2) for sides in zip(*_noise(config, tokens), strict=True)))
 
 
@@ -78,7 +85,7 @@ def fill_dynamic(cache: Any, config: Any, tokens: int) -> None:
 
 
 def dram_reader() -> Callable[[], None]:
-    """A call that reads DRAM_BUFFER_BYTES of host memory with all cores, far more than the caches hold."""
+    """Return a function that reads DRAM_BUFFER_BYTES of host memory, far more than caches hold, with all cores."""
     buffer = torch.ones(DRAM_BUFFER_BYTES // 8, dtype=torch.int64)
 
     def read() -> None:

@@ -1,11 +1,10 @@
-"""The benchmark suites. Each compares in one run, in turns, since these figures drift with the machine's load."""
+"""The CPU's suites: headinfer against transformers' DynamicCache, in turns, and the memory that it takes."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
-import statistics
-from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -16,134 +15,178 @@ from headinfer.bench.cpu_model import (
     dram_reader,
     fill_dynamic,
     fill_head_wise,
+    forward_and_crop,
     kv_bytes,
     load_model,
 )
-from headinfer.bench.measurement import Measure, Peak, Sizes, in_turns, ratio, step
+from headinfer.bench.job import CpuJob
+from headinfer.bench.measurement import OURS, Measurement, context_label
+from headinfer.bench.sizes import CpuSizes
+from headinfer.bench.timing import Call, Peak, in_turns
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 
-__all__ = ["SUITES"]
+__all__ = ["decode", "device_kv", "memory", "prefill"]
+
+_GROWTH_CHUNK_TOKENS = 256  # two cores read such a chunk at the end of a long context in seconds
 
 
-@torch.inference_mode()
-def decode(sizes: Sizes) -> list[Measure]:
-    """Seconds per token at a long and at a short context, against DynamicCache and the DRAM's read bandwidth."""
-    model, ours_model, measures = load_model(), load_model(), []
+def decode(job: CpuJob) -> list[Measurement]:
+    """Measure seconds per token after a long and a short past, against DynamicCache and the DRAM's read bandwidth."""
+    model = load_model(job.sizes)
+    ours_model = load_model(job.sizes)
     enable(ours_model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    for tokens, rounds in ((sizes.long_tokens, sizes.long_steps), (sizes.short_tokens, sizes.short_steps)):
-        dynamic, ours = DynamicCache(config=model.config), HeadCache(model.config, expected_tokens=tokens + 1)
-        fill_dynamic(dynamic, model.config, tokens)
-        fill_head_wise(ours, model.config, tokens)
-        mask = torch.ones(1, 1, 1, tokens + 1, dtype=torch.bool)
-
-        calls: dict[str, Callable[[], None]] = {
-            "ours": lambda cache=ours: step(ours_model, cache),  # type: ignore[misc]
-            "default": lambda cache=dynamic: step(model, cache),  # type: ignore[misc]
-            "packed": lambda cache=dynamic, mask=mask: step(model, cache, mask=mask),  # type: ignore[misc]
-        }
-        if tokens == sizes.long_tokens:
-            calls["dram"] = dram_reader()
-        seconds = in_turns(calls, rounds)
-        context = f"decode at {tokens:,} tokens"
-        details = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
-        if tokens == sizes.long_tokens:
-            kv = kv_bytes(model.config, tokens)
-            share = 100 * kv / DRAM_BUFFER_BYTES * ratio(seconds["dram"], seconds["ours"])
-            details["dram_read_bytes_per_s"] = DRAM_BUFFER_BYTES / details.pop("dram_s")
-            details["kv_bytes"], details["weight_bytes"] = kv, weights
-            measures += [
-                Measure("decode", f"{context}: DynamicCache's time / ours", ratio(seconds["default"], seconds["ours"]),
-                        "x", ">= 10", details),
-                Measure("decode", f"{context}: DynamicCache's time with a mask / ours",
-                        ratio(seconds["packed"], seconds["ours"]), "x", ">= 4", details),
-                Measure("decode", f"{context}: KV bytes read per second of a token / DRAM read bandwidth",
-                        share, "%", ">= 45", details),
-                Measure("decode", f"{context}: the same, weights included", share * (kv + weights) / kv, "%"),
-            ]  # fmt: skip
-        else:
-            share = ratio(seconds["ours"], seconds["default"])
-            measures.append(Measure("decode", f"{context}: our time / DynamicCache's", share, "x", "<= 1.15", details))
-        del dynamic, ours, calls
-        gc.collect()
-    return measures
+    long = _long_decode(job, model, ours_model)
+    job.clean()
+    short = _short_decode(job, model, ours_model)
+    return [*long, *short]
 
 
-@torch.inference_mode()
-def prefill(sizes: Sizes) -> list[Measure]:
-    """One chunk at an offset, against DynamicCache."""
-    model, ours_model = load_model(), load_model()
-    enable(ours_model)
+def _decode_calls(model: Any, ours_model: Any, tokens: int) -> dict[str, Call]:
+    """A token after a past: by headinfer, by DynamicCache, and by DynamicCache with a mask, which packs its queries."""
     dynamic = DynamicCache(config=model.config)
-    ours = HeadCache(model.config, expected_tokens=sizes.chunk_offset + sizes.chunk_tokens)
+    fill_dynamic(dynamic, model.config, tokens)
+    ours = HeadCache(model.config, expected_tokens=tokens + 1)
+    fill_head_wise(ours, model.config, tokens)
+    mask = torch.ones(1, 1, 1, tokens + 1, dtype=torch.bool)
+    return {
+        "ours": Call(lambda: forward_and_crop(ours_model, ours)),
+        "default": Call(lambda: forward_and_crop(model, dynamic)),
+        "packed": Call(lambda: forward_and_crop(model, dynamic, mask=mask)),
+    }
+
+
+def _long_decode(job: CpuJob, model: Any, ours_model: Any) -> list[Measurement]:
+    tokens = job.sizes.long_tokens
+    calls = _decode_calls(model, ours_model, tokens)
+    calls["dram"] = Call(dram_reader())
+    rounds = in_turns(calls, job.sizes.long_steps)
+    kv = kv_bytes(model.config, tokens)
+    embedding = model.get_input_embeddings().weight.nbytes  # of which a token reads one row
+    weights = sum(parameter.nbytes for parameter in model.parameters()) - embedding
+    share = 100 * kv / DRAM_BUFFER_BYTES * rounds.ratio("dram", "ours")
+    details = rounds.medians()
+    details["dram_read_bytes_per_s"] = DRAM_BUFFER_BYTES / details.pop("dram_s")
+    details["kv_bytes"] = kv
+    details["weight_bytes"] = weights
+
+    def line(who: str, value: float, unit: str, goal: str) -> Measurement:
+        return Measurement("decode", context_label(tokens), who, value, unit, details=details).with_goal(goal)
+
+    return [
+        line(f"DynamicCache's time / {OURS}'s", rounds.ratio("default", "ours"), "x", ">= 10 x"),
+        line(f"DynamicCache's time with a mask / {OURS}'s", rounds.ratio("packed", "ours"), "x", ">= 4 x"),
+        line(f"{OURS}: KV read, of the DRAM's bandwidth", share, "%", ">= 45 %"),
+        line(f"{OURS}: KV and weights read, of the DRAM's bandwidth", share * (kv + weights) / kv, "%", ""),
+    ]
+
+
+def _short_decode(job: CpuJob, model: Any, ours_model: Any) -> list[Measurement]:
+    tokens = job.sizes.short_tokens
+    rounds = in_turns(_decode_calls(model, ours_model, tokens), job.sizes.short_steps)
+    found = Measurement(
+        "decode",
+        context_label(tokens),
+        f"{OURS}'s time / DynamicCache's",
+        rounds.ratio("ours", "default"),
+        "x",
+        details=rounds.medians(),
+    )
+    return [found.with_goal("<= 1.15 x")]
+
+
+def prefill(job: CpuJob) -> list[Measurement]:
+    """Measure one chunk after a past, against DynamicCache."""
+    sizes = job.sizes
+    model = load_model(sizes)
+    dynamic = DynamicCache(config=model.config)
     fill_dynamic(dynamic, model.config, sizes.chunk_offset)
+    ours = HeadCache(model.config, expected_tokens=sizes.chunk_offset + sizes.chunk_tokens)
     fill_head_wise(ours, model.config, sizes.chunk_offset)
 
     def head_wise() -> None:
         with enable(model):
-            step(model, ours, sizes.chunk_tokens)
+            forward_and_crop(model, ours, sizes.chunk_tokens)
 
-    seconds = in_turns({"ours": head_wise, "default": lambda: step(model, dynamic, sizes.chunk_tokens)}, sizes.chunks)
-    what = f"chunk of {sizes.chunk_tokens:,} tokens at offset {sizes.chunk_offset:,}: our time / DynamicCache's"
-    details = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
-    return [Measure("prefill", what, ratio(seconds["ours"], seconds["default"]), "x", "<= 0.95", details)]
+    calls = {
+        "ours": Call(head_wise),
+        "default": Call(lambda: forward_and_crop(model, dynamic, sizes.chunk_tokens)),
+    }
+    rounds = in_turns(calls, sizes.chunks)
+    found = Measurement(
+        "prefill",
+        f"{sizes.chunk_tokens:,} tokens after {context_label(sizes.chunk_offset)}",
+        f"{OURS}'s time / DynamicCache's",
+        rounds.ratio("ours", "default"),
+        "x",
+        details=rounds.medians(),
+    )
+    return [found.with_goal("<= 0.95 x")]
 
 
-@torch.inference_mode()
-def device_kv(sizes: Sizes) -> list[Measure]:
-    """KV bytes on the device under forced staging, one forward pass over a short and a long store."""
-    model, measures = load_model(), []
-    for tokens in sizes.staged_tokens:
+def device_kv(job: CpuJob) -> list[Measurement]:
+    """Measure the bytes of KV on the device in one pass through a ring, after a short and after a long past."""
+    model = load_model(job.sizes)
+    measurements: list[Measurement] = []
+    for tokens in job.sizes.ring_tokens:
         cache = HeadCache(model.config, transport="eager", expected_tokens=tokens + 1)
         fill_head_wise(cache, model.config, tokens)
         with enable(model):
-            step(model, cache)
+            forward_and_crop(model, cache)
         stats = cache.stats()
-        parts = {
+        details = {
             "ring_bytes": stats.device_ring_bytes,
             "tail_bytes": stats.device_tail_bytes,
             "staging_bytes": stats.device_staging_bytes,
             "link_bytes_of_the_pass": stats.link_to_device_bytes,
             "host_kv_bytes": stats.host_kv_bytes,
         }
-        measures.append(
-            Measure("device-kv", f"KV on the device at {tokens:,} tokens", stats.device_kv_peak_bytes, "bytes",
-                    "equal at both lengths", parts)
-        )  # fmt: skip
+        held = stats.device_kv_peak_bytes
+        found = Measurement(
+            "device-kv", context_label(tokens), f"{OURS}: KV on the device", held, "bytes", details=details
+        )
+        first = measurements[0].value if measurements else held
+        measurements.append(found.with_goal(f"== {first}", text="equal at both lengths"))
         cache.reset()
-        gc.collect()
-    return measures
+        job.clean()
+    return measurements
 
 
-def memory(sizes: Sizes) -> list[Measure]:
-    """Growth of resident memory while a store grows, in a process of its own."""
+def memory(job: CpuJob) -> list[Measurement]:
+    """Measure how much resident memory grows while a cache grows, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        growth, activations, kv = pool.apply(_memory_growth, (sizes,))
-    allowed = kv + activations
-    what = (
-        f"peak growth of resident memory, store grown to {sizes.long_tokens:,} tokens / (KV + one chunk's activations)"
+        growth, activations, kv = pool.apply(_memory_growth, (job.sizes,))
+    found = Measurement(
+        "memory",
+        f"cache grown to {context_label(job.sizes.long_tokens)}",
+        "peak growth of resident memory / (KV + activations of a chunk)",
+        growth / (kv + activations),
+        "x",
+        details={"growth_bytes": growth, "kv_bytes": kv, "chunk_activation_bytes": activations},
     )
-    details = {"growth_bytes": growth, "kv_bytes": kv, "chunk_activation_bytes": activations}
-    return [Measure("memory", what, growth / allowed, "x", "<= 1.10", details)]
+    return [found.with_goal("<= 1.10 x")]
 
 
 @torch.inference_mode()
-def _memory_growth(sizes: Sizes) -> tuple[int, int, int]:
-    """Peak bytes over the loaded model: while a store grows and a chunk is read at its end; and of a chunk alone.
+def _memory_growth(sizes: CpuSizes) -> tuple[int, int, int]:
+    """Peaks of memory above that of the loaded model. The cache does not know its final length.
 
-    Chunks of 256 tokens, so that two cores read the last one in seconds. The store is not told its final length.
+    Returns:
+        Bytes of the peak while a cache grows and a chunk is read at its end, bytes of the peak while a chunk is read
+        alone, and bytes of the cache's KV.
     """
-    model, chunk = load_model(), 256
+    model = load_model(sizes)
+    chunk = _GROWTH_CHUNK_TOKENS
     process = psutil.Process()
+    activations = 0
     with enable(model):
         for _ in range(2):  # the first pass also loads libraries and grows the allocator's pools
             cache = HeadCache(model.config)
             gc.collect()
             before = process.memory_info().rss
             with Peak(process) as peak:
-                step(model, cache, chunk)
+                forward_and_crop(model, cache, chunk)
             activations = max(peak.rss_bytes - before, 0)
             del cache
         gc.collect()
@@ -151,13 +194,5 @@ def _memory_growth(sizes: Sizes) -> tuple[int, int, int]:
         before = process.memory_info().rss
         with Peak(process) as peak:
             fill_head_wise(cache, model.config, sizes.long_tokens - chunk)
-            step(model, cache, chunk)
+            forward_and_crop(model, cache, chunk)
         return peak.rss_bytes - before, activations, kv_bytes(model.config, sizes.long_tokens)
-
-
-SUITES: dict[str, Callable[[Sizes], list[Measure]]] = {
-    "decode": decode,
-    "prefill": prefill,
-    "memory": memory,
-    "device-kv": device_kv,
-}

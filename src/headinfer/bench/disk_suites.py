@@ -1,6 +1,6 @@
-"""Suites that write gigabytes to a disk, so they run only where they are named: sessions, and KV beyond host memory.
+"""Suites that write gigabytes to a disk: sessions, and KV beyond host memory. They run only if they are named.
 
-Rates are shares of what the same disk gives a plain program in the same run, which reads or writes one file in order.
+Rates are shares of those of a plain program that reads or writes one file in order, on the same disk in the same run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,118 +23,139 @@ from typing import Any
 import psutil
 import torch
 
-from headinfer.bench.cpu_model import BENCH_MODEL, append_noise, fill_head_wise, kv_bytes, load_model
-from headinfer.bench.measurement import Measure, Peak, Sizes, in_turns, ratio, step, timed
+from headinfer.bench.cpu_model import append_noise, fill_head_wise, forward_and_crop, kv_bytes, load_model
+from headinfer.bench.job import CpuJob
+from headinfer.bench.measurement import OURS, Measurement, context_label
+from headinfer.bench.sizes import CpuSizes
+from headinfer.bench.timing import Call, Peak, Rounds, in_turns, timed
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.kv.disk import DiskFile, Read
 from headinfer.sessions.writer import SessionWriter
 
-__all__ = ["DISK_SUITES"]
+__all__ = ["disk_tier", "session"]
 
-_BLOCK_BYTES = 16 * 2**20
-_NAME = "bench"
+_PART_BYTES = 16 * 2**20
+_SESSION_NAME = "bench"
+_PREFILL_ROUNDS = 2  # each takes minutes, of which the disk is a small part
 
 
-@torch.inference_mode()
-def session(sizes: Sizes, folder: Path) -> list[Measure]:
-    """Writing a session against writing a file; what checkpoints cost a prefill; from `ask` to the first token."""
-    model = load_model()
-    with _work(folder) as work:
+def session(job: CpuJob) -> list[Measurement]:
+    """Measure saving a session, what checkpoints cost a prefill, and the time from `ask` to the first token."""
+    sizes = job.sizes
+    model = load_model(sizes)
+    with _work(job.folder) as work:
         with enable(model):
-            measures = [_beside_prefill(model, sizes, work), _saving(model, sizes, work)]
-        return [*measures, *_ask(sizes, work, kv_bytes(model.config, sizes.long_tokens))]
+            measurements = [_beside_prefill(model, sizes, work), _saving(model, sizes, work)]
+        return [*measurements, *_ask(sizes, work, kv_bytes(model.config, sizes.long_tokens))]
 
 
-def _saving(model: Any, sizes: Sizes, work: Path) -> Measure:
-    """Checkpoints, each of one chunk. 16,384 tokens of two layers have the bytes of 1,024 tokens of all 32."""
+def _saving(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
+    """Write checkpoints, each of one chunk. 16,384 tokens of two layers have the bytes of 1,024 tokens of all 32."""
     nbytes = kv_bytes(model.config, sizes.long_tokens)
-    file_s, session_s = [], []
+    file_s: list[float] = []
+    session_s: list[float] = []
     for _ in range(sizes.disk_rounds):
         file_s.append(timed(lambda: _write_file(work / "plain", nbytes)))
-        session_s.append(_write_session(model, work / _NAME, sizes))
+        session_s.append(_write_session(model, work / _SESSION_NAME, sizes))
     (work / "plain").unlink()
-    tokens = f"{sizes.long_tokens:,} tokens in checkpoints of {sizes.checkpoint_tokens:,}"
-    details = {"bytes": nbytes, "file_s": statistics.median(file_s), "session_s": statistics.median(session_s)}
-    share = 100 * ratio(file_s, session_s)
-    return Measure("session", f"saving {tokens}: bytes per second / a file's", share, "%", ">= 80", details)
+    rounds = Rounds({"file": file_s, "session": session_s})
+    found = Measurement(
+        "session",
+        f"{context_label(sizes.long_tokens)} in checkpoints of {sizes.checkpoint_tokens:,}",
+        "saving: bytes per second / a file's",
+        100 * rounds.ratio("file", "session"),
+        "%",
+        details={"bytes": nbytes, **rounds.medians()},
+    )
+    return found.with_goal(">= 80 %")
 
 
-def _beside_prefill(model: Any, sizes: Sizes, work: Path) -> Measure:
-    """Chunks with a checkpoint after each, against the same without."""
+def _beside_prefill(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
+    """Read chunks with a checkpoint after each, in turns with the same chunks without checkpoints."""
+    calls = {"without": _chunks(model, sizes, work, writes=False), "with": _chunks(model, sizes, work, writes=True)}
+    rounds = in_turns(calls, min(sizes.disk_rounds, _PREFILL_ROUNDS), warm_up=False)
+    found = Measurement(
+        "session",
+        f"prefill of {sizes.chunks} chunks of {sizes.chunk_tokens:,} tokens",
+        "seconds with checkpoints / without",
+        rounds.ratio("with", "without"),
+        "x",
+        details={"with_s": rounds.median_s("with"), "without_s": rounds.median_s("without")},
+    )
+    return found.with_goal("<= 1.05 x")
+
+
+def _chunks(model: Any, sizes: CpuSizes, work: Path, *, writes: bool) -> Call:
+    """A prefill of some chunks at an offset, with or without a checkpoint after each."""
     ids = torch.full((1, sizes.chunk_tokens * sizes.chunks), 7)
+    opened: dict[str, Any] = {}
 
-    def read(writes: bool) -> None:
+    @contextmanager
+    def active() -> Iterator[None]:
         cache = HeadCache(model.config)
         fill_head_wise(cache, model.config, sizes.chunk_offset)
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            writer = SessionWriter(Path(folder) / "s", model, {}, {})
-            if writes:
+        with (
+            tempfile.TemporaryDirectory(dir=work) as folder,
+            SessionWriter(Path(folder) / "s", model, {}, {}) as writer,
+        ):
+            if writes:  # what the cache holds before the chunks is written before the clock starts
                 writer.checkpoint(cache)
                 writer.finish()
-            start = time.perf_counter()
-            for chunk in ids.split(sizes.chunk_tokens, dim=1):
-                model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                if writes:
-                    writer.checkpoint(cache)
-            writer.finish()
-            spent[writes].append(time.perf_counter() - start)
-            writer.close()
+            opened.update(cache=cache, writer=writer)
+            yield
+            opened.clear()
 
-    spent: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(min(sizes.disk_rounds, 2)):  # each takes minutes, of which the disk is a small part
-        for writes in (False, True):
-            read(writes)
-    what = f"prefill of {sizes.chunks} chunks of {sizes.chunk_tokens:,} tokens with checkpoints: seconds / without"
-    details = {"with_s": statistics.median(spent[True]), "without_s": statistics.median(spent[False])}
-    return Measure("session", what, ratio(spent[True], spent[False]), "x", "<= 1.05", details)
+    def run() -> None:
+        cache = opened["cache"]
+        writer = opened["writer"]
+        for chunk in ids.split(sizes.chunk_tokens, dim=1):
+            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            if writes:
+                writer.checkpoint(cache)
+        writer.finish()
+
+    return Call(run, active=active)
 
 
-def _ask(sizes: Sizes, root: Path, nbytes: int) -> list[Measure]:
-    """A question as a process of its own, with the session's files out of the page cache and in it."""
-    files = sorted((root / _NAME).glob("*.safetensors"))
-    measures = []
-    for state, prepare in (("from the disk", _forget), ("from the page cache", _read_files)):
-        found, rates = [], []
+def _ask(sizes: CpuSizes, root: Path, nbytes: int) -> list[Measurement]:
+    """Ask a question in a process of its own, with the session's files out of the page cache and in it."""
+    files = sorted((root / _SESSION_NAME).glob("*.safetensors"))
+    measurements: list[Measurement] = []
+    for state, prepare in (("from the disk", _drop_from_page_cache), ("from the page cache", _read_files)):
+        answers: list[dict[str, float]] = []
+        rates: list[float] = []
         for _ in range(sizes.disk_rounds):
             prepare(files)
             rates.append(sum(path.stat().st_size for path in files) / timed(lambda: _read_files(files)))
             prepare(files)
-            found.append(_first_token(root))
-        typical = sorted(found, key=lambda one: one["total_s"])[len(found) // 2]
-        rate, kv_s = statistics.median(rates), typical["kv_read_s"]
+            answers.append(_first_token(root))
+        typical = sorted(answers, key=lambda answer: answer["total_s"])[len(answers) // 2]
+        rate = statistics.median(rates)
         details = {**typical, "kv_bytes": nbytes, "plain_read_bytes_per_s": rate}
-        tokens = f"{sizes.long_tokens:,} tokens {state}"
-        measures += [
-            Measure("session", f"from `ask` to the first token, {tokens}", typical["total_s"], "s", "", details),
-            Measure("session", f"KV read for it, {tokens}: bytes per second / plain reading's",
-                    100 * nbytes / kv_s / rate, "%", ">= 80"),
-        ]  # fmt: skip
-    return measures
+        point = f"{context_label(sizes.long_tokens)} {state}"
+        total_s = typical["total_s"]
+        share = 100 * nbytes / typical["kv_read_s"] / rate
+        reading = Measurement("session", point, "KV read for it: bytes per second / plain reading's", share, "%")
+        measurements += [
+            Measurement("session", point, "from `ask` to the first token", total_s, "s", details=details),
+            reading.with_goal(">= 80 %"),
+        ]
+    return measurements
 
 
 def _first_token(root: Path) -> dict[str, float]:
-    """Seconds of the parts: the second question needs no KV from the disk, so the first one's excess is its reading."""
-    arguments = [
-        "ask",
-        "--session",
-        "bench",
-        "--sessions",
-        str(root),
-        "--max-new-tokens",
-        "1",
-        "--json",
-        "--",
-        "q",
-        "q",
-    ]
+    """Seconds of the parts of an answer, and their sum.
+
+    Two questions are asked. The second one needs no KV from the disk, so the excess of the first one is its reading.
+    """
+    arguments = ["ask", "--session", _SESSION_NAME, "--sessions", str(root), "--max-new-tokens", "1", "--json"]
+    command = [sys.executable, "-m", "headinfer", *arguments, "--", "q", "q"]
     start = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "headinfer", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stdout is not None
-        process.stderr.readline()  # what is said when all checks have passed
+        process.stderr.readline()  # the command writes it when all checks have passed
         checked_s = time.perf_counter() - start
         done = json.loads(process.stdout.read())
     first, second = (answer["first_token_s"] for answer in done["answers"])
@@ -148,80 +169,93 @@ def _first_token(root: Path) -> dict[str, float]:
     return {**parts, "total_s": sum(parts.values())}
 
 
-@torch.inference_mode()
-def disk_tier(sizes: Sizes, folder: Path) -> list[Measure]:
-    """Decode and prefill with most of the KV on disk: the disk's rate that is attained, and the memory that is held."""
-    model = load_model()
+def disk_tier(job: CpuJob) -> list[Measurement]:
+    """Measure decode and prefill with most of the KV on disk: the share of the disk's rate, and the host memory."""
+    sizes = job.sizes
+    model = load_model(sizes)
     nbytes = kv_bytes(model.config, sizes.long_tokens)
-    budget = nbytes // 4
-    with _work(folder) as work, enable(model):
+    with _work(job.folder) as work, enable(model):
         _write_file(work / "plain", nbytes)
-        process = psutil.Process()
-        gc.collect()
-        before = process.memory_info().rss
-        options: dict[str, Any] = {
-            "host_kv_budget_bytes": budget,
-            "disk_tier": str(work / "tier"),
-            "expected_tokens": sizes.long_tokens + 1,
+        return [*_decode_with_tier(model, sizes, work, nbytes), _chunk_with_tier(model, sizes, work)]
+
+
+def _decode_with_tier(model: Any, sizes: CpuSizes, work: Path, nbytes: int) -> list[Measurement]:
+    """Decode with a host KV budget of a quarter of the KV. The file work/plain has as many bytes as the KV."""
+    budget = nbytes // 4
+    process = psutil.Process()
+    gc.collect()
+    before = process.memory_info().rss
+    options: dict[str, Any] = {
+        "host_kv_budget_bytes": budget,
+        "disk_tier": str(work / "tier"),
+        "expected_tokens": sizes.long_tokens + 1,
+    }
+    with Peak(process) as peak:
+        cache = HeadCache(model.config, **options)
+        fill_head_wise(cache, model.config, sizes.long_tokens)
+        forward_and_crop(model, cache)  # after it, all segments that leave memory are on disk
+        assert cache.engine.disk is not None
+        tier_file = cache.engine.disk.file
+        on_disk = cache.stats().disk_kv_bytes
+        calls = {
+            "in_order": Call(lambda: _read_in_order(tier_file, on_disk)),
+            "cached_file": Call(lambda: _read_cold(work / "plain")),
+            "token": Call(lambda: forward_and_crop(model, cache)),
         }
-        with Peak(process) as peak:
-            cache = HeadCache(model.config, **options)
-            fill_head_wise(cache, model.config, sizes.long_tokens)
-            step(model, cache)  # and what is leaving has left
-            assert cache.engine.disk is not None
-            tier_file = cache.engine.disk.file
-            far = cache.stats().disk_kv_bytes
-            calls: dict[str, Callable[[], None]] = {
-                "in_order": lambda: _read_in_order(tier_file, far),
-                "cached_file": lambda: _read_cold(work / "plain"),
-                "token": lambda: step(model, cache),
-            }
-            seconds = in_turns(calls, sizes.disk_rounds)
-        details = {
-            "token_s": statistics.median(seconds["token"]),
-            "kv_bytes": nbytes,
-            "disk_bytes_of_a_token": far,
-            "plain_read_past_cache_bytes_per_s": far / statistics.median(seconds["in_order"]),
-            "plain_read_bytes_per_s": nbytes / statistics.median(seconds["cached_file"]),
-        }
-        held = cache.stats().host_kv_peak_bytes
-        memory = {"budget_bytes": budget, "held_bytes": held, "resident_growth_bytes": peak.rss_bytes - before}
-        context = f"{sizes.long_tokens:,} tokens, {far / nbytes:.0%} of KV on disk"
-        in_order = 100 * ratio(seconds["in_order"], seconds["token"])
-        cached = 100 * far / nbytes * ratio(seconds["cached_file"], seconds["token"])
-        return [
-            Measure("disk-tier", f"decode at {context}: rate / reading the same file in order", in_order, "%", ">= 80",
-                    details),
-            Measure("disk-tier", "the same / reading another file through the page cache", cached, "%"),
-            Measure("disk-tier", "peak of KV in host memory / --host-kv-budget", held / budget, "x", "<= 1", memory),
-            _chunk_with_tier(model, sizes, work),
-        ]  # fmt: skip
-
-
-def _chunk_with_tier(model: Any, sizes: Sizes, work: Path) -> Measure:
-    """A chunk of prefill at the end of a store of which most is on disk, against one that is in memory."""
-    at = sizes.chunk_offset
-    budget = max(kv_bytes(model.config, at) // 4, 2**23)
-    near = HeadCache(model.config, expected_tokens=at + sizes.chunk_tokens)
-    far = HeadCache(
-        model.config, expected_tokens=at + sizes.chunk_tokens, host_kv_budget_bytes=budget, disk_tier=str(work / "tier")
+        rounds = in_turns(calls, sizes.disk_rounds)
+    held = cache.stats().host_kv_peak_bytes
+    context = context_label(sizes.long_tokens)
+    point = f"decode at {context}, {on_disk / nbytes:.0%} of KV on disk"
+    in_order = 100 * rounds.ratio("in_order", "token")
+    cached = 100 * on_disk / nbytes * rounds.ratio("cached_file", "token")
+    rates = {
+        "token_s": rounds.median_s("token"),
+        "kv_bytes": nbytes,
+        "disk_bytes_of_a_token": on_disk,
+        "plain_read_past_cache_bytes_per_s": on_disk / rounds.median_s("in_order"),
+        "plain_read_bytes_per_s": nbytes / rounds.median_s("cached_file"),
+    }
+    memory = {"budget_bytes": budget, "held_bytes": held, "resident_growth_bytes": peak.rss_bytes - before}
+    by_order = Measurement("disk-tier", point, "rate / reading the same file in order", in_order, "%", details=rates)
+    by_cache = Measurement("disk-tier", point, "rate / reading another file through the page cache", cached, "%")
+    by_budget = Measurement(
+        "disk-tier", point, "peak of KV in host memory / --host-kv-budget", held / budget, "x", details=memory
     )
-    for cache in (near, far):
-        fill_head_wise(cache, model.config, at)
-    seconds = in_turns(
-        {"far": lambda: step(model, far, sizes.chunk_tokens), "near": lambda: step(model, near, sizes.chunk_tokens)},
-        sizes.chunks,
+    return [by_order.with_goal(">= 80 %"), by_cache, by_budget.with_goal("<= 1 x")]
+
+
+def _chunk_with_tier(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
+    """Read a chunk after a past that is mostly on disk, in turns with the same past in memory."""
+    past = sizes.chunk_offset
+    budget = max(kv_bytes(model.config, past) // 4, 2**23)
+    expected = past + sizes.chunk_tokens
+    in_memory = HeadCache(model.config, expected_tokens=expected)
+    on_disk = HeadCache(
+        model.config, expected_tokens=expected, host_kv_budget_bytes=budget, disk_tier=str(work / "tier")
     )
-    what = f"chunk of {sizes.chunk_tokens:,} tokens at offset {at:,}, KV on disk: seconds / KV in memory"
-    details = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
-    return Measure("disk-tier", what, ratio(seconds["far"], seconds["near"]), "x", "", details)
+    for cache in (in_memory, on_disk):
+        fill_head_wise(cache, model.config, past)
+    calls = {
+        "far": Call(lambda: forward_and_crop(model, on_disk, sizes.chunk_tokens)),
+        "near": Call(lambda: forward_and_crop(model, in_memory, sizes.chunk_tokens)),
+    }
+    rounds = in_turns(calls, sizes.chunks)
+    return Measurement(
+        "disk-tier",
+        f"{sizes.chunk_tokens:,} tokens after {context_label(past)}",
+        f"{OURS}'s time with KV on disk / in memory",
+        rounds.ratio("far", "near"),
+        "x",
+        details=rounds.medians(),
+    )
 
 
-def _write_session(model: Any, folder: Path, sizes: Sizes) -> float:
-    """Checkpoints of noise, as `headinfer read` makes them, into a session that `headinfer ask` finds; the seconds."""
+def _write_session(model: Any, folder: Path, sizes: CpuSizes) -> float:
+    """Write checkpoints of noise as `headinfer read` does, to a session that `headinfer ask` finds. Returns seconds."""
     shutil.rmtree(folder, ignore_errors=True)
-    tokens, seconds = sizes.long_tokens, 0.0
-    about = {"model": BENCH_MODEL, "seed": 0, "raw": True, "document_tokens": tokens, "answers": 0}
+    tokens = sizes.long_tokens
+    seconds = 0.0
+    about = {"model": sizes.model, "seed": 0, "raw": True, "document_tokens": tokens, "answers": 0}
     ids = torch.full((1, tokens), 7)
     with SessionWriter(folder, model, {}, about) as writer:
         cache = HeadCache(model.config)
@@ -235,15 +269,15 @@ def _write_session(model: Any, folder: Path, sizes: Sizes) -> float:
 
 
 def _write_file(path: Path, nbytes: int) -> None:
-    block = memoryview(os.urandom(_BLOCK_BYTES))
+    part = memoryview(os.urandom(_PART_BYTES))
     with open(path, "wb", buffering=0) as file:
-        for at in range(0, nbytes, _BLOCK_BYTES):
-            file.write(block[: nbytes - at])
+        for at in range(0, nbytes, _PART_BYTES):
+            file.write(part[: nbytes - at])
         os.fsync(file.fileno())
 
 
 def _read_files(paths: list[Path]) -> None:
-    buffer = mmap.mmap(-1, _BLOCK_BYTES)
+    buffer = mmap.mmap(-1, _PART_BYTES)
     for path in paths:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
@@ -251,19 +285,18 @@ def _read_files(paths: list[Path]) -> None:
 
 
 def _read_cold(path: Path) -> None:
-    _forget([path])
+    _drop_from_page_cache([path])
     _read_files([path])
 
 
 def _read_in_order(file: DiskFile, nbytes: int) -> None:
-    """All bytes of a disk tier, one system call after the other, past the page cache where the file system can."""
-    buffer = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
-    for at in range(0, nbytes, _BLOCK_BYTES):
+    """Read all bytes of a disk tier in order, past the page cache if the file system can."""
+    buffer = memoryview(mmap.mmap(-1, _PART_BYTES))
+    for at in range(0, nbytes, _PART_BYTES):
         file.read([Read(at, buffer[: nbytes - at], is_aligned=True)])
 
 
-def _forget(paths: list[Path]) -> None:
-    """Let the system forget what it holds of files."""
+def _drop_from_page_cache(paths: list[Path]) -> None:
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -274,6 +307,3 @@ def _forget(paths: list[Path]) -> None:
 def _work(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix="headinfer-bench-") as work:
         yield Path(work)
-
-
-DISK_SUITES: dict[str, Callable[[Sizes, Path], list[Measure]]] = {"session": session, "disk-tier": disk_tier}

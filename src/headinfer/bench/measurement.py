@@ -1,113 +1,83 @@
-"""What a benchmark gives, how large it runs, and its clocks and gauges."""
+"""The result of every benchmark: a list of measurements."""
 
 from __future__ import annotations
 
-import statistics
-import threading
-import time
-from collections.abc import Callable, Mapping
+import dataclasses
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
+from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
-from headinfer.utils.files import read_json_object
-from headinfer.utils.units import format_bytes
+__all__ = ["OURS", "Measurement", "context_label", "goal_reached", "shown"]
 
-__all__ = ["Measure", "Peak", "Sizes", "in_turns", "is_result_json", "ratio", "step", "timed"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large the suites run; the defaults are those of the README's table."""
-
-    short_tokens: int = 1024
-    long_tokens: int = 131_072
-    chunk_tokens: int = 2048
-    chunk_offset: int = 30_720
-    staged_tokens: tuple[int, int] = (8192, 262_144)
-    long_steps: int = 7
-    short_steps: int = 200
-    chunks: int = 3
-    checkpoint_tokens: int = 16_384
-    disk_rounds: int = 5
+OURS = "headinfer"
+_COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One line of the result: what was measured, its value, and the figure that it is meant to reach."""
+class Measurement:
+    """One line of a result: one figure, at one point of a suite, for one way of doing the work.
+
+    Attributes:
+        suite: the name of the suite.
+        point: what the work is, such as a context length.
+        who: the way: headinfer, a baseline, or a comparison of two ways.
+        value: the figure. None: it was not measured, and the note says why.
+        unit: the unit of the figure, such as "s/token", "GB/s", "bytes", "%" or "x".
+        ratio: the median over rounds in turns of this way's time over headinfer's time; 1 for headinfer itself.
+        device_kv_bytes: the peak of KV on the device, in bytes.
+        goal: the figure to reach, such as ">= 92 %"; empty if there is none.
+        reached: whether the goal is reached; None if there is no goal or no figure.
+        note: what a reader must know to understand the figure.
+        details: further figures and facts, for JSON.
+    """
 
     suite: str
-    what: str
-    value: float
-    unit: str
+    point: str
+    who: str
+    value: float | None = None
+    unit: str = ""
+    ratio: float | None = None
+    device_kv_bytes: int | None = None
     goal: str = ""
-    details: Mapping[str, float] = field(default_factory=dict)
+    reached: bool | None = None
+    note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def shown(self) -> str:
-        """The value with its unit, for people."""
-        if self.unit == "bytes":
-            return format_bytes(self.value)
-        return f"{self.value:.3g}{'' if self.unit == 'x' else ' '}{self.unit}"
+    def with_goal(self, goal: str, value: float | None = None, *, text: str = "") -> Measurement:
+        """Return a copy that has a goal.
 
-
-def is_result_json(path: Path) -> bool:
-    """Whether a file is the JSON of an earlier `headinfer bench`: an object with its command and its figures."""
-    found = read_json_object(path)
-    return str(found.get("command", "")).startswith("headinfer") and ("measures" in found or "lines" in found)
-
-
-def step(model: Any, cache: Any, tokens: int = 1, mask: torch.Tensor | None = None) -> None:
-    """One forward pass of `tokens` tokens at the end of a cache, then the cache as it was."""
-    ids = torch.full((1, tokens), 7)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, attention_mask=mask)
-    cache.crop(-tokens)
+        Args:
+            goal: a comparison, a bound and optionally a unit, such as ">= 92 %". Empty: the copy has no goal.
+            value: the figure that is compared; None: the measurement's value.
+            text: what people read in place of the goal.
+        """
+        compared = self.value if value is None else value
+        reached = None if compared is None else goal_reached(goal, compared)
+        return dataclasses.replace(self, goal=text or goal, reached=reached)
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Wall seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def goal_reached(goal: str, value: float) -> bool | None:
+    """Whether a value reaches a goal such as ">= 92 %" or "<= 1.03 x"; None if the goal is empty."""
+    if not goal:
+        return None
+    comparison, bound = goal.split()[:2]
+    return bool(_COMPARE[comparison](value, float(bound)))
 
 
-def in_turns(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other, `rounds` times after one round of warm-up."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(timed(call))
-    return seconds
+def shown(value: float | None, unit: str) -> str:
+    """A figure for people: 12 ms/token, 25.3 GB/s, 256 MiB, 1.03 x; a dash if there is none."""
+    if value is None:
+        return "-"
+    if unit == "bytes":
+        return format_bytes(value)
+    if unit.partition("/")[0] == "s":
+        return format_seconds(value) + unit[1:]
+    return f"{value:,.4g} {unit}"
 
 
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """The median over the rounds of slow / fast."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-class Peak:
-    """Samples the resident memory of a process every few milliseconds."""
-
-    def __init__(self, process: psutil.Process) -> None:
-        self._process, self._stop = process, threading.Event()
-        self.rss_bytes = process.memory_info().rss
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.is_set():
-            self.rss_bytes = max(self.rss_bytes, self._process.memory_info().rss)
-            time.sleep(0.002)
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.rss_bytes = max(self.rss_bytes, self._process.memory_info().rss)
+def context_label(tokens: int) -> str:
+    """The point of a context length, such as "64K tokens"."""
+    return f"{format_tokens(tokens)} tokens"

@@ -1,8 +1,8 @@
 """KV of long contexts without their prefill: seeded noise in host memory, and caches that read it.
 
-One `Past` is filled for a point of a benchmark. Every cache that is compared there reads the same host memory, with
-options of its own: so all of them fit beside each other. Where host memory is short, one layer is filled and all
-layers read it. The bytes that move are the same; that is a simulation, and is called so.
+A `Past` is filled once for each point of a benchmark. All caches that are compared there read the same host memory,
+each with its own options, so that all of them fit. If host memory is too small, one layer is filled and all layers
+read it. The same bytes move then, and results call this a simulation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from headinfer.bench.job import Job
+from headinfer.bench.job import GpuJob
 from headinfer.hf.cache import HeadCache
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
 from headinfer.kv.segments import Segment, SegmentSlice
@@ -22,7 +22,7 @@ __all__ = ["Past", "noise"]
 _NOISE_TOKENS = 16_384
 
 
-def noise(job: Job, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def noise(job: GpuJob, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Seeded K and V [1, Hkv, tokens, D] of one layer on the job's device, in its dtype."""
     config = job.model.config
     shape = (1, config.num_key_value_heads, tokens, config.head_dim)
@@ -32,15 +32,25 @@ def noise(job: Job, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Past:
-    """The KV of `tokens` tokens of all layers in host memory.
+    """The KV of a context in host memory.
 
-    tokens: a multiple of 128, more than 256. is_simulation: all layers read one layer's.
+    Args:
+        job: the run.
+        tokens: tokens of the context: a multiple of 128, more than 256.
+
+    Raises:
+        CapacityError: host memory is too small even for one layer.
+
+    Attributes:
+        is_simulation: whether all layers read the KV of one layer.
+        host_bytes: bytes of KV in host memory.
     """
 
-    def __init__(self, job: Job, tokens: int) -> None:
-        """Raises CapacityError where host memory is short even of one layer's."""
-        self.job, self.tokens, self.is_simulation = job, tokens, job.is_simulated(tokens)
-        on_host = tokens - TAIL_UNIT_TOKENS  # so that segments end where the tail begins
+    def __init__(self, job: GpuJob, tokens: int) -> None:
+        self.job = job
+        self.tokens = tokens
+        self.is_simulation = job.is_simulated(tokens)
+        on_host = tokens - TAIL_UNIT_TOKENS  # so that segments end at the beginning of the tail
         options = job.options(device_kv_budget_bytes=job.sizes.floor_bytes, expected_tokens=on_host)
         source = HeadCache(job.model.config, **options)
         layers = source.head_layers[:1] if self.is_simulation else source.head_layers
@@ -60,34 +70,32 @@ class Past:
         self._tails = [tuple(tail.clone() for tail in layer_kv.tails()) for layer_kv in layer_kvs]
 
     def cache(self, *, room_tokens: int = 0, **options: Any) -> HeadCache:
-        """A cache of these tokens with its own options, tails, ring and resident KV.
+        """Return a cache of this context that has its own options, tails, ring and resident KV.
 
-        room_tokens: that can be added and cropped again without new host memory, which would take time to pin.
+        Args:
+            room_tokens: tokens that can be appended and cropped without new host memory, which takes time to pin.
+            **options: options of the HeadCache.
         """
         job = self.job
         cache = HeadCache(job.model.config, expected_tokens=self.tokens, **job.options(**options))
         k, v = noise(job, room_tokens + 2 * TAIL_UNIT_TOKENS)
-        own: dict[int, Segment] = {}  # by what they are copies of: the bytes are shared, what is resident is not
+        copies: dict[int, Segment] = {}  # by the segment they copy; they share its bytes, but not what is resident
         for index, layer in enumerate(cache.head_layers):
             at = 0 if self.is_simulation else index
             layer.lazy_initialization(k, v)
             assert layer.layer_kv is not None
-            tables = [
-                [
-                    SegmentSlice(
-                        own.setdefault(id(part.segment), copy.copy(part.segment)),
-                        part.start,
-                        part.stop,
-                    )
-                    for part in row
-                ]
-                for row in self._tables[at]
-            ]
+            tables = [[_copied(part, copies) for part in row] for row in self._tables[at]]
             layer.layer_kv.restore(tables, *self._tails[at])
-            layer.layer_kv.expected_tokens = 0  # they are here: memory for them is not to be reserved again
+            layer.layer_kv.expected_tokens = 0  # the tokens exist, so no memory is reserved for them again
             if room_tokens:
                 layer.layer_kv.append(k, v)
                 layer.layer_kv.crop(self.tokens)
         for kv in cache.engine.devices.values():
-            kv.tier.pin_refusal = self._pin_refusal  # what the shared memory is, it is for this cache too
+            kv.tier.pin_refusal = self._pin_refusal  # the memory is the same, so it is pinned or not for this cache too
         return cache
+
+
+def _copied(part: SegmentSlice, copies: dict[int, Segment]) -> SegmentSlice:
+    """The same slice of a shallow copy of its segment. `copies` holds the copies that were made."""
+    segment = copies.setdefault(id(part.segment), copy.copy(part.segment))
+    return SegmentSlice(segment, part.start, part.stop)

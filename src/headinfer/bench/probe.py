@@ -1,12 +1,12 @@
-"""Measures what this machine attains: the rates of plan/hardware.py, with torch and with headinfer's own kernels.
+"""Measures the rates of this machine for the planner, with torch and with headinfer's own kernels.
 
-Every rate is the median of a few calls of the size that inference makes. Shares become 1: nothing is a peak any more.
+Each rate is the median of a few calls of a size that inference uses. A data sheet gives peaks, of which a run reaches a
+share. A probe measures rates that were reached, so its shares are 1.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from headinfer.attention.backends import Problem, capability_of, choose
+from headinfer.bench.timing import device_timer, median_s, timed
 from headinfer.engine.machine import device_name, this_machine
 from headinfer.plan.hardware import Hardware
 
@@ -24,16 +25,25 @@ __all__ = ["probe"]
 _ROUNDS = 5
 _BUFFER_BYTES = 1 << 30
 _DISK_BYTES = 1 << 28
-_CHUNK_TOKENS, _PAST_TOKENS = 1024, 8192
-_HIDDEN, _WIDTH, _HEADS, _GROUP, _DIM = 4096, 14_336, 8, 4, 128  # a layer of Llama-3-8B
+_CHUNK_TOKENS = 1024
+_PAST_TOKENS = 8192
+# A layer of Llama-3-8B: widths of the layer and of its MLP, KV heads, query heads per KV head, and the width of a head.
+_HIDDEN = 4096
+_WIDTH = 14_336
+_HEADS = 8
+_GROUP = 4
+_DIM = 128
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | None = None) -> Hardware:
-    """Measure a device of this machine and the host around it; half a minute on an idle machine.
+    """Measure a device of this machine and the host around it. It takes half a minute on an idle machine.
 
-    on_stage is called with a line before each stage. folder: where the disk is measured, by a temporary file of
-    256 MiB; the system's temporary folder where it is None.
+    Args:
+        device: the device to measure.
+        on_stage: called with a line of progress before each stage.
+        folder: the disk of this folder is measured, by a temporary file of 256 MiB; None: the system's folder for
+            temporary files.
     """
     base = this_machine(device)
     on_stage("host memory ...")
@@ -43,10 +53,13 @@ def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | 
     on_stage("copies ...")
     if device.type == "cuda":
         device_bytes_per_s = _copy_bytes_per_s(device, device, 2)
-        link_bytes_per_s, back_bytes_per_s = (_copy_bytes_per_s(*way) for way in ((None, device), (device, None)))
+        link_bytes_per_s = _copy_bytes_per_s(None, device)
+        back_bytes_per_s = _copy_bytes_per_s(device, None)
     else:
         device_bytes_per_s = link_bytes_per_s = back_bytes_per_s = dram_bytes_per_s
-    flops, attention, weights = {}, {}, {}
+    flops: dict[str, float] = {}
+    attention: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for dtype in _DTYPES:
         name = str(dtype).removeprefix("torch.")
         if device.type == "cuda" and name not in base.flops_per_s:
@@ -80,55 +93,58 @@ def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | 
     )
 
 
-def _seconds(call: Callable[[], object], device: torch.device | None = None) -> float:
-    """The median of a few calls after one that warms up."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    timed()
-    return statistics.median(timed() for _ in range(_ROUNDS))
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median of the seconds of a few calls, with the work that they queue on the device."""
+    return median_s(call, device_timer(device), rounds=_ROUNDS)
 
 
 def _dram_bytes_per_s() -> float:
     buffer = torch.ones(_BUFFER_BYTES // 8, dtype=torch.int64)
-    return _BUFFER_BYTES / _seconds(buffer.sum)
+    return _BUFFER_BYTES / median_s(buffer.sum, rounds=_ROUNDS)
 
 
 def _copy_bytes_per_s(source: torch.device | None, target: torch.device | None, touched: int = 1) -> float:
-    """Of one large copy; None is pinned host memory. touched: how often each byte crosses what is measured."""
+    """Bytes per second of one large copy.
 
-    def buffer(where: torch.device | None) -> torch.Tensor:
-        if where is not None:
-            return torch.ones(_BUFFER_BYTES // 4, dtype=torch.uint8, device=where)
+    Args:
+        source: the device that is read; None: pinned host memory.
+        target: the device that is written; None: pinned host memory.
+        touched: how often each byte crosses the memory or link that is measured.
+    """
+
+    def buffer(device: torch.device | None) -> torch.Tensor:
+        if device is not None:
+            return torch.ones(_BUFFER_BYTES // 4, dtype=torch.uint8, device=device)
         return torch.ones(_BUFFER_BYTES // 4, dtype=torch.uint8).pin_memory()
 
-    there, here = buffer(target), buffer(source)
+    target_buffer = buffer(target)
+    source_buffer = buffer(source)
     device = target if target is not None else source
-    return touched * here.numel() / _seconds(lambda: there.copy_(here, non_blocking=True), device)
+    assert device is not None
+    seconds = _seconds(lambda: target_buffer.copy_(source_buffer, non_blocking=True), device)
+    return touched * source_buffer.numel() / seconds
 
 
 def _disk_bytes_per_s(folder: Path | None) -> tuple[float, float]:
-    """Reading and writing one file in order, past the system's page cache where it can be left out."""
-    block = os.urandom(1 << 22)
+    """Bytes per second that are read from and written to one file in order, past the page cache if the system can."""
+    part = os.urandom(1 << 22)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        start = time.perf_counter()
-        for _ in range(_DISK_BYTES // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        written_s = time.perf_counter() - start
+
+        def write() -> None:
+            for _ in range(_DISK_BYTES // len(part)):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+
+        def read() -> None:
+            while file.read(len(part)):
+                pass
+
+        written_s = timed(write)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
-        start = time.perf_counter()
-        while file.read(len(block)):
-            pass
-        return _DISK_BYTES / (time.perf_counter() - start), _DISK_BYTES / written_s
+        return _DISK_BYTES / timed(read), _DISK_BYTES / written_s
 
 
 def _noise(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -136,14 +152,14 @@ def _noise(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 
 def _matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """A chunk times a weight matrix."""
+    """FLOP/s of the product of a chunk and a weight matrix."""
     x = _noise(_CHUNK_TOKENS, _HIDDEN, dtype=dtype, device=device)
     w = _noise(_HIDDEN, _HIDDEN, dtype=dtype, device=device)
     return 2 * _CHUNK_TOKENS * _HIDDEN**2 / _seconds(lambda: torch.nn.functional.linear(x, w), device)
 
 
 def _weight_bytes_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """One token times the matrices of a layer's MLP, which no cache holds."""
+    """Bytes per second of the MLP's matrices, which exceed any cache, in their product with one token."""
     up, down = (torch.ones(2, *shape, dtype=dtype, device=device) for shape in ((_WIDTH, _HIDDEN), (_HIDDEN, _WIDTH)))
     x, wide = (_noise(1, width, dtype=dtype, device=device) for width in (_HIDDEN, _WIDTH))
 
@@ -157,7 +173,7 @@ def _weight_bytes_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _attention_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """A chunk's queries on past keys, by the kernel that the engine would take."""
+    """FLOP/s of a chunk's queries on past keys, by the kernel that the engine chooses."""
     rows = _GROUP * _CHUNK_TOKENS
     q = _noise(_HEADS, rows, _DIM, dtype=dtype, device=device)
     k, v = (_noise(_HEADS, _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
@@ -166,9 +182,9 @@ def _attention_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _kv_bytes_per_s(device: torch.device) -> float:
-    """One token's queries on a long past, in bfloat16 (on a T4, which has none, in float16)."""
-    has_none = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.float16 if has_none else torch.bfloat16
+    """Bytes of KV per second that one token's queries read, in bfloat16, or in float16 on a GPU without bfloat16."""
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if has_bfloat16 else torch.float16
     q = _noise(_HEADS, _GROUP, _DIM, dtype=dtype, device=device)
     k, v = (torch.ones(_HEADS, 16 * _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
     attend = choose(Problem(device.type, dtype, _GROUP, _DIM, _DIM, capability=capability_of(device))).attend_full
@@ -176,7 +192,7 @@ def _kv_bytes_per_s(device: torch.device) -> float:
 
 
 def _launch_s(device: torch.device) -> float:
-    """Host seconds to queue one small kernel, within modules as a model has them."""
+    """Host seconds to queue one small kernel, called through modules as in a model."""
     x = torch.ones(1, 64, device=device)
     block = torch.nn.Sequential(*(torch.nn.Linear(64, 64), torch.nn.SiLU()) * 50).to(device)
     with torch.inference_mode():

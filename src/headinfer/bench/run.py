@@ -1,94 +1,141 @@
-"""Runs suites and writes their results."""
+"""The list of all suites, and the loop that runs them."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shlex
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from headinfer.bench.cpu_model import BENCH_MODEL
-from headinfer.bench.cpu_suites import SUITES
-from headinfer.bench.disk_suites import DISK_SUITES
-from headinfer.bench.measurement import Measure, Sizes
-from headinfer.bench.plan_check import Comparison, check_plan, rows_of
+from headinfer.bench import cpu_suites, disk_suites
+from headinfer.bench.gpu_attention import attention
+from headinfer.bench.gpu_decode import decode
+from headinfer.bench.gpu_link import link, measure_rates, rate_measurements
+from headinfer.bench.gpu_prefill import prefill
+from headinfer.bench.job import CpuJob, GpuJob
+from headinfer.bench.measurement import Measurement
+from headinfer.bench.plan_check import check_plan
 from headinfer.bench.probe import probe
 from headinfer.errors import UsageError
-from headinfer.info import machine
 
-__all__ = ["check_suites", "check_table", "markdown_table", "result_json", "run_check", "run_suites"]
+__all__ = ["CPU_SUITES", "GPU_SUITES", "Suite", "check_device", "check_suites", "run_check", "run_suites"]
 
-_QUICK = Sizes(
-    short_tokens=256,
-    long_tokens=4096,
-    chunk_tokens=64,
-    chunk_offset=1024,
-    staged_tokens=(1024, 4096),
-    long_steps=2,
-    short_steps=2,
-    chunks=1,
-    checkpoint_tokens=1024,
-    disk_rounds=1,
-)
+J = TypeVar("J")
 
 
-def check_suites(names: Sequence[str]) -> None:
-    """Raise UsageError for a name that is no suite's."""
-    if unknown := [name for name in names if name not in (*SUITES, *DISK_SUITES)]:
-        raise UsageError(f"there is no suite {unknown[0]!r}: choose among {', '.join((*SUITES, *DISK_SUITES))}")
+@dataclass(frozen=True)
+class Suite(Generic[J]):
+    """A suite that can be named on the command line.
 
-
-def run_suites(
-    names: Sequence[str], *, quick: bool, on_stage: Callable[[str], None], folder: Path | None = None
-) -> list[Measure]:
-    """The measures of the named suites; where none is named, of all that write nothing to a disk.
-
-    folder: of the disk to measure, else the system's for temporary files. Raises UsageError for an unknown name.
+    Attributes:
+        run: measures; it gets the job.
+        share: its share of the time if the job has a limit. A later suite also gets what an earlier one leaves.
+        by_default: whether it runs if no suite is named.
     """
-    check_suites(names)
-    disk_folder = folder or Path(tempfile.gettempdir())
-    if not disk_folder.is_dir():
-        raise UsageError(f"there is no folder {disk_folder}: name one on the disk that is to be measured")
-    sizes = _QUICK if quick else Sizes()
-    measures: list[Measure] = []
-    for name in names or SUITES:
-        on_stage(f"measuring {name} ...")
-        measures += SUITES[name](sizes) if name in SUITES else DISK_SUITES[name](sizes, disk_folder)
-    return measures
+
+    run: Callable[[J], list[Measurement]]
+    share: float = 1.0
+    by_default: bool = True
 
 
-def run_check(*, quick: bool, on_stage: Callable[[str], None]) -> list[Comparison]:
-    """The planner's predictions against measurements, on the CPU.
+# Suites run in this order. Those that write gigabytes to a disk run only if they are named.
+CPU_SUITES: Mapping[str, Suite[CpuJob]] = {
+    "decode": Suite(cpu_suites.decode),
+    "prefill": Suite(cpu_suites.prefill),
+    "memory": Suite(cpu_suites.memory),
+    "device-kv": Suite(cpu_suites.device_kv),
+    "session": Suite(disk_suites.session, by_default=False),
+    "disk-tier": Suite(disk_suites.disk_tier, by_default=False),
+}
+GPU_SUITES: Mapping[str, Suite[GpuJob]] = {
+    "link": Suite(link, share=0.06),
+    "decode": Suite(decode, share=0.52),
+    "prefill": Suite(prefill, share=0.36),
+    "attention": Suite(attention, share=0.06),
+}
 
-    They are made from a probe in the same run: on a shared machine a stored one would tell of its load at that time.
+
+def check_device(name: str) -> torch.device:
+    """Return the CUDA device of a --device option.
+
+    Raises:
+        UsageError: there is no such device.
     """
-    return check_plan(probe(torch.device("cpu"), on_stage), quick=quick, on_stage=on_stage)
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {name}: this torch ({torch.__version__}) sees no CUDA device, and the GPU suites measure one: "
+            "run them on a machine with an NVIDIA GPU, its driver and a CUDA build of torch, or leave --device out"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: choose cpu, cuda or cuda:N") from None
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if device.type != "cuda" or index >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: choose cpu, or cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return torch.device("cuda", index)
 
 
-def result_json(found: Sequence[Measure] | Sequence[Comparison], arguments: Sequence[str]) -> str:
-    """What was measured, with the command, the machine and the model of the suites."""
-    result = {
-        "command": shlex.join(["headinfer", *arguments]),
-        "machine": machine(),
-        "model": BENCH_MODEL,
-        "measures": [dataclasses.asdict(one) for one in found],
-    }
-    return json.dumps(result, indent=2) + "\n"
+def check_suites(names: Sequence[str], *, is_gpu: bool) -> None:
+    """Check the names of CPU or GPU suites.
+
+    Raises:
+        UsageError: there is no suite of that name.
+    """
+    suites: Mapping[str, object] = GPU_SUITES if is_gpu else CPU_SUITES
+    unknown = [name for name in names if name not in suites]
+    if unknown:
+        kind = "GPU suite" if is_gpu else "suite"
+        raise UsageError(f"there is no {kind} {unknown[0]!r}: choose among {', '.join(suites)}")
 
 
-def markdown_table(measures: Sequence[Measure]) -> str:
-    """The same as a Markdown table, with the machine below it."""
-    lines = ["| | measured | to reach |", "|---|---|---|"]
-    lines += [f"| {measure.what} | {measure.shown} | {measure.goal} |" for measure in measures]
-    return "\n".join([*lines, "", f"Machine: {machine()}."])
+def run_suites(names: Sequence[str], job: CpuJob | GpuJob) -> Iterator[list[Measurement]]:
+    """Run suites, and yield the measurements of each when it has ended.
+
+    So a caller can write results after each suite, and an error in a later suite does not lose them. On a GPU, the
+    machine's rates come with the first suite. If there is no time for a measurement within the job's limit, its note
+    says so.
+
+    Args:
+        names: the suites to run; if it is empty, all that do not write to a disk.
+        job: the run.
+
+    Raises:
+        UsageError: there is no suite of that name. It is raised before anything is measured.
+    """
+    is_gpu = isinstance(job, GpuJob)
+    check_suites(names, is_gpu=is_gpu)
+    suites: Mapping[str, Suite[Any]] = GPU_SUITES if is_gpu else CPU_SUITES
+    chosen = {name: suite for name, suite in suites.items() if (name in names if names else suite.by_default)}
+    return _run(chosen, job)
 
 
-def check_table(found: Sequence[Comparison]) -> str:
-    """Predictions and measurements as a Markdown table, with the machine below it."""
-    lines = ["| | predicted | measured | |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row if row[1] else (f'**{row[0]}**', '', '', ''))} |" for row in rows_of(found)]
-    return "\n".join([*lines, "", f"Machine: {machine()}."])
+def _run(chosen: Mapping[str, Suite[Any]], job: CpuJob | GpuJob) -> Iterator[list[Measurement]]:
+    start = time.monotonic()
+    found: list[Measurement] = []
+    if isinstance(job, GpuJob):
+        job.rates = measure_rates(job)
+        found = rate_measurements(job.rates)
+    total = sum(suite.share for suite in chosen.values())
+    passed = 0.0
+    for name, suite in chosen.items():
+        passed += suite.share
+        job.until = start + job.limit_s * passed / total
+        limit = "" if math.isinf(job.limit_s) else f", up to {max(job.left_s, 0):.0f} s"
+        job.say(f"measuring {name}{limit} ...")
+        with torch.inference_mode():
+            found += suite.run(job)
+        job.clean()
+        yield found
+        found = []
+
+
+def run_check(job: CpuJob) -> list[Measurement]:
+    """Compare the planner's predictions with measurements, on the CPU.
+
+    The predictions use a probe of the same run: on a shared machine the load has changed since an earlier one.
+    """
+    return check_plan(job, probe(torch.device("cpu"), job.say))

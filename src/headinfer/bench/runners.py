@@ -1,4 +1,4 @@
-"""What runs a forward pass after a long past: headinfer with some options, or transformers with its own cache."""
+"""Runners of forward passes after a long past: headinfer with some options, or transformers with its own cache."""
 
 from __future__ import annotations
 
@@ -8,48 +8,54 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from headinfer.bench.job import Job
+from headinfer.bench.job import GpuJob
 from headinfer.bench.past import noise
+from headinfer.bench.timing import Turn
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 
 __all__ = ["HeadRunner", "Runner", "TransformersRunner"]
 
 
-class Runner(Protocol):
-    """One way, ready to run: forward passes of the same tokens at the end of the same past."""
-
-    def active(self) -> AbstractContextManager[Any]:
-        """Around run(): the model as this way needs it."""
-
-    def run(self) -> None: ...
-
-    def after(self) -> None:
-        """Make it as it was before run(); not timed."""
+class Runner(Turn, Protocol):
+    """One way of holding the past; each turn is a forward pass of the same tokens at its end."""
 
     def kv_bytes(self) -> int:
-        """KV on the device, at its peak."""
+        """Peak bytes of KV on the device."""
 
-    def facts(self) -> dict[str, Any]: ...
+    def facts(self) -> dict[str, Any]:
+        """Details of the last pass, for JSON."""
 
 
 class HeadRunner:
-    """headinfer with some options."""
+    """headinfer.
 
-    def __init__(self, job: Job, cache: HeadCache, tokens: int) -> None:
-        self.job, self.cache, self.tokens = job, cache, tokens
+    Args:
+        job: the run.
+        cache: the past, with the options that are measured.
+        tokens: tokens of a pass.
+    """
+
+    def __init__(self, job: GpuJob, cache: HeadCache, tokens: int) -> None:
+        self.job = job
+        self.cache = cache
+        self.tokens = tokens
         self._ids = torch.full((1, tokens), 7, device=job.device)
 
     def active(self) -> AbstractContextManager[Any]:
+        """Enable the model, with a whole pass as its chunk."""
         return enable(self.job.model, chunk_tokens=max(self.tokens, 1))
 
     def run(self) -> None:
+        """Run one forward pass."""
         self.job.model(self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def after(self) -> None:
+        """Remove the tokens of the pass from the cache."""
         self.cache.crop(-self.tokens)
 
     def kv_bytes(self) -> int:
+        """Peak bytes of KV on the device."""
         return self.cache.stats().device_kv_peak_bytes
 
     def facts(self) -> dict[str, Any]:
@@ -64,10 +70,19 @@ class HeadRunner:
 
 
 class TransformersRunner:
-    """transformers' own cache; offloaded: every layer goes to the host and comes back in each pass."""
+    """transformers with its own cache, which is filled with noise.
 
-    def __init__(self, job: Job, past_tokens: int, tokens: int, *, offloaded: bool) -> None:
-        self.job, self.tokens, self.offloaded = job, tokens, offloaded
+    Args:
+        job: the run.
+        past_tokens: tokens of the past.
+        tokens: tokens of a pass.
+        offloaded: each layer's KV goes to the host and comes back in each pass.
+    """
+
+    def __init__(self, job: GpuJob, past_tokens: int, tokens: int, *, offloaded: bool) -> None:
+        self.job = job
+        self.tokens = tokens
+        self.offloaded = offloaded
         self.cache: Any = DynamicCache(config=job.model.config, offloading=offloaded)
         self._ids = torch.full((1, tokens), 7, device=job.device)
         for layer in self.cache.layers:
@@ -76,34 +91,39 @@ class TransformersRunner:
                 layer.offload()
         job.synchronize()
         self._before = [(layer.keys, layer.values) for layer in self.cache.layers] if offloaded else []
-        self._first_comes_ahead()
+        self._prefetch_first_layer()
 
-    def _first_comes_ahead(self) -> None:
-        """As after any pass: the first layer's KV is on its way for the next one."""
+    def _prefetch_first_layer(self) -> None:
+        """Fetch the first layer's KV, as transformers does at the end of any pass."""
         if self.offloaded:
             self.cache.prefetch(0)
             self.job.synchronize()
 
     def active(self) -> AbstractContextManager[Any]:
+        """Leave the model as it is."""
         return nullcontext()
 
     def run(self) -> None:
+        """Run one forward pass."""
         self.job.model(self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def after(self) -> None:
+        """Restore the past."""
         if not self.offloaded:
             self.cache.crop(-self.tokens)
             return
-        # A cropped view of pinned memory is not contiguous, and copies of it would wait: give back what was there.
+        # A cropped view of pinned memory is not contiguous, and its copies would block: put the old tensors back.
         for layer, (keys, values) in zip(self.cache.layers, self._before, strict=True):
-            layer.keys, layer.values = keys, values
-        self._first_comes_ahead()
+            layer.keys = keys
+            layer.values = values
+        self._prefetch_first_layer()
 
     def kv_bytes(self) -> int:
+        """Bytes of KV on the device; of an offloaded cache two layers, since one is read while the next one comes."""
         layers = self.cache.layers
         sizes = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
-        return 2 * max(sizes) if self.offloaded else sum(sizes)  # offloaded: one is read while the next one comes
+        return 2 * max(sizes) if self.offloaded else sum(sizes)
 
     def facts(self) -> dict[str, Any]:
-        """Its KV is its own, whatever headinfer reads."""
+        """All layers have KV of their own, whatever headinfer's read."""
         return {"simulation": False}

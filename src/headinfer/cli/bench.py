@@ -1,22 +1,29 @@
-"""`headinfer bench`: this machine's CPU, or with --device cuda its GPU, against other ways of holding a context."""
+"""`headinfer bench`: measures this machine's CPU or GPU, and prints and writes the results."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from headinfer.errors import HeadinferError, UsageError
-from headinfer.utils.units import parse_bytes
+from headinfer.utils.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from headinfer.bench.job import Job, Line
+    from headinfer.bench.job import CpuJob, GpuJob
+    from headinfer.bench.measurement import Measurement
 
 __all__ = ["bench"]
+
+_DEFAULT_LIMIT_S = 480.0
+_LONGEST_CELL = 40  # characters of a note in a table; if a suite has longer notes, they are printed below its table
 
 _stderr = Console(stderr=True)
 
@@ -25,132 +32,175 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="decode, prefill, memory, device-kv (where none is named); session, disk-tier. "
-            "With --device cuda: link, decode, prefill, attention (all, where none is named)."
+            help="decode, prefill, memory, device-kv (all of these if you name none); session, disk-tier. "
+            "With --device cuda: link, decode, prefill, attention (all if you name none)."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Hold the process to so much GPU memory, e.g. 24GB, for a smaller card.")
+        str | None,
+        typer.Option(help="GPU suites: limit the process to this much GPU memory, e.g. 24GB, like a smaller card."),
     ] = None,
     limit_s: Annotated[
-        float | None, typer.Option(help="GPU suites: begin nothing that would end after this; 480 if not given.")
+        float | None,
+        typer.Option(help="GPU suites: start nothing that would end after this many seconds (default: 480)."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Write the measures to this file, as JSON; GPU suites: FILE.json or a folder, Markdown too."),
+        typer.Option(
+            help="Write the results as JSON to this file. GPU suites: FILE.json or a folder; writes Markdown too."
+        ),
     ] = None,
-    folder: Annotated[Path | None, typer.Option(help="On the disk for session and disk-tier.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="session and disk-tier: a folder on the disk to be measured.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the results as Markdown.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use small sizes, to see that the suites run. The figures mean nothing.")
+    ] = False,
     check_plan: Annotated[
-        bool, typer.Option("--check-plan", help="The planner's bytes and seconds against measured ones, on the CPU.")
+        bool,
+        typer.Option("--check-plan", help="Compare the planner's bytes and seconds with measured ones, on the CPU."),
     ] = False,
 ) -> None:
-    """Measure speed and memory of this machine's CPU or GPU against transformers' caches and other ways."""
+    """Measure speed and memory on this machine's CPU or GPU, in turns with transformers' caches and other baselines."""
+    names = suites or []
     if device == "cpu":
         if gpu_memory is not None or limit_s is not None:
             raise UsageError("--gpu-memory and --limit-s are for the GPU suites: give --device cuda as well")
-        _cpu(suites or [], output, folder, markdown=markdown, quick=quick, check_plan=check_plan)
+        _run(_cpu_job(names, folder, quick=quick), names, output, markdown=markdown, check_plan=check_plan)
         return
     if folder is not None or check_plan:
         raise UsageError("--folder and --check-plan are for the CPU: leave --device out")
-    _gpu(suites or [], device, gpu_memory, 480.0 if limit_s is None else limit_s, output, markdown, quick)
+    limit = _DEFAULT_LIMIT_S if limit_s is None else limit_s
+    _run(_gpu_job(names, device, gpu_memory, limit, output, quick=quick), names, output, markdown=markdown)
 
 
-def _cpu(
-    suites: list[str], output: Path | None, folder: Path | None, *, markdown: bool, quick: bool, check_plan: bool
-) -> None:
-    from headinfer.bench.measurement import is_result_json
-    from headinfer.bench.plan_check import rows_of
-    from headinfer.bench.run import check_suites, check_table, markdown_table, result_json, run_check, run_suites
-    from headinfer.cli.report import columns_table
-    from headinfer.utils.files import Output
+def _cpu_job(names: Sequence[str], folder: Path | None, *, quick: bool) -> CpuJob:
+    """Check the options of the CPU suites, and return their job."""
+    from headinfer.bench.job import CpuJob
+    from headinfer.bench.run import check_suites
+    from headinfer.bench.sizes import QUICK_CPU, CpuSizes
 
-    check_suites(suites)
-    written = Output(output, is_ours=is_result_json) if output is not None else None
-    if check_plan:
-        found = run_check(quick=quick, on_stage=_say)
-        try:
-            if written is not None:
-                written.write(result_json(found, sys.argv[1:]))
-        finally:  # what took minutes is shown also if it cannot be written
-            if markdown:
-                print(check_table(found))
-            else:
-                header = ("", "predicted", "measured", "")
-                Console().print(columns_table("headinfer bench --check-plan", header, rows_of(found)))
-        if not all(one.is_right for one in found if one.unit == "bytes"):
-            raise typer.Exit(1)
-        return
-    measures = run_suites(suites, quick=quick, on_stage=_say, folder=folder)
-    try:
-        if written is not None:
-            written.write(result_json(measures, sys.argv[1:]))
-    finally:
-        if markdown:
-            print(markdown_table(measures))
-        else:
-            rows = [(measure.what, measure.shown, measure.goal) for measure in measures]
-            Console().print(columns_table("headinfer bench", ("", "measured", "to reach"), rows))
+    check_suites(names, is_gpu=False)
+    return CpuJob(QUICK_CPU if quick else CpuSizes(), _say, folder=folder)
 
 
-def _gpu(
-    suites: list[str],
-    device: str,
-    gpu_memory: str | None,
-    limit_s: float,
-    output: Path | None,
-    markdown: bool,
-    quick: bool,
-) -> None:
-    from headinfer.bench.gpu import check_device, check_gpu_suites, run_gpu
-    from headinfer.bench.job import QUICK, GpuSizes
-    from headinfer.bench.measurement import is_result_json
-    from headinfer.bench.results import (
-        HEADER,
-        gpu_json,
-        gpu_markdown,
-        gpu_rows,
-        is_result_markdown,
-        result_paths,
-    )
-    from headinfer.cli.report import columns_table
-    from headinfer.utils.files import Output, check_folder
+def _gpu_job(
+    names: Sequence[str], device: str, gpu_memory: str | None, limit_s: float, output: Path | None, *, quick: bool
+) -> GpuJob:
+    """Check the options of the GPU suites, and return their job."""
+    from headinfer.bench.job import GpuJob
+    from headinfer.bench.run import check_device, check_suites
+    from headinfer.bench.sizes import QUICK_GPU, GpuSizes
+    from headinfer.utils.files import check_folder
 
-    check_gpu_suites(suites)
+    check_suites(names, is_gpu=True)
     cap = parse_bytes(gpu_memory) if gpu_memory is not None else None
     if not limit_s > 0:
         raise UsageError(f"--limit-s is {limit_s:g}: it must be a positive number of seconds")
     if output is not None:
         check_folder(output.parent if output.suffix == ".json" else output, "write results")
-    found = check_device(device)
-    sizes = QUICK if quick else GpuSizes()
+    sizes = QUICK_GPU if quick else GpuSizes()
+    return GpuJob(check_device(device), sizes, _say, limit_s=limit_s, gpu_memory_bytes=cap)
 
-    written: tuple[Output, Output] | None = None
-    if output is not None:
-        json_path, markdown_path = result_paths(output, found, cap)
-        written = Output(json_path, is_ours=is_result_json), Output(markdown_path, is_ours=is_result_markdown)
-    refused: list[HeadinferError] = []
 
-    def keep(job: Job, lines: Sequence[Line]) -> None:
-        if written is None or refused:
-            return
+def _run(
+    job: CpuJob | GpuJob, names: Sequence[str], output: Path | None, *, markdown: bool, check_plan: bool = False
+) -> None:
+    """Measure, write the results after each suite, and print them.
+
+    If they cannot be written, all is measured and printed before the error is raised.
+    """
+    from headinfer.bench.results import ResultFiles, result_markdown
+
+    arguments = sys.argv[1:]
+    files = ResultFiles(job, output, arguments) if output is not None else None
+    measurements: list[Measurement] = []
+    refused: HeadinferError | None = None
+    for found in _measured(job, names, check_plan=check_plan):
+        measurements += found
+        if files is None or refused is not None:
+            continue
         try:
-            for one, text in zip(written, (gpu_json, gpu_markdown), strict=True):
-                one.write(text(job, lines, sys.argv[1:]))
-        except HeadinferError as error:  # raised below, when all has been measured and shown
-            refused.append(error)
-            return
-        _say(f"written to {written[0].path} and {written[1].path}")
-
-    job, lines = run_gpu(suites, found, sizes, _say, limit_s=limit_s, gpu_memory_bytes=cap, keep=keep)
+            files.write(measurements)
+        except HeadinferError as error:
+            refused = error
+        else:
+            _say(f"written to {' and '.join(str(path) for path in files.paths)}")
     if markdown:
-        print(gpu_markdown(job, lines, sys.argv[1:]), end="")
+        print(result_markdown(job, measurements, arguments), end="")
     else:
-        Console().print(columns_table("headinfer bench", HEADER, gpu_rows(lines), "left"))
-    if refused:
-        raise refused[0]
+        _print_tables(measurements)
+    if refused is not None:
+        raise refused
+    if check_plan and any(measurement.reached is False for measurement in measurements):
+        raise typer.Exit(1)
+
+
+def _measured(job: CpuJob | GpuJob, names: Sequence[str], *, check_plan: bool) -> Iterator[list[Measurement]]:
+    """Yield the measurements of each suite, or of --check-plan."""
+    from headinfer.bench.job import CpuJob
+    from headinfer.bench.run import run_check, run_suites
+
+    if check_plan and isinstance(job, CpuJob):
+        yield run_check(job)
+    else:
+        yield from run_suites(names, job)
+
+
+def _print_tables(measurements: Sequence[Measurement]) -> None:
+    """Print a table for each suite. Its rows are grouped by point, and long notes are printed below it."""
+    console = Console()
+    for suite in dict.fromkeys(measurement.suite for measurement in measurements):
+        rows = [measurement for measurement in measurements if measurement.suite == suite]
+        notes = list(dict.fromkeys(measurement.note for measurement in rows if measurement.note))
+        has_short_notes = all(len(note) <= _LONGEST_CELL for note in notes)
+        footnotes = [] if has_short_notes else notes
+        console.print(_suite_table(suite, rows, footnotes))
+        for number, note in enumerate(footnotes, start=1):
+            console.print(Text(f"  [{number}] {note}"))
+
+
+def _suite_table(suite: str, rows: Sequence[Measurement], footnotes: Sequence[str]) -> Table:
+    """A table of one suite. A column without any text is left out.
+
+    Args:
+        suite: the name of the suite.
+        rows: its measurements.
+        footnotes: notes that are printed below the table, and are numbers in it.
+    """
+    cells = [_cells(measurement, footnotes) for measurement in rows]
+    columns = [name for name in cells[0] if not name or any(row[name] for row in cells)]
+    table = Table(title=f"headinfer bench: {suite}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        is_text = name in ("", "note")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "measured")
+    point = None
+    for measurement, row in zip(rows, cells, strict=True):
+        if measurement.point != point:
+            point = measurement.point
+            table.add_row(Text(point, style="bold"))
+        table.add_row(*(Text(row[name]) for name in columns))
+    return table
+
+
+def _cells(measurement: Measurement, footnotes: Sequence[str]) -> dict[str, str]:
+    """The cells of a row in the terminal by the headers of their columns."""
+    from headinfer.bench.measurement import shown
+
+    device_kv = measurement.device_kv_bytes
+    is_footnote = measurement.note in footnotes
+    mark = f" [{footnotes.index(measurement.note) + 1}]" if is_footnote else ""
+    return {
+        "": f"  {measurement.who}{mark}",
+        "measured": shown(measurement.value, measurement.unit),
+        "x headinfer's": f"{measurement.ratio:.3f}" if measurement.ratio is not None else "",
+        "KV on device": format_bytes(device_kv) if device_kv is not None else "",
+        "to reach": measurement.goal,
+        "reached": {True: "yes", False: "NO", None: ""}[measurement.reached],
+        "note": "" if is_footnote else measurement.note,
+    }
 
 
 def _say(line: str) -> None:
