@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from headinfer.cli.console import say, show
+from headinfer.cli.options import bytes_or_none
 from headinfer.errors import HeadinferError, UsageError
-from headinfer.utils.units import format_bytes, parse_bytes
+from headinfer.utils.units import format_bytes
 
 if TYPE_CHECKING:
     from headinfer.bench.job import CpuJob, GpuJob
@@ -24,8 +25,6 @@ __all__ = ["bench"]
 
 _DEFAULT_LIMIT_S = 480.0
 _LONGEST_CELL = 40  # characters of a note in a table; if a suite has longer notes, they are printed below its table
-
-_stderr = Console(stderr=True)
 
 
 def bench(
@@ -83,7 +82,7 @@ def _cpu_job(names: Sequence[str], folder: Path | None, *, quick: bool) -> CpuJo
     from headinfer.bench.sizes import QUICK_CPU, CpuSizes
 
     check_suites(names, is_gpu=False)
-    return CpuJob(QUICK_CPU if quick else CpuSizes(), _say, folder=folder)
+    return CpuJob(QUICK_CPU if quick else CpuSizes(), say, folder=folder)
 
 
 def _gpu_job(
@@ -96,13 +95,13 @@ def _gpu_job(
     from headinfer.utils.files import check_folder
 
     check_suites(names, is_gpu=True)
-    cap = parse_bytes(gpu_memory) if gpu_memory is not None else None
+    cap = bytes_or_none(gpu_memory)
     if not limit_s > 0:
         raise UsageError(f"--limit-s is {limit_s:g}: it must be a positive number of seconds")
     if output is not None:
         check_folder(output.parent if output.suffix == ".json" else output, "write results")
     sizes = QUICK_GPU if quick else GpuSizes()
-    return GpuJob(check_device(device), sizes, _say, limit_s=limit_s, gpu_memory_bytes=cap)
+    return GpuJob(check_device(device), sizes, say, limit_s=limit_s, gpu_memory_bytes=cap)
 
 
 def _run(
@@ -127,7 +126,7 @@ def _run(
         except HeadinferError as error:
             refused = error
         else:
-            _say(f"written to {' and '.join(str(path) for path in files.paths)}")
+            say(f"written to {' and '.join(str(path) for path in files.paths)}")
     if markdown:
         print(result_markdown(job, measurements, arguments), end="")
     else:
@@ -151,15 +150,14 @@ def _measured(job: CpuJob | GpuJob, names: Sequence[str], *, check_plan: bool) -
 
 def _print_tables(measurements: Sequence[Measurement]) -> None:
     """Print a table for each suite. Its rows are grouped by point, and long notes are printed below it."""
-    console = Console()
     for suite in dict.fromkeys(measurement.suite for measurement in measurements):
         rows = [measurement for measurement in measurements if measurement.suite == suite]
         notes = list(dict.fromkeys(measurement.note for measurement in rows if measurement.note))
         has_short_notes = all(len(note) <= _LONGEST_CELL for note in notes)
         footnotes = [] if has_short_notes else notes
-        console.print(_suite_table(suite, rows, footnotes))
+        show(_suite_table(suite, rows, footnotes))
         for number, note in enumerate(footnotes, start=1):
-            console.print(Text(f"  [{number}] {note}"))
+            show(f"  [{number}] {note}")
 
 
 def _suite_table(suite: str, rows: Sequence[Measurement], footnotes: Sequence[str]) -> Table:
@@ -201,7 +199,3 @@ def _cells(measurement: Measurement, footnotes: Sequence[str]) -> dict[str, str]
         "reached": {True: "yes", False: "NO", None: ""}[measurement.reached],
         "note": "" if is_footnote else measurement.note,
     }
-
-
-def _say(line: str) -> None:
-    _stderr.print(line, highlight=False, markup=False)

@@ -124,6 +124,7 @@ def generate(
             transport=transport,  # type: ignore[arg-type]
             staging=staging,
         )
+        sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
         job = generation.Job(
             model=model,
             document=generation.read_text(file) if file is not None else "",
@@ -134,7 +135,7 @@ def generate(
             device=device,
             seed=seed,
             raw=raw,
-            sampling=_sampling(temperature, top_k, top_p, repetition_penalty),
+            sampling=sampling,
             options=options,
         )
         return generation.prepare(job, ranks)
@@ -166,12 +167,12 @@ def _run(prepared: Prepared, *, as_json: bool) -> Summary:
 
     for message in prepared.warnings:
         warning(message)
-    is_shown = sys.stdout.isatty() and not as_json
+    is_text_on_terminal = sys.stdout.isatty() and not as_json
     progress = report.GenerationProgress(
         prepared.shape,
         prepared.input_ids.shape[1],
         prepared.job.max_new_tokens,
-        show_decode=not is_shown,
+        show_decode=not is_text_on_terminal,
     )
     with progress:
         summary = generation.run(prepared, on_text=discard if as_json else write, on_forward=progress.on_forward)

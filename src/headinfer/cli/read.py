@@ -80,10 +80,10 @@ def read(
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     elif not result.interrupted:
-        where = "" if sessions is None else f" --sessions {shlex.quote(str(sessions))}"
+        folder = "" if sessions is None else f" --sessions {shlex.quote(str(sessions))}"
         print(
             f"{result.tokens:,} tokens are read and kept in {result.folder} ({format_bytes(result.disk_bytes)}). "
-            f'Ask with `headinfer ask --session {session}{where} "..."`'
+            f'Ask with `headinfer ask --session {session}{folder} "..."`'
         )
     if result.interrupted:
         say(f"interrupted: {result.tokens:,} of {tokens:,} tokens are kept; run the same command again to resume")
