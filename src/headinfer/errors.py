@@ -1,38 +1,38 @@
-"""The exception tree.
+"""The exceptions of headinfer.
 
 HeadinferError
-├── UsageError        an argument or input that cannot be right
-├── UnsupportedError  a model, cache or mask that this version does not serve exactly
-├── CapacityError     the job does not fit the memory that there is
-├── SessionError      a session on disk that is damaged, in use, or made by another model
-└── StateError        the cache was used out of order
+├── UsageError        an argument or an input is invalid
+├── UnsupportedError  a model, cache or mask is not supported exactly
+├── CapacityError     memory or disk space does not suffice
+├── SessionError      a session on disk is damaged, in use, or of another model
+└── StateError        methods were called in the wrong order
 
-Each message is one sentence that says what, why and what would work; the command line prints it and exits
-with 2. Catch HeadinferError to catch them all.
+Each message is one sentence that says what failed, why, and what would work. The command line prints it and exits with
+status 2. Each class also derives from a built-in exception.
 """
 
 __all__ = ["CapacityError", "HeadinferError", "SessionError", "StateError", "UnsupportedError", "UsageError"]
 
 
 class HeadinferError(Exception):
-    """Base of all errors that headinfer raises on purpose."""
+    """Base class of all exceptions that headinfer raises on purpose."""
 
 
 class UsageError(HeadinferError, ValueError):
-    """An argument or input that cannot be right."""
+    """An argument or an input is invalid."""
 
 
 class UnsupportedError(HeadinferError, TypeError):
-    """A model, cache or mask that this version does not serve exactly."""
+    """This version does not support a model, cache or mask with exact results."""
 
 
 class CapacityError(HeadinferError, MemoryError):
-    """The job does not fit the memory that there is."""
+    """The job needs more memory or disk space than there is, or the system refuses to allocate or write it."""
 
 
 class StateError(HeadinferError, RuntimeError):
-    """The cache was used out of order."""
+    """Methods of a cache or of one of its parts were called in the wrong order."""
 
 
 class SessionError(HeadinferError, OSError):
-    """A session on disk that is damaged, in use, or made by another model."""
+    """A session on disk is damaged, in use by another process, or was written with another model."""

@@ -1,17 +1,12 @@
-"""Partial attention with log-sum-exp, by kernel. The oracle of every one is `reference.attend_reference`.
+"""The attention backends: kernels that return partial attention with its log-sum-exp, and the choice among them.
 
-A backend answers two questions:
+A backend implements two operations (`AttendFull` and `AttendCausal` below):
 
     attend_full(q [H, N, Dk], pieces of (k [H, T, Dk], v [H, T, Dv]))   every query row sees every key
-    attend_causal(q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v)               a chunk on itself, causal
+    attend_causal(q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v)               causal attention of a chunk to itself
 
-In `attend_full` the rows of q are all query rows that share a KV head: the group's query heads, the chunk's tokens and
-the batch rows that share the keys, packed, so that each key is read once for all of them. It gives a part, whose `out`
-may be in the kernel's own type and layout; `attend_causal` gives a state that parts can be merged into.
-
-`choose` takes the first backend that serves the problem: of the names that the user prefers, then of the table's row
-for the problem. Choices depend on the problem only, never on timing: the same call gives the same bits, and
-`recorded` names give the same choices elsewhere.
+choose() returns the first backend that supports a problem. The choice depends on the problem only, never on timing: the
+same call gives the same bits. The tests compare every backend with reference.attend_reference().
 """
 
 from __future__ import annotations
@@ -41,12 +36,46 @@ __all__ = [
 ]
 
 AttendFull = Callable[[torch.Tensor, Sequence[Piece], float, float | None], AttentionState]
+"""attend_full(q, pieces, scale, softcap): attention of query rows to all keys of some pieces, without a mask.
+
+Args:
+    q: [H, N, Dk], for each KV head all query rows that share it: the query heads of its group, the tokens of the chunk
+        and the batch rows that share the keys, packed. So each key is read once for all of them.
+    pieces: at least one pair of k [H, T, Dk] and v [H, T, Dv]; T may differ between pieces.
+    scale: the factor of the scores.
+    softcap: caps the scores by softcap * tanh(score / softcap). None: no cap.
+
+Returns:
+    out [H, N, Dv], in float32 or the kernel's half type, of any strides, and lse [H, N], float32.
+"""
+
 AttendCausal = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float | None], AttentionState]
+"""attend_causal(q, k, v, scale, softcap): causal attention of the T tokens of a chunk to themselves.
+
+Args:
+    q: [B, Hq, T, Dk].
+    k: [B, Hkv, T, Dk]; Hq is a multiple of Hkv.
+    v: [B, Hkv, T, Dv].
+    scale: the factor of the scores.
+    softcap: as for `AttendFull`.
+
+Returns:
+    out [B, Hq, T, Dv] and lse [B, Hq, T], a running state: float32 and contiguous, so that parts can be merged into it.
+"""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel: its name, where it runs, what it does in a line, why it refuses a problem (None: it serves)."""
+    """An attention kernel and what it supports.
+
+    Attributes:
+        name: the name that users choose it by.
+        device_type: the type of the devices that it runs on: "cpu", "cuda" or "any".
+        summary: a description of one line, for `headinfer info`.
+        refuses: returns why the kernel does not support a problem, or None if it does.
+        attend_full: see `AttendFull`.
+        attend_causal: see `AttendCausal`. A backend whose kernel has no causal form uses that of another backend.
+    """
 
     name: str
     device_type: str
@@ -56,8 +85,8 @@ class Backend:
     attend_causal: AttendCausal
 
 
-def _over_pieces(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], AttentionState]) -> AttendFull:
-    """`attend_full` for a kernel that takes one piece at a time: merges in the order of the pieces."""
+def _piece_by_piece(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], AttentionState]) -> AttendFull:
+    """Make attend_full() from a kernel that attends to one piece: the states are merged in the order of the pieces."""
 
     def attend_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
         state = attend(q, *pieces[0], scale)
@@ -70,7 +99,7 @@ def _over_pieces(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, flo
     return attend_full
 
 
-# In one order for all rows of the table: so names in this order, given back as preferences, repeat every choice.
+# All rows of TABLE keep this order. That is why recorded() names repeat every choice.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cpu-native",
@@ -85,7 +114,7 @@ BACKENDS: tuple[Backend, ...] = (
         "cpu",
         "torch's CPU flash kernel, in bfloat16: for AMX",
         cpu.bf16_refuses,
-        _over_pieces(cpu.bf16_piece),
+        _piece_by_piece(cpu.bf16_piece),
         cpu.bf16_causal,
     ),
     Backend(
@@ -93,7 +122,7 @@ BACKENDS: tuple[Backend, ...] = (
         "cpu",
         "torch's CPU flash kernel, in float32",
         cpu.flash_refuses,
-        _over_pieces(cpu.flash_piece),
+        _piece_by_piece(cpu.flash_piece),
         cpu.flash_causal,
     ),
     Backend(
@@ -101,7 +130,7 @@ BACKENDS: tuple[Backend, ...] = (
         "cuda",
         "aten cuDNN attention: full tiles, a chunk's query rows",
         cuda.cudnn_refuses,
-        _over_pieces(cuda.cudnn_piece),
+        _piece_by_piece(cuda.cudnn_piece),
         cuda.flash_causal,
     ),
     Backend(
@@ -109,7 +138,7 @@ BACKENDS: tuple[Backend, ...] = (
         "cuda",
         "aten flash attention",
         cuda.flash_refuses,
-        _over_pieces(cuda.flash_piece),
+        _piece_by_piece(cuda.flash_piece),
         cuda.flash_causal,
     ),
     Backend(
@@ -117,7 +146,7 @@ BACKENDS: tuple[Backend, ...] = (
         "cuda",
         "torch.nn.attention.varlen (torch >= 2.12)",
         cuda.varlen_refuses,
-        _over_pieces(cuda.varlen_piece),
+        _piece_by_piece(cuda.varlen_piece),
         cuda.varlen_causal,
     ),
     Backend(
@@ -125,7 +154,7 @@ BACKENDS: tuple[Backend, ...] = (
         "cuda",
         "aten memory-efficient attention: float32 and wide heads",
         cuda.efficient_refuses,
-        _over_pieces(cuda.efficient_piece),
+        _piece_by_piece(cuda.efficient_piece),
         cuda.efficient_causal,
     ),
     Backend(
@@ -150,9 +179,15 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table: the problems that it is about, and the backends to try for them, the fastest first.
+    """A row of TABLE: which problems it applies to, and which backends to try for them.
 
-    decode: few query rows (True), many (False), or either (None). capability: from the first up to below the second.
+    Attributes:
+        names: the names of the backends, the fastest first.
+        device_type: the type of the device.
+        decode: True for few query rows (Problem.is_decode), False for many, None for both.
+        softcap: True for capped scores, False for others, None for both.
+        dtypes: the dtypes of q, k and v; empty for all.
+        capability: the range of capabilities (capability_of()), from the first up to, but not including, the second.
     """
 
     names: tuple[str, ...]
@@ -163,37 +198,38 @@ class Rule:
     capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 0))
 
     def matches(self, problem: Problem) -> bool:
-        """Whether the row is about the problem."""
-        lowest, beyond = self.capability
+        """Whether the row applies to a problem."""
+        lowest, end = self.capability
         return (
             self.device_type == problem.device_type
             and self.decode in (None, problem.is_decode)
             and self.softcap in (None, problem.softcap)
             and (not self.dtypes or problem.dtype in self.dtypes)
-            and lowest <= problem.capability < beyond
+            and lowest <= problem.capability < end
         )
 
 
-# The first row that matches counts. What it does not name is used only where the user prefers it.
+# choose() uses the first row that matches. A backend that the row does not name is used only if the user prefers it.
 TABLE: tuple[Rule, ...] = (
-    # On AMX torch's kernel is several times faster in bfloat16 than in float32, which serves other CPUs better.
+    # With AMX, torch's kernel is several times faster in bfloat16 than in float32. On other CPUs float32 is faster.
     Rule(
         ("cpu-native", "cpu-flash-bf16", "cpu-flash", "eager"),
         "cpu",
         dtypes=(torch.bfloat16,),
         capability=(AMX, (99, 0)),
     ),
-    # Decode reads K and V once: our kernel does so at most of the memory's bandwidth, torch's at a third of it.
+    # Decode reads K and V once. The native kernel does so at most of the memory bandwidth, torch's at a third of it.
     Rule(("cpu-native", "cpu-flash", "eager"), "cpu", decode=True),
     Rule(("cpu-flash", "eager"), "cpu"),
-    # None of torch's kernels caps scores.
+    # None of torch's kernels supports soft caps.
     Rule(("cuda-triton", "eager"), "cuda", softcap=True),
-    # Flash attention splits the keys among the multiprocessors itself where there are few query rows. varlen is the
-    # public door to the same kernel; it packs offsets on the way, so it is for a torch that has closed the other door.
-    # The rest is for heads wider than 256: efficient attention, then matrix products.
+    # With few query rows, flash attention splits the keys among the multiprocessors. varlen is the public interface of
+    # the same kernel; it also builds offsets, so it only replaces the private one in a torch that does not have that.
+    # The others are for head dims above 256.
     Rule(("cuda-flash", "cuda-varlen", "cuda-efficient", "cuda-triton", "eager"), "cuda", decode=True, dtypes=HALVES),
-    # On Hopper cuDNN uses the tensor cores' own instructions (wgmma) and asynchronous copies, torch's flash attention
-    # does not. It plans anew for each shape, so it refuses tiles that are not full, and flash attention takes those.
+    # On Hopper cuDNN uses the warpgroup instructions of the tensor cores (wgmma) and asynchronous copies, which torch's
+    # flash attention does not. cuDNN makes a plan for each new shape, so cudnn_refuses() leaves tiles that are not full
+    # to flash attention.
     Rule(
         ("cuda-cudnn", "cuda-flash", "cuda-varlen", "cuda-efficient", "cuda-triton", "eager"),
         "cuda",
@@ -201,20 +237,27 @@ TABLE: tuple[Rule, ...] = (
         dtypes=HALVES,
         capability=((9, 0), (10, 0)),
     ),
-    # Elsewhere flash attention is as fast as cuDNN, or nobody has measured (Blackwell): the one without plans.
+    # On other GPUs flash attention is as fast as cuDNN, or it has not been measured (Blackwell). It needs no plans.
     Rule(("cuda-flash", "cuda-varlen", "cuda-efficient", "cuda-triton", "eager"), "cuda", dtypes=HALVES),
-    # float32: efficient attention multiplies on tensor cores, in parts that keep the precision; our kernel does not.
+    # In float32 efficient attention uses tensor cores, in several products that keep the precision; Triton's does not.
     Rule(("cuda-efficient", "cuda-triton", "eager"), "cuda"),
 )
 
 
 def backend_names() -> list[str]:
-    """The names that `choose` takes."""
+    """Return the names of all backends, in the order of BACKENDS."""
     return [backend.name for backend in BACKENDS]
 
 
 def preferences(preferred: str | None) -> list[str]:
-    """The names in a user's choice: one, or several with commas between them. Raises UsageError on an unknown one."""
+    """Split the user's choice of backends into names.
+
+    Args:
+        preferred: a name, or several that are separated by commas; None: no preference.
+
+    Raises:
+        UsageError: there is no backend of such a name.
+    """
     names = [name.strip() for name in preferred.split(",")] if preferred is not None else []
     for name in names:
         if name not in _BY_NAME:
@@ -223,19 +266,32 @@ def preferences(preferred: str | None) -> list[str]:
 
 
 def choose(problem: Problem, preferred: str | None = None) -> Backend:
-    """The first backend that serves the problem: of the preferred ones in their order, then of the table's.
+    """Return the first backend that supports a problem: first of the preferred ones, then of those in TABLE.
 
-    preferred: a name, or several with commas between them. Raises UsageError where one is no backend's name.
+    Args:
+        problem: what the backend has to support.
+        preferred: names of backends, as for preferences(); they are tried in this order. A preferred backend that does
+            not support the problem is skipped.
+
+    Raises:
+        UsageError: there is no backend of a preferred name.
     """
     row = next((rule.names for rule in TABLE if rule.matches(problem)), ("eager",))
     for name in (*preferences(preferred), *row):
         backend = _BY_NAME[name]
         if backend.device_type in (problem.device_type, "any") and backend.refuses(problem) is None:
             return backend
-    raise AssertionError("eager serves every problem")
+    raise AssertionError("eager supports every problem")
 
 
 def recorded(used: Collection[str], preferred: str | None = None) -> tuple[str, ...]:
-    """The names of the backends that ran, in the order in which they are preferences that repeat each choice."""
+    """Return the names of the backends that ran, in an order that repeats each choice if passed as preferences.
+
+    `HeadCache.stats().attention_backends` reports them; as the option `backend` they repeat a run on another machine.
+
+    Args:
+        used: the names of the backends that ran.
+        preferred: the preference that the backends were chosen with.
+    """
     order = dict.fromkeys((*preferences(preferred), *backend_names()))
     return tuple(name for name in order if name in used)

@@ -1,4 +1,8 @@
-"""CPU kernels that return a log-sum-exp: torch's flash attention and our own for decode. Shapes as in backends.py."""
+"""CPU attention kernels that return a log-sum-exp: torch's flash attention, and the native kernel for decode.
+
+backends.py documents attend_full() and attend_causal(). A function that is named ..._piece attends to one piece:
+q [H, N, Dk], k [H, T, Dk] and v [H, T, Dv] give a state of out [H, N, Dv] and lse [H, N].
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from headinfer.attention import native
-from headinfer.attention.problem import HALVES, Problem, expand_heads, over_blocks
+from headinfer.attention.problem import HALVES, Problem, attend_in_blocks, expand_heads
 from headinfer.attention.state import AttentionState
 from headinfer.utils.tensors import Piece
 
@@ -23,47 +27,49 @@ __all__ = [
     "native_refuses",
 ]
 
-_SPLIT_TOKENS = 2048  # keys per batch entry where few query rows must keep all cores busy
-_WIDENED_BYTES = 16 * 1024 * 1024  # of K and V in float32 at a time: heads are taken in turns
+_BLOCK_TOKENS = 2048  # keys per batch entry if there are few query rows
+_MAX_FLOAT32_BYTES = 16 * 1024 * 1024  # of the float32 copies of K and V: more heads are computed one group at a time
+_MAX_NATIVE_ROWS = 32
+_NO_SOFTCAP = "does not support soft caps"
 
 
 # -- torch's kernel in float32 ------------------------------------------------------------------------------------
 
 
 def flash_refuses(problem: Problem) -> str | None:
-    """None where torch's CPU flash attention, computed in float32, serves the problem."""
-    return "no soft cap" if problem.softcap else None
+    """Return why torch's CPU flash attention, in float32, does not support a problem: it has no soft cap."""
+    return _NO_SOFTCAP if problem.softcap else None
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False) -> AttentionState:
-    """q [B, H, Tq, Dk], k [B, H, Tk, Dk], v [B, H, Tk, Dv].
+    """Call the kernel in float32: q [B, H, Tq, Dk], k [B, H, Tk, Dk], v [B, H, Tk, Dv].
 
-    Half types are widened tile by tile: on CPUs without half-precision matrix units torch's kernel is 4 times
-    slower in bfloat16 than in float32, on those with AVX512-BF16 it is equal, and nothing is rounded twice.
+    Half types are converted to float32. On CPUs without half-precision matrix units the kernel is 4 times slower in
+    bfloat16 than in float32, on those with AVX512-BF16 it is equally fast, and float32 rounds no partial result.
     """
-    dim, width = v.shape[-1], max(k.shape[-1], v.shape[-1])  # the kernel wants K and V of one width
+    dim = v.shape[-1]
+    width = max(k.shape[-1], v.shape[-1])  # the kernel supports only one head dim for K and V
     q, k, v = (F.pad(x.float(), (0, width - x.shape[-1])) if x.shape[-1] < width else x.float() for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return AttentionState(out[..., :dim].contiguous(), lse.contiguous())
 
 
 def flash_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
-    """q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]."""
-    heads, tokens = q.shape[0], k.shape[1]
-    together = max(1, _WIDENED_BYTES // (4 * tokens * (k.shape[2] + v.shape[2])))
-    if k.dtype in HALVES and together < heads:
-        turns = [
-            flash_piece(q[h : h + together], k[h : h + together], v[h : h + together], scale)
-            for h in range(0, heads, together)
-        ]
-        return AttentionState(torch.cat([turn.out for turn in turns]), torch.cat([turn.lse for turn in turns]))
-    return over_blocks(lambda q, k, v: _flash(q, k, v, scale), q, k, v, _SPLIT_TOKENS)
+    """Attend to one piece in float32."""
+    heads = q.shape[0]
+    tokens = k.shape[1]
+    group_heads = max(1, _MAX_FLOAT32_BYTES // (4 * tokens * (k.shape[2] + v.shape[2])))
+    if k.dtype in HALVES and group_heads < heads:
+        groups = [slice(first, first + group_heads) for first in range(0, heads, group_heads)]
+        states = [flash_piece(q[group], k[group], v[group], scale) for group in groups]
+        return AttentionState(torch.cat([state.out for state in states]), torch.cat([state.lse for state in states]))
+    return attend_in_blocks(lambda q, k, v: _flash(q, k, v, scale), q, k, v, _BLOCK_TOKENS)
 
 
 def flash_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
-    """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
+    """Attend causally within a chunk, in float32."""
     return _flash(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True)
 
 
@@ -71,18 +77,22 @@ def flash_causal(
 
 
 def bf16_refuses(problem: Problem) -> str | None:
-    """None where torch's CPU flash attention serves the problem in bfloat16, as it serves transformers."""
+    """Return why torch's CPU flash attention, in bfloat16, does not support a problem; None if it does.
+
+    The kernel has no soft cap, and supports only one head dim for K and V.
+    """
     if problem.softcap:
-        return "no soft cap"
+        return _NO_SOFTCAP
     if problem.dtype != torch.bfloat16:
-        return "for bfloat16"
-    return "wants K and V of one width" if problem.key_dim != problem.value_dim else None
+        return "supports bfloat16 only"
+    return "supports only one head dim for K and V" if problem.key_dim != problem.value_dim else None
 
 
 def _bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False) -> AttentionState:
-    """q [B, H, Tq, D], k and v [B, H, Tk, D]; `out` is bfloat16, as on GPUs.
+    """Call the kernel in bfloat16: q [B, H, Tq, D], k and v [B, H, Tk, D]; `out` is bfloat16, as on GPUs.
 
-    Its exponential is good to 2^-13, so is the log-sum-exp that parts are weighed by, at any length: bfloat16 has 2^-9.
+    The kernel's exponential has a relative error of 2^-13, and so has the log-sum-exp that merges weigh parts by, at
+    any number of keys. The rounding of `out` to bfloat16 has 2^-9.
     """
     return AttentionState(
         *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -90,33 +100,37 @@ def _bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causa
 
 
 def bf16_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionState:
-    """q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]."""
-    return over_blocks(lambda q, k, v: _bf16(q, k, v, scale), q, k, v, _SPLIT_TOKENS)
+    """Attend to one piece in bfloat16."""
+    return attend_in_blocks(lambda q, k, v: _bf16(q, k, v, scale), q, k, v, _BLOCK_TOKENS)
 
 
 def bf16_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
-    """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
+    """Attend causally within a chunk, in bfloat16."""
     return _bf16(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True).running()
 
 
-# -- our kernel for few query rows ------------------------------------------------------------------------------
+# -- the native kernel for few query rows ------------------------------------------------------------------------------
 
 
 def native_refuses(problem: Problem) -> str | None:
-    """None where our own kernel serves the problem."""
+    """Return why the native kernel does not support a problem; None if it does.
+
+    It has no soft cap, computes on vectors of 16 floats, and is faster than torch's kernel only if reading the keys
+    bounds the speed, that is for few query rows. Without a C compiler it cannot be built.
+    """
     if problem.softcap:
-        return "no soft cap"
-    if not 0 < problem.query_rows <= 32:
-        return "for 1 to 32 query rows per KV head"
+        return _NO_SOFTCAP
+    if not 0 < problem.query_rows <= _MAX_NATIVE_ROWS:
+        return f"supports 1 to {_MAX_NATIVE_ROWS} query rows per KV head"
     if problem.key_dim % 16 or problem.value_dim % 16:
-        return "head dims must be multiples of 16"
+        return "supports head dims that are multiples of 16"
     if problem.dtype not in (torch.float32, *HALVES):
-        return f"no {problem.dtype}"
+        return f"does not support {problem.dtype}"
     return native.unavailable_reason() or None
 
 
 def native_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
-    """q [H, N, Dk], all pieces in one call."""
+    """Attend to all pieces in one call of the native kernel."""
     return native.attend_native(q, pieces, scale=scale)

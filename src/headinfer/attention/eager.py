@@ -1,4 +1,7 @@
-"""Attention from matrix products in float32: any device, any width, with soft cap. Shapes as in backends.py."""
+"""The eager backend: attention by float32 matrix products, on any device, for any head dim, with soft caps.
+
+backends.py documents the shapes.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,20 @@ from headinfer.utils.tensors import Piece
 
 __all__ = ["attend_causal", "attend_full"]
 
-_TOKENS = 1024  # keys at a time at most
-_SCORES = 2**24  # scores at a time, where there are many query rows
+_MIN_BLOCK_TOKENS = 16
+_MAX_BLOCK_TOKENS = 1024
+_MAX_BLOCK_SCORES = 2**24  # bounds the memory for scores if there are many query rows
 
 
-def _tokens(rows: int) -> int:
-    """Keys at a time for so many query rows over all heads."""
-    return min(_TOKENS, max(_SCORES // rows, 16))
+def _block_tokens(rows: int) -> int:
+    """The number of keys to compute scores for at a time; rows are the query rows of all heads."""
+    return min(_MAX_BLOCK_TOKENS, max(_MAX_BLOCK_SCORES // rows, _MIN_BLOCK_TOKENS))
 
 
-def _block(
+def _attend_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None, hidden: torch.Tensor | None
 ) -> AttentionState:
-    """q [..., Tq, Dk], k [..., Tk, Dk], v [..., Tk, Dv]; hidden [Tq, Tk] is True where a key is not seen."""
+    """q [..., Tq, Dk], k [..., Tk, Dk], v [..., Tk, Dv]; hidden [Tq, Tk] is True if the query does not see the key."""
     scores = (q.float() @ k.float().mT) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -36,26 +40,28 @@ def _block(
 
 
 def attend_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
-    """q [H, N, Dk], pieces of k [H, T, Dk] and v [H, T, Dv]: a block of keys at a time."""
+    """Attend to all keys of the pieces, a block of keys at a time; see `AttendFull` in backends.py."""
     state = AttentionState.empty(q.shape[:-1], pieces[0][1].shape[-1], q.device)
-    step = _tokens(q.shape[0] * q.shape[1])
+    step = _block_tokens(q.shape[0] * q.shape[1])
     for k, v in pieces:
         for start in range(0, k.shape[1], step):
             block = slice(start, start + step)
-            state.merge_(_block(q, k[:, block], v[:, block], scale, softcap, None))
+            state.merge_(_attend_block(q, k[:, block], v[:, block], scale, softcap, None))
     return state
 
 
 def attend_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
-    """q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], causal."""
-    k, v, tokens = expand_heads(q, k), expand_heads(q, v), q.shape[2]
+    """Attend causally within a chunk, a block of keys at a time; see `AttendCausal` in backends.py."""
+    k = expand_heads(q, k)
+    v = expand_heads(q, v)
+    tokens = q.shape[2]
     state = AttentionState.empty(q.shape[:-1], v.shape[-1], q.device)
-    step = _tokens(q.shape[:-1].numel())
+    step = _block_tokens(q.shape[:-1].numel())
     for start in range(0, tokens, step):
         block = slice(start, start + step)
         positions = torch.arange(tokens, device=q.device)
         hidden = positions[:, None] < positions[None, block]
-        state.merge_(_block(q, k[:, :, block], v[:, :, block], scale, softcap, hidden))
+        state.merge_(_attend_block(q, k[:, :, block], v[:, :, block], scale, softcap, hidden))
     return state

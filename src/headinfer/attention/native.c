@@ -1,12 +1,13 @@
-/* Partial attention of a few query rows over many keys, read where they lie in host memory.
+/* Partial attention of a few query rows to many keys in host memory, without copying the keys.
  *
- * For one row of the batch and every KV head h (equations of online softmax, Milakov and
- * Gimelshein 2018, arXiv 1805.02867):
+ * For every KV head and query row (online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867):
  *     s_j = scale * q . k_j      out = sum_j exp(s_j) v_j / sum_j exp(s_j)      lse = log sum_j exp(s_j)
- * The keys come as pieces (pointer, tokens); the work is cut into (head, block of keys) units of a
- * fixed size, each with its own partial result, merged in a fixed order: the same bits for any
- * number of threads. All arithmetic is float32; bfloat16 and float16 are widened on load.
- * Plain GCC/Clang vector extensions, so that it builds for any CPU (-march=native picks the width).
+ *
+ * The keys are passed as pieces (pointers and a number of tokens). The work is divided into units of one head and one
+ * block of keys. The size of a block is fixed, each unit has its own partial result, and these are merged in a fixed
+ * order: the result has the same bits for any number of threads. All arithmetic is float32; bfloat16 and float16 are
+ * converted when they are loaded. The vectors are extensions of GCC and Clang, so the file compiles for any CPU, and
+ * -march=native selects the instructions.
  */
 #include <math.h>
 #include <stdint.h>
@@ -20,11 +21,11 @@
 #endif
 
 #define LANES 16      /* floats in a vector */
-#define BLOCK 1024    /* keys in a unit of work */
-#define NEAR 32       /* keys whose V stays in the L1 cache */
-#define AHEAD 16384   /* bytes */
-#define ALONE (1 << 19)   /* multiply-adds that one thread does sooner than it can wake and await another */
-#define MAX_ROWS 4    /* query rows that share one pass over K and V */
+#define BLOCK 1024    /* keys of a unit of work */
+#define NEAR 32       /* keys whose values fit the L1 cache */
+#define AHEAD 16384   /* how many bytes ahead to prefetch */
+#define ALONE (1 << 19)   /* with fewer multiply-adds, one thread is faster than several */
+#define MAX_ROWS 4    /* query rows that are computed in one pass over K and V */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(64), aligned(4), may_alias));
@@ -33,13 +34,14 @@ typedef uint32_t vu __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(32), aligned(2), may_alias));
 
 typedef struct {
-    const void *k, *v;                         /* [heads, tokens, dim], tokens x dim contiguous */
-    int64_t k_head_stride, v_head_stride;      /* elements from one head to the next */
+    const void *k, *v;                         /* [heads, tokens, dim]; each head is contiguous */
+    int64_t k_head_stride, v_head_stride;      /* elements between heads */
     int64_t tokens;
 } piece_t;
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+/* Load 16 elements as float32. */
 INLINE vf load(int dtype, const char *base, int64_t element) {
     if (dtype == FLOAT32) return *(const vf *)(base + 4 * element);
     const vh half = *(const vh *)(base + 2 * element);
@@ -59,12 +61,12 @@ INLINE vf load(int dtype, const char *base, int64_t element) {
 #endif
 }
 
-/* e^x for x <= 0, about 1 ulp (Cephes polynomial); below -87 the result is 0; NaN stays NaN. */
+/* e^x for x <= 0, to about 1 ulp (Cephes polynomial). Below -87 the result is 0. NaN gives NaN. */
 INLINE vf exp_nonpositive(vf x) {
     const vi keep = ~(x <= -87.0f);
     x = (vf)((vi)x & keep);
     vf n = x * 1.44269504088896341f - 0.5f;
-    vi whole = __builtin_convertvector(n, vi);   /* truncation towards 0 = rounding, as n <= 0 */
+    vi whole = __builtin_convertvector(n, vi);   /* rounds to nearest, because n <= 0 */
     n = __builtin_convertvector(whole, vf);
     x = x - n * 0.693359375f - n * -2.12194440e-4f;
     vf y = x * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -77,7 +79,7 @@ INLINE vf exp_nonpositive(vf x) {
 }
 
 #define FOLD(A, B, ...) (__builtin_shuffle(A, B, (vi){__VA_ARGS__}))
-/* Lane j of the result is the sum of the lanes of a[j]: a transposing tree of 15 additions. */
+/* Sum the lanes of 16 vectors: lane j of the result is the sum of a[j]. This takes 15 additions of vectors. */
 INLINE vf sum_each(vf *a) {
     for (int i = 0; i < 8; i++)
         a[i] = FOLD(a[i], a[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -108,12 +110,12 @@ INLINE float sum_lanes(vf a) {
     return total;
 }
 
-/* Ask for what the same loop reads AHEAD bytes later, into the L2 cache. */
+/* Prefetch what the same loop reads AHEAD bytes later into the L2 cache. */
 #define SOON(address) __builtin_prefetch((address) + AHEAD, 0, 2)
 
-/* Dot products of `rows` query rows with the first `n` <= LANES / rows keys of k [n, dk], each key read once for all
- * rows: lane r * (LANES / rows) + j is q_r . k_j, and -inf for j past `n`.
- * q [rows, dk] float32; where K is bfloat16, q_half holds the same numbers as bfloat16. */
+/* Dot products of `rows` query rows with the first n <= LANES / rows keys of k [n, dk]. Each key is read once for all
+ * rows. Lane r * (LANES / rows) + j of the result is q_r . k_j, or -inf if j >= n.
+ * q [rows, dk] is float32. If K is bfloat16, q_half holds the same numbers as bfloat16. */
 INLINE vf dots(const int dtype, const int rows, const int64_t dk, const float *q, const uint16_t *q_half,
                const char *k, const int64_t n) {
     const int64_t width = dtype == FLOAT32 ? 4 : 2;
@@ -121,7 +123,7 @@ INLINE vf dots(const int dtype, const int rows, const int64_t dk, const float *q
     vf dot[LANES];
     for (int i = 0; i < LANES; i++) dot[i] = (vf){0};
 #if defined(__AVX512BF16__)
-    if (dtype == BFLOAT16 && n == keys && dk % 32 == 0) {   /* exact: the products of bfloat16 are float32 */
+    if (dtype == BFLOAT16 && n == keys && dk % 32 == 0) {   /* exact: products of bfloat16 fit float32 */
         for (int64_t d = 0; d < dk; d += 32) {
             __m512bh part[MAX_ROWS];
             for (int r = 0; r < rows; r++) part[r] = (__m512bh)_mm512_loadu_si512(q_half + r * dk + d);
@@ -157,15 +159,15 @@ INLINE vf dots(const int dtype, const int rows, const int64_t dk, const float *q
     return s;
 }
 
-/* 32 bfloat16 as two vectors, those with even and those with odd indices: one instruction each. */
+/* Load 32 bfloat16 as two vectors, of the even and of the odd elements. Each takes one instruction. */
 INLINE void load_pairs(const char *base, int64_t element, vf *even, vf *odd) {
     const vu both = *(const vu *)(base + 2 * element);
     *even = (vf)(both << 16);
     *odd = (vf)(both & 0xffff0000u);
 }
 
-/* out[r] += sum_j weight[r][j] v_j for `rows` rows, `keys` keys and the `count` vectors of v from `d` on.
- * paired: each two vectors of out hold the even and the odd of 32 elements. */
+/* out[r] += sum_j weight[r][j] v_j for `rows` rows, `keys` keys and `count` vectors of v, from element d on.
+ * If paired, each two vectors of out hold the even and the odd elements of 32. */
 INLINE void weigh(const int dtype, const int paired, const int rows, const int count, const int64_t dv, const int64_t d,
                   const float *weight, const char *v, const int64_t keys, float *out) {
     const int64_t width = dtype == FLOAT32 ? 4 : 2;
@@ -187,9 +189,10 @@ INLINE void weigh(const int dtype, const int paired, const int rows, const int c
         for (int c = 0; c < count; c++) *(vf *)(out + r * dv + d + c * LANES) = sum[r][c];
 }
 
-/* One unit: `rows` query rows of one head against `tokens` <= BLOCK keys: all of K once, the softmax, all
- * of V once. Two long sequential streams suit the hardware's prefetch better than short alternating ones.
- * q [rows, dk], out [rows, dv] unnormalised, peak [rows] = max s, mass [rows] = sum exp(s - peak). */
+/* Compute one unit: the attention of `rows` query rows of one head to `tokens` <= BLOCK keys.
+ * It reads all of K, computes the softmax, then reads all of V: the hardware prefetches two long sequential streams
+ * better than short alternating ones.
+ * q is [rows, dk]. Results: out [rows, dv], not normalised, peak [rows] = max s and mass [rows] = sum exp(s - peak). */
 INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_t dv, const float scale,
                  const float *q, const uint16_t *q_half, const char *k, const char *v, const int64_t tokens,
                  float *out, float *peak, float *mass) {
@@ -201,7 +204,7 @@ INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_
         const vf s = scale * dots(dtype, rows, dk, q, q_half, k + width * j * dk, n);
         for (int r = 0; r < rows; r++) memcpy(score + r * BLOCK + j, (const float *)&s + r * keys, keys * sizeof(float));
     }
-    const int64_t end = (tokens + keys - 1) / keys * keys;   /* -inf from here to the end of the vector */
+    const int64_t end = (tokens + keys - 1) / keys * keys;   /* fill the rest of the vector with -inf */
     for (int r = 0; r < rows; r++) {
         float *s = score + r * BLOCK, top = -INFINITY;
         vf total = {0};
@@ -216,7 +219,7 @@ INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_
         mass[r] = sum_lanes(total);
     }
     memset(out, 0, sizeof(float) * rows * dv);
-    for (int64_t j = 0; j < tokens; j += NEAR) {   /* the later parts of these rows of V come from the L1 cache */
+    for (int64_t j = 0; j < tokens; j += NEAR) {   /* so that all but the first pass read V from the L1 cache */
         const int64_t near = tokens - j < NEAR ? tokens - j : NEAR;
         int64_t d = 0;
         for (; d + 4 * LANES <= dv; d += 4 * LANES)
@@ -233,7 +236,7 @@ INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_
     }
 }
 
-/* Constant arguments unroll the loops over the head dim: one specialised copy per common shape. */
+/* Copies of unit() for common shapes, whose constant arguments let the compiler unroll the loops over the head dim. */
 #define SPECIAL(DTYPE, ROWS, DIM)                                                       \
     if (dtype == DTYPE && rows == ROWS && dk == DIM && dv == DIM) {                     \
         unit(DTYPE, ROWS, DIM, DIM, scale, q, q_half, k, v, tokens, out, peak, mass);   \
@@ -248,7 +251,7 @@ static void run_unit(int dtype, int rows, int64_t dk, int64_t dv, float scale, c
     SPECIAL_DIMS(BFLOAT16)
     SPECIAL_DIMS(FLOAT16)
     SPECIAL_DIMS(FLOAT32)
-    switch (rows) {   /* the number of rows shapes the vectors: constant in every copy */
+    switch (rows) {   /* the number of rows decides the layout of vectors, so it is a constant in each copy */
     case 1: unit(dtype, 1, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass); break;
     case 2: unit(dtype, 2, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass); break;
     default: unit(dtype, 4, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass);
@@ -263,9 +266,10 @@ static int64_t max_threads(void) {
 #endif
 }
 
-/* q [heads, rows, dk] float32, out [heads, rows, dv] and lse [heads, rows] float32. dk and dv: multiples of 16.
- * q_half: for bfloat16 keys the same q as bfloat16, else not read.
- * Returns 0, or 1 where the scratch memory could not be had. */
+/* Attention of q [heads, rows, dk] to the keys of all pieces: out [heads, rows, dv] and lse [heads, rows].
+ * q, out and lse are float32 and contiguous, the pieces are of `dtype`. dk and dv must be multiples of 16. If dtype is
+ * BFLOAT16, q_half holds q as bfloat16; otherwise it is not read.
+ * Returns 0, or 1 if memory for the partial results cannot be allocated. */
 int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, const uint16_t *q_half,
                      int64_t heads, int64_t rows, int64_t dk, int64_t dv, float scale, int dtype, float *out,
                      float *lse) {
@@ -283,7 +287,7 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, co
     int64_t keys = 0;
     for (int64_t p = 0; p < n_pieces; p++) keys += pieces[p].tokens;
     const int attend_alone = heads * rows * keys * (dk + dv) < ALONE, merge_alone = heads * rows * units * dv < ALONE;
-    /* Neighbouring units to one thread: what it asks for past the end of a unit is the start of its next. */
+    /* A thread gets neighbouring units, because what it prefetches past the end of a unit is the start of the next. */
     int64_t stretch = heads * units / (8 * max_threads());
     stretch = stretch < 1 ? 1 : stretch > 16 ? 16 : stretch;
 #pragma omp parallel for schedule(dynamic, stretch) if (!attend_alone)
@@ -317,7 +321,7 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, co
             const float peak = base[u * cell + rows * dv + r];
             top = peak > top ? peak : top;
         }
-        for (int64_t u = 0; u < units; u++) {   /* a NaN anywhere makes the mass NaN, and all of the row */
+        for (int64_t u = 0; u < units; u++) {   /* a NaN in any unit makes total NaN, and so the whole row */
             const float *from = base + u * cell;
             const float weight = expf(from[rows * dv + r] - top);
             total += weight * from[rows * dv + rows + r];

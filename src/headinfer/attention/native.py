@@ -1,8 +1,8 @@
-"""Builds and calls native.c: partial attention for few query rows at memory bandwidth, on any CPU with a C compiler.
+"""Builds and calls native.c, a C kernel for decode on CPUs: partial attention of few query rows.
 
-torch's CPU kernels reach a third of the DRAM's bandwidth in decode, this one most of it (`headinfer bench decode`). It
-is compiled once per machine, for its own instruction set, into the user's cache folder. Without a compiler the torch
-kernel serves, and `unavailable_reason()` says why.
+The kernel reads K and V at most of the memory bandwidth, torch's CPU kernels at a third of it (`headinfer bench decode`
+measures both). It is compiled on first use, for the instruction set of the machine, into the user's cache folder. If it
+cannot be built, another backend is chosen; unavailable_reason() tells why.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Piece(ctypes.Structure):
+    """piece_t of native.c."""
+
     _fields_ = (
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
@@ -42,11 +44,11 @@ class _Piece(ctypes.Structure):
 
 
 class _BuildError(Exception):
-    """Why there is no native kernel on this machine."""
+    """The kernel cannot be built on this machine."""
 
 
 def _cpu_identity() -> str:
-    """What -march=native depends on: the same cache folder may be shared by different machines."""
+    """Describe what -march=native depends on, since several machines may share one cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -55,16 +57,17 @@ def _cpu_identity() -> str:
 
 
 def _torch_openmp() -> list[str]:
-    """torch's own OpenMP runtime, so that both share one pool of threads; none means the compiler's."""
+    """Find torch's OpenMP runtime, so that the kernel shares its threads; if empty, use that of the compiler."""
     folders = (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs")
     return [str(path) for folder in folders for path in sorted(folder.glob("libgomp*.so*"))][:1]
 
 
 def _build() -> Path:
+    """Compile native.c, unless the cache folder has the library already, and return the library's path."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise _BuildError("no C compiler (cc, gcc or clang) was found")
-    # -O3 gains only where the vectors fit one register; elsewhere it spills, and takes half a minute to build.
+    # -O3 is faster only if a vector fits one register. Otherwise it spills registers and takes half a minute to build.
     flags = ("-O3" if "avx512f" in _cpu_identity() else "-O2", *_FLAGS)
     identity = "\n".join([_SOURCE.read_text(encoding="utf-8"), *flags, compiler, _cpu_identity(), *_torch_openmp()])
     target = cache_folder() / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
@@ -73,16 +76,17 @@ def _build() -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            fresh, object_file = Path(folder) / "native.so", Path(folder) / "native.o"
+            library = Path(folder) / "native.so"
+            object_file = Path(folder) / "native.o"
             openmp = _torch_openmp() or ["-fopenmp"]
             for command in (
                 [compiler, *flags, "-c", str(_SOURCE), "-o", str(object_file)],
-                [compiler, "-shared", str(object_file), *openmp, "-lm", "-o", str(fresh)],
+                [compiler, "-shared", str(object_file), *openmp, "-lm", "-o", str(library)],
             ):
                 done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
                 if done.returncode:
                     raise _BuildError(f"{' '.join(command[:1])} failed: {done.stderr.strip()[:300]}")
-            fresh.replace(target)  # whole or not at all, also with several processes building
+            library.replace(target)  # atomic, because other processes may build or load it at the same time
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _BuildError(str(error)) from error
     return target
@@ -90,6 +94,7 @@ def _build() -> Path:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library and an empty string, or None and why there is none."""
     if os.environ.get("HEADINFER_NATIVE", "1") == "0":
         return None, "switched off by HEADINFER_NATIVE=0"
     try:
@@ -114,41 +119,54 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def unavailable_reason() -> str:
-    """Why the native kernel cannot be used on this machine; empty where it can. Builds it on first use."""
+    """Return why this machine cannot use the native kernel, or "" if it can. The first call builds the kernel."""
     return _load()[1]
 
 
-def _by_head(x: torch.Tensor) -> torch.Tensor:
-    """x [H, T, D] with each head's tokens contiguous: as it is where it can be, else a copy."""
+def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
+    """Return x [H, T, D] with the tokens of each head contiguous: x itself if they are, else a copy."""
     return x if x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) else x.contiguous()
 
 
 def attend_native(q: torch.Tensor, pieces: Sequence[Piece], *, scale: float) -> AttentionState:
-    """Attention of q over the keys of all pieces, none masked.
+    """Compute attention of q to the keys of all pieces, without a mask.
 
-    q [H, N, Dk]; each piece k [H, T, Dk] and v [H, T, Dv] of q's dtype (float32, bfloat16 or float16), in host
-    memory, any stride between heads; Dk and Dv multiples of 16.
-    Returns out [H, N, Dv] and lse [H, N], float32. The same bits for any number of threads.
+    The result has the same bits for any number of threads.
+
+    Args:
+        q: [H, N, Dk] in float32, bfloat16 or float16; Dk must be a multiple of 16.
+        pieces: pairs of k [H, T, Dk] and v [H, T, Dv] in host memory, of the dtype of q; Dv must be a multiple of 16.
+            Heads may have any stride; if the tokens of a head are not contiguous, the piece is copied.
+        scale: the factor of the scores.
+
+    Returns:
+        out [H, N, Dv] and lse [H, N], float32.
+
+    Raises:
+        MemoryError: the kernel cannot allocate its partial results.
     """
     library = _load()[0]
     assert library is not None
     heads, rows, key_dim = q.shape
     value_dim = pieces[0][1].shape[-1]
+    # Segments and tails have contiguous heads, slices of a model's own K and V may not. This list keeps copies alive.
+    pieces = [(_contiguous_heads(k), _contiguous_heads(v)) for k, v in pieces]
     table = (_Piece * len(pieces))()
-    # Segments and tails are in this layout; slices of a model's own K and V may not be. The list keeps copies alive.
-    pieces = [(_by_head(k), _by_head(v)) for k, v in pieces]
     for entry, (k, v) in zip(table, pieces, strict=True):
-        entry.k, entry.v = k.data_ptr(), v.data_ptr()
-        entry.k_head_stride, entry.v_head_stride, entry.tokens = k.stride(0), v.stride(0), k.shape[1]
-    own = q.contiguous()
-    query = own.float()
+        entry.k = k.data_ptr()
+        entry.v = v.data_ptr()
+        entry.k_head_stride = k.stride(0)
+        entry.v_head_stride = v.stride(0)
+        entry.tokens = k.shape[1]
+    contiguous_q = q.contiguous()
+    float_q = contiguous_q.float()
     out = torch.empty(heads, rows, value_dim)
     lse = torch.empty(heads, rows)
     failed = library.headinfer_attend(
         table,
         len(pieces),
-        query.data_ptr(),
-        own.data_ptr(),
+        float_q.data_ptr(),
+        contiguous_q.data_ptr(),
         heads,
         rows,
         key_dim,
@@ -159,5 +177,5 @@ def attend_native(q: torch.Tensor, pieces: Sequence[Piece], *, scale: float) -> 
         lse.data_ptr(),
     )
     if failed:
-        raise MemoryError("the native attention kernel found no memory for its partial results")
+        raise MemoryError("the native attention kernel cannot allocate memory for its partial results")
     return AttentionState(out, lse)

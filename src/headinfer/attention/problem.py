@@ -1,4 +1,4 @@
-"""What a kernel is asked, and what several of them do around their kernel."""
+"""The description of an attention problem, by which a backend is chosen, and helpers that several backends share."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ import torch
 
 from headinfer.attention.state import AttentionState, join
 
-__all__ = ["AMX", "FEW_ROWS", "HALVES", "Problem", "capability_of", "expand_heads", "over_blocks"]
+__all__ = ["AMX", "FEW_ROWS", "HALVES", "Problem", "attend_in_blocks", "capability_of", "expand_heads"]
 
 HALVES = (torch.bfloat16, torch.float16)
-AMX = (1, 0)  # the capability of a CPU that multiplies matrices in bfloat16
-FEW_ROWS = 64  # with up to so many query rows per KV head a device is kept busy only by splitting the keys
+
+AMX = (1, 0)
+"""Stands for the capability of a CPU with AMX, whose matrix units multiply bfloat16."""
+
+FEW_ROWS = 64
+"""Up to this many query rows per KV head, only splitting the keys gives every core of a device work."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel must be able to do. `query_rows` is N of `attend_full`, or 0 for `attend_causal`.
+    """The properties of a call of attend_full() or attend_causal() that decide which backends can serve it.
 
-    capability: of a CUDA device, or AMX of a CPU that has it; (0, 0): unknown or none. key_tokens: T, 0 where unknown.
-    is_full: a tile of the usual size, whose shape comes again and again.
+    Attributes:
+        device_type: the type of the tensors' device, "cpu" or "cuda".
+        dtype: the dtype of q, k and v.
+        query_rows: N, the query rows per KV head in attend_full(); 0 stands for attend_causal().
+        key_dim: Dk, the head dim of q and k.
+        value_dim: Dv, the head dim of v.
+        softcap: whether the scores are capped.
+        capability: the compute capability of a CUDA device, AMX for a CPU that has it, (0, 0) if unknown or none.
+        key_tokens: T, the number of keys; 0 if unknown.
+        is_full: whether this is a tile of the usual size, so that many calls have the same shape.
     """
 
     device_type: str
@@ -37,37 +49,58 @@ class Problem:
 
     @property
     def is_decode(self) -> bool:
-        """Few query rows: bound by reading the keys, not by matrix products."""
+        """Whether there are few query rows, so that reading the keys bounds the speed, not matrix products."""
         return 0 < self.query_rows <= FEW_ROWS
 
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a CUDA device, AMX of a CPU that has it, else (0, 0)."""
+    """Return the compute capability of a CUDA device, AMX for a CPU that has it, else (0, 0)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)
-    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-    return AMX if device.type == "cpu" and able.get("amx_bf16") and able.get("amx_tile") else (0, 0)
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch do not have it
+    features: dict[str, object] = get_capabilities()
+    has_amx = device.type == "cpu" and features.get("amx_bf16") and features.get("amx_tile")
+    return AMX if has_amx else (0, 0)
 
 
 def expand_heads(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """k [B, Hkv, T, D] with each head repeated for its query heads: [B, Hq, T, D]."""
+    """Repeat each head of k (or v) for the query heads that share it, for kernels without grouped-query attention.
+
+    Args:
+        q: [B, Hq, ...].
+        k: [B, Hkv, T, D]; Hq is a multiple of Hkv.
+
+    Returns:
+        [B, Hq, T, D]; k itself if Hq equals Hkv.
+    """
     groups = q.shape[1] // k.shape[1]
     return k if groups == 1 else k.repeat_interleave(groups, dim=1)
 
 
-def over_blocks(
+def attend_in_blocks(
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], AttentionState],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     block_tokens: int,
 ) -> AttentionState:
-    """A piece for few query rows: blocks of keys become batch entries of one call, so that every core has work.
+    """Attend to one piece; if there are few query rows, pass blocks of its keys as batch entries of one call.
 
-    q [H, N, Dk], k [H, T, Dk], v [H, T, Dv]; attend takes them with a batch dim in front. Views, no copies.
+    This gives every core work with kernels that do not split the keys themselves. The blocks are views, not copies.
+
+    Args:
+        attend: the kernel: q [B, H, N, Dk], k [B, H, T, Dk] and v [B, H, T, Dv] give a state of out [B, H, N, Dv].
+        q: [H, N, Dk].
+        k: [H, T, Dk].
+        v: [H, T, Dv].
+        block_tokens: the number of keys in a block. A rest of fewer keys is one more call.
+
+    Returns:
+        The state over all keys: out [H, N, Dv] and lse [H, N].
     """
-    (heads, rows, _), tokens = q.shape, k.shape[1]
+    heads, rows, _ = q.shape
+    tokens = k.shape[1]
     entries = tokens // block_tokens
     if rows > FEW_ROWS or entries < 2:
         return attend(q[None], k[None], v[None])[0]

@@ -1,15 +1,16 @@
 """Partial softmax attention that can be merged exactly.
 
-Over a set S of keys, with scores s_j = scale * q . k_j:
+The state of attention over a set S of keys is its output and its log-sum-exp. With the scores s_j = scale * q . k_j:
 
     lse(S) = log sum_{j in S} exp(s_j)          out(S) = sum_{j in S} exp(s_j - lse(S)) v_j
 
-and for disjoint sets A and B, with w = exp(lse(B) - lse(A u B)) = sigmoid(lse(B) - lse(A)):
+The states of two disjoint sets A and B are merged by their log-sum-exps:
 
-    out(A u B) = (1 - w) out(A) + w out(B)      lse(A u B) = logaddexp(lse(A), lse(B))
+    lse(A u B) = logaddexp(lse(A), lse(B))      out(A u B) = (1 - w) out(A) + w out(B)
+    w = exp(lse(B) - lse(A u B)) = sigmoid(lse(B) - lse(A))
 
-(online softmax, Milakov and Gimelshein, arXiv 1805.02867; the split over keys is FlashDecoding's). Attention
-over any split of the keys, merged in any order, is attention over all of them, up to rounding.
+This is online softmax (Milakov and Gimelshein, arXiv 1805.02867) applied to blocks of keys, as in FlashDecoding. The
+keys can be split in any way and the states merged in any order: the result is attention over all keys, up to rounding.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ __all__ = ["AttentionState", "join", "merge"]
 
 @dataclass
 class AttentionState:
-    """Attention over some of the keys.
+    """The result of attention over some of the keys, from which attention over more keys can be computed.
 
-    out: [..., D] float32 (float64 in the oracle), 0 where no key was seen.
-    lse: [...] of the same dtype, -inf where no key was seen.
+    A state that a kernel returns for some keys (a part) may have `out` in a half type, and any strides. A state that
+    parts are merged into (a running state, see `running`) is float32 and contiguous, or a view of such a state.
 
-    A part that will only be merged into another may have `out` in the half type of the kernel that made it, and any
-    strides; what is merged into is float32: `running()`.
+    Attributes:
+        out: [..., D], float32 (float64 in reference.py); 0 in rows that have seen no key.
+        lse: [...], the natural logarithm of the sum of exp(score), float32 (float64 in reference.py); -inf in rows that
+            have seen no key.
     """
 
     out: torch.Tensor
@@ -42,44 +45,78 @@ class AttentionState:
     def empty(
         cls, shape: Sequence[int], dim: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> AttentionState:
-        """The identity of merge: no key seen yet. out is [*shape, dim]."""
+        """Return the state over no keys, which is the identity of merge().
+
+        Args:
+            shape: the shape of `lse`; that of `out` is [*shape, dim].
+            dim: the head dim of the values.
+            device: the device of both tensors.
+            dtype: the dtype of both tensors.
+        """
         return cls(
             torch.zeros(*shape, dim, device=device, dtype=dtype),
             torch.full(tuple(shape), -torch.inf, device=device, dtype=dtype),
         )
 
     def __getitem__(self, index: object) -> AttentionState:
-        """A view of some rows: the same index into the leading dims of both tensors."""
+        """Return a view of some rows: both tensors are indexed alike in their leading dims."""
         return AttentionState(self.out[index], self.lse[index])  # type: ignore[index]
 
     def running(self) -> AttentionState:
-        """A state that others can be merged into: float32 and contiguous; itself where it is that already."""
-        out = self.out.to(torch.float32, memory_format=torch.contiguous_format)  # one pass, not two
+        """Return this state in float32 and contiguous, so that others can be merged into it.
+
+        Tensors that are float32 and contiguous already are not copied.
+        """
+        out = self.out.to(torch.float32, memory_format=torch.contiguous_format)  # converts and copies in one pass
         return AttentionState(out.contiguous(), self.lse.contiguous())
 
     def merge_(self, other: AttentionState) -> AttentionState:
-        """Take in the keys of `other` in place; empty with empty stays empty. On CUDA it is one kernel."""
+        """Merge a state over other keys into this one, in place.
+
+        Rows that have seen no key take over the bits of `other`; if neither has seen a key, the row stays empty. On
+        CUDA one Triton kernel does the merge if triton is available and the layout allows it (triton_calls.merge_).
+
+        Args:
+            other: a state of the same shape over keys that this state has not seen; `out` may be of a half type.
+
+        Returns:
+            This state.
+        """
         if self.out.is_cuda and triton_calls.merge_(self.out, self.lse, other.out, other.lse):
             return self
-        weight = torch.sigmoid(other.lse - self.lse).masked_fill_(other.lse == -torch.inf, 0.0)  # not NaN: both empty
+        weight = torch.sigmoid(other.lse - self.lse)
+        weight = weight.masked_fill_(other.lse == -torch.inf, 0.0)  # if both are empty, the difference is NaN
         self.out.lerp_(other.out.to(self.out.dtype), weight.unsqueeze(-1))
         torch.logaddexp(self.lse, other.lse, out=self.lse)
         return self
 
     def with_sinks(self, sinks: torch.Tensor) -> torch.Tensor:
-        """out after one more key per head with score `sinks` and value 0 (gpt-oss); once, after the last merge.
+        """Return the output with one more key per head, of a given score and of value 0 (the sinks of gpt-oss).
 
-        sinks: broadcastable to lse. Returns [..., D]: out * sigmoid(lse - sink).
+        The output is scaled by sigmoid(lse - sink). Call this once, after the last merge.
+
+        Args:
+            sinks: the scores of the additional keys, broadcastable to `lse`.
+
+        Returns:
+            [..., D], of the dtype of `out`.
         """
         return self.out * torch.sigmoid(self.lse - sinks.to(self.lse.dtype)).unsqueeze(-1)
 
 
 def merge(first: AttentionState, second: AttentionState) -> AttentionState:
-    """The state over the keys of both; the arguments are left as they are."""
+    """Return the state over the keys of both states; the arguments stay as they are."""
     return AttentionState(first.out.clone(), first.lse.clone()).merge_(second)
 
 
 def join(parts: AttentionState) -> AttentionState:
-    """The state over the keys of parts [P, ...] that lie in one tensor, each of which saw some key."""
+    """Merge parts that are stacked in one tensor, all at once.
+
+    Args:
+        parts: out [P, ..., D] and lse [P, ...]. For each row, at least one of the P parts must have seen a key.
+
+    Returns:
+        The state over the keys of all parts: out [..., D] and lse [...].
+    """
     weights = torch.softmax(parts.lse, dim=0)
     return AttentionState((weights.unsqueeze(-1) * parts.out).sum(dim=0), torch.logsumexp(parts.lse, dim=0))

@@ -1,7 +1,8 @@
-"""Calls the kernels of triton_kernels.py, where this machine can run them.
+"""Launches the kernels of triton_kernels.py, if this machine can run them.
 
-Tensors in, tensors out. Nothing imports triton before a kernel is wanted. Block sizes and splits depend on shapes only;
-where a device's shared memory is too small, fewer rows or pipeline stages are tried, which change no sum's order.
+triton is imported when the first kernel is needed. Block sizes and splits depend on shapes only. If the shared memory
+of a device is too small, a launch with fewer query rows or pipeline stages is tried; neither changes the order of a
+sum.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 __all__ = ["attend", "merge_", "unavailable_reason"]
 
 _LOG2_E = math.log2(math.e)
-_PARTS = (torch.float32, torch.bfloat16, torch.float16)
-_PROGRAMS = 256  # as many as keep any device busy: keys are split where there are fewer blocks of rows
-_SPLIT_KEYS = 512  # keys of a split at least
-_MERGE_ELEMENTS = 2048  # outputs of one program
-_fitting: dict[tuple[Any, ...], int] = {}  # which of _launches() a device's shared memory has room for
+_PART_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PROGRAMS = 256  # enough to keep any device busy: keys are split if there are fewer blocks of rows
+_SPLIT_KEYS = 512  # the fewest keys in a split
+_MERGE_ELEMENTS = 2048  # output elements per program of the merge kernel
+_fitting: dict[tuple[Any, ...], int] = {}  # by kernel variant: the first of _launches() that fits the shared memory
 
 
 def _kernels() -> Any:
@@ -32,9 +33,10 @@ def _kernels() -> Any:
 
 @functools.cache
 def unavailable_reason() -> str:
-    """Why the Triton kernels cannot be used here; empty where they can. Builds the smallest one on first use.
+    """Return why the Triton kernels cannot be used on this machine, or "" if they can.
 
-    Without any CUDA device it only asks whether triton can be imported: a choice is then a matter of shapes.
+    The first call builds the smallest kernel. Without a CUDA device it only checks that triton can be imported, so that
+    choices depend on shapes only there.
     """
     if os.environ.get("HEADINFER_TRITON", "1") == "0":
         return "switched off by HEADINFER_TRITON=0"
@@ -45,8 +47,9 @@ def unavailable_reason() -> str:
     if not torch.cuda.is_available():
         return ""
     errors = (kernels.triton.TritonError, RuntimeError, OSError, subprocess.CalledProcessError)
-    try:  # triton needs a C compiler, and a device that it knows
-        state, part = (torch.zeros(1, 1, 16, device="cuda"), torch.ones(1, 1, 16, device="cuda"))
+    try:  # triton needs a C compiler, and a device that it supports
+        state = torch.zeros(1, 1, 16, device="cuda")
+        part = torch.ones(1, 1, 16, device="cuda")
         _merge(kernels, state, state[..., 0].clone(), part, part[..., 0])
     except errors as error:
         return f"triton cannot build a kernel: {str(error).strip()[:300]}"
@@ -58,7 +61,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _padded(dim: int) -> int:
-    """The next power of two, as a tile needs it; at least 16, as tl.dot does."""
+    """Return the next power of two, which a block's dims must be, and at least 16, which tl.dot requires."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -66,26 +69,34 @@ def _padded(dim: int) -> int:
 
 
 def _two_leading(x: torch.Tensor, leading: int) -> torch.Tensor | None:
-    """x with its leading dims as two, without a copy; None where that cannot be."""
+    """Return a view of x whose leading dims are two; None if that needs a copy."""
     while leading > 2 and x.shape[0] == 1:
-        x, leading = x[0], leading - 1
+        x = x[0]
+        leading -= 1
     if leading > 2:
         return x.flatten(0, leading - 2) if x.is_contiguous() else None
     return x if leading == 2 else x[(None,) * (2 - leading)]
 
 
 def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> bool:
-    """Merge part [..., D] and part_lse [...] into out and lse in place, in one kernel; False where it cannot be done.
+    """Merge a part into a state in place, with one kernel, as AttentionState.merge_() does.
 
-    out, lse and part_lse float32; part float32 or a half type. Up to two leading dims may have any strides.
+    Args:
+        out: [..., D], float32. Up to two leading dims may have any strides, more must be contiguous.
+        lse: [...], float32.
+        part: [..., D], float32 or a half type.
+        part_lse: [...], float32.
+
+    Returns:
+        False, with nothing done, if triton is unavailable or the kernel does not support a dtype or layout.
     """
     leading = lse.ndim
     if unavailable_reason() or out.shape != part.shape or lse.shape != part_lse.shape or out.shape[:-1] != lse.shape:
         return False
-    if not (out.dtype == lse.dtype == part_lse.dtype == torch.float32) or part.dtype not in _PARTS:
+    if not (out.dtype == lse.dtype == part_lse.dtype == torch.float32) or part.dtype not in _PART_DTYPES:
         return False
-    found = [_two_leading(x, leading) for x in (out, lse, part, part_lse)]
-    views = [x for x in found if x is not None]
+    possible_views = [_two_leading(x, leading) for x in (out, lse, part, part_lse)]
+    views = [x for x in possible_views if x is not None]
     if len(views) < 4 or any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (views[0], views[2])):
         return False
     if out.numel():
@@ -94,8 +105,9 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
 
 
 def _merge(kernels: Any, out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """out [A, R, D], lse [A, R]."""
-    rows, dim = lse.numel(), out.shape[-1]
+    """Launch the merge kernel: out and part [A, R, D], lse and part_lse [A, R]."""
+    rows = lse.numel()
+    dim = out.shape[-1]
     width = 1 << (dim - 1).bit_length()
     block = max(1, _MERGE_ELEMENTS // width)
     strides = [stride for x in (out, lse, part, part_lse) for stride in x.stride()[:2]]
@@ -109,9 +121,9 @@ def _merge(kernels: Any, out: torch.Tensor, lse: torch.Tensor, part: torch.Tenso
 
 
 def _launches(rows: int, width: int, is_half: bool) -> Iterator[tuple[int, int, int]]:
-    """(query rows of a block, warps, pipeline stages), the fastest first and the one with the least memory last."""
-    most = 128 if is_half else 32  # float32 has no tensor cores here: its operands lie in registers
-    block = next(size for size in (16, 32, 64, 128) if size >= min(rows, most))
+    """Yield (query rows of a block, warps, pipeline stages): the fastest first, the one with the least memory last."""
+    max_rows = 128 if is_half else 32  # float32 does not use tensor cores here: its operands are held in registers
+    block = next(size for size in (16, 32, 64, 128) if size >= min(rows, max_rows))
     for size, stages in ((block, 3), (block, 2), (block // 2, 2), (block // 2, 1), (block // 4, 1)):
         if size >= 16:
             yield size, 8 if size * width >= 128 * 128 else 4, stages
@@ -119,7 +131,7 @@ def _launches(rows: int, width: int, is_half: bool) -> Iterator[tuple[int, int, 
 
 
 def _split(blocks: int, keys: int, block_keys: int) -> tuple[int, int]:
-    """(splits, keys of each): the last may have fewer, none is empty."""
+    """Return the number of splits and the keys of each; the last split may have fewer keys, but is not empty."""
     wanted = max(1, min(_ceil_div(_PROGRAMS, blocks), keys // _SPLIT_KEYS))
     each = _ceil_div(_ceil_div(keys, wanted), block_keys) * block_keys
     return _ceil_div(keys, each), each
@@ -128,22 +140,39 @@ def _split(blocks: int, keys: int, block_keys: int) -> tuple[int, int]:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, Hq, N, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv], of one dtype, any strides; causal: N equals T.
+    """Compute attention with the Triton kernels.
 
-    Returns out [B, Hq, N, Dv] and lse [B, Hq, N], float32 and contiguous.
+    Args:
+        q: [B, Hq, N, Dk] in float32, bfloat16 or float16, of any strides; Hq is a multiple of Hkv.
+        k: [B, Hkv, T, Dk], of the dtype of q.
+        v: [B, Hkv, T, Dv], of the dtype of q.
+        scale: the factor of the scores.
+        softcap: caps the scores by softcap * tanh(score / softcap). None: no cap.
+        causal: whether query i sees only the keys up to i; N must equal T then.
+
+    Returns:
+        out [B, Hq, N, Dv] and lse [B, Hq, N], float32 and contiguous.
     """
     kernels = _kernels()
     q, k, v = (x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, rows, key_dim = q.shape
-    keys, value_dim, is_half = k.shape[2], v.shape[3], q.dtype != torch.float32
-    widths = _padded(key_dim), _padded(value_dim)
-    width = max(widths)
+    keys = k.shape[2]
+    value_dim = v.shape[3]
+    is_half = q.dtype != torch.float32
+    key_width = _padded(key_dim)
+    value_width = _padded(value_dim)
+    width = max(key_width, value_width)
     block_keys = (64 if is_half else 32) // (2 if width > 128 else 1)
     blocks = batch * heads * _ceil_div(rows, 128)
     splits, split_keys = (1, keys) if causal else _split(blocks, keys, block_keys)
     parts = torch.empty(splits, batch, heads, rows, value_dim, device=q.device)
     parts_lse = torch.empty(splits, batch, heads, rows, device=q.device)
-    unit, cap = (scale * _LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2_E)
+    if softcap is None:
+        unit = scale * _LOG2_E
+        cap = 0.0
+    else:
+        unit = scale / softcap
+        cap = softcap * _LOG2_E
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     constants = {
         "GROUP": heads // k.shape[1],
@@ -152,14 +181,14 @@ def attend(
         "PRECISE": not is_half,
         "BLOCK_KEYS": block_keys,
         "KEY_DIM": key_dim,
-        "KEY_WIDTH": widths[0],
+        "KEY_WIDTH": key_width,
         "VALUE_DIM": value_dim,
-        "VALUE_WIDTH": widths[1],
+        "VALUE_WIDTH": value_width,
     }
     launches = list(_launches(rows, width, is_half))
-    about = (q.device, q.dtype, *widths, launches[0], causal, softcap is not None)
+    variant = (q.device, q.dtype, key_width, value_width, launches[0], causal, softcap is not None)
     with torch.cuda.device_of(q):
-        for index in range(_fitting.get(about, 0), len(launches)):
+        for index in range(_fitting.get(variant, 0), len(launches)):
             block_rows, warps, stages = launches[index]
             grid = (_ceil_div(rows, block_rows), batch * heads, splits)
             arguments = (q, k, v, parts, parts_lse, *strides, heads, rows, keys, split_keys, unit, cap)
@@ -169,12 +198,21 @@ def attend(
                 if index + 1 == len(launches):
                     raise
                 continue
-            _fitting[about] = index
+            _fitting[variant] = index
             break
         if splits == 1:
             return parts[0], parts_lse[0]
-        out, lse = torch.empty_like(parts[0]), torch.empty_like(parts_lse[0])
+        out = torch.empty_like(parts[0])
+        lse = torch.empty_like(parts_lse[0])
         kernels.join[(lse.numel(),)](
-            parts, parts_lse, out, lse, lse.numel(), splits, BLOCK_SPLITS=16, VALUE_DIM=value_dim, VALUE_WIDTH=widths[1]
+            parts,
+            parts_lse,
+            out,
+            lse,
+            lse.numel(),
+            splits,
+            BLOCK_SPLITS=16,
+            VALUE_DIM=value_dim,
+            VALUE_WIDTH=value_width,
         )
     return out, lse

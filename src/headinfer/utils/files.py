@@ -1,4 +1,7 @@
-"""Atomic, durable file writes; results that replace no other program's file. OS errors become CapacityError."""
+"""Atomic, durable file writes, and outputs that never replace a file of another program.
+
+Errors of the operating system while writing become CapacityError.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,10 @@ __all__ = [
 ]
 
 CHECKSUM_PREFIX = "xxh3:"
-"""Precedes a tensor's name in the header of a data file (kv/tensor_file.py); only headinfer writes such headers."""
+"""Prefix of the checksums in the header of a data file (kv/tensor_file.py). Only headinfer writes such headers."""
 
 PARTIAL_SUFFIX = ".headinfer-partial"
-"""Ends the name of a file that is being written. Only headinfer uses it, so what a killed write leaves is known."""
+"""Suffix of a file that is being written. Only headinfer uses it, so remains of a killed write can be recognised."""
 
 _MAX_JSON_BYTES = 2**28
 _PART_BYTES = 8 * 1024 * 1024
@@ -46,12 +49,12 @@ _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a manifest keeps of a data file, to check it before it is used.
+    """The facts about a data file that a manifest stores, so that the file can be checked before it is used.
 
     Attributes:
         name: the file's name, without a folder.
         nbytes: the file's size in bytes.
-        header: the checksum of the file's header, which holds the checksums of the tensors (kv/tensor_file.py).
+        header: the checksum of the file's header, which contains the checksums of the tensors (kv/tensor_file.py).
     """
 
     name: str
@@ -67,7 +70,7 @@ def check_folder(folder: Path, purpose: str) -> None:
         purpose: what it is for, such as "keep KV"; the message begins with it.
 
     Raises:
-        UsageError: the folder, or the nearest one above it that exists, is not writable.
+        UsageError: the folder, or its nearest parent that exists, is not writable.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
@@ -75,18 +78,20 @@ def check_folder(folder: Path, purpose: str) -> None:
 
 
 class Output:
-    """The file that a command writes its result to. It may replace an earlier result of the same kind, nothing else.
+    """The file that a command writes its result to.
 
-    A path that does not exist is free, and so is an empty file. The constructor checks, so that a command can refuse
-    before it begins; write() checks again, since a command may take hours.
+    Writing may create the file, fill an empty one, or replace an earlier result of the same kind. It never replaces
+    anything else. The constructor checks this, so that a command fails before it begins to compute; write() checks
+    again, because the command may have taken hours.
 
     Args:
         path: the file that the user named. If it is a symbolic link, its target is written.
-        is_ours: tells whether an existing file is an earlier result of the same kind. It gets the path of a regular
+        is_ours: returns whether a file is an earlier result of the same kind. It is called with the path of a regular
             file that is not empty. If it is None, no file is ever replaced.
 
     Raises:
-        UsageError: the path is a folder, a device or a pipe, its folder is not writable, or it holds something else.
+        UsageError: the path is a folder, a device or a pipe, its folder is not writable, or the file is not an earlier
+            result.
     """
 
     def __init__(self, path: Path, is_ours: Callable[[Path], bool] | None) -> None:
@@ -95,7 +100,11 @@ class Output:
         self.check()
 
     def check(self) -> None:
-        """Raise UsageError if the result cannot be written, or if something else would be lost."""
+        """Check that the result can be written and replaces nothing but an earlier result.
+
+        Raises:
+            UsageError: as for the constructor.
+        """
         try:
             self._check(self.path.resolve())
         except OSError as error:
@@ -122,10 +131,13 @@ class Output:
             )
 
     def write(self, data: str | bytes) -> None:
-        """Check again, then write the whole result, text in UTF-8; the folder is created if there is none.
+        """Check again, then write the result as write_bytes() does.
+
+        Args:
+            data: the whole content of the file; text is encoded in UTF-8.
 
         Raises:
-            UsageError: something else is at the path now.
+            UsageError: as for the constructor.
             CapacityError: the system refuses to write, for example because the disk is full.
         """
         self.check()
@@ -133,7 +145,11 @@ class Output:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; an empty dictionary if the file is unreadable or holds something else."""
+    """Read a JSON file that contains an object.
+
+    Returns:
+        The object; an empty dictionary if the file is missing, unreadable, no regular file or contains anything else.
+    """
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_JSON_BYTES:
@@ -145,7 +161,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def partial_path(path: Path) -> Path:
-    """A new name, beside `path`, for a file that is renamed to `path` when it is whole."""
+    """Return a new name in the folder of `path`, for a file that is renamed to `path` when it is complete."""
     return path.with_name(secrets.token_hex(8) + PARTIAL_SUFFIX)
 
 
@@ -155,7 +171,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file as write_file() does, and bring its name to the disk; its folder is created if there is none.
+    """Write a file as write_file() does, and sync its folder; create the folder if it does not exist.
 
     Raises:
         CapacityError: the system refuses to write, for example because the disk is full.
@@ -168,14 +184,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, parts: Iterable[memoryview | bytes]) -> None:
-    """Write a file under its partial name, bring it to the disk, then rename it; at any instant it is old or new.
+    """Write a file atomically: under a partial name, which is synced to the disk and then renamed.
 
-    An existing file is replaced: callers check before that it may be. If it is a symbolic link, its target is
-    replaced. Other hard links to an existing file keep the old content.
+    At any time the path has the old content or the new one. An existing file is replaced, so callers must check that it
+    may be. If the path is a symbolic link, the link's target is replaced. Other hard links to an existing file keep the
+    old content.
+
+    Args:
+        path: the file; its folder must exist.
+        parts: the content, in order. Each part is written before the next one is computed.
 
     Raises:
-        CapacityError: the system refuses to write, for example because the disk is full. Nothing is left of the
-            new file then.
+        CapacityError: the system refuses to write, for example because the disk is full. The partial file is removed.
     """
     path = path.resolve()
     partial = partial_path(path)
@@ -183,13 +203,13 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes]) -> None:
         with _os_errors(path):
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             try:
-                at = 0
+                offset = 0
                 for part in parts:
                     view = memoryview(part)
                     while view:
                         count = os.write(descriptor, view[:_PART_BYTES])
-                        _begin_to_sync(descriptor, at, count)
-                        at += count
+                        _begin_to_sync(descriptor, offset, count)
+                        offset += count
                         view = view[count:]
                 os.fsync(descriptor)
             finally:
@@ -201,9 +221,9 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes]) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that is never written again a second name; copy it if the file system has no hard links.
+    """Create a hard link to a file that is never written again; copy it if the file system has no hard links.
 
-    An existing target is replaced: callers check before that it may be.
+    An existing target is replaced, so callers must check that it may be.
     """
     remove(target)
     try:
@@ -224,7 +244,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
+    """Sync a folder, so that the names of its files are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -232,17 +252,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _begin_to_sync(descriptor: int, at: int, nbytes: int) -> None:
-    """Start writing a part of a file to the disk while the next part is computed; fsync() waits for all parts."""
+def _begin_to_sync(descriptor: int, offset: int, nbytes: int) -> None:
+    """Start to write a part of a file to the disk, while the next part is computed; fsync() waits for all parts."""
     if sys.platform == "linux":
         sync = getattr(ctypes.CDLL(None), "sync_file_range", None)
         if sync is not None:
-            sync(descriptor, ctypes.c_int64(at), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+            sync(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 @contextmanager
 def _os_errors(path: Path) -> Iterator[None]:
-    """Raise CapacityError in place of OSError."""
+    """Turn an OSError into a CapacityError."""
     try:
         yield
     except OSError as error:
