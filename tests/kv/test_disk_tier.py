@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import headinfer
 from headinfer import CapacityError, HeadCache, UsageError
-from headinfer.kv.disk import DiskFile, DiskLocation, DiskSlice
+from headinfer.kv.disk_file import DiskFile
 from headinfer.kv.read_ahead import READ_SLOTS, ReadAhead, read_slot_bytes
+from headinfer.kv.slices import DiskLocation, DiskSlice
 
 CHUNK = 256
 BUDGET = 3 * 2**20 // 2
@@ -138,7 +139,7 @@ def test_tiles_are_read_before_they_are_used(model, tmp_path, monkeypatch):
         if is_on_disk:
             events.append(1)
         tile = begin(ring, pieces, after)
-        assert bool(tile.reads) == is_on_disk
+        assert bool(tile.loads) == is_on_disk
         return tile
 
     def note_wait(ring, handle):

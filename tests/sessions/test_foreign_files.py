@@ -25,7 +25,7 @@ from headinfer import CapacityError, HeadCache, SessionError, UsageError
 from headinfer.bench import run as bench_run
 from headinfer.bench.measurement import Measurement
 from headinfer.bench.plan_check import compared
-from headinfer.kv.disk import DiskFile
+from headinfer.kv.disk_file import DiskFile
 from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.sessions.folder import Lock, remove_session
 from headinfer.sessions.manifest import Manifest
@@ -816,7 +816,7 @@ CALLS = {
     "hf/parallel.py": ["TemporaryDirectory", "save_pretrained"],
     "sessions/prefix.py": ["link_or_copy"],
     # a file that loses its name at once
-    "kv/disk.py": ["mkdir", "mkstemp", "os.open for writing", "unlink"],
+    "kv/disk_file.py": ["mkdir", "mkstemp", "os.open for writing", "unlink"],
     "kv/tensor_file.py": ["write_file"],
     "plan/hardware.py": ["Output"],
     # savefig: into memory

@@ -30,7 +30,7 @@ from headinfer.bench.sizes import CpuSizes
 from headinfer.bench.timing import Call, Peak, Rounds, in_turns, timed
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
-from headinfer.kv.disk import DiskFile, Read
+from headinfer.kv.disk_file import DiskFile, Read
 from headinfer.sessions.writer import SessionWriter
 
 __all__ = ["disk_tier", "session"]

@@ -15,10 +15,10 @@ from headinfer.engine.options import Options
 from headinfer.engine.streaming import Tile, attend_streaming, tiles_of
 from headinfer.errors import UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
-from headinfer.kv.disk import DiskSlice
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV, TokenRanges, first_of
 from headinfer.kv.segments import Segment
+from headinfer.kv.slices import DiskSlice
 from headinfer.kv.streams import Transport
 from headinfer.kv.tiers import HostTier
 from headinfer.plan.footprint import write_back_bytes

@@ -23,9 +23,9 @@ import torch
 
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
-from headinfer.kv.disk import DiskSlice, PageableSlice
 from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
 from headinfer.kv.segments import ResidentBuffer, SegmentSlice, SharedPrefix
+from headinfer.kv.slices import DiskSlice, PageableSlice
 from headinfer.kv.transfer import InPlace, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 from headinfer.utils.tensors import Piece

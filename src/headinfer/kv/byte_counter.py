@@ -1,4 +1,4 @@
-"""Every byte of KV, counted where it is allocated or moved."""
+"""Counts the bytes of KV where they are allocated or moved."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ __all__ = ["ByteCounter"]
 
 @dataclass
 class ByteCounter:
-    """Bytes held and moved by one cache; all figures are exact.
+    """The bytes that one cache holds and moves. All figures are exact.
 
-    device_bytes holds what the KV cache occupies on the compute device, by purpose: "ring" (the slots that tiles
-    stream through), "tail" (the newest tokens), "staging" (write-back) and "resident" (what stays there as well). Where
-    the host is the compute device and segments are read in place there is none but tails, and no link.
+    Attributes:
+        device_bytes: bytes of KV on the compute device, by purpose: "ring" (the slots that tiles stream through),
+            "tail" (the newest tokens), "staging" (write-back buffers) and "resident" (KV that also stays there). If the
+            host is the compute device, segments are read in place, and only tails are counted.
+        device_peak_bytes: the largest sum of device_bytes so far.
+        host_bytes: bytes of host memory that are allocated for KV.
+        host_peak_bytes: the largest host_bytes so far.
+        disk_bytes: bytes of KV on disk.
+        disk_to_host_bytes: bytes that were read from the disk.
+        host_to_device_bytes: bytes that were fetched to the device.
+        device_to_host_bytes: bytes that were written back to the host.
+        tail_moved_bytes: bytes that were moved within tails on the device.
+        copies: the number of copies between host and device.
     """
 
     device_bytes: dict[str, int] = field(default_factory=lambda: {"ring": 0, "tail": 0, "staging": 0, "resident": 0})
@@ -28,15 +38,15 @@ class ByteCounter:
     copies: int = 0
 
     def hold_device(self, purpose: str, nbytes: int) -> None:
-        """Count bytes allocated (negative: freed) on the device for a purpose."""
+        """Count bytes that were allocated on the device for a purpose; negative if they were freed."""
         self.device_bytes[purpose] += nbytes
         self.device_peak_bytes = max(self.device_peak_bytes, sum(self.device_bytes.values()))
 
     def hold_host(self, nbytes: int) -> None:
-        """Count bytes allocated (negative: freed) in host memory."""
+        """Count bytes that were allocated in host memory; negative if they were freed."""
         self.host_bytes += nbytes
         self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
 
     def hold_disk(self, nbytes: int) -> None:
-        """Count bytes moved to the disk (negative: freed)."""
+        """Count bytes that were moved to the disk; negative if they were freed."""
         self.disk_bytes += nbytes

@@ -1,6 +1,6 @@
-"""Memory near a device: on hosts with several NUMA nodes a link is fastest from the node that it is attached to.
+"""NUMA placement: on a host with several nodes, transfers are fastest from the node that the device is attached to.
 
-A preference only: where the system has no such thing, or does not allow it, memory lies where it would have been.
+Placement is only a preference. If the system does not support it or does not allow it, memory is allocated as usual.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ import torch
 
 __all__ = ["node_of", "prefer"]
 
-_MBIND = {"x86_64": 237, "aarch64": 235}  # glibc has no function for this system call
-_PREFERRED = 1
-_MOST_NODES = 1024
+_MBIND = {"x86_64": 237, "aarch64": 235}  # system call numbers, because glibc has no function for mbind
+_MPOL_PREFERRED = 1
+_MAX_NODES = 1024
 
 
 def node_of(device: torch.device, pci: Path = Path("/sys/bus/pci/devices")) -> int | None:
-    """The NUMA node that a CUDA device is attached to; None where the system does not say."""
-    found: Any = torch.cuda.get_device_properties(device)
-    if not all(hasattr(found, f"pci_{part}_id") for part in ("domain", "bus", "device")):  # older versions of torch
+    """Return the NUMA node that a CUDA device is attached to, or None if the system does not report it.
+
+    Args:
+        device: the CUDA device.
+        pci: the folder of PCI devices; tests pass another one.
+    """
+    properties: Any = torch.cuda.get_device_properties(device)
+    if not all(hasattr(properties, f"pci_{part}_id") for part in ("domain", "bus", "device")):  # older torch
         return None
-    name = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+    name = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     try:
         node = int((pci / name / "numa_node").read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -34,11 +39,20 @@ def node_of(device: torch.device, pci: Path = Path("/sys/bus/pci/devices")) -> i
 
 
 def prefer(address: int, nbytes: int, node: int) -> bool:
-    """Ask for fresh pages, from a page's address on, to be taken from a node; whether the system agreed."""
+    """Ask the system to take the pages of a memory range from a NUMA node when they are first touched.
+
+    Args:
+        address: the first byte, at the beginning of a page.
+        nbytes: the size of the range.
+        node: the preferred node.
+
+    Returns:
+        Whether the system accepted the preference.
+    """
     number = _MBIND.get(platform.machine()) if sys.platform == "linux" else None
-    if number is None or not 0 <= node < _MOST_NODES:
+    if number is None or not 0 <= node < _MAX_NODES:
         return False
-    mask = (ctypes.c_ulong * (_MOST_NODES // 64))()
+    mask = (ctypes.c_ulong * (_MAX_NODES // 64))()
     mask[node // 64] = 1 << (node % 64)
-    arguments = (address, nbytes, _PREFERRED, ctypes.addressof(mask), _MOST_NODES, 0)
+    arguments = (address, nbytes, _MPOL_PREFERRED, ctypes.addressof(mask), _MAX_NODES, 0)
     return bool(ctypes.CDLL(None).syscall(number, *(ctypes.c_ulong(argument) for argument in arguments)) == 0)

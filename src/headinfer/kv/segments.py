@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from headinfer.kv.disk import DiskFile, DiskLocation, DiskSlice, PageableSlice
+from headinfer.kv.disk_file import DiskFile
+from headinfer.kv.slices import DiskLocation, DiskSlice, PageableSlice
 from headinfer.kv.tiers import HostTier
 from headinfer.utils.tensors import Piece
 

@@ -1,14 +1,16 @@
-"""The three queues of a device, and what keeps their work in order.
+"""The three queues of a device, and the events that order their work.
 
     compute   the model's kernels, and packing new tokens into the write-back buffers
     fetch     host to device: tiles into the slots of the ring
     back      device to host: new tokens out of the write-back buffers
 
-Work within a queue runs in order. Between queues nothing is in order but by events: a queue that waits for an event
-runs on when all is done that was in the event's queue when it was recorded. The ring and the write-back are written
-for `Streams`; what is right for every order that events allow is right on CudaStreams. EagerStreams and LazyStreams are its two
-extremes on a CPU, for tests: copies run when they are queued, or not before somebody waits for them, and until then
-their destination is NaN. tests/support/orders.py explores all orders in between.
+The work of one queue runs in order. Between queues only events order the work: a queue that waits for an event
+continues when all work is done that was in the event's queue when the event was recorded.
+
+The ring and the write-back are written for the protocol `Streams`. If their events are right, the results are right in
+every order that the events allow. CudaStreams runs the queues on CUDA streams. EagerStreams and LazyStreams are CPU
+twins for tests, at the two extremes of what events allow: copies run when they are queued, or not before something
+waits for them, with NaN in their destinations until then. tests/support/orders.py explores the orders in between.
 """
 
 from __future__ import annotations
@@ -33,39 +35,52 @@ __all__ = [
 ]
 
 Queue = Literal["compute", "fetch", "back"]
-Transport = Literal[
-    "in_place", "eager", "lazy", "cuda"
-]  # how KV reaches the device: not at all, by a CPU twin, by a link
-Copy = tuple[torch.Tensor, torch.Tensor]  # destination and source
+
+Transport = Literal["in_place", "eager", "lazy", "cuda"]
+"""How KV reaches the device: "in_place" (the host is the device), "eager" and "lazy" (CPU twins), "cuda" (a link)."""
+
+Copy = tuple[torch.Tensor, torch.Tensor]
+"""Destination and source."""
 
 
 class Streams(Protocol):
-    """What the ring and the write-back need of a device. No call but finish() and drain() makes the host wait."""
+    """The queues of a device, as the ring and the write-back use them.
+
+    No method makes the host wait, except finish() and drain().
+    """
 
     def event(self) -> Any:
-        """A new event; waiting for one that was never recorded waits for nothing."""
+        """Return a new event. Waiting for an event that was never recorded does nothing."""
 
     def record(self, event: Any, queue: Queue) -> None:
-        """The event comes after all that the queue was given so far."""
+        """Record an event: it happens when all work is done that is in the queue now."""
 
     def wait(self, event: Any, queue: Queue) -> None:
-        """What the queue is given from now on comes after the event, as it was recorded last."""
+        """Let all later work of a queue wait for the last recording of an event."""
 
     def copy(self, copies: Iterable[Copy], queue: Queue) -> None:
-        """Copy; in fetch and back both sides of each copy are contiguous, or torch would allocate, stage and block."""
+        """Queue copies.
+
+        In `fetch` and `back`, both sides of each copy must be contiguous. Otherwise torch would allocate memory, copy
+        through it, and block the host.
+        """
 
     def finish(self, event: Any) -> None:
-        """Return when the event has come."""
+        """Wait until the event has happened."""
 
     def write_back_done(self) -> Callable[[], None]:
-        """A call, for any thread, that returns when all that is in `back` now has reached the host."""
+        """Return a function, for any thread, that waits until all work that is in `back` now is done."""
 
     def drain(self) -> None:
-        """Return when all queues are empty."""
+        """Wait until all queues are empty."""
 
 
 def check_contiguous(copies: Iterable[Copy]) -> Iterable[Copy]:
-    """The same copies. Raises AssertionError for one with another layout."""
+    """Yield the same copies.
+
+    Raises:
+        AssertionError: a side of a copy is not contiguous.
+    """
     for destination, source in copies:
         if not (destination.is_contiguous() and source.is_contiguous()):
             raise AssertionError("a transfer must be contiguous on both sides")
@@ -73,7 +88,7 @@ def check_contiguous(copies: Iterable[Copy]) -> Iterable[Copy]:
 
 
 class CudaStreams:
-    """A device's streams: the current one computes, two more copy, so that both ways of the link work at once."""
+    """Queues on CUDA streams: the current stream computes, and two others use both directions of the link at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -112,44 +127,49 @@ class CudaStreams:
 
 
 class EagerStreams:
-    """CPU twin whose copies run when they are queued: memory that is written too early shows wrong numbers."""
+    """A CPU twin whose copies run when they are queued. If memory is overwritten too early, results are wrong."""
 
     def event(self) -> None:
         return None
 
     def record(self, event: None, queue: Queue) -> None:
-        """All is done already."""
+        """Do nothing: all work is done."""
 
     def wait(self, event: None, queue: Queue) -> None:
-        """There is nothing to wait for."""
+        """Do nothing: all work is done."""
 
     def copy(self, copies: Iterable[Copy], queue: Queue) -> None:
         for destination, source in copies if queue == "compute" else check_contiguous(copies):
             destination.copy_(source)
 
     def finish(self, event: None) -> None:
-        """It has come."""
+        """Do nothing: all work is done."""
 
     def write_back_done(self) -> Callable[[], None]:
         return lambda: None
 
     def drain(self) -> None:
-        """They are empty."""
+        """Do nothing: the queues are empty."""
 
 
 @dataclass(eq=False)
 class _Mark:
-    """An event: what number of jobs a queue had been given when it was recorded."""
+    """An event of LazyStreams.
+
+    Attributes:
+        queue: the queue that it was recorded in.
+        jobs: the number of jobs that the queue had been given by then.
+    """
 
     queue: Queue = "compute"
     jobs: int = 0
 
 
 class LazyStreams:
-    """CPU twin whose copies run only when somebody waits for them, and whose destinations are NaN until then.
+    """A CPU twin whose copies run only when something waits for them; until then their destinations are NaN.
 
-    A missing wait shows NaN; a buffer that is written again before it was copied from shows wrong numbers. What
-    computes runs at once, so waiting for it is waiting for nothing.
+    If a wait is missing, results are NaN. If a buffer is overwritten before it was copied from, results are wrong. Work
+    of `compute` runs at once, so waiting for it does nothing.
     """
 
     def __init__(self) -> None:
@@ -188,8 +208,9 @@ class LazyStreams:
             if isinstance(job, _Mark):
                 self.finish(job)
             else:
-                with torch.inference_mode():  # as when it was queued, perhaps
-                    job[0].copy_(job[1])
+                destination, source = job
+                with torch.inference_mode():  # the copy may have been queued in inference mode
+                    destination.copy_(source)
 
     def write_back_done(self) -> Callable[[], None]:
         self.drain()
@@ -201,7 +222,9 @@ class LazyStreams:
 
 
 def open_streams(transport: Transport, device: torch.device) -> Streams | None:
-    """The queues for a way of staging; "in_place" has none."""
+    """Return the queues for a transport, or None for "in_place", which has none."""
     if transport == "in_place":
         return None
-    return CudaStreams(device) if transport == "cuda" else EagerStreams() if transport == "eager" else LazyStreams()
+    if transport == "cuda":
+        return CudaStreams(device)
+    return EagerStreams() if transport == "eager" else LazyStreams()

@@ -1,7 +1,7 @@
-"""Tensors in a file that is written once: safetensors whose data begin at a multiple of 4096 bytes, with checksums.
+"""Files of tensors with checksums, written once: safetensors whose data begin at a multiple of 4096 bytes.
 
-A file's header holds the checksum of each tensor, and whoever keeps the file's FileEntry holds that of the header: so a
-tensor is verified on its own, when it is first needed. Checksums are XXH3 with 128 bits, in hexadecimal.
+The header of a file contains the checksum of each tensor, and the FileEntry of the file that of the header. So each
+tensor can be verified on its own, when it is first needed. Checksums are XXH3 with 128 bits, in hexadecimal.
 """
 
 from __future__ import annotations
@@ -38,30 +38,48 @@ _ADVICE = "it is damaged; `headinfer session verify` lists what is, and reading 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
-    """Write tensors of any strides and device, those with larger elements first, so that all are aligned.
+    """Write a file of tensors, those with larger elements first, so that all are aligned.
 
-    Raises CapacityError where the disk is full.
+    Args:
+        path: the file; its folder must exist.
+        tensors: tensors by name, of any strides and on any device.
+
+    Returns:
+        The facts that TensorFile needs to verify the file.
+
+    Raises:
+        CapacityError: the system refuses to write, for example because the disk is full.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     parts = {name: [_bytes(part) for part in _contiguous_parts(tensor)] for name, tensor in tensors.items()}
     header: dict[str, object] = {}
-    sums, at = {}, 0
+    checksums: dict[str, str] = {}
+    start = 0
     for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + nbytes]}
-        header[name], at = entry, at + nbytes
-        sums[CHECKSUM_PREFIX + name] = _checksum(parts[name])
-    text = json.dumps({"__metadata__": sums, **header}, separators=(",", ":")).encode("utf-8")
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        checksums[CHECKSUM_PREFIX + name] = _checksum(parts[name])
+        start = stop
+    text = json.dumps({"__metadata__": checksums, **header}, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _PAGE_BYTES)
     head = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     write_file(path, [head, *(part for name in tensors for part in parts[name])])
-    return FileEntry(path.name, len(head) + at, xxhash.xxh3_128_hexdigest(head))
+    return FileEntry(path.name, len(head) + start, xxhash.xxh3_128_hexdigest(head))
 
 
 class TensorFile:
-    """A file of tensors, opened and its header verified; the tensors are mapped, and read when they are touched.
+    """A file of tensors. Opening it verifies its header and maps the file; tensors are read when they are accessed.
 
-    Raises SessionError where the file is missing or not what its entry says.
+    Args:
+        folder: the folder of the file.
+        entry: the facts that write_tensors() returned.
+
+    Raises:
+        SessionError: the file is missing, or its size or header is not that of the entry.
     """
 
     def __init__(self, folder: Path, entry: FileEntry) -> None:
@@ -83,40 +101,49 @@ class TensorFile:
         if xxhash.xxh3_128_hexdigest(head) != entry.header:
             raise SessionError(f"the header of {self.path} is not as it was written: {_ADVICE}")
         self._entries = json.loads(head[_LENGTH_BYTES:])
-        self._sums: dict[str, str] = self._entries.pop("__metadata__")
-        self._data = len(head)
+        self._checksums: dict[str, str] = self._entries.pop("__metadata__")
+        self._data_start = len(head)
 
     def names(self) -> list[str]:
-        """The tensors, in the order of the file."""
+        """Return the names of the tensors, in the order of the file."""
         return list(self._entries)
 
     def byte_range(self, name: str) -> tuple[int, int]:
-        """Where a tensor lies: its first byte in the file, and its bytes."""
+        """Return the offset of a tensor in the file, and its size in bytes."""
         begin, end = self._entries[name]["data_offsets"]
-        return self._data + begin, end - begin
+        return self._data_start + begin, end - begin
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor on the mapped file, not verified; writing to it does not change the file."""
+        """Return a tensor on the mapped file, without verifying it. Writing to it does not change the file."""
         begin, nbytes = self.byte_range(name)
-        dtype, shape = _DTYPES[self._entries[name]["dtype"]], self._entries[name]["shape"]
+        dtype = _DTYPES[self._entries[name]["dtype"]]
+        shape = self._entries[name]["shape"]
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
 
     def verify(self, name: str) -> None:
-        """Read a tensor and compare its checksum. Raises SessionError where it differs."""
+        """Read a tensor and compare its checksum.
+
+        Raises:
+            SessionError: the checksum differs.
+        """
         begin, nbytes = self.byte_range(name)
         found = xxhash.xxh3_128_hexdigest(memoryview(self._map)[begin : begin + nbytes])
-        if found != self._sums[CHECKSUM_PREFIX + name]:
+        if found != self._checksums[CHECKSUM_PREFIX + name]:
             raise SessionError(f"{name} in {self.path} is not as it was written: {_ADVICE}")
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of its own memory, verified."""
+        """Return a verified copy of a tensor.
+
+        Raises:
+            SessionError: the checksum differs.
+        """
         self.verify(name)
         return self.tensor(name).clone()
 
     def expect(self, name: str) -> None:
-        """Ask the system to bring a tensor in before long."""
+        """Ask the system to read a tensor soon."""
         begin, nbytes = self.byte_range(name)
         if nbytes and hasattr(mmap, "MADV_WILLNEED"):
             first = begin // mmap.PAGESIZE * mmap.PAGESIZE
@@ -131,6 +158,7 @@ def _checksum(parts: list[memoryview]) -> str:
 
 
 def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Split a tensor along its leading dims into contiguous parts, so that writing it needs no copy of all of it."""
     if tensor.is_contiguous() or tensor.ndim == 0:
         yield tensor
     else:
@@ -139,9 +167,10 @@ def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor."""
     if tensor.numel() == 0:
         return memoryview(b"")
     flat = tensor.detach().cpu().reshape(-1)
-    flat = flat.as_strided(flat.shape, (1,))  # a single element may come with any stride
+    flat = flat.as_strided(flat.shape, (1,))  # a tensor of one element may have any stride
     data: memoryview = flat.view(torch.uint8).numpy().data
     return data

@@ -1,7 +1,7 @@
-"""Host memory for KV segments: exact sizes, page-aligned, returned to the system when the last user lets go.
+"""Allocates host memory for KV: exact sizes, page-aligned, and returned to the system when the last tensor is freed.
 
-Neither malloc nor torch's caching pinned allocator does that: the first keeps freed blocks, the second rounds
-sizes up to powers of two (179.7 GB became 275 GB in sglang issue 12266).
+malloc and torch's caching pinned allocator do not do that. The first keeps freed memory, the second rounds sizes up to
+powers of two (179.7 GB became 275 GB in sglang issue 12266).
 """
 
 from __future__ import annotations
@@ -24,32 +24,44 @@ from headinfer.kv.numa import prefer
 __all__ = ["HostTier", "register"]
 
 _HUGE_PAGES_FROM_BYTES = 4 * 1024 * 1024
-# The default is shared memory, which most systems do not give huge pages; a disk fills those twice as fast too.
+# mmap's default is shared memory, which has no huge pages on most systems. A disk fills huge pages twice as fast, too.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class HostTier:
-    """Allocates host memory and counts it in a counter; pins it where a CUDA device will copy from it.
+    """Allocates host memory for KV, counts it, and pins it if a CUDA device copies from it.
 
-    Memory is pinned by registering pages that are there, at their exact size. Where the system refuses (limits on
-    locked memory, WSL2), it stays pageable, pin_refusal says why, and nothing more is tried: what lies there goes to
-    the device through a few buffers (read_ahead.py). node: the NUMA node that is preferred. Tensors are ordinary ones
-    under inference_mode() too, since a cache may be used without it later.
+    Memory is pinned by registering its pages with CUDA, at their exact size. If the system refuses this (limits on
+    locked memory, WSL2), `pin_refusal` is set, and this and all later memory stays pageable; read_ahead.py then copies
+    it to the device through a few pinned buffers.
+
+    Tensors are ordinary ones under inference_mode() too, because the cache may be used without it later.
+
+    Args:
+        counter: counts the bytes.
+        device: the CUDA device that copies from the memory; None if the memory does not have to be pinned.
+        node: the preferred NUMA node; None for no preference.
+
+    Attributes:
+        make_room: called with a number of bytes before these are allocated; disk_tier.py sets it.
+        pin_refusal: why memory cannot be pinned; empty if it can.
     """
 
     def __init__(self, counter: ByteCounter, *, device: torch.device | None = None, node: int | None = None) -> None:
-        """device: that copies from it, where it has to be pinned for that."""
         self.counter = counter
-        self.make_room: Callable[[int], None] = lambda nbytes: None  # before bytes are taken: see disk_tier.py
-        self.device, self.node = device, node
+        self.device = device
+        self.node = node
+        self.make_room: Callable[[int], None] = lambda nbytes: None
         self.pin_refusal = ""
         self._pinned: set[int] = set()  # addresses
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of zeros in fresh pages: shape and dtype as asked, bytes exact.
+        """Allocate a tensor of zeros in pages of its own.
 
-        The pages are taken from the system as they are first written, or pinned. Raises CapacityError where the system
-        refuses the address space.
+        Unless the memory is pinned, the system provides each page when it is first written to.
+
+        Raises:
+            CapacityError: the system refuses the address space.
         """
         nbytes = math.prod(shape) * dtype.itemsize
         self.make_room(nbytes)
@@ -63,13 +75,14 @@ class HostTier:
         if nbytes >= _HUGE_PAGES_FROM_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)
         if self.device is not None and hasattr(mmap, "MADV_DONTFORK"):
-            pages.madvise(mmap.MADV_DONTFORK)  # else a fork could move our side of a page that a device writes to
-        # Weak references to an mmap are cleared after its pages are gone; those to what holds it, before.
+            # After a fork, copy-on-write could give this process a new copy of a page that a device writes to.
+            pages.madvise(mmap.MADV_DONTFORK)
+        # The storage of the tensor keeps this array alive, and the array the pages. The finalizer below is the array's,
+        # because it must run before the pages are unmapped; the finalizer of an mmap object runs after that.
         holder = (ctypes.c_char * nbytes).from_buffer(pages)
         with torch.inference_mode(False):
             tensor = torch.frombuffer(holder, dtype=dtype).view(shape)
         self.counter.hold_host(nbytes)
-        # The storage, not this view of it, lives as long as anyone reads the memory.
         address = tensor.untyped_storage().data_ptr()
         if self.node is not None:
             prefer(address, nbytes, self.node)
@@ -86,13 +99,17 @@ class HostTier:
         return tensor
 
     def buffer(self, nbytes: int) -> torch.Tensor:
-        """Bytes that a device can copy from: where registering memory was refused, from CUDA's own allocator."""
+        """Allocate a uint8 buffer that a device can copy from.
+
+        If the system refused to register memory, CUDA's own pinned allocator is tried. If that fails too, the buffer is
+        pageable: copies from it are slower, but correct.
+        """
         if self.device is not None and self.pin_refusal:
             try:
                 with torch.inference_mode(False):
                     tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # that is refused too: copies from pageable memory are slower, and right
-                _forget_error(self.device)
+            except RuntimeError:
+                _clear_error(self.device)
             else:
                 self.make_room(nbytes)
                 self.counter.hold_host(nbytes)
@@ -101,36 +118,45 @@ class HostTier:
         return self.allocate((nbytes,), torch.uint8)
 
     def is_pageable(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor that allocate() gave should be pinned and is not."""
+        """Whether a tensor from allocate() should be pinned, but is not."""
         return self.device is not None and tensor.untyped_storage().data_ptr() not in self._pinned
 
 
 def register(address: int, nbytes: int, device: torch.device) -> str:
-    """Pin pages for CUDA; empty, or why that was refused."""
+    """Pin pages by registering them with CUDA.
+
+    Args:
+        address: the first byte, at the beginning of a page.
+        nbytes: the size of the range.
+        device: the CUDA device in whose context the call is made.
+
+    Returns:
+        Why CUDA refused; empty if the pages are pinned.
+    """
     with torch.cuda.device(device):
         status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
     if not status:
         return ""
-    _forget_error(device)
+    _clear_error(device)
     return f"cudaHostRegister refused {nbytes} bytes with status {status}"
 
 
 def _unpin(pinned: set[int], address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # a copy may still read it
+    torch.cuda.synchronize(device)  # a copy may still read the memory
     with torch.cuda.device(device):
         status = int(torch.cuda.cudart().cudaHostUnregister(address))
     if status:
-        _forget_error(device)
+        _clear_error(device)
     pinned.discard(address)
 
 
-def _forget_error(device: torch.device) -> None:
-    """CUDA keeps the error of a call that it refused, and torch raises it after the next kernel, whatever that is.
+def _clear_error(device: torch.device) -> None:
+    """Clear the error that CUDA keeps of a call that it refused.
 
-    So a kernel is launched for it here: torch clears the error as it raises it.
+    torch raises such an error after the next kernel launch, whichever that is, and clears it. So launch a kernel here.
     """
     with contextlib.suppress(RuntimeError):
-        torch.ones(1, device=device)  # zeros need no kernel in every torch
+        torch.ones(1, device=device)  # torch.zeros() launches no kernel in some versions of torch
 
 
 def _release(counter: ByteCounter, nbytes: int, unpin: Callable[[], None] | None) -> None:

@@ -1,17 +1,17 @@
-"""The ring of slots that tiles stream through from the host to the device.
+"""The ring: device memory in slots, through which tiles stream from the host to the device.
 
-A ring has a fixed number of slots of fixed bytes. For each tile the loop calls, in this order,
+For each tile the loop calls, in this order:
 
-    handle = ring.fetch(pieces)      starts bringing the pieces in; returns at once
-    pieces = ring.wait(handle)       the tile, readable by the compute queue: pairs of k [h, T, Dk] and v [h, T, Dv]
-    ring.release(handle)             the compute queue's reads are queued; the slot may be used again
+    handle = ring.fetch(pieces)      begins to copy the pieces to a slot; returns at once
+    pieces = ring.wait(handle)       the tile, which the compute queue may read: pairs of k [h, T, Dk] and v [h, T, Dv]
+    ring.release(handle)             the compute queue's reads are queued, so the slot may be used again
 
-and fetches tile i + 1 before it waits for tile i; in its last tile it tells what the next layer will fetch first.
-All that orders the work are events (streams.py):
+The loop fetches tile i + 1 before it waits for tile i. In the last tile of a layer it announces the first tiles of the
+next layer with expect(). Events order the work of the queues (streams.py):
 
-    slot free     recorded in compute by release()       fetch waits for it before it writes to the slot
-    slot ready    recorded in fetch after the copies     compute waits for it in wait()
-    write_done        recorded in back (write_back.py)       fetch waits for it before it reads what was written
+    slot free   recorded in compute by release()         `fetch` waits for it before it writes to the slot
+    slot ready  recorded in fetch after the copies       `compute` waits for it in wait()
+    write_done  recorded in back (write_back.py)         `fetch` waits for it before it reads what was written
 """
 
 from __future__ import annotations
@@ -25,62 +25,89 @@ import torch
 
 from headinfer.errors import StateError
 from headinfer.kv.byte_counter import ByteCounter
-from headinfer.kv.streams import Streams
+from headinfer.kv.streams import Copy, Streams
 from headinfer.utils.tensors import Piece
 
 __all__ = ["InPlace", "Ring", "SlotRing"]
 
 
 class Ring(Protocol):
-    """What the loop needs of a ring. depth: how many tiles ahead it is to be told of.
+    """The interface between the loop and the transfer of tiles.
 
-    after: events of the write-back of what is fetched. key: equal for equal tiles, while what they hold is the same.
+    Attributes:
+        slot_bytes: the largest tile, in bytes; 0 if tiles are read in place.
+        depth: how many tiles the loop announces or fetches ahead of the one that is computed.
     """
 
     slot_bytes: int
     depth: int
 
-    def fetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> int: ...
+    def fetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> int:
+        """Begin to bring a tile to the device.
 
-    def wait(self, handle: int) -> Sequence[Piece]: ...
+        Args:
+            pieces: the pieces of the tile on the host, k [h, T, Dk] and v [h, T, Dv] each. A ring with read-ahead
+                (read_ahead.py) also accepts DiskSlice and PageableSlice.
+            after: events of the write-back of the pieces.
+            key: equal for tiles with the same content. A tile that was announced with the same key is not copied again.
 
-    def release(self, handle: int) -> None: ...
+        Returns:
+            A handle for the other methods.
+        """
 
-    def copied(self, handle: int) -> None:
-        """Return when what the handle was fetched from is not read any more."""
+    def wait(self, handle: int) -> Sequence[Piece]:
+        """Let the compute queue wait for a tile, and return its pieces on the device."""
+
+    def release(self, handle: int) -> None:
+        """Free the slot of a tile whose reads have all been queued."""
+
+    def wait_copied(self, handle: int) -> None:
+        """Wait on the host until the host memory of a tile is not read any more."""
 
     def expect(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
-        """This will be fetched after all that was, by the next layer: begin now, where a slot is free."""
+        """Announce a tile that will be fetched next; if a slot is free, its copies begin now. See fetch()."""
 
     def forget(self) -> None:
-        """Let go of what was expected and not fetched."""
+        """Drop the tiles that were announced and not fetched."""
 
     def abandon(self) -> None:
-        """Forget all handles, after an error between fetch and release."""
+        """Drop all tiles, after an error between fetch() and release()."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Drop all tiles and free the slots."""
 
 
 class SlotRing:
-    """Slots in device memory, filled by the fetch queue; the host never waits."""
+    """A ring with a fixed number of slots of fixed size in device memory. Only wait_copied() makes the host wait.
+
+    Args:
+        slots: the number of slots.
+        slot_bytes: the size of each slot.
+        device: the device of the slots.
+        counter: counts the slots and the copied bytes.
+        streams: the queues of the device.
+    """
 
     depth = 1
 
     def __init__(
         self, slots: int, slot_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams
     ) -> None:
-        self.slot_bytes, self._counter, self._streams = slot_bytes, counter, streams
+        self.slot_bytes = slot_bytes
+        self._counter = counter
+        self._streams = streams
         with torch.inference_mode(False):
             self._memory = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        # The allocator knows the compute queue only, and a tile that was expected may still be on its way.
+        # torch's allocator orders reuse of freed memory by the compute queue only, and a tile that was announced may
+        # still be copied. So drain all queues before the memory is freed.
         weakref.finalize(self, streams.drain).atexit = False
         counter.hold_device("ring", slots * slot_bytes)
         self._ready = [streams.event() for _ in range(slots)]
         self._free = [streams.event() for _ in range(slots)]
-        for event in self._free:  # the slots' zeros are written by the compute queue
+        for event in self._free:  # the compute queue writes the zeros of the slots
             streams.record(event, "compute")
-        self._in_use: dict[int, tuple[Piece, Sequence[Piece]]] = {}  # by handle: the tile, and what it comes from
-        self._expected: deque[tuple[Hashable, int]] = deque()
+        self._in_use: dict[int, tuple[Piece, Sequence[Piece]]] = {}  # by handle: the tile, and its pieces on the host
+        self._expected: deque[tuple[Hashable, int]] = deque()  # keys and handles
         self._next_handle = 0
 
     def fetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> int:
@@ -88,7 +115,7 @@ class SlotRing:
             expected, handle = self._expected.popleft()
             if key is not None and key == expected:
                 return handle
-            del self._in_use[handle]  # nothing read it; what is copied into its slot next comes after it
+            del self._in_use[handle]  # nothing reads the tile, and later copies to its slot are in the same queue
         return self._begin(pieces, after)
 
     def expect(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> None:
@@ -103,8 +130,8 @@ class SlotRing:
         del self._in_use[handle]
         self._streams.record(self._free[self._slot(handle)], "compute")
 
-    def copied(self, handle: int) -> None:
-        # The slot may have been filled again since: then this waits for that too.
+    def wait_copied(self, handle: int) -> None:
+        # If the slot has been filled again since, this waits for the later copies too.
         self._streams.finish(self._ready[self._slot(handle)])
 
     def forget(self) -> None:
@@ -117,7 +144,7 @@ class SlotRing:
         self._in_use.clear()
 
     def close(self) -> None:
-        """Give the slots back."""
+        """Drop all tiles and free the slots."""
         self.abandon()
         self._counter.hold_device("ring", -len(self._memory) * self.slot_bytes)
         self._memory = []
@@ -129,7 +156,8 @@ class SlotRing:
         return any(self._slot(used) == self._slot(handle) for used in self._in_use)
 
     def _begin(self, pieces: Sequence[Piece], after: Sequence[Any]) -> int:
-        handle, slot = self._next_handle, self._slot(self._next_handle)
+        handle = self._next_handle
+        slot = self._slot(handle)
         if self._is_in_use(handle):
             raise StateError("a tile was fetched into a slot that is still in use: release tiles in order")
         tile = self._tile_in(slot, pieces)
@@ -143,40 +171,41 @@ class SlotRing:
         return handle
 
     def _tile_in(self, slot: int, pieces: Sequence[Piece]) -> Piece:
-        """A slot's memory as one piece that holds all of these, K before V.
+        """Lay out one piece in a slot, K before V, that has room for all tokens of some pieces.
 
-        A head is as far from the next one as a slot full of these heads wants it, whatever the tile's length: kernels
-        that plan by strides as well as by lengths then see few of them.
+        The stride between heads is that of a tile that fills the slot, whatever the length of this tile. So kernels
+        that make a plan for each stride and length see few different strides.
         """
         k, v = pieces[0]
-        heads, tokens = k.shape[0], sum(k.shape[1] for k, _ in pieces)
+        heads = k.shape[0]
+        tokens = sum(k.shape[1] for k, _ in pieces)
         token_bytes = heads * (k.shape[2] + v.shape[2]) * k.element_size()
-        room = self.slot_bytes // token_bytes
-        if tokens > room:
+        capacity = self.slot_bytes // token_bytes
+        if tokens > capacity:
             raise StateError(f"a tile of {tokens * token_bytes} bytes exceeds a slot of {self.slot_bytes}")
         flat = self._memory[slot].view(k.dtype)
-        k_size, v_size = (heads * room * x.shape[2] for x in (k, v))
+        k_size, v_size = (heads * capacity * x.shape[2] for x in (k, v))
         return (
-            flat[:k_size].view(heads, room, k.shape[2])[:, :tokens],
-            flat[k_size : k_size + v_size].view(heads, room, v.shape[2])[:, :tokens],
+            flat[:k_size].view(heads, capacity, k.shape[2])[:, :tokens],
+            flat[k_size : k_size + v_size].view(heads, capacity, v.shape[2])[:, :tokens],
         )
 
-    def _copies(self, tile: Piece, pieces: Sequence[Piece]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """One contiguous copy per piece, side and head: a head's tokens lie together on the host and in the slot."""
-        copies = []
-        for inside, sides in zip(tile, zip(*pieces, strict=True), strict=True):
-            at = 0
-            for source in sides:
-                tokens = source.shape[1]
-                copies += [(inside[head, at : at + tokens], source[head]) for head in range(source.shape[0])]
-                at += tokens
+    def _copies(self, tile: Piece, pieces: Sequence[Piece]) -> list[Copy]:
+        """Plan one copy for each piece, head and side (K or V), which is contiguous on the host and in the slot."""
+        copies: list[Copy] = []
+        for destination, sources in zip(tile, zip(*pieces, strict=True), strict=True):
+            start = 0
+            for source in sources:
+                stop = start + source.shape[1]
+                copies += [(destination[head, start:stop], source[head]) for head in range(source.shape[0])]
+                start = stop
                 self._counter.host_to_device_bytes += source.numel() * source.element_size()
         self._counter.copies += len(copies)
         return copies
 
 
 class InPlace:
-    """No ring: the host is the compute device, and a tile is the pieces themselves."""
+    """The ring if the host is the compute device: a tile is read in place, and nothing is copied."""
 
     slot_bytes = 0
     depth = 1
@@ -196,14 +225,14 @@ class InPlace:
     def release(self, handle: int) -> None:
         del self._pieces[handle]
 
-    def copied(self, handle: int) -> None:
-        """Released is read."""
+    def wait_copied(self, handle: int) -> None:
+        """Do nothing: a tile has been read when it is released."""
 
     def expect(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no copy to begin."""
 
     def forget(self) -> None:
-        """Nothing was begun."""
+        """Do nothing: expect() begins nothing."""
 
     def abandon(self) -> None:
         self._pieces.clear()

@@ -1,8 +1,10 @@
-"""The write-back of new tokens from the device to the host.
+"""The write-back: copies new tokens from the device to the host.
 
-packed    recorded in compute    back waits for it before it reads a buffer
-drained   recorded in back       compute waits for it before it packs into the buffer again
-write_done    recorded in back       who reads what was written waits for it
+Events order the work of the queues (streams.py):
+
+    packed      recorded in compute    `back` waits for it before it reads a buffer
+    drained     recorded in back       `compute` waits for it before it packs into the buffer again
+    write_done  recorded in back       queues that read the written tokens wait for it
 """
 
 from __future__ import annotations
@@ -20,22 +22,27 @@ __all__ = ["StagingWriter", "WriteInPlace", "Writer"]
 
 
 class Writer(Protocol):
-    """Brings new tokens to the host."""
+    """Copies new tokens from the device to the host."""
 
     def __call__(self, destination: torch.Tensor, source: torch.Tensor, write_done: Any) -> None:
-        """destination [H, T, D] in host memory, each head contiguous; source [H, T, D] on the device, any strides.
+        """Copy K or V of new tokens to the host.
 
-        write_done: an event of event(), recorded when it is there; what reads the destination waits for it.
+        Args:
+            destination: [H, T, D] in host memory; each head is contiguous.
+            source: [H, T, D] on the device, of any strides.
+            write_done: an event from event(). It is recorded when the copy is queued; queues that read the destination
+                wait for it.
         """
 
-    def event(self) -> Any: ...
+    def event(self) -> Any:
+        """Return a new event to pass as write_done."""
 
     def settle(self) -> None:
-        """Return when all that was written is in host memory."""
+        """Wait until all copies have reached host memory."""
 
 
 class WriteInPlace:
-    """Write-back where the host is the compute device: one copy, no link."""
+    """The write-back if the host is the compute device: one copy, which is done when the call returns."""
 
     def __call__(self, destination: torch.Tensor, source: torch.Tensor, write_done: Any = None) -> None:
         destination.copy_(source)
@@ -44,20 +51,29 @@ class WriteInPlace:
         return None
 
     def settle(self) -> None:
-        """It is there."""
+        """Do nothing: copies are done when they are queued."""
 
 
 class StagingWriter:
-    """Writes new tokens to the host through persistent device buffers, repacked so that each copy is contiguous.
+    """Copies new tokens to the host through two device buffers, packed so that each copy is contiguous.
 
-    Two buffers of `buffer_bytes` take turns: the compute queue packs one while the back queue empties the other.
+    The `compute` queue packs tokens into one buffer while the `back` queue copies the other to the host.
+
+    Args:
+        buffer_bytes: the size of each buffer.
+        device: the device of the buffers.
+        counter: counts the buffers and the copied bytes.
+        streams: the queues of the device.
     """
 
     def __init__(self, buffer_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams) -> None:
-        self.buffer_bytes, self._counter, self._streams = buffer_bytes, counter, streams
+        self.buffer_bytes = buffer_bytes
+        self._counter = counter
+        self._streams = streams
         with torch.inference_mode(False):
             self._buffers = [torch.zeros(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        weakref.finalize(self, streams.drain).atexit = False  # the allocator knows the compute queue only
+        # torch's allocator orders reuse of freed memory by the compute queue only, so drain the others first.
+        weakref.finalize(self, streams.drain).atexit = False
         self._packed = [streams.event() for _ in range(2)]
         self._drained = [streams.event() for _ in range(2)]
         self._turn = 0
@@ -78,14 +94,15 @@ class StagingWriter:
         self._streams.record(write_done, "back")
 
     def _write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        packed_event, drained = self._packed[self._turn], self._drained[self._turn]
+        packed_event = self._packed[self._turn]
+        drained_event = self._drained[self._turn]
         packed = self._buffers[self._turn].view(source.dtype)[: source.numel()].view(source.shape)
-        self._streams.wait(drained, "compute")
+        self._streams.wait(drained_event, "compute")
         self._streams.copy([(packed, source)], "compute")
         self._streams.record(packed_event, "compute")
         self._streams.wait(packed_event, "back")
         self._streams.copy(list(zip(destination, packed, strict=True)), "back")
-        self._streams.record(drained, "back")
+        self._streams.record(drained_event, "back")
         self._counter.device_to_host_bytes += packed.numel() * packed.element_size()
         self._counter.copies += packed.shape[0]
 
@@ -96,7 +113,7 @@ class StagingWriter:
         self._streams.drain()
 
     def close(self) -> None:
-        """Give the buffers back."""
+        """Free the buffers."""
         self._streams.drain()
         self._counter.hold_device("staging", -2 * self.buffer_bytes)
         self._buffers = []
