@@ -1,7 +1,7 @@
-"""Transfers are hidden behind compute, and the link never idles: on a clock.
+"""Transfers are hidden behind compute, and the link is never idle: simulated times.
 
-Llama-3-8B's shape, all 32 layers, 256 MiB of the device for KV; the real loop, ring and write-back, with the seconds
-that the rates of a data sheet give (clock.py). How fast a real device is, only a real device shows.
+The tests run the loop, the ring and the write-back with the shape of Llama-3-8B, 32 layers and 256 MiB of KV on the
+device. tests/support/clock.py computes the times from the rates of a data sheet. Real times need a real device.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ LONG = [65_536, 262_144, 1_048_576]
 
 
 def hidden_chunk(rates):
-    """Tokens of a chunk whose attention takes half as long again as its past's way over the link: 1.5 F e / (2 G W)."""
+    """Tokens of a chunk whose attention takes 1.5 times as long as fetching its past: 1.5 F e / (2 G W)."""
     return math.ceil(1.5 * rates.flops_per_s * 2 / (2 * 4 * rates.link_bytes_per_s) / 256) * 256
 
 
@@ -35,16 +35,16 @@ def test_decode_keeps_the_link_busy(monkeypatch, rates, past_tokens):
 
 @on_both
 @pytest.mark.parametrize("past_tokens", LONG[:2])
-def test_prefill_takes_no_longer_than_its_kernels(monkeypatch, rates, past_tokens):
+def test_prefill_takes_about_as_long_as_its_kernels(monkeypatch, rates, past_tokens):
     found = last_pass(monkeypatch, rates, past_tokens, hidden_chunk(rates), count=2)
     assert found.fetched_bytes >= 0.99 * LAYERS * past_tokens * TOKEN_BYTES
-    assert found.seconds <= 1.03 * found.needed_s  # with the merging of tiles, and whatever is not hidden
+    assert found.seconds <= 1.03 * found.needed_s  # merging tiles and unhidden transfers included
 
 
 @on_both
 @pytest.mark.parametrize("past_tokens", [1024, 4096, *LONG])
-def test_decode_is_no_slower_than_the_papers_scheme(monkeypatch, rates, past_tokens):
-    """One head's whole past at a time, in two slots that grow with it."""
+def test_decode_is_not_slower_than_the_papers_scheme(monkeypatch, rates, past_tokens):
+    """The paper fetches the whole past of one head at a time, into two slots that grow with the past."""
     ours = last_pass(monkeypatch, rates, past_tokens, 1)
     budget = 2 * (past_tokens + 256) * TOKEN_BYTES // KV_HEADS + (80 << 20)
     scheme = {"heads_per_group": 1, "tile_tokens": past_tokens + 256}
@@ -54,7 +54,7 @@ def test_decode_is_no_slower_than_the_papers_scheme(monkeypatch, rates, past_tok
     assert theirs.seconds >= (0.98 if past_tokens >= LONG[0] else 1.1) * ours.seconds
 
 
-def test_the_next_layer_is_fetched_ahead_where_the_host_waits(monkeypatch):
+def test_the_next_layer_is_fetched_ahead_even_if_the_host_waits(monkeypatch):
     shares = []
     for expect in (SlotRing.expect, lambda *_: None):
         monkeypatch.setattr(SlotRing, "expect", expect)
@@ -64,7 +64,7 @@ def test_the_next_layer_is_fetched_ahead_where_the_host_waits(monkeypatch):
     assert shares[1] <= 0.95
 
 
-def test_the_clock_sees_a_short_last_tile(monkeypatch):
+def test_a_short_last_tile_takes_time(monkeypatch):
     tiles_of = streaming.tiles_of
 
     def uneven(layer_kv, heads, plan, token_ranges):
@@ -75,6 +75,6 @@ def test_the_clock_sees_a_short_last_tile(monkeypatch):
     assert found.seconds > 1.04 * found.needed_s
 
 
-def test_the_clock_sees_a_chunk_too_short_to_hide_its_copies(monkeypatch):
+def test_a_short_chunk_does_not_hide_its_copies(monkeypatch):
     found = last_pass(monkeypatch, H100, LONG[0], hidden_chunk(H100) // 3 // 256 * 256, count=2)
     assert found.seconds > 1.1 * found.needed_s

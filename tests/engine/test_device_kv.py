@@ -1,4 +1,4 @@
-"""What stays on a device, what streams to it, and one budget for both; through the CPU twins of a device's queues."""
+"""The KV of one device: resident tokens, streamed tiles, and one budget for both. The queues are simulated on a CPU."""
 
 import gc
 import warnings
@@ -20,10 +20,10 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.read_ahead import ReadAhead
 from headinfer.kv.transfer import SlotRing
 
-TOKEN_BYTES = 2 * 4 * 16 * 4  # of a layer of make_model(): K and V of 4 heads of width 16 in float32
+TOKEN_BYTES = 2 * 4 * 16 * 4  # one layer of make_model(): K and V of 4 heads of width 16 in float32
 LAYERS = 4
 STREAMING = 5 << 20
-both_twins = pytest.mark.parametrize("transport", ["eager", "lazy"])
+both_streams = pytest.mark.parametrize("transport", ["eager", "lazy"])
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def llama():
 
 
 def enabled(model, transport, resident_tokens, **options):
-    """resident_tokens: of each layer, for one row."""
+    """Enable a model with a budget for `resident_tokens` tokens of one row in each layer."""
     budget = STREAMING + LAYERS * resident_tokens * TOKEN_BYTES
     sizes = {
         "device_kv_budget_bytes": budget,
@@ -43,17 +43,17 @@ def enabled(model, transport, resident_tokens, **options):
     return headinfer.enable(model, chunk_tokens=96, transport=transport, **sizes | options)
 
 
-# -- resident tokens ---------------------------------------------------------------------------------------------------
+# -- resident tokens -------------------------------------------------------------------------------------------
 
 
-@both_twins
+@both_streams
 @pytest.mark.parametrize("resident_tokens", [0, 128, 384, 512, 4096])
 @pytest.mark.parametrize(
     "inputs",
     [prompt(tokens=900), padded(tokens=900), prompt(tokens=900) | {"num_beams": 3}],
     ids=["one row", "padded rows", "beams"],
 )
-def test_what_stays_on_the_device_changes_no_token(llama, transport, resident_tokens, inputs):
+def test_resident_tokens_do_not_change_the_output(llama, transport, resident_tokens, inputs):
     wanted = generate(llama, inputs)[0]
     with enabled(llama, transport, resident_tokens) as active:
         found = generate(llama, inputs)[0]
@@ -63,21 +63,21 @@ def test_what_stays_on_the_device_changes_no_token(llama, transport, resident_to
     assert stats.device_resident_bytes <= LAYERS * resident_tokens * TOKEN_BYTES
     assert (stats.device_resident_bytes > 0) == (resident_tokens // len(inputs["input_ids"]) >= 128)
     if resident_tokens == 4096:
-        assert stats.device_ring_bytes == stats.link_to_device_bytes == 0, "nothing streams, so there is no ring"
+        assert stats.device_ring_bytes == stats.link_to_device_bytes == 0, "without streaming there is no ring"
     else:
         assert stats.link_to_device_bytes > 0
-    assert stats.link_to_host_bytes > 0, "all of it is on the host too"
+    assert stats.link_to_host_bytes > 0, "resident tokens are on the host as well"
 
 
-def test_resident_bytes_are_what_was_asked_for(llama):
+def test_number_of_resident_bytes(llama):
     with enabled(llama, "eager", 384) as active:
         generate(llama, prompt())
     assert active.last_cache.stats().device_resident_bytes == LAYERS * 384 * TOKEN_BYTES
 
 
-@both_twins
-def test_a_context_that_outgrows_its_device_streams(llama, transport):
-    """A budget that was all for resident tokens: they give way to a ring when it is needed."""
+@both_streams
+def test_a_context_larger_than_the_device_budget_is_streamed(llama, transport):
+    """At first the whole budget holds resident tokens. They are removed when a ring is needed."""
     budget = 10 * 256 * TOKEN_BYTES + 40 * 128 * TOKEN_BYTES
     options = {
         "transport": transport,
@@ -100,15 +100,16 @@ def test_a_context_that_outgrows_its_device_streams(llama, transport):
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
 
 
-def test_a_budget_too_small_for_a_ring_is_refused(llama):
+def test_a_budget_too_small_for_a_ring_is_an_error(llama):
     small = headinfer.enable(llama, transport="eager", device_kv_budget_bytes=5 * 256 * TOKEN_BYTES, chunk_tokens=96)
     with small, pytest.raises(CapacityError, match="give at least"):
         generate(llama, prompt())
 
 
-@both_twins
-def test_a_session_comes_back_to_the_device(llama, transport, tmp_path):
-    ids, question = prompt(tokens=700)["input_ids"], prompt(tokens=5, seed=2)["input_ids"]
+@both_streams
+def test_a_loaded_session_becomes_resident_again(llama, transport, tmp_path):
+    ids = prompt(tokens=700)["input_ids"]
+    question = prompt(tokens=5, seed=2)["input_ids"]
     with torch.no_grad():
         wanted = llama(torch.cat([ids, question], dim=1)).logits[:, -1]
     budget = STREAMING + LAYERS * 512 * TOKEN_BYTES
@@ -118,7 +119,7 @@ def test_a_session_comes_back_to_the_device(llama, transport, tmp_path):
         llama(ids, past_key_values=cache)
         cache.save(tmp_path / "s", ids)
         loaded = HeadCache.load(tmp_path / "s", llama)
-        assert loaded.stats().device_resident_bytes == 0, "not before it is used"
+        assert loaded.stats().device_resident_bytes == 0, "nothing is resident before the first forward pass"
         found = [llama(question, past_key_values=one).logits[:, -1] for one in (cache, loaded.fork(), loaded)]
     assert loaded.stats().device_resident_bytes == cache.stats().device_resident_bytes > 0
     assert torch.equal(found[0], found[2])
@@ -126,12 +127,12 @@ def test_a_session_comes_back_to_the_device(llama, transport, tmp_path):
         torch.testing.assert_close(one, wanted, atol=2e-4, rtol=2e-4)
 
 
-# -- tiles that were fetched ahead -------------------------------------------------------------------------------------
+# -- prefetched tiles ------------------------------------------------------------------------------------------
 
 
-@both_twins
-def test_what_was_fetched_ahead_is_dropped_when_its_tokens_are_written_again(llama, transport):
-    """After decoding, the first tile waits in the ring for the next token; its tokens are replaced meanwhile."""
+@both_streams
+def test_prefetched_tiles_are_dropped_when_their_tokens_change(llama, transport):
+    """After decoding, the ring holds the first tile for the next token. Then its tokens are replaced."""
     first, other = (prompt(tokens=700, seed=seed)["input_ids"] for seed in (1, 5))
     with headinfer.enable(llama), torch.no_grad():
         cache = HeadCache(
@@ -150,8 +151,8 @@ def test_what_was_fetched_ahead_is_dropped_when_its_tokens_are_written_again(lla
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
 
 
-@both_twins
-def test_decoding_fetches_each_byte_once_a_token(llama, transport):
+@both_streams
+def test_decoding_fetches_each_byte_once_per_token(llama, transport):
     with headinfer.enable(llama), torch.no_grad():
         cache = HeadCache(
             llama.config, transport=transport, device_kv_budget_bytes=STREAMING, tile_tokens=90, heads_per_group=1
@@ -165,7 +166,7 @@ def test_decoding_fetches_each_byte_once_a_token(llama, transport):
             assert cache.stats().link_to_device_bytes - before == LAYERS * on_host * TOKEN_BYTES
 
 
-def test_reset_lets_go_of_what_was_fetched_ahead(llama):
+def test_reset_frees_prefetched_tiles(llama):
     with headinfer.enable(llama), torch.no_grad():
         cache = HeadCache(llama.config, transport="eager", device_kv_budget_bytes=STREAMING, tile_tokens=90)
         llama(prompt(tokens=600)["input_ids"], past_key_values=cache)
@@ -177,7 +178,7 @@ def test_reset_lets_go_of_what_was_fetched_ahead(llama):
 
 
 @pytest.mark.parametrize("transport", ["in_place", "eager", "lazy"])
-def test_a_cache_filled_in_inference_mode_is_used_without_it(llama, transport):
+def test_a_cache_filled_in_inference_mode_can_be_used_without_it(llama, transport):
     ids = prompt(tokens=900)["input_ids"]
     with headinfer.enable(llama, chunk_tokens=300), torch.no_grad():
         wanted = llama(ids).logits[:, -1:]
@@ -191,11 +192,11 @@ def test_a_cache_filled_in_inference_mode_is_used_without_it(llama, transport):
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-# -- memory that cannot be pinned --------------------------------------------------------------------------------------
+# -- memory that cannot be pinned ------------------------------------------------------------------------------
 
 
 def pageable(monkeypatch, allowed):
-    """A system that pins `allowed` pieces of memory and refuses more; twins that want it as a device does."""
+    """Simulate a device and a system that pins only the first `allowed` allocations."""
     count = [0]
 
     def register(address, nbytes, device):
@@ -208,9 +209,9 @@ def pageable(monkeypatch, allowed):
     monkeypatch.setattr(device_kv, "HostTier", lambda counter, **_: make(counter, device=torch.device("cpu"), node=0))
 
 
-@both_twins
+@both_streams
 @pytest.mark.parametrize("allowed", [0, 2, 10_000])
-def test_memory_that_is_not_pinned_goes_through_buffers(llama, transport, allowed, monkeypatch):
+def test_pageable_memory_is_copied_through_pinned_buffers(llama, transport, allowed, monkeypatch):
     wanted = generate(llama, prompt(tokens=900))[0]
     pageable(monkeypatch, allowed)
     with warnings.catch_warnings(record=True) as said, enabled(llama, transport, 0) as active:
@@ -224,12 +225,13 @@ def test_memory_that_is_not_pinned_goes_through_buffers(llama, transport, allowe
                         if allowed < 10_000 else [])  # fmt: skip
 
 
-def test_pages_are_there_until_they_are_unpinned(monkeypatch):
-    """A device may still copy from them, and the system may give their addresses to others as soon as they are gone."""
+def test_pages_are_unmapped_after_they_are_unpinned(monkeypatch):
+    """A device may still copy from pinned pages, and the system may reuse the addresses of unmapped pages."""
     pageable(monkeypatch, 1)
-    maps, mapped = Path("/proc/self/maps"), []
+    maps = Path("/proc/self/maps")
+    mapped = []
     if not maps.is_file():
-        pytest.skip("this system does not tell what is mapped")
+        pytest.skip("this system does not list its mappings")
 
     def is_mapped(address):
         ranges = (line.split(maxsplit=1)[0].split("-") for line in maps.read_text().splitlines())
@@ -238,17 +240,18 @@ def test_pages_are_there_until_they_are_unpinned(monkeypatch):
     monkeypatch.setattr(tiers, "_unpin", lambda pinned, address, device: mapped.append(is_mapped(address)))
     tier = tiers.HostTier(ByteCounter(), device=torch.device("cpu"))
     tensor = tier.allocate((1 << 20,), torch.uint8)
-    address, view = tensor.data_ptr(), tensor[5:]
+    address = tensor.data_ptr()
+    view = tensor[5:]
     assert is_mapped(address)
     del tensor
-    assert not mapped, "a view still reads them"
+    assert not mapped, "a view still uses them"
     del view
     gc.collect()
     assert mapped == [True]
     assert not is_mapped(address)
 
 
-def test_a_tier_says_what_is_not_pinned(monkeypatch):
+def test_a_tier_reports_what_is_not_pinned(monkeypatch):
     pageable(monkeypatch, 1)
     counter = ByteCounter()
     tier = tiers.HostTier(counter, device=torch.device("cpu"))
@@ -264,17 +267,22 @@ def test_a_tier_says_what_is_not_pinned(monkeypatch):
     assert not tier._pinned
 
 
-def test_a_preferred_node_is_asked_for(tmp_path, monkeypatch):
+def test_memory_is_requested_on_the_preferred_numa_node(tmp_path, monkeypatch):
     import mmap
 
     pages = mmap.mmap(-1, 1 << 20)
     address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
-    assert numa.prefer(address, 1 << 20, 0) in (True, False)  # as the system has it; the memory is there in any case
+    assert numa.prefer(address, 1 << 20, 0) in (
+        True,
+        False,
+    )  # depends on the system; the memory is usable in either case
     assert not numa.prefer(address, 1 << 20, 100_000)
     assert not numa.prefer(address, 1 << 20, -1)
 
     class Found:
-        pci_domain_id, pci_bus_id, pci_device_id = 0, 0x41, 3
+        pci_domain_id = 0
+        pci_bus_id = 0x41
+        pci_device_id = 3
 
     folder = tmp_path / "0000:41:03.0"
     folder.mkdir()
@@ -287,8 +295,8 @@ def test_a_preferred_node_is_asked_for(tmp_path, monkeypatch):
     assert numa.node_of(torch.device("cuda"), tmp_path) is None
 
 
-def test_memory_of_a_known_length_is_taken_with_the_first_tokens(llama, monkeypatch):
-    """As on a CUDA device, which has to wait while memory is pinned."""
+def test_memory_for_a_known_length_is_allocated_with_the_first_tokens(llama, monkeypatch):
+    """This is done on CUDA devices, because pinning memory makes the device wait."""
     make = device_kv.LayerKV
     monkeypatch.setattr(device_kv, "LayerKV", lambda *both, **options: make(*both, **options | {"reserves": True}))
     ids = prompt(tokens=900)["input_ids"]
@@ -304,22 +312,24 @@ def test_memory_of_a_known_length_is_taken_with_the_first_tokens(llama, monkeypa
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
 
 
-# -- several devices ---------------------------------------------------------------------------------------------------
+# -- several devices -------------------------------------------------------------------------------------------
 
 
 class Spread(Engine):
-    """An engine whose layers lie on several devices, as far as a CPU can have them."""
+    """An engine that believes that its layers are on several devices."""
 
     def _device_of(self, what):
         return what.where
 
 
-@both_twins
-def test_each_device_has_a_ring_and_a_budget_of_its_own(transport):
-    layers, rng = 4, torch.Generator().manual_seed(0)
+@both_streams
+def test_each_device_has_its_own_ring_and_budget(transport):
+    layers = 4
+    rng = torch.Generator().manual_seed(0)
     engine = Spread(Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=100), layers)
     engine.layers_on = {"device 0": 2, "device 1": 2}
-    layer_kvs, told = [], [[] for _ in range(layers)]
+    layer_kvs = []
+    appended = [[] for _ in range(layers)]
     for tokens in (300, 400, 1, 5, 1):
         for layer in range(layers):
             q, k, v = (torch.randn(1, heads, tokens, 16, generator=rng) for heads in (4, 2, 2))
@@ -329,10 +339,10 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(transport):
                 layer_kvs[layer].where = k.where
             if layer == 0:
                 engine.begin(layer_kvs[0], 4, tokens)
-            told[layer].append((k, v))
+            appended[layer].append((k, v))
             out = engine.attend(q, k, v, layer_kvs[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
             layer_kvs[layer].append(k, v)
-            all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*told[layer], strict=True))
+            all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*appended[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])
             wanted = attend_reference(q, all_k, all_v, scale=0.25, mask=mask).out.transpose(1, 2)
             torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -340,19 +350,21 @@ def test_each_device_has_a_ring_and_a_budget_of_its_own(transport):
     rings = {id(kv.ring) for kv in engine.devices.values()}
     assert len(rings) == 2
     assert [kv.layers for kv in engine.devices.values()] == [2, 2]
-    assert all(kv.ring._expected for kv in engine.devices.values()), "its own first layer, for the next token"
+    assert all(kv.ring._expected for kv in engine.devices.values()), (
+        "each ring prefetches the first layer of its device"
+    )
     for counter in engine.counters:
         assert counter.host_to_device_bytes > 0
         assert 0 < counter.device_peak_bytes <= 700_000
     assert engine.counters[0].host_bytes > 0
-    assert engine.counters[1].host_bytes == 0, "host memory is counted once"
+    assert engine.counters[1].host_bytes == 0, "host memory is counted only once"
 
 
-# -- what headinfer info says ------------------------------------------------------------------------------------------
+# -- headinfer info --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("allowed", "said"), [(9, "yes"), (0, "no, KV goes to the device through a few buffers")])
-def test_info_says_whether_host_memory_is_pinned(monkeypatch, allowed, said):
+@pytest.mark.parametrize(("allowed", "expected"), [(9, "yes"), (0, "no, KV goes to the device through a few buffers")])
+def test_info_reports_whether_host_memory_is_pinned(monkeypatch, allowed, expected):
     from typer.testing import CliRunner
 
     from headinfer import info
@@ -361,12 +373,17 @@ def test_info_says_whether_host_memory_is_pinned(monkeypatch, allowed, said):
     pageable(monkeypatch, allowed)
 
     class Card:
-        name, total_memory, major, minor = "a card", 24 << 30, 8, 9
-        pci_domain_id, pci_bus_id, pci_device_id = 0, 1, 0
+        name = "a card"
+        total_memory = 24 << 30
+        major = 8
+        minor = 9
+        pci_domain_id = 0
+        pci_bus_id = 1
+        pci_device_id = 0
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 24 << 30))
-    assert info.gather_info()["cuda_devices"][0]["pinned_host_memory"].startswith(said)
+    assert info.gather_info()["cuda_devices"][0]["pinned_host_memory"].startswith(expected)
     printed = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["info"]).output
-    assert said in " ".join(printed.split())
+    assert expected in " ".join(printed.split())

@@ -1,6 +1,7 @@
-"""The same exactness on a CUDA device; and on a CPU twin of it, so that these tests themselves are tested.
+"""Exactness on a CUDA device, and on a CPU with LazyStreams, which tests these tests without a GPU.
 
-`pytest -m gpu` runs the first kind only. What they compare with is computed on the CPU, in float64 or by transformers.
+`pytest -m gpu` runs only the tests on a CUDA device. All references are computed on the CPU, in float64 or by
+transformers.
 """
 
 import gc
@@ -18,7 +19,7 @@ from headinfer.hf.cache import HeadCache
 from headinfer.kv import tiers
 from headinfer.kv.byte_counter import ByteCounter
 
-TOKEN_BYTES = 2 * 4 * 16 * 4  # of a layer of make_model(): K and V of 4 heads of width 16 in float32
+TOKEN_BYTES = 2 * 4 * 16 * 4  # one layer of make_model(): K and V of 4 heads of width 16 in float32
 LAYERS = 4
 STREAMING = 5 << 20
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -47,7 +48,7 @@ def llama():
 @on_devices
 @pytest.mark.parametrize("resident_tokens", RESIDENT)
 @pytest.mark.parametrize("inputs", [prompt(tokens=900), padded(tokens=900), prompt() | {"num_beams": 3}])
-def test_the_tokens_are_those_of_transformers(llama, device, resident_tokens, inputs):
+def test_generate_gives_the_tokens_of_transformers(llama, device, resident_tokens, inputs):
     tokens, logits = generate(llama, inputs)
     model = make_model("llama").to(device)
     with headinfer.enable(model, chunk_tokens=96, **options_on(device, resident_tokens)) as active:
@@ -61,7 +62,7 @@ def test_the_tokens_are_those_of_transformers(llama, device, resident_tokens, in
 
 @on_devices
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "gemma2", "gpt_oss"])
-def test_windows_soft_caps_and_sinks(device, family):
+def test_models_with_windows_soft_caps_and_sinks(device, family):
     from families import tiny_model
 
     model = tiny_model(family)
@@ -80,7 +81,7 @@ def test_windows_soft_caps_and_sinks(device, family):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("dims", [(128, 128), (64, 32), (256, 256)])
-def test_the_engine_against_float64(device, dtype, bound, share, dims):
+def test_engine_against_float64(device, dtype, bound, share, dims):
     token_bytes = 2 * sum(dims) * dtype.itemsize
     streaming = 8 * 256 * token_bytes
     options = Options(
@@ -97,12 +98,14 @@ def test_the_engine_against_float64(device, dtype, bound, share, dims):
 
 
 @on_devices
-def test_the_same_options_give_the_same_bits(device):
+def test_same_options_give_the_same_bits(device):
     options = Options(device_kv_budget_bytes=4 << 20, transport="lazy" if device == "cpu" else "auto")
 
     def run():
         torch.manual_seed(0)
-        engine, rng, found = Engine(options, 1), torch.Generator().manual_seed(3), []
+        engine = Engine(options, 1)
+        rng = torch.Generator().manual_seed(3)
+        found = []
         for tokens in (400, 900, 1, 1):
             q, k, v = (torch.randn(1, h, tokens, 64, generator=rng).to(device, torch.bfloat16) for h in (8, 2, 2))
             if not engine.devices:
@@ -116,7 +119,7 @@ def test_the_same_options_give_the_same_bits(device):
 
 
 @on_devices
-def test_a_session_goes_on_with_the_same_bits(llama, device, tmp_path):
+def test_a_loaded_session_gives_the_same_bits(llama, device, tmp_path):
     model = make_model("llama").to(device)
     ids, question = (prompt(tokens=tokens, seed=tokens)["input_ids"].to(device) for tokens in (700, 6))
     with headinfer.enable(model), torch.no_grad():
@@ -129,7 +132,7 @@ def test_a_session_goes_on_with_the_same_bits(llama, device, tmp_path):
 
 
 @on_devices
-def test_memory_that_cannot_be_pinned_serves_too(llama, device, monkeypatch):
+def test_memory_that_cannot_be_pinned_is_used_too(llama, device, monkeypatch):
     if device == "cuda":
         monkeypatch.setattr(tiers, "register", lambda address, nbytes, device: "refused, on purpose")
     wanted = generate(llama, prompt(tokens=700))[0]
@@ -142,16 +145,16 @@ def test_memory_that_cannot_be_pinned_serves_too(llama, device, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_refusal_to_pin_leaves_no_error_behind():
+def test_a_failed_registration_leaves_no_cuda_error():
     device = torch.device("cuda", torch.cuda.current_device())
     memory = tiers.HostTier(ByteCounter(), device=device).allocate((1 << 20,), torch.uint8)
     assert memory.is_pinned()
-    assert "refused" in tiers.register(memory.data_ptr(), memory.numel(), device), "it is pinned already"
+    assert "refused" in tiers.register(memory.data_ptr(), memory.numel(), device), "the memory is already pinned"
     assert float(torch.ones(3, device=device).sum()) == 3.0
 
 
 @on_devices
-def test_host_memory_is_pinned_exactly_and_given_back(device):
+def test_host_memory_is_pinned_exactly_and_freed(device):
     errors, engine, layer_kvs = attend_all(
         device, torch.float32, [900, 300], Options(transport="lazy" if device == "cpu" else "auto")
     )
@@ -171,12 +174,12 @@ def test_host_memory_is_pinned_exactly_and_given_back(device):
 
 
 @pytest.mark.gpu
-def test_the_host_never_waits_for_the_device_in_the_loop():
+def test_the_host_does_not_wait_for_the_device_in_the_loop():
     options = Options(device_kv_budget_bytes=64 << 20, streaming_budget_bytes=64 << 20, tile_tokens=500)
     _, engine, layer_kvs = attend_all("cuda", torch.bfloat16, [1300], options)
     chunks = [[torch.randn(1, h, t, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)] for t in (1, 64, 1)]
     try:
-        with warnings.catch_warnings():  # torch says that the mode is a prototype, after it is set
+        with warnings.catch_warnings():  # torch warns that the mode is a prototype
             warnings.filterwarnings("ignore", message="Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("error")
         for q, k, v in chunks:
@@ -198,7 +201,8 @@ def test_device_memory_does_not_grow_with_the_context():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        engine, rng = Engine(options, 1), torch.Generator("cuda").manual_seed(0)
+        engine = Engine(options, 1)
+        rng = torch.Generator("cuda").manual_seed(0)
         k, v = (torch.randn(1, 2, 4096, 128, device="cuda", dtype=torch.bfloat16, generator=rng) for _ in range(2))
         layer_kv = engine.new_layer_kv(k, v)
         for _ in range(past // 4096):
@@ -211,12 +215,12 @@ def test_device_memory_does_not_grow_with_the_context():
 
     held = [held_after(past) for past in (4096, 65_536)]
     assert held[0][0] == held[1][0] <= 64 << 20
-    assert abs(held[0][1] - held[1][1]) < 4 << 20  # what a longer tile's kernel takes besides
+    assert abs(held[0][1] - held[1][1]) < 4 << 20  # kernels of longer tiles need some more memory
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_model_on_two_devices(llama):
+def test_model_on_two_devices(llama):
     from accelerate import dispatch_model
 
     tokens, _ = generate(llama, prompt(tokens=700))

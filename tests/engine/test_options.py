@@ -41,7 +41,7 @@ def test_old_transports_have_new_names(old, new):
     assert current_names({"staging": old, "chunk_tokens": 5}) == {"transport": new, "chunk_tokens": 5}
 
 
-def test_what_a_session_of_version_0_1_0_keeps_is_understood():
+def test_options_in_a_session_of_version_0_1_0_are_read():
     kept = {
         "device_kv_budget": 2**28, "streaming_budget": 2**27, "heads_per_group": None, "tile_tokens": None,
         "backend": None, "staging": "early", "expected_tokens": 0, "rates": None, "chunk_tokens": 512, "unknown": 1,

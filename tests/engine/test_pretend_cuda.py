@@ -1,6 +1,6 @@
-"""The tests of a GPU on devices that are not there: see pretend_cuda.py. Each runs in a process of its own.
+"""Runs the tests of a GPU on simulated devices (tests/support/pretend_cuda.py), each in a separate process.
 
-All of it:
+To run all of them:
 
     TRITON_INTERPRET=1 PYTHONPATH=tests/support pytest -p pretend_cuda -m gpu tests/engine/test_gpu.py \\
         tests/bench/test_gpu_bench.py
@@ -19,43 +19,45 @@ GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 
 
 def unavailable_reason():
-    """Why this torch cannot pretend; empty where it can."""
+    """The reason why devices cannot be simulated with this torch; empty if they can."""
     if torch.cuda.is_available():
-        return "there is a real device"
+        return "this machine has a real device"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     library = Path(torch.__file__).parent / "lib" / "libc10.so"
     if not library.is_file() or not hasattr(ctypes.CDLL(str(library)), GUARDS):
-        return "this torch keeps its device guards elsewhere"
+        return "the device guards of this torch were not found"
     return ""
 
 
 pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
 
 
-def rehearse(*arguments, triton=False):
+def run_on_simulated_devices(*arguments, triton=False):
     run_pytest(
         "-p",
         "pretend_cuda",
         *arguments,
         timeout_s=900,
-        HEADINFER_TRITON=str(int(triton)),  # a kernel takes its interpreter hundreds of times as long
+        HEADINFER_TRITON=str(int(triton)),  # the interpreter runs kernels hundreds of times slower
         PYTHONPATH=os.pathsep.join(filter(None, [str(TESTS / "support"), os.environ.get("PYTHONPATH")])),
         TRITON_INTERPRET="1",
     )
 
 
-def test_the_pretence_sees_mistakes_and_commands_run():
-    rehearse("tests/support/on_pretended_cuda.py")
+def test_simulated_devices_detect_mistakes():
+    run_on_simulated_devices("tests/support/on_pretended_cuda.py")
 
 
-def test_the_engine_and_transformers():
-    rehearse("-m", "gpu", "tests/engine/test_gpu.py", "-k", "not (float64 and (dims1 or dims2)) and not inputs1-256")
+def test_engine_and_transformers():
+    run_on_simulated_devices(
+        "-m", "gpu", "tests/engine/test_gpu.py", "-k", "not (float64 and (dims1 or dims2)) and not inputs1-256"
+    )
 
 
-def test_the_engine_with_triton_kernels():
-    rehearse("-m", "gpu", "tests/engine/test_gpu.py", "-k", "float64 and dims1 and 0.5", triton=True)
+def test_engine_with_triton_kernels():
+    run_on_simulated_devices("-m", "gpu", "tests/engine/test_gpu.py", "-k", "float64 and dims1 and 0.5", triton=True)
 
 
-def test_the_benchmarks():
-    rehearse("-m", "gpu", "tests/bench/test_gpu_bench.py")
+def test_benchmarks():
+    run_on_simulated_devices("-m", "gpu", "tests/bench/test_gpu_bench.py")

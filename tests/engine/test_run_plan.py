@@ -1,4 +1,4 @@
-"""The plan of a run: what this machine is, what the engine takes from it, and that it fixes the arithmetic."""
+"""The plan of a run: the machine, the options that the engine gets, and the bits that they determine."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def cache_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def whole_device(monkeypatch):
     def fraction(device):
-        assert device.index is not None, "torch refuses here what other functions take for the current device"
+        assert device.index is not None, "torch needs an index here"
         return 1.0
 
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
@@ -53,7 +53,7 @@ def text(tokens=600):
     return torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def test_a_probe_is_kept_and_used(small_probe, capsys):
+def test_a_probe_is_saved_and_used(small_probe, capsys):
     assert machine.this_machine(CPU).source == "guessed from the number of cores"
     monkey = ["probe", "--json"]
     cli.app(monkey, standalone_mode=False)
@@ -73,7 +73,7 @@ def test_a_probe_is_kept_and_used(small_probe, capsys):
     assert machine.this_machine(CPU).source.startswith("guessed")
 
 
-def test_a_gpu_is_found_by_its_name_or_guessed(monkeypatch):
+def test_a_gpu_is_looked_up_by_name_or_guessed(monkeypatch):
     found = SimpleNamespace(total_memory=20 * GIB, multi_processor_count=46)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4070")
@@ -86,8 +86,8 @@ def test_a_gpu_is_found_by_its_name_or_guessed(monkeypatch):
     assert not guessed.is_host
 
 
-def test_a_run_on_a_gpu_is_planned_with_what_is_free(monkeypatch):
-    """The engine gets budgets and rates from the plan; what memory is left keeps KV resident."""
+def test_a_run_on_a_gpu_is_planned_with_the_free_memory(monkeypatch):
+    """The engine gets budgets and rates from the plan. The remaining memory is used for resident KV."""
     monkeypatch.setattr(run_plan, "this_machine", lambda _: HARDWARE["rtx4090"])
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 256 * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (23 * GIB, 24 * GIB))
@@ -99,7 +99,9 @@ def test_a_run_on_a_gpu_is_planned_with_what_is_free(monkeypatch):
         assert options.streaming_budget_bytes == plan.streaming_bytes > 0
         assert options.device_kv_budget_bytes == plan.streaming_bytes + plan.footprint.resident_bytes
         assert options.rates == HARDWARE["rtx4090"].tile_rates("bfloat16")
-    assert len({(plan.chunk_tokens, plan.streaming_bytes, plan.prefill) for plan in plans}) > 1, "it adapts"
+    assert len({(plan.chunk_tokens, plan.streaming_bytes, plan.prefill) for plan in plans}) > 1, (
+        "plans depend on the length"
+    )
     assert [plan.is_all_resident for plan in plans] == [True, False, False]
     assert min(sum(plan.resident_tokens) for plan in plans) > 0
     mine = Options(device_kv_budget_bytes=99 * 2**20, heads_per_group=2, rates=RATES[1])
@@ -122,7 +124,7 @@ def test_a_run_on_a_gpu_is_planned_with_what_is_free(monkeypatch):
         run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 500, rows=5000)
 
 
-def test_what_torch_keeps_and_what_the_cache_holds_is_free_for_its_plan(monkeypatch):
+def test_memory_of_torch_and_of_the_cache_counts_as_free_for_a_new_plan(monkeypatch):
     monkeypatch.setattr(run_plan, "this_machine", lambda _: HARDWARE["rtx4090"])
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 256 * GIB)
     shape = find_shape("llama-3-8b")
@@ -131,18 +133,21 @@ def test_what_torch_keeps_and_what_the_cache_holds_is_free_for_its_plan(monkeypa
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 17 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 15 * GIB)
     before = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, **full)
-    assert before.request.room_bytes == 5 * GIB + before.footprint.weights_bytes, "what torch keeps is free"
+    assert before.request.room_bytes == 5 * GIB + before.footprint.weights_bytes, (
+        "memory that torch reserves counts as free"
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 17 * GIB)
     again = run_plan.plan_run(
         shape, torch.device("cuda"), torch.bfloat16, 10**6, held_device_bytes=4 * GIB, held_host_bytes=GIB, **full
     )
-    assert dataclasses.replace(again, request=before.request) == before, "its own KV is not in its way"
+    assert dataclasses.replace(again, request=before.request) == before, "the cache's own KV counts as free"
     assert again.request.host_bytes == before.request.host_bytes + GIB
 
 
-def test_generate_and_long_passes_are_read_in_planned_chunks(monkeypatch):
-    model, sizes = tiny_model("llama"), []
+def test_generate_and_long_forward_passes_use_planned_chunks(monkeypatch):
+    model = tiny_model("llama")
+    sizes = []
     monkeypatch.setattr("headinfer.plan.fit.HOST_CHUNK_TOKENS", 256)
     with headinfer.enable(model, on_forward=lambda cache: sizes.append(cache.get_seq_length())) as enabled:
         model.generate(text(), max_new_tokens=2, do_sample=False, pad_token_id=0)
@@ -158,7 +163,7 @@ def test_generate_and_long_passes_are_read_in_planned_chunks(monkeypatch):
     assert sizes == [500, 600, 601]
 
 
-def test_what_no_plan_fits_is_still_tried_in_a_library_call(monkeypatch):
+def test_library_calls_run_even_if_no_plan_fits(monkeypatch):
     """max_new_tokens is often only an upper bound."""
     model = tiny_model("llama")
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 1)
@@ -167,7 +172,7 @@ def test_what_no_plan_fits_is_still_tried_in_a_library_call(monkeypatch):
         assert enabled.plan is None
 
 
-def test_generate_refuses_before_loading_what_no_plan_fits(monkeypatch):
+def test_generate_command_fails_before_loading_if_no_plan_fits(monkeypatch):
     monkeypatch.setattr(generation.ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded"))
     monkeypatch.setattr(generation, "check_host_memory", lambda *_, **__: None)
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 280 * 2**20)
@@ -176,9 +181,11 @@ def test_generate_refuses_before_loading_what_no_plan_fits(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_same_options_give_the_same_bits_on_any_machine():
-    """Rates choose tiles and so the order of merging: recorded in the options, they fix it."""
-    model, bits, shapes = tiny_model("llama"), [], set()
+def test_same_options_give_the_same_bits_on_any_machine():
+    """Rates determine tiles, and tiles the order of merging. The options record the rates."""
+    model = tiny_model("llama")
+    bits = []
+    shapes = set()
     for rates in (*RATES, RATES[0]):
         options = Options(device_kv_budget_bytes=4 << 20, transport="eager", expected_tokens=3000, rates=rates)
         with headinfer.enable(model, chunk_tokens=400):
@@ -187,7 +194,7 @@ def test_the_same_options_give_the_same_bits_on_any_machine():
         stats = cache.stats()
         shapes.add((stats.heads_per_group, stats.tile_tokens))
         bits.append(logits)
-    assert len(shapes) > 1, "the rates must matter, or this shows nothing"
+    assert len(shapes) > 1, "the test is meaningless if the rates make no difference"
     assert torch.equal(bits[0], bits[3])
     for other in bits[1:3]:
         assert torch.allclose(bits[0], other, atol=1e-4)
@@ -195,7 +202,7 @@ def test_the_same_options_give_the_same_bits_on_any_machine():
     assert Options(**saved) == options, "options survive JSON"
 
 
-def test_the_check_of_the_plan_compares_bytes_and_seconds(small_probe, monkeypatch, capsys, tmp_path):
+def test_check_of_a_plan_compares_bytes_and_seconds(small_probe, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plan_check, "_MODEL", "random:llama-3-8b?hidden=64&heads=4&kv_heads=2&intermediate=96")
     with pytest.raises(SystemExit) as stopped:
         cli.app(["bench", "--check-plan", "--quick", "--markdown", "--output", str(tmp_path / "check.json")])
@@ -215,8 +222,8 @@ def test_the_check_of_the_plan_compares_bytes_and_seconds(small_probe, monkeypat
     assert stopped.value.code == 1
 
 
-def test_a_cpus_costs_are_those_measured():
-    """In place: attention at its own rate, weights at theirs, and queueing not hidden."""
+def test_costs_on_a_cpu_use_the_measured_rates():
+    """Attention and weights have separate rates, and launches are not hidden."""
     shape = ModelShape.from_config(tiny_model("llama").config)
     base = dataclasses.replace(HARDWARE["laptop-cpu"], launch_s=1e-9)
     slow = {
@@ -240,7 +247,7 @@ def _seconds(shape, hardware, phase):
     return cost(shape, hardware, 4096, Schedule(chunk_tokens=512), "float32", 32)
 
 
-def test_a_model_on_several_gpus_is_planned_for_the_one_with_the_least_memory(monkeypatch):
+def test_a_model_on_several_gpus_is_planned_for_the_smallest_free_memory(monkeypatch):
     planned_for = []
 
     def plan_run(_shape, device, *_args, **_more):

@@ -1,4 +1,4 @@
-"""The loop against the float64 oracle, for any past, chunk, tile and padding; and how many bytes it moves."""
+"""The streaming loop against the float64 oracle, and the bytes that it moves."""
 
 import gc
 import math
@@ -30,7 +30,7 @@ BACKENDS = {backend.name: backend for backend in ALL}
 
 
 def ranges_of(visible):
-    """For each row of a bool [B, T] the half-open ranges that are True."""
+    """The half-open ranges of True in each row of a bool tensor [B, T]."""
     return [
         [
             (start, next((t for t in range(start, len(row)) if not row[t]), len(row)))
@@ -43,7 +43,7 @@ def ranges_of(visible):
 
 @dataclass
 class Shape:
-    """What a test's layer looks like."""
+    """The shape and dtype of a layer."""
 
     rows: int = 1
     kv_heads: int = 2
@@ -58,7 +58,7 @@ class Shape:
 
 
 class Bench:
-    """One layer: a store, a ring, and everything it was ever given, for the oracle."""
+    """One layer with its LayerKV and ring, and all its K and V for the oracle."""
 
     def __init__(
         self,
@@ -71,16 +71,22 @@ class Bench:
         resident_tokens=0,
         is_even=False,
     ):
-        self.shape, self.plan = shape, TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "", is_even)
-        self.rng, self.counter, self.model_layout = torch.Generator().manual_seed(seed), ByteCounter(), model_layout
-        write, self.ring, share, streams = WriteInPlace(), None, None, open_streams(transport, CPU)
+        self.shape = shape
+        self.plan = TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "", is_even)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.counter = ByteCounter()
+        self.model_layout = model_layout
+        write = WriteInPlace()
+        self.ring = None
+        share = None
+        streams = open_streams(transport, CPU)
         if streams is not None:
             write = StagingWriter(64 * shape.token_bytes, CPU, self.counter, streams)
             head_token_bytes = shape.token_bytes // shape.kv_heads
             slot_bytes = -(-self.plan.heads_per_group * tile_tokens * head_token_bytes // 256) * 256
             self.ring = SlotRing(2, slot_bytes, CPU, self.counter, streams)
-            room = resident_tokens * shape.token_bytes * shape.rows
-            share = Share(Residency(room, CPU, self.counter, streams), room, 0)
+            resident_bytes = resident_tokens * shape.token_bytes * shape.rows
+            share = Share(Residency(resident_bytes, CPU, self.counter, streams), resident_bytes, 0)
         _, self.k, self.v = self.chunk(0)
         self.layer_kv = LayerKV(
             self.k, self.v, tier=HostTier(self.counter), counter=self.counter, write=write, share=share
@@ -88,7 +94,7 @@ class Bench:
         self.used = set()
 
     def chunk(self, tokens):
-        """q, k, v of a chunk, laid out as a model does (tokens before heads) or with the heads first."""
+        """Make q, k, v of a chunk in the layout of a model (tokens before heads in memory) or with heads first."""
         shape = self.shape
         sizes = (
             (shape.kv_heads * shape.group, shape.key_dim),
@@ -102,21 +108,23 @@ class Bench:
         return tuple(made) if self.model_layout else tuple(x.contiguous() for x in made)
 
     def fill(self, tokens):
-        """Put tokens into the store without attention."""
+        """Append a chunk without attention."""
         _, k, v = self.chunk(tokens)
         self.keep(k, v)
 
     def keep(self, k, v):
         self.layer_kv.append(k, v)
-        self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k = torch.cat([self.k, k], dim=2)
+        self.v = torch.cat([self.v, v], dim=2)
 
     def select_rows(self, indices):
         self.layer_kv.select_rows(indices)
-        self.k, self.v = self.k[indices], self.v[indices]
+        self.k = self.k[indices]
+        self.v = self.v[indices]
         self.shape.rows = len(indices)
 
     def attend(self, q, k, v, *, visible=None, backend=None, **options):
-        """The loop on a chunk that is not yet kept."""
+        """Run the loop on a chunk that is not appended yet."""
         token_ranges = ranges_of(visible[:, : self.layer_kv.tokens + q.shape[2]]) if visible is not None else None
         return attend_streaming(
             q,
@@ -133,8 +141,9 @@ class Bench:
         )
 
     def oracle(self, q, k, v, *, visible=None, softcap=None, sinks=None):
-        """The same in float64 over everything, and which queries see a key: [B, T, Hq, Dv], [B, T]."""
-        k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        """Compute the output [B, T, Hq, Dv] in float64, and which queries see any key [B, T]."""
+        k = torch.cat([self.k, k], dim=2)
+        v = torch.cat([self.v, v], dim=2)
         mask = causal_mask(q.shape[2], k.shape[2]).expand(len(q), 1, -1, -1)
         if visible is not None:
             mask = mask & visible[:, None, None, : k.shape[2]]
@@ -143,7 +152,7 @@ class Bench:
         return out.transpose(1, 2), mask.any(dim=-1)[:, 0]
 
     def assert_step(self, tokens, *, bound=BOUND, visible=None, backend=None, **options):
-        """One forward pass of the layer: compare, then keep the chunk."""
+        """Run one forward pass of the layer, compare it with the oracle, and append the chunk."""
         q, k, v = self.chunk(tokens)
         found = self.attend(q, k, v, visible=visible, backend=backend, **options)
         wanted, sees = self.oracle(q, k, v, visible=visible, **options)
@@ -151,8 +160,8 @@ class Bench:
         assert found.dtype == q.dtype
         assert found.isfinite().all()
         assert (found[~sees] == 0).all()
-        usual = math.sqrt(wanted[0].numel() / (self.layer_kv.tokens + tokens))  # few outputs may cancel below this
-        for row in range(len(q)):  # a row's error does not hide behind another's size
+        usual = math.sqrt(wanted[0].numel() / (self.layer_kv.tokens + tokens))  # some outputs may cancel to less
+        for row in range(len(q)):  # row by row, so that a large row does not hide the error of a small one
             assert float((found[row].double() - wanted[row]).norm()) <= bound * max(usual, float(wanted[row].norm()))
         self.keep(k, v)
 
@@ -184,7 +193,7 @@ def benches(draw):
 
 @PROPERTY
 @given(bench=benches(), lengths=chunk_lengths)
-def test_any_past_and_chunk_is_the_oracle_s(bench, lengths):
+def test_any_past_and_chunk(bench, lengths):
     for tokens in lengths:
         bench.assert_step(tokens)
     assert bench.counter.device_to_host_bytes in (
@@ -210,7 +219,7 @@ def test_soft_caps_and_sinks(bench, lengths, softcap, with_sinks, backend):
 
 
 def padding(rows, tokens, draw):
-    """A mask [rows, tokens] with left padding, right padding, holes anywhere, and rows that see nothing at all."""
+    """Draw a mask [rows, tokens] with left padding, right padding, holes, or rows that see nothing."""
     visible = torch.ones(rows, tokens, dtype=torch.bool)
     for row in range(rows):
         kind = draw(st.sampled_from(["whole", "left", "right", "holes", "holes", "nothing"]))
@@ -229,7 +238,7 @@ def padding(rows, tokens, draw):
 
 @PROPERTY
 @given(bench=benches(), lengths=chunk_lengths, data=st.data())
-def test_padding_with_holes_is_not_seen(bench, lengths, data):
+def test_padding_and_holes_are_ignored(bench, lengths, data):
     visible = padding(bench.shape.rows, sum(lengths), data.draw)
     sinks = torch.randn(bench.shape.kv_heads * bench.shape.group, generator=bench.rng)
     options = data.draw(st.sampled_from([{}, {"sinks": sinks}, {"softcap": 2.0}]))
@@ -254,7 +263,7 @@ def test_rows_that_see_no_key_give_zero(transport, tokens):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_half_precision(dtype, transport):
-    """Everything is float32 until the output is rounded once: half an ulp of the type."""
+    """All steps use float32, and only the output is rounded, by at most half an ulp of the type."""
     ulp = torch.finfo(dtype).eps
     bench = Bench(Shape(rows=2, kv_heads=3, group=4, dtype=dtype), transport, heads_per_group=2, tile_tokens=190)
     for tokens in (400, 300, 1, 2):
@@ -263,32 +272,32 @@ def test_half_precision(dtype, transport):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("backend", ["cpu-native", "cpu-flash", "eager"])
-def test_a_long_past_in_every_backend(transport, backend):
+def test_a_long_past_with_every_backend(transport, backend):
     bench = Bench(Shape(kv_heads=2, group=4, key_dim=64, value_dim=64), transport, tile_tokens=3000)
     bench.fill(9000)
     for tokens in (1, 4, 50):
         bench.assert_step(tokens, backend=backend)
 
 
-# -- the same bits -----------------------------------------------------------------------------------------------
+# -- repeatability ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads_per_group", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 64])
-def test_the_same_plan_gives_the_same_bits(tokens, heads_per_group):
+def test_same_plan_gives_the_same_bits(tokens, heads_per_group):
     found = []
     for transport in ("in_place", "in_place", "eager", "eager", "lazy"):
         bench = Bench(Shape(rows=2, kv_heads=4, group=3), transport, heads_per_group, 130, seed=9)
         bench.fill(900)
         q, k, v = bench.chunk(tokens)
         found.append(bench.attend(q, k, v))
-        assert torch.equal(found[-1], bench.attend(q, k, v))  # again, in the same ring
+        assert torch.equal(found[-1], bench.attend(q, k, v))  # repeated with the same ring
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[2], found[3])
-    assert torch.equal(found[2], found[4])  # the twins differ in when they copy, not in what comes out
+    assert torch.equal(found[2], found[4])  # the streams differ only in when they copy
 
 
-# -- what crosses the link ---------------------------------------------------------------------------------------
+# -- bytes over the link ---------------------------------------------------------------------------------------
 
 
 @PROPERTY
@@ -296,10 +305,8 @@ def test_the_same_plan_gives_the_same_bits(tokens, heads_per_group):
 def test_each_past_byte_crosses_the_link_at_most_once_per_pass(bench, lengths):
     for tokens in lengths:
         bench.fill(tokens)
-        before, slices = (
-            bench.counter.host_to_device_bytes,
-            [part for table in bench.layer_kv._tables for part in table],
-        )
+        before = bench.counter.host_to_device_bytes
+        slices = [part for table in bench.layer_kv._tables for part in table]
         bench.attend(*bench.chunk(3))
         crossed = bench.counter.host_to_device_bytes - before
         on_host_only = sum(max(part.stop - part.segment.resident_tokens, 0) for part in slices)
@@ -321,7 +328,7 @@ def test_rows_that_share_a_document_fetch_it_once(transport, tokens):
 
     tokens_crossed = crossed() / bench.shape.token_bytes
     assert tokens_crossed == (shared if bench.ring else 0)
-    bench.fill(600)  # the rows go their own ways
+    bench.fill(600)  # the rows get different tokens
     own = bench.layer_kv.host_tokens - shared
     assert own > 0
     assert crossed() / bench.shape.token_bytes == (shared + 3 * own if bench.ring else 0)
@@ -335,7 +342,7 @@ def test_rows_that_share_a_document_fetch_it_once(transport, tokens):
     moves=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), min_size=1, max_size=3),
     tokens=st.sampled_from([1, 3, 40, 300]),
 )
-def test_rows_that_share_and_part_are_the_oracle_s(bench, moves, tokens):
+def test_rows_that_share_a_part_of_their_tokens(bench, moves, tokens):
     bench.fill(400)
     for picks in moves:
         bench.select_rows([row % bench.shape.rows for row in picks])
@@ -348,7 +355,8 @@ def test_rows_that_share_and_part_are_the_oracle_s(bench, moves, tokens):
 def test_masked_tokens_do_not_cross_the_link(transport):
     bench = Bench(Shape(rows=2), transport, tile_tokens=64, model_layout=False)
     bench.fill(900)
-    host, visible = bench.layer_kv.host_tokens, torch.ones(2, 901, dtype=torch.bool)
+    host = bench.layer_kv.host_tokens
+    visible = torch.ones(2, 901, dtype=torch.bool)
     visible[0, :500] = False
     visible[1, 10:20] = False
     before = bench.counter.host_to_device_bytes
@@ -365,7 +373,7 @@ def test_an_empty_past_moves_nothing():
     assert bench.counter.host_to_device_bytes == 0
 
 
-def test_tiles_are_cut_where_the_plan_says():
+def test_tiles_have_the_planned_size():
     bench = Bench(Shape(rows=2, kv_heads=3))
     bench.fill(700)
     bench.fill(400)
@@ -379,10 +387,10 @@ def test_tiles_are_cut_where_the_plan_says():
         assert torch.equal(k, bench.k[row, 1:3, :host])
         assert torch.equal(v, bench.v[row, 1:3, :host])
     segment = bench.layer_kv.shared_prefixes()[0].slices[0].segment
-    assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view: nothing is copied here
+    assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view, not a copy
 
 
-def test_the_kernels_that_ran_are_noted():
+def test_used_backends_are_recorded():
     bench = Bench(Shape())
     bench.fill(300)
     bench.attend(*bench.chunk(1), backend="eager")
@@ -391,12 +399,12 @@ def test_the_kernels_that_ran_are_noted():
     assert bench.used == {"eager", "cpu-flash"}
 
 
-# -- what stays on the device ----------------------------------------------------------------------------------
+# -- resident tokens -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport", ["eager", "lazy"])
 @pytest.mark.parametrize("resident_tokens", range(0, 1281, 128))
-def test_any_split_between_device_and_host_is_the_oracle_s(transport, resident_tokens):
+def test_any_split_between_device_and_host(transport, resident_tokens):
     bench = Bench(Shape(rows=2, kv_heads=3, group=2), transport, 2, 190, resident_tokens=resident_tokens)
     for tokens in (300, 600, 1, 1, 200, 3):
         bench.assert_step(tokens)
@@ -415,10 +423,11 @@ def test_any_split_between_device_and_host_is_the_oracle_s(transport, resident_t
 
 
 @pytest.mark.parametrize("transport", ["eager", "lazy"])
-def test_letting_go_of_resident_tokens_changes_nothing(transport):
+def test_removing_resident_tokens_changes_nothing(transport):
     bench = Bench(Shape(rows=2), transport, 1, 150, resident_tokens=2000)
     bench.fill(700)
-    pool, token_bytes = bench.layer_kv.share.pool, bench.shape.token_bytes
+    pool = bench.layer_kv.share.pool
+    token_bytes = bench.shape.token_bytes
     assert bench.layer_kv.is_all_resident
     for tokens in (500, 256, 128, 0):
         bench.assert_step(2)
@@ -432,27 +441,29 @@ def test_letting_go_of_resident_tokens_changes_nothing(transport):
 
 
 @pytest.mark.parametrize("transport", ["eager", "lazy"])
-def test_resident_tokens_are_shared_and_written_again_after_a_crop(transport):
+def test_resident_tokens_are_shared_and_rewritten_after_a_crop(transport):
     bench = Bench(Shape(), transport, 1, 150, resident_tokens=4000)
     bench.fill(900)
     held = bench.counter.device_bytes["resident"]
     bench.select_rows([0, 0, 0])
     bench.assert_step(3)
     assert bench.counter.device_bytes["resident"] == held
-    bench.fill(300)  # the rows go their own ways
+    bench.fill(300)  # the rows get different tokens
     bench.assert_step(1)
     for tokens in (800, 130, 0):
         bench.layer_kv.crop(tokens)
-        bench.k, bench.v = bench.k[:, :, :tokens], bench.v[:, :, :tokens]
+        bench.k = bench.k[:, :, :tokens]
+        bench.v = bench.v[:, :, :tokens]
         bench.assert_step(400)
         bench.assert_step(1)
 
 
-def test_a_known_length_is_one_piece_on_the_device():
-    """Then attention on the past is one call, as without offloading."""
+def test_resident_tokens_of_a_known_length_are_one_piece():
+    """Attention over the past is then a single call, as without offloading."""
     bench = Bench(Shape(rows=2), "eager", resident_tokens=4000)
     share = bench.layer_kv.share
-    bench.layer_kv.share, bench.layer_kv.expected_tokens = Share(share.pool, share.nbytes, 2048), 2048
+    bench.layer_kv.share = Share(share.pool, share.nbytes, 2048)
+    bench.layer_kv.expected_tokens = 2048
     for tokens in (300, 600, 700):
         bench.fill(tokens)
         (first, second) = tiles_of(bench.layer_kv, slice(0, 2), TilePlan(2, 100, ""), None)
@@ -464,7 +475,7 @@ def test_a_known_length_is_one_piece_on_the_device():
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(tokens=st.integers(1, 5000), tile_tokens=st.integers(1, 3000), resident=st.sampled_from([0, 256]))
-def test_tiles_of_a_prompt_are_about_even_and_hold_all_that_streams(tokens, tile_tokens, resident):
+def test_even_tiles_have_similar_sizes_and_contain_all_streamed_tokens(tokens, tile_tokens, resident):
     bench = Bench(Shape(rows=1, kv_heads=1, group=1), "eager", 1, tile_tokens, resident_tokens=resident)
     bench.fill(tokens)
     even, usual = (
@@ -481,8 +492,8 @@ def test_tiles_of_a_prompt_are_about_even_and_hold_all_that_streams(tokens, tile
 
 
 @pytest.mark.parametrize("transport", ["eager", "lazy"])
-def test_kernels_that_want_equal_shapes_get_them(transport, monkeypatch):
-    """As cuDNN on Hopper: blocks of tiles and of what is resident; the rest is another kernel's."""
+def test_kernels_for_equal_shapes_get_blocks_of_equal_shapes(transport, monkeypatch):
+    """Like cuDNN on Hopper: one kernel gets blocks of tiles and of resident tokens, another one gets the rest."""
     served = []
 
     def choose(problem, preferred):
@@ -500,4 +511,4 @@ def test_kernels_that_want_equal_shapes_get_them(transport, monkeypatch):
     assert any(keys == 4 for is_full, keys, rows in served if not is_full), "384 - 2 * 170 - 40"
     served.clear()
     bench.assert_step(1)
-    assert not any(is_full for is_full, _, _ in served), "a token's pieces go in one call"
+    assert not any(is_full for is_full, _, _ in served), "decoding computes all pieces in one call"
