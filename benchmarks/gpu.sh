@@ -94,7 +94,7 @@ if wanted tests; then
 fi
 
 if wanted sanitizer; then
-  one='tests/engine/test_gpu.py::test_the_engine_against_float64[dims0-0.5-dtype0-0.0078125-cuda]'
+  one='tests/engine/test_gpu.py::test_engine_against_float64[dims0-0.5-dtype0-0.0078125-cuda]'
   if command -v compute-sanitizer > /dev/null; then
     for tool in racecheck memcheck; do
       step "$tool" 300 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 3 \

@@ -1,4 +1,4 @@
-"""The fallback for layers that bring their whole K and V, against the float64 oracle."""
+"""The attention function for layers that pass their whole K and V, against the float64 oracle."""
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ SHAPES = {"square": (40, 40), "lower right": (7, 53), "decode": (1, 30)}
 def operands(queries, keys):
     torch.manual_seed(1)
     module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 3, True
-    q, k, v = torch.randn(2, 6, queries, 16), torch.randn(2, 2, keys, 16), torch.randn(2, 2, keys, 16)
+    module.num_key_value_groups = 3
+    module.is_causal = True
+    q = torch.randn(2, 6, queries, 16)
+    k = torch.randn(2, 2, keys, 16)
+    v = torch.randn(2, 2, keys, 16)
     return module, q, k, v
 
 
@@ -41,7 +44,7 @@ MASKS = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_equals_the_oracle(mask, shape, softcap, with_sinks):
+def test_dense_attention_agrees_with_the_oracle(mask, shape, softcap, with_sinks):
     queries, keys = SHAPES[shape]
     module, q, k, v = operands(queries, keys)
     given = MASKS[mask](queries, keys)

@@ -1,4 +1,4 @@
-"""Every family that is served, against transformers: read in chunks, then token by token, and without any cache."""
+"""Every supported family against transformers, with prompts in chunks, token by token, and without a cache."""
 
 import itertools
 from pathlib import Path
@@ -12,10 +12,13 @@ import headinfer
 from headinfer.hf.families import SUPPORTED_FAMILIES
 from headinfer.plan.model_shape import ModelShape
 
-TOKENS, CHUNK_TOKENS, STEPS = 300, 40, 5
-BOUND = 5e-5  # of the logits' standard deviation; transformers' own chunked and whole results differ by up to 2e-5
+TOKENS = 300
+CHUNK_TOKENS = 40
+STEPS = 5
+# A share of the standard deviation of the logits. Within transformers, chunked and whole prompts differ by up to 2e-5.
+BOUND = 5e-5
 STATEFUL = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next")
-STAGED = {"device_kv_budget_bytes": 4 << 20, "heads_per_group": 1, "tile_tokens": 30}
+SMALL_TILES = {"device_kv_budget_bytes": 4 << 20, "heads_per_group": 1, "tile_tokens": 30}
 
 every_family = pytest.mark.parametrize("family", present())
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore::DeprecationWarning")
@@ -27,7 +30,7 @@ def text(rows=2, tokens=TOKENS):
 
 @torch.no_grad()
 def read(model, ids, cache):
-    """Logits of all tokens: in chunks, the last ones one by one."""
+    """Compute the logits of all tokens, in chunks and for the last tokens one by one."""
     edges = [*range(0, TOKENS - STEPS, CHUNK_TOKENS), *range(TOKENS - STEPS, TOKENS + 1)]
     pairs = itertools.pairwise(edges)
     return torch.cat([model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in pairs], dim=1)
@@ -38,14 +41,15 @@ def difference(found, wanted):
 
 
 @every_family
-def test_logits_are_transformers(family):
-    model, ids = tiny_model(family), text()
+def test_logits_agree_with_transformers(family):
+    model = tiny_model(family)
+    ids = text()
     chunked = read(model, ids, DynamicCache(config=model.config))
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         changed = model(torch.where(torch.arange(TOKENS) < 20, 1 + ids % (VOCAB - 1), ids), use_cache=False).logits
     assert difference(changed[:, -1], whole[:, -1]) > 0.02, "the last token must depend on the first ones"
-    for options in ({}, {"transport": "eager", **STAGED}, {"transport": "lazy", **STAGED}):
+    for options in ({}, {"transport": "eager", **SMALL_TILES}, {"transport": "lazy", **SMALL_TILES}):
         with headinfer.enable(model):
             cache = headinfer.HeadCache(model.config, **options)
             found = read(model, ids, cache)
@@ -58,21 +62,25 @@ def test_logits_are_transformers(family):
             layer.layer_kv.heads * (layer.layer_kv.key_dim + layer.layer_kv.value_dim) * 4
             for layer in cache.head_layers
         )
-        assert ModelShape.from_config(model.config).kv_bytes_per_token(4) == held, "what is checked before loading"
+        assert ModelShape.from_config(model.config).kv_bytes_per_token(4) == held, (
+            "the check before loading uses the right size"
+        )
         assert (stats.link_to_device_bytes > stats.host_kv_bytes) == bool(options)
 
 
 @every_family
 def test_generation_with_left_padding_gives_the_same_tokens(family):
-    model, ids = tiny_model(family), text(tokens=200)
+    model = tiny_model(family)
+    ids = text(tokens=200)
     mask = torch.ones_like(ids)
     mask[1, :70] = 0
     assert_generates_the_same(model, ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", *STATEFUL])
-def test_beams_reorder_what_stays_with_transformers_too(family):
-    model, ids = tiny_model(family), text(tokens=200)
+def test_beams_reorder_layers_of_transformers_too(family):
+    model = tiny_model(family)
+    ids = text(tokens=200)
     assert_generates_the_same(model, ids, attention_mask=torch.ones_like(ids), num_beams=3, num_return_sequences=2)
 
 
@@ -93,10 +101,12 @@ def assert_generates_the_same(model, ids, **options):
 
 
 @pytest.mark.parametrize("family", STATEFUL)
-def test_an_error_in_a_forward_brings_linear_states_back(family):
-    model, ids = tiny_model(family), text(rows=1, tokens=120)
+def test_an_error_in_a_forward_pass_restores_linear_states(family):
+    model = tiny_model(family)
+    ids = text(rows=1, tokens=120)
     with torch.no_grad(), headinfer.enable(model) as enabled:
-        cache, oracle = enabled.new_cache(), enabled.new_cache()
+        cache = enabled.new_cache()
+        oracle = enabled.new_cache()
         for each in (cache, oracle):
             model(ids[:, :80], past_key_values=each)
         broken = model.get_submodule("lm_head").register_forward_hook(lambda *_: (_ for _ in ()).throw(OSError("no")))
@@ -109,13 +119,14 @@ def test_an_error_in_a_forward_brings_linear_states_back(family):
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", *STATEFUL])
-def test_a_fork_goes_its_own_way(family):
-    model, ids = tiny_model(family), text(rows=1, tokens=130)
+def test_forks_are_independent(family):
+    model = tiny_model(family)
+    ids = text(rows=1, tokens=130)
     with torch.no_grad(), headinfer.enable(model) as enabled:
         cache = enabled.new_cache()
         model(ids[:, :80], past_key_values=cache)
-        twin = cache.fork()
-        model(ids[:, 100:], past_key_values=twin)
+        fork = cache.fork()
+        model(ids[:, 100:], past_key_values=fork)
         found = model(ids[:, 80:100], past_key_values=cache).logits
         oracle = enabled.new_cache()
         model(ids[:, :80], past_key_values=oracle)
@@ -123,7 +134,7 @@ def test_a_fork_goes_its_own_way(family):
 
 
 @pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "qwen3_next"])
-def test_cropping_a_running_state_is_refused_before_it_starts(family):
+def test_cropping_linear_states_is_an_error_that_changes_nothing(family):
     model = tiny_model(family)
     with torch.no_grad(), headinfer.enable(model) as enabled:
         cache = enabled.new_cache()
@@ -135,9 +146,11 @@ def test_cropping_a_running_state_is_refused_before_it_starts(family):
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_rows_of_a_hybrid_layer_are_repeated_with_their_states(repeats):
-    model, ids = tiny_model("falcon_h1"), text(tokens=60)
+    model = tiny_model("falcon_h1")
+    ids = text(tokens=60)
     with torch.no_grad(), headinfer.enable(model) as enabled:
-        cache, oracle = enabled.new_cache(), enabled.new_cache()
+        cache = enabled.new_cache()
+        oracle = enabled.new_cache()
         model(ids[:, :50], past_key_values=cache)
         cache.batch_repeat_interleave(repeats)
         cache.batch_select_indices(torch.arange(repeats, 2 * repeats))
@@ -148,7 +161,7 @@ def test_rows_of_a_hybrid_layer_are_repeated_with_their_states(repeats):
 
 
 @pytest.mark.parametrize(("family", "part"), [("gemma3", "gemma3_text"), ("gemma4", "gemma4_text")])
-def test_models_with_images_are_served_for_text(family, part):
+def test_models_with_images_work_with_text(family, part):
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "num_key_value_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14}  # fmt: skip
     special = {"image_token_id": 100, "boi_token_id": 101, "eoi_token_id": 102, "audio_token_id": 103}
@@ -163,7 +176,7 @@ def test_models_with_images_are_served_for_text(family, part):
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
-def test_families_that_would_be_wrong_are_refused_before_anything_changes(family):
+def test_unsupported_families_are_errors_that_change_nothing(family):
     model = AutoModelForCausalLM.from_config(tiny_config(family))
     before = dict(model.__dict__), model.config._attn_implementation
     with pytest.raises(headinfer.UnsupportedError, match="served"):
@@ -171,9 +184,9 @@ def test_families_that_would_be_wrong_are_refused_before_anything_changes(family
     assert (model.__dict__, model.config._attn_implementation) == before
 
 
-def test_the_families_are_those_of_the_list_and_of_the_table():
+def test_tested_families_are_those_of_the_list_and_of_the_document():
     assert sorted(CHANGES) == sorted(SUPPORTED_FAMILIES)
     if present() != sorted(CHANGES):
-        pytest.skip("the table is made with a transformers that has all of them")
+        pytest.skip("the document is generated with a transformers that has all families")
     docs = Path(__file__).parents[2] / "docs" / "models.md"
     assert docs.read_text(encoding="utf-8") == models_table(), "run: python tests/support/families.py > docs/models.md"

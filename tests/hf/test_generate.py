@@ -1,4 +1,4 @@
-"""What generate() offers beyond the modes of test_seam.py: the same tokens as transformers' own cache, or an error."""
+"""Further modes of generate(): the tokens are those of transformers, or the mode is an error."""
 
 import copy
 
@@ -31,7 +31,9 @@ def llama():
 
 @pytest.fixture(scope="module")
 def draft():
-    return tiny_model("llama", num_hidden_layers=1)  # the first layer of the larger one, so some guesses are right
+    return tiny_model(
+        "llama", num_hidden_layers=1
+    )  # the first layer of the larger model, so that some guesses are right
 
 
 def text(rows=1, tokens=300, seed=1):
@@ -44,7 +46,7 @@ def options(ids, **changes):
 
 
 def chunk_sizes(model):
-    """A hook that notes how many tokens each forward pass of the decoder has; its `sizes` and `remove()`."""
+    """Install a hook that records the tokens of each forward pass of the decoder in its attribute `sizes`."""
     sizes = []
 
     def note(module, args, kwargs):
@@ -57,7 +59,7 @@ def chunk_sizes(model):
 
 
 def assert_same(model, generate, longest=CHUNK_TOKENS):
-    """`generate` gives the same with headinfer, reading in chunks."""
+    """Assert that `generate` gives the same tokens with headinfer, which reads the prompt in chunks."""
     torch.manual_seed(2)
     wanted = generate()
     handle = chunk_sizes(model)
@@ -75,7 +77,7 @@ def assert_same(model, generate, longest=CHUNK_TOKENS):
 @pytest.mark.parametrize("guesser", ["prompt lookup", "draft model", "early exit"])
 def test_assisted_decoding_reads_long_prompts_in_chunks(llama, draft, guesser, sample):
     ids = text()
-    ids[:, 200:] = ids[:, 100:200]  # something to look up
+    ids[:, 200:] = ids[:, 100:200]  # a repetition for prompt lookup
     help_ = {"prompt lookup": {"prompt_lookup_num_tokens": 5}, "draft model": {"assistant_model": draft},
              "early exit": {"assistant_early_exit": 2}}[guesser]  # fmt: skip
     cache = assert_same(llama, lambda: llama.generate(ids, **options(ids, do_sample=sample, **help_)))
@@ -83,8 +85,8 @@ def test_assisted_decoding_reads_long_prompts_in_chunks(llama, draft, guesser, s
 
 
 @pytest.mark.parametrize("guesser", ["prompt lookup", "draft model"])
-def test_assisted_decoding_on_a_cache_that_has_read_something_is_refused(llama, draft, guesser):
-    """transformers would read the whole prompt again on top of what the cache holds, and write other tokens."""
+def test_assisted_decoding_with_a_cache_that_is_not_empty_is_an_error(llama, draft, guesser):
+    """transformers would append the whole prompt to the cache again and generate other tokens."""
     ids = text()
     help_ = {"prompt_lookup_num_tokens": 5} if guesser == "prompt lookup" else {"assistant_model": draft}
     with headinfer.enable(llama) as enabled:
@@ -98,7 +100,8 @@ def test_assisted_decoding_on_a_cache_that_has_read_something_is_refused(llama, 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "lfm2"])
 def test_assisted_decoding_with_windows_and_convolutions(family):
-    model, ids = tiny_model(family), text()
+    model = tiny_model(family)
+    ids = text()
     ids[:, 200:] = ids[:, 100:200]
     assert_same(model, lambda: model.generate(ids, **options(ids, prompt_lookup_num_tokens=5)))
 
@@ -110,7 +113,7 @@ def test_inputs_embeds(llama, guessed):
     assert_same(llama, lambda: llama.generate(inputs_embeds=embeds, **options(ids)))
 
 
-def test_a_mask_with_holes(llama):
+def test_attention_masks_with_holes(llama):
     ids = text(rows=3)
     mask = torch.ones_like(ids)
     mask[0, :50] = mask[0, 120:140] = mask[1, 10] = mask[1, 200:290] = mask[2, :299] = 0
@@ -128,7 +131,8 @@ class StopAfter(StoppingCriteria):
 
 
 def test_processors_criteria_streamers_and_dicts(llama):
-    ids, streamed = text(), []
+    ids = text()
+    streamed = []
 
     class Note(TextStreamer):
         def on_finalized_text(self, text, stream_end=False):
@@ -149,24 +153,24 @@ def test_processors_criteria_streamers_and_dicts(llama):
         return torch.cat([found.sequences.flatten().float(), *(step.flatten() for step in found.scores)])
 
     wanted = generate()
-    told = "".join(streamed)
+    expected_text = "".join(streamed)
     streamed.clear()
     with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS):
         found = generate()
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-    assert "".join(streamed) == told
+    assert "".join(streamed) == expected_text
 
 
 @pytest.mark.parametrize(
     "mode", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}, {"num_beams": 4, "num_beam_groups": 2}]
 )
-def test_modes_that_transformers_keeps_elsewhere_are_refused(llama, mode):
+def test_modes_outside_of_transformers_are_errors(llama, mode):
     ids = text()
     with headinfer.enable(llama), pytest.raises((ValueError, OSError), match="trust_remote_code"):
         llama.generate(ids, **options(ids, **mode))
 
 
-def test_several_prompts_one_after_the_other(llama):
+def test_several_prompts_in_sequence(llama):
     with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS):
         found = [llama.generate(text(seed=seed), **options(text())) for seed in range(3)]
     for seed, tokens in enumerate(found):
@@ -192,7 +196,8 @@ def test_pipeline():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", ["mlp", "layer"])
 def test_compiled_layers(llama, what):
-    ids, plain = text(tokens=150), list(llama.model.layers)
+    ids = text(tokens=150)
+    plain = list(llama.model.layers)
     wanted = llama.generate(ids, **options(ids, max_new_tokens=4))
     torch.compiler.reset()
     try:
@@ -212,8 +217,9 @@ def test_compiled_layers(llama, what):
     assert enabled.last_cache.stats().layers_offloaded == 4
 
 
-def test_training_goes_on_untouched_afterwards():
-    model, ids = tiny_model("llama"), text(rows=2, tokens=40)
+def test_training_is_possible_after_enable():
+    model = tiny_model("llama")
+    ids = text(rows=2, tokens=40)
     model.train()
     wanted = model(ids, labels=ids).loss
     with headinfer.enable(model):
@@ -227,10 +233,10 @@ def test_training_goes_on_untouched_afterwards():
     assert all(weight.grad is not None for weight in model.parameters())
 
 
-# -- one long pass in chunks -----------------------------------------------------------------------------------
+# -- long forward passes ---------------------------------------------------------------------------------------
 
 
-def test_a_long_pass_is_cut_and_gives_the_same_logits(llama):
+def test_a_long_forward_pass_is_split_into_chunks(llama):
     ids = text(rows=2, tokens=333)
     with torch.no_grad():
         wanted = llama(ids, logits_to_keep=5).logits
@@ -256,12 +262,13 @@ def test_a_long_pass_is_cut_and_gives_the_same_logits(llama):
         {"input_ids": torch.ones(1, 4), "logits_to_keep": 1},
     ],
 )
-def test_what_can_not_be_cut_is_left_whole(inputs):
+def test_other_forward_passes_are_not_split(inputs):
     assert [part is inputs for part in chunks_of(inputs, lambda _: 4)] == [True]
 
 
-def test_an_error_in_a_later_chunk_brings_back_the_length_before_the_pass(llama):
-    ids, calls = text(tokens=300), []
+def test_an_error_in_a_later_chunk_restores_the_length_before_the_pass(llama):
+    ids = text(tokens=300)
+    calls = []
     with torch.no_grad(), headinfer.enable(llama, chunk_tokens=50) as enabled:
         cache = enabled.new_cache()
         llama(ids[:, :100], past_key_values=cache, logits_to_keep=1)
@@ -281,30 +288,32 @@ def test_an_error_in_a_later_chunk_brings_back_the_length_before_the_pass(llama)
     assert (found - wanted).abs().max() < 5e-5 * wanted.std()
 
 
-# -- memory at a million tokens ----------------------------------------------------------------------------------
+# -- memory at a million tokens --------------------------------------------------------------------------------
 
 MILLION = 2**20
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes anew (views are no new memory)."""
+    """Records the largest new tensor of any operation. Views do not count."""
 
     def __init__(self):
         super().__init__()
-        self.nbytes, self.by = 0, ""
+        self.nbytes = 0
+        self.by = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             for tensor in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.element_size() > self.nbytes:
-                    self.nbytes, self.by = tensor.numel() * tensor.element_size(), str(func)
+                    self.nbytes = tensor.numel() * tensor.element_size()
+                    self.by = str(func)
         return result
 
 
 @torch.no_grad()
-def pretend(cache, tokens):
-    """A cache that has read something gets `tokens` tokens on the host: one segment seen again and again."""
+def fill_with_one_segment(cache, tokens):
+    """Give a cache `tokens` tokens on the host, all of which are in the same memory."""
     for layer in cache.layers:
         layer_kv = getattr(layer, "layer_kv", None)
         if layer_kv is None:
@@ -315,21 +324,23 @@ def pretend(cache, tokens):
         segment.k.copy_(torch.randn_like(segment.k))
         segment.v.copy_(torch.randn_like(segment.v))
         segment.sealed = True
-        names = [copy.copy(segment) for _ in range(tokens // 2**14)]  # the same memory
-        layer_kv._tables = [[SegmentSlice(name, 0, 2**14) for name in names] for _ in range(layer_kv.rows)]
-        layer_kv.host_tokens, layer_kv._whole_prefixes = tokens, None
+        copies = [copy.copy(segment) for _ in range(tokens // 2**14)]  # objects with the same memory
+        layer_kv._tables = [[SegmentSlice(one, 0, 2**14) for one in copies] for _ in range(layer_kv.rows)]
+        layer_kv.host_tokens = tokens
+        layer_kv._whole_prefixes = None
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("transport", ["in_place", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_next"])
-def test_nothing_as_large_as_the_cache_or_a_mask_over_it_is_ever_made(family, transport, padded):
-    model, chunk = tiny_model(family, num_hidden_layers=2, layer_types=LAYERS.get(family), num_kv_shared_layers=0), 40
+def test_no_tensor_is_as_large_as_the_cache_or_its_mask(family, transport, padded):
+    model = tiny_model(family, num_hidden_layers=2, layer_types=LAYERS.get(family), num_kv_shared_layers=0)
+    chunk = 40
     limits = {"device_kv_budget_bytes": 8 << 20} if transport == "eager" else {}
     with torch.no_grad(), headinfer.enable(model, transport=transport, **limits) as enabled:
         cache = enabled.new_cache()
         model(text(tokens=200), past_key_values=cache)
-        pretend(cache, MILLION)
+        fill_with_one_segment(cache, MILLION)
         total = cache.get_seq_length()
         assert total >= MILLION
         for tokens in (chunk, 1):
@@ -339,7 +350,7 @@ def test_nothing_as_large_as_the_cache_or_a_mask_over_it_is_ever_made(family, tr
             with LargestTensor() as largest:
                 model(text(tokens=tokens), past_key_values=cache, attention_mask=mask if padded else None)
             assert cache.get_seq_length() == total
-            # A flag, a number or a position per token is no growth worth the name; K, V or scores per token are.
+            # A flag, a number or a position for each token is allowed. K, V or scores for each token are not.
             assert largest.nbytes <= 8 * (MILLION + 1000), f"{largest.by} made {largest.nbytes} bytes"
     assert cache.stats().device_kv_peak_bytes <= 9 << 20
 
@@ -358,8 +369,9 @@ COPIED = {"beams": {"num_beams": 4}, "returned": {"do_sample": True, "num_return
 
 @pytest.mark.parametrize("mode", COPIED)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "falcon_h1", "qwen3_moe"])
-def test_beams_and_several_returned_share_the_prompt(family, mode):
-    model, ids = tiny_model(family), text(rows=2, tokens=400)
+def test_beams_and_returned_sequences_share_the_prompt(family, mode):
+    model = tiny_model(family)
+    ids = text(rows=2, tokens=400)
     mask = torch.ones_like(ids)
     mask[1, :30] = 0
     more = options(ids, max_new_tokens=6, **COPIED[mode]) | {"attention_mask": mask}
@@ -375,11 +387,11 @@ def test_beams_and_several_returned_share_the_prompt(family, mode):
     assert read[: 400 // CHUNK_TOKENS] == [2] * (400 // CHUNK_TOKENS), "the prompt is read once for each row"
     assert (layer_kv.rows, read[-1]) == (8, 8)
     shared = {id(part.segment) for table in layer_kv._tables for part in table}
-    assert len(shared) == 2 * len(layer_kv._tables[0]), "all rows of a prompt name the same segments"
+    assert len(shared) == 2 * len(layer_kv._tables[0]), "all rows of a prompt use the same segments"
 
 
-def test_rows_that_stay_copies_are_separated_when_it_matters(llama):
-    """Greedy rows never differ; the cache gives them rows of their own as soon as someone asks for rows."""
+def test_copies_of_a_row_are_separated_when_rows_are_accessed(llama):
+    """Greedy rows never differ, so the cache stores them once. An operation on rows separates them."""
     ids = text(tokens=300)
     with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS) as enabled:
         llama.generate(ids, **options(ids, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=3))
@@ -394,4 +406,4 @@ def test_rows_that_stay_copies_are_separated_when_it_matters(llama):
             ids,
             **options(ids, max_new_tokens=4, num_beams=3, output_hidden_states=True, return_dict_in_generate=True),
         ).hidden_states
-        assert hidden[0][0].shape[0] == 3, "what else is asked for comes for all rows"
+        assert hidden[0][0].shape[0] == 3, "other outputs have all rows"

@@ -1,4 +1,4 @@
-"""lm-eval's HFLM around an enabled model: one small task from local files, the same answers and scores."""
+"""lm-eval's HFLM with an enabled model: a small task from local files gives the same answers and scores."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Several ranks, each with its own KV heads: gloo on CPU processes that torchrun starts."""
+"""Several ranks, each with its own KV heads: CPU processes with gloo, started by torchrun."""
 
 import json
 import os
@@ -20,14 +20,14 @@ from headinfer.hf.parallel import check_shards, rank_device
 from headinfer.hf.ranks import Ranks
 from headinfer.plan.model_shape import ModelShape
 
-BOUND = 5e-5  # of the logits' standard deviation, as in test_families.py
+BOUND = 5e-5  # a share of the standard deviation of the logits, as in test_families.py
 TWO = Ranks(0, 2, 0, 2)
 SUPPORT = Path(__file__).parents[1] / "support"
 JOB = ("generate", "random:tiny-llama", "--prompt", "What is it?", "--max-new-tokens", "6", "--temperature", "1")
 
 
 def torchrun(*arguments, inside=(), **extra):
-    """Run under torchrun with two gloo processes on this host, or as torchrun's options in `arguments` say."""
+    """Run torchrun with two processes on this host, or with the options of torchrun in `arguments`."""
     where = () if "--nnodes" in arguments else ("--standalone", "--nproc-per-node", "2")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **extra}
     return subprocess.Popen(
@@ -56,10 +56,11 @@ def alone(*arguments):
 
 
 @pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore::DeprecationWarning")
-def test_every_family_that_splits_is_exact_over_two_ranks(tmp_path):
+def test_families_with_a_tensor_parallel_plan_are_exact_over_two_ranks(tmp_path):
     families = [family for family in present() if splits(family)]
     assert len(families) > 50
-    wanted, ids = {}, torch.randint(1, VOCAB, (2, 100), generator=torch.Generator().manual_seed(1))
+    wanted = {}
+    ids = torch.randint(1, VOCAB, (2, 100), generator=torch.Generator().manual_seed(1))
     for family in families:
         tiny_model(family).save_pretrained(tmp_path / family)
         save_file({"ids": ids}, tmp_path / family / "ids.safetensors")
@@ -77,17 +78,18 @@ def test_every_family_that_splits_is_exact_over_two_ranks(tmp_path):
         assert 2 * shape.shard(2).kv_bytes_per_token(4) == shape.kv_bytes_per_token(4)
 
 
-def test_two_ranks_write_what_one_process_writes_and_speak_once():
+def test_two_ranks_give_the_tokens_and_messages_of_one_process():
     code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--json", "--transport", "lazy"))
     assert code == 0, err
     assert out.count("\n") == 1
-    found, one = json.loads(out), alone(*JOB)
+    found = json.loads(out)
+    one = alone(*JOB)
     assert found["token_ids"] == one["token_ids"]
     assert [stats["host_kv_bytes"] for stats in found["rank_stats"]] == [one["stats"]["host_kv_bytes"] // 2] * 2
     assert err.count("writing") == 1
 
 
-def test_a_mistake_is_said_once():
+def test_a_mistake_is_reported_once():
     code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--file", "/no/such/file"))
     assert (code != 0, out) == (True, "")
     assert err.count("headinfer: error: cannot read /no/such/file") == err.count("headinfer: error") == 1
@@ -95,7 +97,7 @@ def test_a_mistake_is_said_once():
     assert (code != 0, out, err.count("No such option")) == (True, "", 1)
 
 
-def test_a_rank_that_cannot_ends_all_before_loading():
+def test_a_failed_check_of_one_rank_ends_all_before_loading():
     code, out, err = finish(torchrun(SUPPORT / "rank_worker.py", "poor", *JOB))
     assert (code != 0, out) == (True, "")
     assert "headinfer: error: rank 1 of 2: " in err
@@ -104,16 +106,16 @@ def test_a_rank_that_cannot_ends_all_before_loading():
     assert "headinfer/cli.py" not in err, "torchrun shows a traceback of its own, we show none"
 
 
-def test_a_rank_that_dies_ends_all_with_a_message():
+def test_a_killed_rank_ends_all_with_a_message():
     code, _, err = finish(torchrun(SUPPORT / "rank_worker.py", "dying", *JOB))
     assert code != 0
-    assert "rank      : 1" in err, "torchrun says which rank failed first"
+    assert "rank      : 1" in err, "torchrun reports which rank failed first"
     assert "headinfer/cli.py" not in err, "torchrun shows a traceback of its own, we show none"
 
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces with a cable between them; skipped where the system does not allow it."""
+    """Two connected network namespaces. Tests are skipped if the system does not allow them."""
     names = [f"headinfer-{uuid.uuid4().hex[:6]}-{index}" for index in range(2)]
     commands = [f"ip netns add {name}" for name in names]
     commands += [f"ip link add v0 netns {names[0]} type veth peer name v1 netns {names[1]}"]
@@ -132,7 +134,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def test_two_hosts_write_what_one_process_writes(two_hosts):
+def test_two_hosts_give_the_tokens_of_one_process(two_hosts):
     processes = [
         torchrun(
             *("--nnodes", "2", "--node-rank", index, "--nproc-per-node", "1"),
@@ -159,13 +161,13 @@ def test_two_hosts_write_what_one_process_writes(two_hosts):
         ("gemma3n_text", {}, 2, "transformers itself gives other results"),
     ],
 )
-def test_what_does_not_split_is_refused_with_the_reason(family, changes, ranks, says):
+def test_models_that_do_not_split_are_errors_with_the_reason(family, changes, ranks, says):
     config = tiny_config(family, **changes)
     with pytest.raises(UnsupportedError, match=says):
         check_shards(config, ModelShape.from_config(config), Ranks(0, ranks, 0, ranks))
 
 
-def test_a_places_environment():
+def test_ranks_from_the_environment():
     assert Ranks.from_environment({}) == Ranks.from_environment({"WORLD_SIZE": "1", "RANK": "0"}) == Ranks()
     whole = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
     found = Ranks.from_environment({**whole, "MASTER_PORT": "1"})
@@ -175,7 +177,7 @@ def test_a_places_environment():
             Ranks.from_environment(broken)
 
 
-def test_a_ranks_device(monkeypatch):
+def test_device_of_a_rank(monkeypatch):
     assert rank_device(TWO, "auto") == rank_device(TWO, "cpu") == "cpu"
     with pytest.raises(UsageError, match="leave it out"):
         rank_device(TWO, "cuda:0")
@@ -186,7 +188,7 @@ def test_a_ranks_device(monkeypatch):
         rank_device(Ranks(3, 4, 3, 4), "auto")
 
 
-def test_a_shard_of_a_shape_is_its_part():
+def test_shard_of_a_shape():
     shape = ModelShape.from_config(resolve("random:llama-3-8b").config)
     half = shape.shard(2)
     assert 2 * half.kv_bytes_per_token(2) == shape.kv_bytes_per_token(2)

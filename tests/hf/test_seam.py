@@ -1,4 +1,4 @@
-"""generate() with headinfer gives the tokens that it gives without, for every family, mode and twin of the ring."""
+"""generate() gives the same tokens with and without headinfer, for several families, modes and transports."""
 
 import copy
 
@@ -15,7 +15,7 @@ TRANSPORTS = ("auto", "eager", "lazy")
 
 
 def options_of(transport):
-    """A budget so small that a layer's past takes many tiles of one head."""
+    """Options with a budget so small that the past of a layer consists of many tiles of one head."""
     if transport == "auto":
         return {"chunk_tokens": 96}
     return {
@@ -41,7 +41,7 @@ def assert_same(model, enabled, expected, found):
     tokens, logits = expected
     assert torch.equal(tokens, found[0])
     written = tokens[:, -24:]
-    assert len(written.unique()) > 8, "the reference repeats itself: equality would prove little"
+    assert len(written.unique()) > 8, "a reference that repeats itself proves little"
     assert (logits - found[1]).abs().max() < 1e-4 * logits.std()
     assert_offloaded(model, enabled)
 
@@ -72,7 +72,7 @@ def test_generate_gives_the_same_tokens(model, mode, transport):
     expected = generate(model, inputs, **MODES[mode])
     with headinfer.enable(model, **options_of(transport)) as enabled:
         found = generate(model, inputs, **MODES[mode])
-    if mode == "beams":  # beam search returns fewer logits rows than tokens: tokens and scores suffice
+    if mode == "beams":  # beam search returns fewer rows of logits than tokens, so only tokens are compared
         assert torch.equal(expected[0], found[0])
         assert_offloaded(model, enabled)
     else:
@@ -87,7 +87,7 @@ def test_left_padding_of_different_lengths(model, transport):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1000, 40, 7])
-def test_the_size_of_a_chunk_changes_nothing(model, chunk_tokens):
+def test_chunk_sizes_do_not_change_the_tokens(model, chunk_tokens):
     expected = generate(model, padded())
     with headinfer.enable(model, **options_of("lazy") | {"chunk_tokens": chunk_tokens}) as enabled:
         assert_same(model, enabled, expected, generate(model, padded()))
@@ -95,8 +95,9 @@ def test_the_size_of_a_chunk_changes_nothing(model, chunk_tokens):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("full_ids", [True, False], ids=["full ids", "new ids"])
-def test_several_turns_on_one_cache(model, transport, full_ids):
-    first, second = prompt(2, 400), prompt(2, 150, seed=2)
+def test_several_turns_with_one_cache(model, transport, full_ids):
+    first = prompt(2, 400)
+    second = prompt(2, 150, seed=2)
 
     def turns(cache):
         said = model.generate(**first, past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=0)
@@ -116,7 +117,7 @@ def test_several_turns_on_one_cache(model, transport, full_ids):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("removed", [3, 200, 450])
 @pytest.mark.parametrize("model", [family for family in FAMILIES if family != "gemma3_text"], indirect=True)
-def test_crop_then_go_on(model, transport, removed):
+def test_crop_and_continue(model, transport, removed):
     ids = prompt(2)["input_ids"]
     following = prompt(2, 130, seed=5)["input_ids"]
     with torch.no_grad():
@@ -150,7 +151,7 @@ def test_crop_with_sliding_windows_that_recorded_their_past(transport):
     assert (expected - found).abs().max() < 1e-4 * expected.std()
 
 
-def test_a_crop_that_a_window_cannot_do_is_refused_before_it_starts():
+def test_cropping_a_window_is_an_error_that_changes_nothing():
     model = make_model("gemma3_text")
     with torch.no_grad(), headinfer.enable(model) as enabled:
         cache = enabled.new_cache()
@@ -162,14 +163,16 @@ def test_a_crop_that_a_window_cannot_do_is_refused_before_it_starts():
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_in_the_middle_of_a_forward_changes_nothing(model, transport, error):
-    first, second = prompt(2, 400)["input_ids"], prompt(2, 300, seed=2)["input_ids"]
+def test_an_error_during_a_forward_pass_changes_nothing(model, transport, error):
+    first = prompt(2, 400)["input_ids"]
+    second = prompt(2, 300, seed=2)["input_ids"]
 
     def fail(*_):
         raise error("in the middle")
 
     with torch.no_grad(), headinfer.enable(model, **options_of(transport)) as enabled:
-        plain, hurt = enabled.new_cache(), enabled.new_cache()
+        plain = enabled.new_cache()
+        hurt = enabled.new_cache()
         for cache in (plain, hurt):
             model(first, past_key_values=cache)
         hook = model.model.layers[2].mlp.register_forward_hook(fail)
@@ -182,7 +185,7 @@ def test_an_error_in_the_middle_of_a_forward_changes_nothing(model, transport, e
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_fork_goes_its_own_way(llama, transport):
+def test_forks_are_independent(llama, transport):
     ids, one, two = prompt(1, 600)["input_ids"], *(prompt(1, 300, seed=s)["input_ids"] for s in (5, 6))
     with torch.no_grad():
         expected = [llama(torch.cat([ids, tail], dim=1)).logits[:, -300:] for tail in (one, two)]
@@ -198,7 +201,7 @@ def test_a_fork_goes_its_own_way(llama, transport):
 
 def test_prompt_lookup(llama):
     inputs = prompt(1, 60)
-    inputs = {name: tensor.repeat(1, 8) for name, tensor in inputs.items()}  # repetition gives it something to find
+    inputs = {name: tensor.repeat(1, 8) for name, tensor in inputs.items()}  # a repetition for prompt lookup
     expected = llama.generate(**inputs, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=4)
     with headinfer.enable(llama) as enabled:
         found = llama.generate(**inputs, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=4)
@@ -207,8 +210,9 @@ def test_prompt_lookup(llama):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_close_to_float64_as_sdpa_is(llama, dtype):
-    half, exact = copy.deepcopy(llama).to(dtype), copy.deepcopy(llama).to(dtype).double()
+def test_half_precision_is_as_exact_as_sdpa(llama, dtype):
+    half = copy.deepcopy(llama).to(dtype)
+    exact = copy.deepcopy(llama).to(dtype).double()
     ids = prompt(2, 700)["input_ids"]
     with torch.no_grad():
         reference = exact(ids).logits
@@ -221,7 +225,7 @@ def test_half_precision_is_as_close_to_float64_as_sdpa_is(llama, dtype):
     assert error <= 1.5 * allowed
 
 
-def test_beams_move_table_entries_not_segments(llama):
+def test_beams_do_not_copy_segments(llama):
     inputs = prompt(1, 900)
     with headinfer.enable(llama) as enabled:
         llama.generate(**inputs, num_beams=4, max_new_tokens=30, do_sample=False, pad_token_id=0)
@@ -257,8 +261,9 @@ def test_device_bytes_do_not_grow_with_the_context(llama):
     assert held[1000] == held[9000]
 
 
-def test_leaving_restores_the_model(llama):
-    before, attention = dict(llama.__dict__), llama.config._attn_implementation
+def test_disabling_restores_the_model(llama):
+    before = dict(llama.__dict__)
+    attention = llama.config._attn_implementation
     method = type(llama)._prepare_cache_for_generation
     expected = generate(llama, prompt())
     for _ in range(2):
@@ -272,13 +277,13 @@ def test_leaving_restores_the_model(llama):
     assert torch.equal(expected[0], generate(llama, prompt())[0])
 
 
-def test_a_cache_for_a_model_that_is_not_enabled_raises(llama):
+def test_a_cache_for_a_model_that_is_not_enabled_is_an_error(llama):
     cache = headinfer.HeadCache(llama.config)
     with pytest.raises(StateError, match="enable"), torch.no_grad():
         llama(prompt()["input_ids"], past_key_values=cache)
 
 
-def test_other_caches_stay_exact_and_unfit_ones_are_refused(llama):
+def test_other_caches_are_exact_or_errors(llama):
     expected = generate(llama, padded())
     with headinfer.enable(llama):
         found = generate(llama, padded(), past_key_values=DynamicCache(config=llama.config))
@@ -302,19 +307,19 @@ def test_other_caches_stay_exact_and_unfit_ones_are_refused(llama):
         "weights": ({"output_attentions": True}, "attention matrix"),
     }.values(),
 )
-def test_calls_that_would_be_wrong_raise(llama, call, says):
+def test_unsupported_calls_are_errors(llama, call, says):
     with torch.no_grad(), headinfer.enable(llama) as enabled, pytest.raises(headinfer.HeadinferError, match=says):
         llama(prompt(1, 20)["input_ids"], past_key_values=enabled.new_cache(), **call)
 
 
-def test_training_mode_raises():
+def test_training_mode_is_an_error():
     model = make_model("llama").train()
     with headinfer.enable(model) as enabled, pytest.raises(UnsupportedError, match="eval"):
         model(prompt(1, 20)["input_ids"], past_key_values=enabled.new_cache())
 
 
 @pytest.mark.parametrize("clones", [("k",), ("k", "v")])
-def test_k_and_v_that_change_between_cache_and_attention_raise(llama, clones, monkeypatch):
+def test_changing_k_or_v_between_cache_and_attention_is_an_error(llama, clones, monkeypatch):
     update = headinfer.HeadCache.update
 
     def changed(self, key_states, value_states, *args, **kwargs):
@@ -340,9 +345,10 @@ UNSERVED = {
 
 
 @pytest.mark.parametrize(("family", "fields", "says"), UNSERVED.values(), ids=UNSERVED)
-def test_models_that_are_not_served_are_left_alone(family, fields, says):
+def test_unsupported_models_are_errors_that_change_nothing(family, fields, says):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
-    before, attention = dict(model.__dict__), model.config._attn_implementation
+    before = dict(model.__dict__)
+    attention = model.config._attn_implementation
     with pytest.raises(UnsupportedError, match=says):
         headinfer.enable(model)
     assert model.__dict__ == before
@@ -357,14 +363,14 @@ def test_models_that_are_not_served_are_left_alone(family, fields, says):
     ],
     ids=str,
 )  # fmt: skip
-def test_options_out_of_range_are_refused_before_anything_changes(llama, options):
+def test_invalid_options_are_errors_that_change_nothing(llama, options):
     before = dict(llama.__dict__)
     with pytest.raises(UsageError):
         headinfer.enable(llama, **options)
     assert llama.__dict__ == before
 
 
-def test_more_heads_than_there_are_is_refused(llama):
+def test_too_many_heads_per_group_is_an_error(llama):
     with headinfer.enable(llama, heads_per_group=5) as enabled, pytest.raises(UsageError, match="1 to 4"):
         enabled.new_cache()
 
@@ -380,10 +386,10 @@ def test_more_heads_than_there_are_is_refused(llama):
     ],
     ids=str,
 )
-def test_a_tile_that_cannot_be_is_refused_and_the_cache_stays_as_it_was(llama, options, error):
+def test_a_tile_that_does_not_fit_is_an_error_that_changes_nothing(llama, options, error):
     with torch.no_grad(), headinfer.enable(llama, **options) as enabled:
         cache = enabled.new_cache()
-        if "tile_tokens" in options:  # a tile is no larger than the past, so this one comes too big only later
+        if "tile_tokens" in options:  # a tile is never larger than the past, so the past has to be long
             noise = torch.randn(1, 4, 12_000, 16)
             for layer in cache.head_layers:
                 layer.lazy_initialization(noise, noise)

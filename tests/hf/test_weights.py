@@ -1,4 +1,4 @@
-"""Weights that are quantised, dequantised from GGUF, or kept off the device: enabled after loading, the same tokens."""
+"""Models whose weights are quantised, dequantised from GGUF, or offloaded: headinfer gives the same tokens."""
 
 import pytest
 import torch
@@ -9,11 +9,16 @@ import headinfer
 from headinfer.hf.models import resolve
 
 CHUNK_TOKENS = 64
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that quantise and move weights
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the libraries that quantise and move weights
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 128, 3, 8, 2, 16, 256
-# Where activations are rounded to bfloat16 or int8, a difference of 1e-6 may become one of 2^-8 or 2^-7, and two tokens
-# that are nearly equal may change places. transformers' eager and sdpa attention are up to 0.05 apart there.
+HIDDEN = 128
+LAYERS = 3
+HEADS = 8
+KV_HEADS = 2
+HEAD_DIM = 16
+MLP = 256
+# If activations are rounded to bfloat16 or int8, a difference of 1e-6 may become one of 2^-8 or 2^-7, and the order of
+# two tokens with nearly equal logits may change. transformers' eager and sdpa attention then differ by up to 0.05.
 ROUNDED = 0.1
 
 
@@ -27,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 class Forced(LogitsProcessor):
-    """These tokens and no others are generated."""
+    """Makes generate() choose given tokens."""
 
     def __init__(self, sequences):
         self.sequences = sequences
@@ -38,7 +43,7 @@ class Forced(LogitsProcessor):
 
 
 def assert_same_tokens(model, rows=2, bound=5e-5):
-    """With and without headinfer, both read in the same chunks, and after the same tokens."""
+    """Compare generation with and without headinfer, with the same chunks and the same tokens."""
     ids = torch.randint(1, VOCAB, (rows, 300), generator=torch.Generator().manual_seed(1))
 
     def generate(*processors):

@@ -20,7 +20,7 @@ from headinfer.hf.ranks import Ranks
 from headinfer.jobs import generate as generation
 
 CHUNK_TOKENS, STEPS = 40, 5
-STAGED = {"device_kv_budget_bytes": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "transport": "eager"}
+SMALL_TILES = {"device_kv_budget_bytes": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "transport": "eager"}
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def families(folder):
             ids = load_file(path / "ids.safetensors")["ids"]
             model = parallel.load_shard(str(path), ranks, dtype=torch.float32).eval()
             with headinfer.enable(model):
-                cache = headinfer.HeadCache(model.config, **STAGED)
+                cache = headinfer.HeadCache(model.config, **SMALL_TILES)
                 logits = read(model, ids, cache)
             heads = torch.tensor([layer.layer_kv.heads for layer in cache.head_layers])
             if ranks.is_first:
