@@ -63,7 +63,7 @@ NAMES = {
 
 
 def put_file(path, content):
-    """content: bytes, or None for a safetensors file as other programs write it."""
+    """Write bytes, or a safetensors file like those of other programs if `content` is None."""
     if content is None:
         save_file({"layers.0.k": torch.arange(12.0)}, path, {"format": "pt"})
     else:
@@ -71,7 +71,7 @@ def put_file(path, content):
 
 
 def put(folder, *names):
-    """Put files of other programs into a folder, all of NAMES if none is named."""
+    """Put files of other programs into a folder; by default all of NAMES."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names or NAMES:
         put_file(folder / name, NAMES[name])
@@ -139,7 +139,7 @@ def kept(command, book, tmp_path):
     return tmp_path / "sessions" / "mybook"
 
 
-# -- sessions ---------------------------------------------------------------------------------------------------------
+# -- sessions --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [(), *((name,) for name in NAMES)], ids=lambda names: "+".join(names) or "all")
@@ -151,7 +151,7 @@ def test_a_cache_is_not_saved_beside_foreign_files(cache, tmp_path, names):
     assert content_of(folder) == before
 
 
-def test_a_model_folder_keeps_its_weights(model, cache, tmp_path):
+def test_saving_into_a_model_folder_keeps_its_weights(model, cache, tmp_path):
     model.save_pretrained(tmp_path)
     before = content_of(tmp_path)
     with pytest.raises(SessionError, match=r"holds config\.json and \d+ more, which no session"):
@@ -161,9 +161,10 @@ def test_a_model_folder_keeps_its_weights(model, cache, tmp_path):
 
 @pytest.mark.parametrize("kind", ["a file", "a link to a file", "a link to a folder", "a folder"])
 @pytest.mark.parametrize("name", ["block-000000.safetensors", "manifest.json", "lock", f"x{PARTIAL_SUFFIX}"])
-def test_what_is_no_regular_file_is_foreign(cache, tmp_path, kind, name):
-    """Except what carries a name that only headinfer uses, if it is a regular file."""
-    folder, other = tmp_path / "folder", tmp_path / "other"
+def test_files_that_are_not_regular_are_foreign(cache, tmp_path, kind, name):
+    """Only regular files with a name that headinfer uses exclusively are not foreign."""
+    folder = tmp_path / "folder"
+    other = tmp_path / "other"
     folder.mkdir()
     other.mkdir()
     (other / "file").write_bytes(b"somebody's")
@@ -194,7 +195,7 @@ STRAYS = {
 
 
 @pytest.mark.parametrize("name", STRAYS)
-def test_a_foreign_file_in_a_session_stays_and_stops_what_writes(command, kept, book, tmp_path, name):
+def test_a_foreign_file_in_a_session_is_kept_and_stops_writers(command, kept, book, tmp_path, name):
     put_file(kept / name, STRAYS[name])
     before = content_of(kept)
     assert command("read", MODEL, "--file", book, "--session", "mybook")[0] == 0, "all is read: nothing is written"
@@ -208,7 +209,7 @@ def test_a_foreign_file_in_a_session_stays_and_stops_what_writes(command, kept, 
         assert (code, out) == (2, ""), arguments
         assert f"holds {name}, which no session of headinfer wrote" in err, arguments
         assert content_of(kept) == before, arguments
-    # What only reads goes on, and an archive holds the session's own files.
+    # Commands that only read still work, and an archive contains only the session's files.
     assert command("ask", "--session", "mybook", "--max-new-tokens", 2, "When?")[0] == 0
     assert command("session", "verify", "mybook")[0] == 0
     assert command("session", "export", "mybook", tmp_path / "mybook.tar")[0] == 0
@@ -217,8 +218,8 @@ def test_a_foreign_file_in_a_session_stays_and_stops_what_writes(command, kept, 
     assert content_of(kept) == before
 
 
-def test_a_file_that_comes_while_a_session_is_written_stays(model, cache, tmp_path):
-    """Between the lock and the checkpoint: under a name that the checkpoint needs, and under one that it cleans up."""
+def test_a_file_created_while_a_session_is_written_is_kept(model, cache, tmp_path):
+    """The file is created after locking, with a name that the checkpoint needs or with one that it would clean up."""
     from headinfer.sessions.writer import SessionWriter
 
     with SessionWriter(tmp_path / "book", model, {}, {}) as writer:
@@ -237,11 +238,12 @@ def test_a_file_that_comes_while_a_session_is_written_stays(model, cache, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["block-000000.safetensors", "end-000001.safetensors", "manifest.json"])
-def test_a_shared_prefix_replaces_nothing(command, kept, book, tmp_path, monkeypatch, name):
-    """A second session takes files over from the first one while another program writes into its folder."""
+def test_a_shared_prefix_replaces_no_foreign_file(command, kept, book, tmp_path, monkeypatch, name):
+    """Another program writes into the folder of a session while the session links files of another session."""
     from headinfer.jobs import read as reading
 
-    target, taken = tmp_path / "sessions" / "second", reading.take_over
+    target = tmp_path / "sessions" / "second"
+    taken = reading.take_over
 
     def meanwhile(*arguments):
         put(target, name, "mine.safetensors")
@@ -255,7 +257,7 @@ def test_a_shared_prefix_replaces_nothing(command, kept, book, tmp_path, monkeyp
     assert content.items() <= content_of(target).items()
 
 
-def test_a_manifest_that_comes_while_a_session_is_written_stays(model, cache, tmp_path, monkeypatch):
+def test_a_manifest_created_while_a_session_is_written_is_kept(model, cache, tmp_path, monkeypatch):
     from headinfer.sessions import writer as session
 
     def meanwhile(path, tensors):
@@ -269,15 +271,15 @@ def test_a_manifest_that_comes_while_a_session_is_written_stays(model, cache, tm
     assert (tmp_path / "book" / "manifest.json").read_bytes() == NAMES["manifest.json"]
 
 
-def test_a_manifest_that_is_a_pipe_is_refused(model, tmp_path):
+def test_a_manifest_that_is_a_pipe_is_an_error(model, tmp_path):
     os.mkfifo(tmp_path / "manifest.json")
     with pytest.raises(SessionError, match="is not a regular file"):
         HeadCache.load(tmp_path, model)
 
 
 @pytest.mark.parametrize("held", [200, 0], ids=["it goes on", "it begins"])
-def test_a_session_that_another_process_writes_meanwhile_is_not_written_again(command, book, tmp_path, held):
-    """Between the checks and the lock the other process reads further: tokens would be read twice, or files lost."""
+def test_a_session_written_by_another_process_meanwhile_is_not_written_again(command, book, tmp_path, held):
+    """Another process extends the session between the checks and the lock. Tokens must not be read twice."""
     from headinfer.jobs import read as reading
 
     root = tmp_path / "sessions"
@@ -299,7 +301,8 @@ def test_a_question_is_not_kept_in_a_session_that_changed_meanwhile(command, kep
     from headinfer.jobs import ask as asking
 
     job = asking.AskJob("mybook", kept.parent, ["When?"], max_new_tokens=2, keep=True)
-    prepared, later = asking.prepare_ask(job), asking.prepare_ask(job)
+    prepared = asking.prepare_ask(job)
+    later = asking.prepare_ask(job)
     asking.ask(prepared, on_text=lambda _: None)
     before = content_of(kept)
     with pytest.raises(SessionError, match="another process has written the session"):
@@ -324,7 +327,7 @@ def test_only_sessions_are_removed(command, tmp_path):
         assert (root / name).is_dir()
 
 
-def test_a_model_folder_is_not_read_into(command, book, model, tmp_path, monkeypatch):
+def test_a_model_folder_is_not_used_as_a_session(command, book, model, tmp_path, monkeypatch):
     from headinfer.hf.models import ModelSource
 
     model.save_pretrained(tmp_path / "models" / "novelist")
@@ -336,7 +339,7 @@ def test_a_model_folder_is_not_read_into(command, book, model, tmp_path, monkeyp
     assert content_of(tmp_path / "models") == before
 
 
-# -- what is a session's own ------------------------------------------------------------------------------------------
+# -- files of a session ----------------------------------------------------------------------------------------
 
 
 def test_leftovers_of_a_killed_write_are_removed_by_the_next_checkpoint(model, cache, tmp_path):
@@ -352,8 +355,8 @@ def test_leftovers_of_a_killed_write_are_removed_by_the_next_checkpoint(model, c
     assert {path.name for path in (tmp_path / "book").iterdir()} == {*named, "manifest.json", "lock"}
 
 
-def test_a_data_file_that_was_damaged_is_still_the_sessions_own(model, cache, tmp_path):
-    """The manifest names it, so it is replaced and removed although its header no longer speaks for it."""
+def test_a_damaged_data_file_still_belongs_to_the_session(model, cache, tmp_path):
+    """The manifest lists the file, so that it is replaced and removed although its header is damaged."""
     cache.save(tmp_path / "book")
     loaded = HeadCache.load(tmp_path / "book", model)
     (end,) = (tmp_path / "book").glob("end-*")
@@ -363,13 +366,13 @@ def test_a_data_file_that_was_damaged_is_still_the_sessions_own(model, cache, tm
     assert HeadCache.load(tmp_path / "book", model).get_seq_length() == 300
 
 
-def test_sessions_of_earlier_versions_are_sessions(model, cache, tmp_path):
-    """They have an empty lock, and a killed write of their manifest leaves manifest.json.partial."""
+def test_sessions_of_earlier_versions_are_recognized(model, cache, tmp_path):
+    """Their lock is empty, and an interrupted write of their manifest leaves manifest.json.partial."""
     cache.save(tmp_path / "book")
     folder = tmp_path / "book"
     (folder / "lock").write_bytes(b"")
     shutil.copy(folder / "manifest.json", folder / "manifest.json.partial")
-    (folder / "end-000077.safetensors").touch()  # a power cut left it without content
+    (folder / "end-000077.safetensors").touch()  # a power failure left it empty
     HeadCache.load(folder, model).save(folder)
     assert (folder / "lock").read_bytes() == b""
     assert not (folder / "end-000077.safetensors").exists()
@@ -398,7 +401,7 @@ def test_a_session_that_never_had_a_checkpoint_can_be_removed_and_written(cache,
     cache.fork().save(tmp_path / "empty")
 
 
-def test_files_of_the_file_system_do_not_count(cache, tmp_path):
+def test_files_of_the_file_system_are_ignored(cache, tmp_path):
     folder = tmp_path / "book"
     folder.mkdir()
     names = [".nfs000000000012", ".fuse_hidden0001", ".DS_Store", "._block-000000.safetensors", "Thumbs.db"]
@@ -410,11 +413,12 @@ def test_files_of_the_file_system_do_not_count(cache, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "lost+found"])
 
 
-def test_a_lock_that_its_holder_removed_locks_nothing(tmp_path, monkeypatch):
-    """Opened before `session rm` removed it, locked after: the writer takes the file that is there now."""
+def test_a_removed_lock_is_not_used(tmp_path, monkeypatch):
+    """`session rm` removes the lock between opening and locking. The writer then uses the new file."""
     from headinfer.sessions import folder as sessions_folder
 
-    locked, original = [], sessions_folder._lock
+    locked = []
+    original = sessions_folder._lock
 
     def meanwhile(descriptor):
         if not locked:
@@ -429,11 +433,11 @@ def test_a_lock_that_its_holder_removed_locks_nothing(tmp_path, monkeypatch):
             Lock(tmp_path / "book")
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------------------
 
 
 def commands_with_output(path):
-    """Commands that write a result to a file, with what they must not begin before they have looked at it."""
+    """Commands that write a result, with the functions that they must not call before they have checked the file."""
     return {
         "bench": (["bench", "decode", "--quick", "--output", path], "headinfer.bench.run.run_suites"),
         "bench --check-plan": (["bench", "--check-plan", "--quick", "--output", path], "headinfer.bench.run.run_check"),
@@ -463,8 +467,8 @@ def test_a_result_replaces_no_foreign_file(command, tmp_path, monkeypatch, which
 
 @pytest.mark.parametrize("which", [*commands_with_output(""), "session export", "eval"])
 @pytest.mark.parametrize("kind", ["a folder", "a link to a folder", "a link to nothing", "a pipe", "a socket"])
-def test_a_result_replaces_nothing_but_a_regular_file(command, kept, tmp_path, which, kind):
-    """A device is one more kind, which stays out of this test: a fault would cost the machine its /dev/null."""
+def test_a_result_replaces_only_regular_files(command, kept, tmp_path, which, kind):
+    """Devices are not tested: a mistake could remove /dev/null from the machine."""
     folder = put(tmp_path / "somebody's")
     path = tmp_path / "out" / ("plan.png" if which == "plan --plot" else "results.json")
     path.parent.mkdir()
@@ -478,7 +482,9 @@ def test_a_result_replaces_nothing_but_a_regular_file(command, kept, tmp_path, w
         os.mkfifo(path)
     else:
         os.mknod(path, stat.S_IFSOCK | 0o600)
-    before, entries, mode = content_of(tmp_path), sorted(tmp_path.rglob("*")), path.lstat().st_mode
+    before = content_of(tmp_path)
+    entries = sorted(tmp_path.rglob("*"))
+    mode = path.lstat().st_mode
     commands = {name: arguments for name, (arguments, _) in commands_with_output(path).items()}
     commands["session export"] = ["session", "export", "mybook", path]
     commands["eval"] = ["eval", "niah", "embedded", "--lengths", "1K", "--out", path.parent]
@@ -488,7 +494,7 @@ def test_a_result_replaces_nothing_but_a_regular_file(command, kept, tmp_path, w
     assert (content_of(tmp_path), sorted(tmp_path.rglob("*")), path.lstat().st_mode) == (before, entries, mode)
 
 
-def test_an_archive_replaces_nothing(command, kept, tmp_path):
+def test_an_archive_replaces_no_file(command, kept, tmp_path):
     for name in NAMES:
         if name == "block-000001.safetensors":
             continue  # an empty file may be replaced
@@ -507,7 +513,8 @@ def test_an_archive_replaces_nothing(command, kept, tmp_path):
     assert code == 2
     assert "it is a session's folder" in err
     (tmp_path / f"left{PARTIAL_SUFFIX}").write_bytes(b"of a killed export")
-    link, empty = tmp_path / "link.tar", tmp_path / "empty.tar"
+    link = tmp_path / "link.tar"
+    empty = tmp_path / "empty.tar"
     empty.touch()
     link.symlink_to(empty)
     assert command("session", "export", "mybook", link)[0] == 0
@@ -566,7 +573,7 @@ PROBED = Hardware(**{**vars(HARDWARE["t4"]), "source": "headinfer probe, torch 2
 
 
 def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
-    """Each command that may replace its own result does so, and the empty file of mktemp is free."""
+    """Commands replace their own earlier results, and empty files such as those of mktemp."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("headinfer.bench.run.run_suites", lambda *_, **__: iter([[MEASUREMENT]]))
     monkeypatch.setattr("headinfer.bench.run.run_check", lambda *_, **__: [COMPARED])
@@ -595,7 +602,7 @@ def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is not replaced"):
         PROBED.save(tmp_path / "mine.json")
     evaluation = ["eval", "niah", "embedded", "--lengths", "1K", "--depths", "50", "--out", tmp_path / "out"]
-    for _ in range(2):  # the second time all is answered already, and the heatmap is drawn again
+    for _ in range(2):  # the second time, all questions are answered and only the heatmap is drawn again
         code, _, err = command(*evaluation)
         assert code == 0, err
     link = tmp_path / "link.png"
@@ -605,8 +612,8 @@ def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
     assert not [found.name for found in tmp_path.rglob(f"*{PARTIAL_SUFFIX}")]
 
 
-def test_a_file_that_comes_while_a_command_measures_stays(command, tmp_path, monkeypatch):
-    """The result is shown all the same, and the exit code says that it was not written."""
+def test_a_file_created_while_a_command_measures_is_kept(command, tmp_path, monkeypatch):
+    """The result is printed nevertheless, and the exit code reports that it was not written."""
     pytest.importorskip("matplotlib")
     path = tmp_path / "result.json"
 
@@ -634,7 +641,7 @@ def test_a_file_that_comes_while_a_command_measures_stays(command, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["results.json", "niah.png"])
-def test_a_file_that_comes_while_an_evaluation_runs_stays(command, tmp_path, monkeypatch, name):
+def test_a_file_created_while_an_evaluation_runs_is_kept(command, tmp_path, monkeypatch, name):
     pytest.importorskip("matplotlib")
     from headinfer.evals import reader
 
@@ -654,7 +661,7 @@ def test_a_file_that_comes_while_an_evaluation_runs_stays(command, tmp_path, mon
         assert json.loads((tmp_path / "out" / "results.json").read_text())["answers"]
 
 
-def test_what_cannot_be_written_is_said_in_a_sentence(tmp_path, monkeypatch):
+def test_write_errors_are_reported_in_one_sentence(tmp_path, monkeypatch):
     Output(tmp_path / ("x" * 240), is_ours=None).write("a long name")
     with pytest.raises(UsageError, match=r"cannot write a result to .* \(File name too long\)"):
         Output(tmp_path / ("x" * 300), is_ours=None)
@@ -668,11 +675,12 @@ def test_what_cannot_be_written_is_said_in_a_sentence(tmp_path, monkeypatch):
         Output(path, is_ours=refused)
 
 
-def test_two_exports_to_one_archive_do_not_mix(kept, tmp_path, monkeypatch):
-    """The one that ends last finds the other's archive; no partial file is shared, and none is left."""
+def test_simultaneous_exports_to_one_archive(kept, tmp_path, monkeypatch):
+    """The second export reports the archive of the first one. They share no partial file and leave none."""
     from headinfer.sessions import archive
 
-    written, original = [], archive._write
+    written = []
+    original = archive._write
 
     def meanwhile(*arguments):
         if not written:
@@ -688,7 +696,7 @@ def test_two_exports_to_one_archive_do_not_mix(kept, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(f"*{PARTIAL_SUFFIX}"))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     path.write_text("old")
 
@@ -711,10 +719,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert content_of(tmp_path) == {Path("result.json"): b"old"}
 
 
-# -- other places -----------------------------------------------------------------------------------------------------
+# -- other commands --------------------------------------------------------------------------------------------
 
 
-def test_a_disk_tier_leaves_a_folder_as_it_was(command, book, tmp_path):
+def test_a_disk_tier_leaves_its_folder_unchanged(command, book, tmp_path):
     folder = put(tmp_path / "somebody's")
     before = content_of(folder)
     file = DiskFile(folder, 2**20)
@@ -727,7 +735,7 @@ def test_a_disk_tier_leaves_a_folder_as_it_was(command, book, tmp_path):
     assert content_of(folder) == before
 
 
-def test_a_benchmark_of_a_disk_leaves_its_folder_as_it_was(tmp_path):
+def test_a_benchmark_of_a_disk_leaves_its_folder_unchanged(tmp_path):
     from headinfer.bench import disk_suites
 
     folder = put(tmp_path / "somebody's")
@@ -740,7 +748,7 @@ def test_a_benchmark_of_a_disk_leaves_its_folder_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("name", ["tests-gpu.txt", "bench-gpu.txt", "sanitizer.txt"])
 def test_the_gpu_script_replaces_only_its_own_logs(tmp_path, name):
-    """The part of the script that writes logs, without a GPU: twice on its own log, then on other files."""
+    """The part of the script that writes logs runs twice with its own log, then with other files."""
     script = (ROOT / "benchmarks" / "gpu.sh").read_text()
     logs = script[script.index("mark=") : script.index("if wanted tests")]
     begin = 'stop() { echo "$1" >&2; exit 2; }\nresults=$1\nsteps="tests sanitizer bench bench-24gb"\n'
@@ -784,9 +792,9 @@ def test_training_replaces_only_its_own_runs(tmp_path, monkeypatch):
     assert not [name for name in NAMES if evaluate.is_table(folder / name)]
 
 
-# -- the list is whole ------------------------------------------------------------------------------------------------
+# -- all calls that change files -------------------------------------------------------------------------------
 
-# Every call in the sources that removes, renames, replaces or creates a file or folder. A new one needs a test above.
+# All calls in the sources that remove, rename, replace or create a file or folder. A new one needs a test above.
 CALLS = {
     # the kernel that is compiled, in the user's cache
     "attention/native.py": ["Path.replace", "TemporaryDirectory", "mkdir"],
@@ -851,7 +859,7 @@ OF_A_MODULE |= {f"shutil.{name}" for name in ("copy", "copy2", "copyfile", "copy
 
 
 def changing_call(node):
-    """What a call does to files, if anything."""
+    """The name of a call that changes files; None for other calls."""
     called = ast.unparse(node.func)
     name = called.rpartition(".")[2]
     if called in OF_A_MODULE:
@@ -871,7 +879,7 @@ def changing_call(node):
     return name if name in METHODS else None
 
 
-def test_every_place_that_changes_files_is_known():
+def test_every_call_that_changes_files_is_listed():
     source = Path(headinfer.__file__).parent
     found = {}
     for path in sorted([*source.rglob("*.py"), *(ROOT / "training").glob("*.py")]):

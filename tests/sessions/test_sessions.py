@@ -1,4 +1,4 @@
-"""Sessions on disk: what comes back is what was saved, bit for bit, and nothing but that."""
+"""Sessions on disk: loading restores exactly what was saved, or is an error."""
 
 import copy
 import errno
@@ -51,7 +51,8 @@ def enabled(model):
 @pytest.fixture
 def saved(model, enabled, tmp_path):
     """A session of 500 tokens, in two checkpoints."""
-    ids, cache = token_ids(500), enabled.new_cache()
+    ids = token_ids(500)
+    cache = enabled.new_cache()
     forward(model, cache, ids[:, :300])
     cache.save(tmp_path / "book", ids)
     forward(model, cache, ids[:, 300:])
@@ -59,7 +60,7 @@ def saved(model, enabled, tmp_path):
     return tmp_path / "book"
 
 
-# -- restoring is proven ----------------------------------------------------------------------------------------------
+# -- saving and loading ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport", ["auto", "eager", "lazy"])
@@ -67,8 +68,10 @@ def saved(model, enabled, tmp_path):
     "family", ["llama", "gemma3_text", "gpt_oss", "qwen3_next", "falcon_h1", "gemma3n_text", "lfm2"]
 )
 def test_a_loaded_cache_computes_the_same_bits(family, transport, tmp_path):
-    model, rows = tiny_model(family), 2
-    ids, question = token_ids(700, rows), token_ids(30, rows, seed=1)
+    model = tiny_model(family)
+    rows = 2
+    ids = token_ids(700, rows)
+    question = token_ids(30, rows, seed=1)
     with headinfer.enable(model, chunk_tokens=CHUNK, transport=transport) as enabled:
         cache = enabled.new_cache()
         forward(model, cache, ids)
@@ -82,9 +85,11 @@ def test_a_loaded_cache_computes_the_same_bits(family, transport, tmp_path):
     assert Manifest.read(tmp_path / "book").about == {"title": "a book"}
 
 
-def test_checkpoints_append_and_the_interrupted_run_goes_on_with_the_same_bits(model, enabled, tmp_path):
-    ids, question = token_ids(900), token_ids(20, seed=1)
-    whole, before = enabled.new_cache(), {}
+def test_an_interrupted_run_continues_with_the_same_bits(model, enabled, tmp_path):
+    ids = token_ids(900)
+    question = token_ids(20, seed=1)
+    whole = enabled.new_cache()
+    before = {}
     for start in range(0, 900, 300):
         forward(model, whole, ids[:, start : start + 300])
         whole.save(tmp_path / "whole", ids)
@@ -107,8 +112,9 @@ def test_checkpoints_append_and_the_interrupted_run_goes_on_with_the_same_bits(m
     assert torch.equal(again.token_ids, ids)
 
 
-def test_rows_that_share_and_crop_come_back(model, enabled, tmp_path):
-    ids, cache = token_ids(700), enabled.new_cache()
+def test_shared_and_cropped_rows_are_restored(model, enabled, tmp_path):
+    ids = token_ids(700)
+    cache = enabled.new_cache()
     forward(model, cache, ids)
     cache.batch_repeat_interleave(3)
     more = token_ids(300, rows=3, seed=2)
@@ -130,9 +136,12 @@ def test_rows_that_share_and_crop_come_back(model, enabled, tmp_path):
 @settings(max_examples=15, deadline=None)
 @given(steps=st.lists(st.tuples(st.sampled_from(["read", "crop", "save", "load"]), st.integers(1, 400)), max_size=9))
 def test_any_order_of_saving_and_loading(model, tmp_path_factory, steps):
-    folder, ids = tmp_path_factory.mktemp("any") / "book", token_ids(4000)
+    folder = tmp_path_factory.mktemp("any") / "book"
+    ids = token_ids(4000)
     with headinfer.enable(model, chunk_tokens=CHUNK) as enabled:
-        cache, kept, is_saved = enabled.new_cache(), token_ids(0), False
+        cache = enabled.new_cache()
+        kept = token_ids(0)
+        is_saved = False
         for what, tokens in [("read", 10), *steps, ("save", 1), ("load", 1)]:
             if what == "read":
                 new = ids[:, :tokens]
@@ -155,10 +164,11 @@ def test_any_order_of_saving_and_loading(model, tmp_path_factory, steps):
         )
 
 
-def test_a_fork_leaves_the_document_as_it_was(model, saved, enabled):
+def test_a_fork_does_not_change_the_document(model, saved, enabled):
     loaded = HeadCache.load(saved, model)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    question, other = token_ids(200, seed=5), token_ids(20, seed=6)
+    question = token_ids(200, seed=5)
+    other = token_ids(20, seed=6)
     fork = loaded.fork()
     forward(model, fork, question)
     expected = forward(model, HeadCache.load(saved, model), other)
@@ -170,7 +180,7 @@ def test_a_fork_leaves_the_document_as_it_was(model, saved, enabled):
         loaded.save(saved)
 
 
-def test_blocks_come_in_when_they_are_needed(model, saved, enabled, monkeypatch):
+def test_segments_are_read_when_they_are_needed(model, saved, enabled, monkeypatch):
     verified = []
     original = TensorFile.verify
     monkeypatch.setattr(TensorFile, "verify", lambda file, name: (verified.append(name), original(file, name))[1])
@@ -185,14 +195,15 @@ def test_blocks_come_in_when_they_are_needed(model, saved, enabled, monkeypatch)
     assert loaded.stats().host_kv_bytes == 0, "mapped, not copied"
 
 
-# -- the format -------------------------------------------------------------------------------------------------------
+# -- the format ------------------------------------------------------------------------------------------------
 
 
-def test_another_program_can_read_it(model, saved):
+def test_other_programs_can_read_a_session(model, saved):
     manifest = json.loads((saved / "manifest.json").read_text())
     assert (manifest["format"], manifest["version"], manifest["tokens"]) == ("headinfer session", 1, 500)
     (row,) = manifest["rows"]
-    parts, ids = [], []
+    parts = []
+    ids = []
     for index, start, stop in row:
         name = manifest["blocks"][index]["file"]["name"]
         raw = (saved / name).read_bytes()
@@ -208,8 +219,8 @@ def test_another_program_can_read_it(model, saved):
     assert torch.equal(torch.cat(parts, dim=1), k[0])
 
 
-def test_the_format_is_as_its_document_says(model, saved):
-    """docs/session-format.md: its program, its checksums and its chains."""
+def test_the_format_agrees_with_its_document(model, saved):
+    """This tests the program, the checksums and the chains in docs/session-format.md."""
     text = (Path(__file__).parents[2] / "docs" / "session-format.md").read_text()
     program: dict = {}
     exec(textwrap.dedent(text.split("ten lines\n", 1)[1]), program)
@@ -239,7 +250,7 @@ def test_the_format_is_as_its_document_says(model, saved):
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_tensor_files_hold_any_tensor(tmp_path_factory, data):
+def test_tensor_files_can_contain_any_tensor(tmp_path_factory, data):
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float64]
     tensors = {}
     for number in range(data.draw(st.integers(1, 5))):
@@ -258,7 +269,7 @@ def test_tensor_files_hold_any_tensor(tmp_path_factory, data):
             assert torch.equal(other.get_tensor(name), tensor)
 
 
-# -- nothing wrong is ever taken for right ----------------------------------------------------------------------------
+# -- damaged and foreign files ---------------------------------------------------------------------------------
 
 
 def damage(path, at, how):
@@ -273,7 +284,7 @@ def damage(path, at, how):
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "missing"])
-def test_damage_to_any_file_is_noticed(model, saved, enabled, tmp_path, how):
+def test_damage_to_any_file_is_detected(model, saved, enabled, tmp_path, how):
     question = token_ids(3, seed=1)
     expected = forward(model, HeadCache.load(saved, model), question)
     wrong = 0
@@ -308,7 +319,7 @@ def test_damage_to_any_file_is_noticed(model, saved, enabled, tmp_path, how):
         ("[]", "not a manifest"),
     ],
 )
-def test_foreign_newer_and_broken_manifests_are_refused(model, saved, change, message):
+def test_foreign_newer_and_damaged_manifests_are_errors(model, saved, change, message):
     path = saved / "manifest.json"
     if change is None:
         path.unlink()
@@ -331,7 +342,7 @@ def test_foreign_newer_and_broken_manifests_are_refused(model, saved, change, me
         ({"end": None}, "has other fields than version 1"),
     ],
 )
-def test_a_manifest_with_a_right_checksum_is_still_not_trusted(model, saved, change, message):
+def test_manifests_with_a_right_checksum_are_checked_too(model, saved, change, message):
     body = json.loads((saved / "manifest.json").read_text()) | change
     del body["checksum"]
     plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
@@ -341,7 +352,7 @@ def test_a_manifest_with_a_right_checksum_is_still_not_trusted(model, saved, cha
         HeadCache.load(saved, model)
 
 
-def test_another_model_is_refused(model, saved):
+def test_loading_with_another_model_is_an_error(model, saved):
     fine_tuned = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in fine_tuned.parameters():
@@ -356,7 +367,7 @@ def test_another_model_is_refused(model, saved):
         HeadCache.load(saved, copy.deepcopy(model).to(torch.bfloat16))
 
 
-def test_what_cannot_be_saved_is_refused(model, enabled, saved, tmp_path):
+def test_saving_an_unsupported_cache_is_an_error(model, enabled, saved, tmp_path):
     with pytest.raises(StateError, match="an enabled model must have filled the cache"):
         HeadCache(model.config).save(tmp_path / "new")
     cache = enabled.new_cache()
@@ -377,18 +388,18 @@ def test_what_cannot_be_saved_is_refused(model, enabled, saved, tmp_path):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../x", "a/b", "/etc", "-x", ".hidden", "a\\b", "a\0b", "é", "x" * 101]
 )
-def test_names_cannot_leave_the_folder(tmp_path, name):
+def test_names_of_sessions_cannot_leave_the_folder(tmp_path, name):
     with pytest.raises(UsageError, match="is no name for a session"):
         session_folder(tmp_path, name)
 
 
-def test_links_are_no_sessions(tmp_path):
+def test_symbolic_links_are_not_sessions(tmp_path):
     (tmp_path / "link").symlink_to("/tmp")
     with pytest.raises(UsageError, match="is a link"):
         session_folder(tmp_path, "link")
 
 
-# -- whatever happens in the middle -----------------------------------------------------------------------------------
+# -- interruptions ---------------------------------------------------------------------------------------------
 
 
 def _hold(folder, held, release):
@@ -397,9 +408,10 @@ def _hold(folder, held, release):
         release.wait(60)
 
 
-def test_one_writer_at_a_time(model, saved, enabled):
+def test_only_one_process_can_write_a_session(model, saved, enabled):
     context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
+    held = context.Event()
+    release = context.Event()
     other = context.Process(target=_hold, args=(saved, held, release))
     other.start()
     assert held.wait(60)
@@ -407,7 +419,7 @@ def test_one_writer_at_a_time(model, saved, enabled):
     forward(model, cache, token_ids(10))
     with pytest.raises(SessionError, match="another process is writing"):
         cache.save(saved)
-    other.kill()  # a lock ends with its process
+    other.kill()  # the system releases the lock of a killed process
     other.join()
     cache.save(saved)
     assert HeadCache.load(saved, model).get_seq_length() == 510
@@ -417,7 +429,7 @@ CALLS = ("open", "write", "fsync", "link", "replace", "unlink")
 
 
 def in_child(work):
-    """Run in a fork of this process; its exit code."""
+    """Run a function in a fork of this process. Returns the exit code."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -429,7 +441,7 @@ def in_child(work):
 
 
 def die_at(number):
-    """Every system call of saving counts; at the given one the process ends, half of what it writes being written."""
+    """End the process at the given system call of saving. If the call writes, half of the bytes are written."""
     count = 0
 
     def wrap(name, original):
@@ -449,14 +461,15 @@ def die_at(number):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_at_every_point_of_saving(model, saved, enabled, tmp_path):
+def test_a_kill_at_any_point_of_saving_keeps_a_checkpoint(model, saved, enabled, tmp_path):
     cache = HeadCache.load(saved, model)
     ids = torch.cat([cache.token_ids, token_ids(400, seed=1)], dim=1)
     question = token_ids(3, seed=2)
     expected = {500: forward(model, HeadCache.load(saved, model), question)}
     forward(model, cache, ids[:, 500:])
     expected[900] = forward(model, cache.fork(), question)
-    seen, number = [], 0
+    seen = []
+    number = 0
     while True:
         number += 1
         folder = tmp_path / f"killed-{number}"
@@ -473,7 +486,7 @@ def test_killed_at_every_point_of_saving(model, saved, enabled, tmp_path):
         seen.append(held)
         assert torch.equal(loaded.token_ids, ids[:, :held])
         assert torch.equal(forward(model, loaded.fork(), question), expected[held])
-        # And the session goes on from whatever it holds.
+        # The session continues from its last checkpoint.
         forward(model, loaded, ids[:, held:]) if held < 900 else None
         loaded.save(folder, ids)
         again = HeadCache.load(folder, model)
@@ -489,9 +502,12 @@ def test_killed_at_every_point_of_saving(model, saved, enabled, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_at_every_point_of_the_first_save(model, enabled, tmp_path):
-    """Whatever is left then, the same command again makes the session, and nothing of the first try stays."""
-    cache, ids, number, code = enabled.new_cache(), token_ids(300), 0, 9
+def test_a_kill_at_any_point_of_the_first_save_can_be_repeated(model, enabled, tmp_path):
+    """Saving again creates the session, and no file of the interrupted save remains."""
+    cache = enabled.new_cache()
+    ids = token_ids(300)
+    number = 0
+    code = 9
     forward(model, cache, ids)
     while code == 9:
         number += 1
@@ -515,10 +531,11 @@ def test_killed_at_every_point_of_the_first_save(model, enabled, tmp_path):
     assert number > 12
 
 
-def test_a_full_disk_costs_no_earlier_checkpoint(model, saved, enabled, monkeypatch):
+def test_a_full_disk_keeps_the_earlier_checkpoint(model, saved, enabled, monkeypatch):
     cache = HeadCache.load(saved, model)
     forward(model, cache, token_ids(400, seed=1))
-    original, writes = os.write, 0
+    original = os.write
+    writes = 0
     for number in range(1, 100):
         writes = 0
 
