@@ -1,4 +1,4 @@
-"""`headinfer read`, `ask` and `session` as a person meets them, with generate() as the oracle of every answer."""
+"""The commands `headinfer read`, `ask` and `session`. All answers are compared with those of `headinfer generate`."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_each_question_is_answered_as_generate_would(headinfer, book, tmp_path):
+def test_answers_agree_with_generate(headinfer, book, tmp_path):
     result, _ = read(headinfer, book, "--chunk-tokens", CHUNK)
     assert result["tokens"] == result["document_tokens"] == len(book.read_bytes())
     assert result["disk_bytes"] > result["tokens"] * 2 * 2 * 2 * 16 * 4
@@ -81,12 +81,12 @@ def test_each_question_is_answered_as_generate_would(headinfer, book, tmp_path):
     answers = ask(headinfer, *questions)
     expected = [generate(headinfer, book, question)["token_ids"] for question in questions]
     assert [answer["token_ids"] for answer in answers] == expected
-    assert files_of(tmp_path / "sessions" / "mybook") == before  # no question leaves a trace
+    assert files_of(tmp_path / "sessions" / "mybook") == before  # questions do not change the session
     placed = ("--host-kv-budget", "4MiB", "--disk-tier", tmp_path / "tier")
     assert ask(headinfer, questions[1], more=placed)[0]["token_ids"] == expected[1]
 
 
-def test_a_document_larger_than_its_budget_of_memory(headinfer, tmp_path):
+def test_a_document_larger_than_the_memory_budget(headinfer, tmp_path):
     book = tmp_path / "long.txt"
     book.write_text(WORDS * 200, encoding="utf-8")
     budget = 4 * 2**20
@@ -105,7 +105,7 @@ def test_a_document_larger_than_its_budget_of_memory(headinfer, tmp_path):
     assert not list((tmp_path / "tier").iterdir())
 
 
-def test_text_streams_and_each_question_has_its_seconds(headinfer, book):
+def test_text_is_streamed_and_each_question_is_timed(headinfer, book):
     read(headinfer, book)
     code, out, err = headinfer("ask", "--session", "mybook", "--max-new-tokens", 4, "When?", "Where?")
     assert code == 0
@@ -114,7 +114,7 @@ def test_text_streams_and_each_question_has_its_seconds(headinfer, book):
     assert f"{len(book.read_bytes()):,} tokens are read" in err
 
 
-def test_kept_questions_are_the_next_ones_past(headinfer, book, tmp_path):
+def test_kept_questions_precede_the_next_ones(headinfer, book, tmp_path):
     read(headinfer, book)
     first = ask(headinfer, "When?", more=["--keep"])[0]
     second = ask(headinfer, "And where?", more=["--keep"])[0]
@@ -132,10 +132,10 @@ def test_kept_questions_are_the_next_ones_past(headinfer, book, tmp_path):
 
 
 @pytest.mark.parametrize("after_chunks", [1, 3])
-def test_ctrl_c_costs_one_chunk_at_most_and_the_same_command_goes_on(headinfer, book, after_chunks, monkeypatch):
+def test_ctrl_c_loses_at_most_one_chunk(headinfer, book, after_chunks, monkeypatch):
     from headinfer.cli import report
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     calls = []
 
     def on_forward(self, cache):
@@ -164,7 +164,7 @@ def test_ctrl_c_costs_one_chunk_at_most_and_the_same_command_goes_on(headinfer, 
     assert ask(headinfer, "When?")[0]["token_ids"] == generate(headinfer, book, "When?")["token_ids"]
 
 
-def test_kill_9_at_any_moment_leaves_a_checkpoint(headinfer, tmp_path):
+def test_a_kill_at_any_moment_keeps_a_checkpoint(headinfer, tmp_path):
     book = tmp_path / "long.txt"
     book.write_text(WORDS * 150, encoding="utf-8")
     root = tmp_path / "sessions"
@@ -189,7 +189,7 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint(headinfer, tmp_path):
     assert ask(headinfer, "When?")[0]["token_ids"] == generate(headinfer, book, "When?")["token_ids"]
 
 
-def test_a_longer_document_goes_on_where_the_shorter_one_ended(headinfer, book, tmp_path):
+def test_a_longer_document_continues_the_session_of_a_shorter_one(headinfer, book, tmp_path):
     read(headinfer, book, "--chunk-tokens", CHUNK)
     tokens = len(book.read_bytes())
     book.write_text(book.read_text() + "The end is new.\n" * 30, encoding="utf-8")
@@ -199,7 +199,7 @@ def test_a_longer_document_goes_on_where_the_shorter_one_ended(headinfer, book, 
     assert ask(headinfer, "When?")[0]["token_ids"] == generate(headinfer, book, "When?")["token_ids"]
 
 
-def test_the_same_beginning_is_taken_from_another_session(headinfer, book, tmp_path):
+def test_a_common_prefix_is_taken_from_another_session(headinfer, book, tmp_path):
     read(headinfer, book, "--chunk-tokens", CHUNK, name="first")
     tokens = len(book.read_bytes())
     other = tmp_path / "other.txt"
@@ -211,14 +211,14 @@ def test_the_same_beginning_is_taken_from_another_session(headinfer, book, tmp_p
     assert answer == generate(headinfer, other, "When?")["token_ids"]
     whole = tmp_path / "whole.txt"
     whole.write_text(book.read_text() + "And on it goes.\n", encoding="utf-8")
-    assert read(headinfer, whole, name="third")[0]["resumed_at"] == tokens  # the end of a session too
+    assert read(headinfer, whole, name="third")[0]["resumed_at"] == tokens  # the end of a session is shared as well
     headinfer("session", "rm", "first")
     for name in ("second", "third"):
         assert headinfer("session", "verify", name)[0] == 0
     assert ask(headinfer, "When?", name="second")[0]["token_ids"] == answer
 
 
-def test_a_model_with_windows_takes_over_whole_sessions_only(headinfer, book, tmp_path):
+def test_a_model_with_windows_shares_only_whole_sessions(headinfer, book, tmp_path):
     model = WINDOWED
     read(headinfer, book, "--chunk-tokens", CHUNK, model=model, name="first")
     other = tmp_path / "other.txt"
@@ -232,7 +232,7 @@ def test_a_model_with_windows_takes_over_whole_sessions_only(headinfer, book, tm
     )
 
 
-def test_sessions_are_listed_described_verified_moved_and_removed(headinfer, book, tmp_path):
+def test_session_commands(headinfer, book, tmp_path):
     assert "no sessions" in headinfer("session", "list")[2]
     read(headinfer, book, "--chunk-tokens", CHUNK)
     folder = tmp_path / "sessions" / "mybook"
@@ -305,7 +305,7 @@ MISTAKES = {
 }
 
 
-def test_mistakes_get_one_sentence_load_nothing_and_change_nothing(headinfer, book, tmp_path, monkeypatch):
+def test_mistakes_are_reported_in_one_sentence_before_loading(headinfer, book, tmp_path, monkeypatch):
     from headinfer.hf.models import ModelSource
 
     read(headinfer, book, "--chunk-tokens", CHUNK)
@@ -324,7 +324,7 @@ def test_mistakes_get_one_sentence_load_nothing_and_change_nothing(headinfer, bo
     assert [path.name for path in (tmp_path / "sessions").iterdir()] == ["mybook"]
 
 
-def test_another_tokenizer_is_refused(headinfer, book, tmp_path):
+def test_another_tokenizer_is_an_error(headinfer, book, tmp_path):
     folder = tmp_path / "model"
     source = resolve(MODEL)
     source.load(dtype=torch.float32, device="cpu", seed=0).save_pretrained(folder)
@@ -346,17 +346,17 @@ def test_another_tokenizer_is_refused(headinfer, book, tmp_path):
         assert "another tokenizer" in err
 
 
-def test_other_weights_are_refused_once_they_are_known(headinfer, book):
+def test_other_weights_are_an_error_after_loading(headinfer, book):
     read(headinfer, book)
     code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook", "--seed", 3)
-    assert code == 0  # it is read already: nothing to do
+    assert code == 0  # the document has been read already
     book.write_text(book.read_text() + "more", encoding="utf-8")
     code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook", "--seed", 3)
     assert code == 2
     assert "other weights" in err
 
 
-def test_what_will_be_slow_is_said_before(headinfer, book, monkeypatch):
+def test_slow_reading_is_announced(headinfer, book, monkeypatch):
     from headinfer.jobs import ask as asking
 
     read(headinfer, book)
@@ -376,8 +376,8 @@ def test_what_will_be_slow_is_said_before(headinfer, book, monkeypatch):
     assert "a token" in err
 
 
-def test_a_reader_looks_again_where_a_writer_was_quicker(headinfer, book, tmp_path, monkeypatch):
-    """Between the manifest and the file that it names, another process replaces both."""
+def test_a_reader_retries_if_a_writer_replaces_the_session(headinfer, book, tmp_path, monkeypatch):
+    """Another process replaces the manifest and its files after the reader has read the manifest."""
     from headinfer.kv.tensor_file import TensorFile
 
     read(headinfer, book)
@@ -385,8 +385,9 @@ def test_a_reader_looks_again_where_a_writer_was_quicker(headinfer, book, tmp_pa
     newer = tmp_path / "newer"
     shutil.copytree(folder, newer)
     ask(headinfer, "When?", more=["--keep"])
-    # Now `folder` is the newer one: go back to the older, and let the newer replace it when its end is opened.
-    older, folder_now = newer, tmp_path / "now"
+    # `folder` now contains the newer session. Restore the older one, and replace it when its last file is opened.
+    older = newer
+    folder_now = tmp_path / "now"
     folder.rename(folder_now)
     older.rename(folder)
     opened = TensorFile.__init__
