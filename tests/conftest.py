@@ -1,4 +1,4 @@
-"""Shared settings: no network, one thread, quiet libraries."""
+"""Settings of all tests: no network, one thread, and a seed."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny: waking a second thread costs more than it computes
+torch.set_num_threads(1)  # for tiny models a second thread costs more than it gains
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

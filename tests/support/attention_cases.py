@@ -1,10 +1,10 @@
-"""Seeded inputs of attention kernels, and how far a result is from the right one."""
+"""Seeded inputs for tests of attention kernels, and the error of a result."""
 
 import torch
 
 from headinfer.attention.state import AttentionState
 
-# These compute in float32, whatever the dtype of K and V: one bound for all. (cpu-flash-bf16 does not.)
+# The bound for backends that compute in float32, independent of the dtype of K and V. (cpu-flash-bf16 does not.)
 BOUND = 2e-6
 
 
@@ -13,19 +13,19 @@ def seeded(seed):
 
 
 def relative_error(found, wanted):
-    """Frobenius norm of the difference over that of `wanted`."""
+    """The Frobenius norm of the difference, relative to that of `wanted`."""
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def with_head_stride(heads, tokens, dim, extra, rng, dtype, device="cpu"):
-    """[heads, tokens, dim] of normal numbers; each head contiguous, other data (NaN) between the heads."""
+    """Make normal numbers [heads, tokens, dim]. Each head is contiguous, with `extra` tokens of NaN between heads."""
     memory = torch.full((heads, tokens + extra, dim), torch.nan, dtype=dtype)
     memory[:, :tokens] = torch.randn(heads, tokens, dim, generator=rng).to(dtype)
     return memory.to(device)[:, :tokens]
 
 
 def random_state(shape, dim, rng, *, dtype=torch.float64, spread=30.0, empty=0.2):
-    """A state as some keys could give it; a part of its rows has seen none."""
+    """Make a random attention state. A share `empty` of its rows has seen no key."""
     out = torch.randn(*shape, dim, generator=rng, dtype=dtype)
     lse = spread * torch.randn(*shape, generator=rng, dtype=dtype)
     unseen = torch.rand(shape, generator=rng) < empty

@@ -1,10 +1,8 @@
-"""A clock for the queues of kv/streams.py: the engine runs, nothing is computed or copied, and what would take how long
-is added up.
+"""Simulates the time of the engine's queues (kv/streams.py) without computing or copying anything.
 
-`Clock` is a `Streams` in which each queue has a time of its own. A copy or a kernel begins when its queue is free, the
-events are there that the queue waits for, and the host has got round to queueing it; it takes what its bytes or FLOP
-take at the machine's rates. So a transfer that nothing hides, a queue that waits too early, or a ring that does not
-look ahead shows as seconds, where there is no GPU to take them.
+`Clock` is a `Streams` in which each queue has its own time. A copy or kernel begins when its queue is free, the events
+that the queue waits for are done, and the host has queued it. It takes the time of its bytes or FLOP at the machine's
+rates. Unhidden transfers, early waits and missing prefetches therefore increase the total time. No GPU is needed.
 """
 
 from collections import Counter
@@ -18,21 +16,32 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
 from headinfer.plan.tiles import MERGE_BYTES, TileRates
 
-HEADS, KV_HEADS, DIM, LAYERS, LINEAR_WEIGHTS = 32, 8, 128, 32, 218_103_808  # Llama-3-8B
-LINEAR_LAUNCHES = 20  # a layer's kernels beside attention
-TOKEN_BYTES = 2 * KV_HEADS * DIM * 2  # of a layer, bfloat16
+# Llama-3-8B.
+HEADS = 32
+KV_HEADS = 8
+DIM = 128
+LAYERS = 32
+LINEAR_WEIGHTS = 218_103_808  # in each layer
+LINEAR_LAUNCHES = 20  # kernels of a layer other than attention
+TOKEN_BYTES = 2 * KV_HEADS * DIM * 2  # K and V of a token in one layer, bfloat16
 
 
 @dataclass(eq=False)
 class Event:
-    """When what was queued before it is done."""
+    """The time at which all earlier work of a queue is done."""
 
     seconds: float = 0.0
 
 
 @dataclass
 class Clock:
-    """Seconds since the start, by queue and of the host that fills them; and what each queue was at work."""
+    """Streams that only add up times.
+
+    Attributes:
+        rates: the rates of the machine.
+        now: the time of each queue and of the host, in seconds since the start.
+        busy: the seconds of work, by queue or by the name of the work.
+    """
 
     rates: TileRates
     now: Counter = field(default_factory=Counter)
@@ -63,7 +72,7 @@ class Clock:
         self.now["host"] = max(self.now.values(), default=0.0)
 
     def work(self, queue, seconds, launches=1, what=""):
-        """Something that a queue does, in so many launches."""
+        """Add work to a queue, which the host queues with a number of launches."""
         self.now["host"] += launches * self.rates.launch_s
         self.now[queue] = max(self.now[queue], self.now["host"]) + seconds
         self.busy[what or queue] += seconds
@@ -74,10 +83,11 @@ class Clock:
 
 
 def install(monkeypatch, clock):
-    """The engine's queues and kernels are the clock's from now on."""
+    """Replace the engine's queues and kernels by those of a clock."""
 
     def attend_tile(layer, heads, state, rows, pieces):
-        tokens, group = sum(k.shape[1] for k, _ in pieces), layer.q.shape[1] // layer.k.shape[1]
+        tokens = sum(k.shape[1] for k, _ in pieces)
+        group = layer.q.shape[1] // layer.k.shape[1]
         own = heads.stop - heads.start
         outputs = own * group * layer.q.shape[2] * DIM
         clock.kernel(4 * outputs * tokens, 4 * own * tokens * DIM)
@@ -92,8 +102,8 @@ def install(monkeypatch, clock):
             clock.kernel(2 * outputs * layer.q.shape[2], 10 * outputs, 3)
         return state, own
 
-    class Instead:
-        """A chunk on itself: its shape only."""
+    class NoKernel:
+        """A backend that only returns a state of the right shape."""
 
         name = "none"
 
@@ -104,12 +114,18 @@ def install(monkeypatch, clock):
     monkeypatch.setattr(device_kv, "open_streams", lambda *_: clock)
     monkeypatch.setattr(streaming, "_attend_tile", attend_tile)
     monkeypatch.setattr(streaming, "_own_state", own_state)
-    monkeypatch.setattr(streaming.Layer, "kernel", lambda layer, rows, keys=0: Instead())
+    monkeypatch.setattr(streaming.Layer, "kernel", lambda layer, rows, keys=0: NoKernel())
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass: seconds from end to end, those of its kernels alone, without merging tiles too; bytes fetched."""
+    """A forward pass.
+
+    Attributes:
+        seconds: the total time.
+        needed_s: the time of the kernels, without merging tiles.
+        fetched_bytes: the bytes that were copied to the device.
+    """
 
     seconds: float
     needed_s: float
@@ -117,15 +133,23 @@ class Pass:
 
 
 def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits=False, **options):
-    """The last of some forward passes of Llama-3-8B after a past.
+    """Simulate forward passes of Llama-3-8B after a past, and return the last one.
 
-    The host queues a prompt's chunks one behind the other, and reads each token that is decoded before it goes on.
-    host_waits: for each layer, as where the model's own code reads something on the way.
+    The host queues the chunks of a prompt without waiting. In decode it waits for each token.
+
+    Args:
+        monkeypatch: pytest's fixture.
+        rates: the rates of the machine.
+        past_tokens: the tokens on the host.
+        query_tokens: the tokens of each pass.
+        count: the number of passes.
+        host_waits: let the host wait for each layer, as some models do.
+        options: further options of the engine.
     """
     layers = LAYERS
     clock = Clock(rates)
     install(monkeypatch, clock)
-    past_tokens += 256  # what stays in the tail
+    past_tokens += 256  # the tail
     budget = {"device_kv_budget_bytes": 256 << 20, "streaming_budget_bytes": 256 << 20} | options
     expected = past_tokens + 8 * query_tokens
     engine = Engine(Options(transport="lazy", rates=rates, expected_tokens=expected, **budget), layers)
@@ -136,10 +160,13 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
             layer_kv.append(*(x[:, :, : past_tokens - start] for x in new))
     q = torch.zeros(1, HEADS, query_tokens, DIM, dtype=torch.bfloat16)
     k, v = (x[:, :, :query_tokens] for x in new)
-    flops, nbytes = 2 * LINEAR_WEIGHTS * query_tokens, 2 * LINEAR_WEIGHTS
+    flops = 2 * LINEAR_WEIGHTS * query_tokens
+    nbytes = 2 * LINEAR_WEIGHTS
     clock.drain()
     for _ in range(count):
-        before, worked, fetched = clock.now["compute"], clock.busy["compute"], engine.counter.host_to_device_bytes
+        start = clock.now["compute"]
+        busy_before = clock.busy["compute"]
+        fetched_before = engine.counter.host_to_device_bytes
         for layer_kv in layer_kvs:
             if layer_kv is layer_kvs[0]:
                 engine.begin(layer_kv, HEADS, query_tokens)
@@ -152,5 +179,8 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
         if query_tokens == 1:
             clock.finish(Event(clock.now["compute"]))
     assert engine.counter.device_peak_bytes <= budget["device_kv_budget_bytes"]
-    found = clock.now["compute"] - before, clock.busy["compute"] - worked
-    return Pass(*found, engine.counter.host_to_device_bytes - fetched)
+    return Pass(
+        clock.now["compute"] - start,
+        clock.busy["compute"] - busy_before,
+        engine.counter.host_to_device_bytes - fetched_before,
+    )

@@ -1,4 +1,4 @@
-"""A tiny random model of each family, with every kind of layer that the family has, and layers to offload."""
+"""A tiny random model of each family, with every kind of layer that the family has."""
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -30,13 +30,16 @@ MAMBA = {
 }  # fmt: skip
 
 ROUTED = {**EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
-OWN_HEADS = {"num_key_value_heads": None, "head_dim": None}  # as many KV heads as query heads, or one: not by config
+OWN_HEADS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+}  # as many KV heads as query heads, or one; not set by the config
 SHARED_KV = {
     "sliding_window": 24, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
     "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 
-# What each family's config has beyond COMMON. Every kind of layer that a family can have is in it.
+# The fields of each family's config in addition to COMMON. They cover all kinds of layers of the family.
 CHANGES = {
     "afmoe": {**WINDOWS, **EXPERTS},
     "apertus": {},
@@ -149,7 +152,7 @@ OTHERS = {
 
 
 def present():
-    """The served families that the installed transformers has."""
+    """The supported families that the installed transformers has."""
     return [family for family in sorted(CHANGES) if family in CONFIG_MAPPING]
 
 
@@ -160,11 +163,11 @@ def tiny_config(family, **changes):
 
 
 def tiny_model(family, seed=0, **changes):
-    """float32, in eval mode; weights so large that attention chooses and logits depend on the whole text."""
+    """Make a model in float32. Its weights are so large that the logits depend on the whole text."""
     torch.manual_seed(seed)
     config = tiny_config(family, **changes)
     if getattr(config, "attn_logit_softcapping", None):
-        config._attn_implementation = "eager"  # transformers' sdpa leaves the soft cap out, before 5.18 without a word
+        config._attn_implementation = "eager"  # transformers' sdpa ignores the soft cap
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -174,13 +177,13 @@ def tiny_model(family, seed=0, **changes):
 
 
 def full_layers(config):
-    """How many layers of a config keep the K and V of all tokens, counted without headinfer's code."""
+    """Count the layers of a config that keep K and V of all tokens, without headinfer's code."""
     names = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
     return sum(name in ("DynamicLayer", "LinearAttentionAndFullAttentionLayer") for name in names)
 
 
 def splits(family):
-    """Whether its tiny config can be served by two ranks."""
+    """Whether the tiny config of a family works with two ranks."""
     config = tiny_config(family)
     try:
         check_shards(config, ModelShape.from_config(config), Ranks(0, 2, 0, 2))
@@ -190,7 +193,7 @@ def splits(family):
 
 
 def models_table():
-    """docs/models.md."""
+    """Generate docs/models.md."""
     lines = [
         "# Model families",
         "",

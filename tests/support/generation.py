@@ -1,4 +1,4 @@
-"""Tiny models with sharpened attention, prompts for them, and what generate() gives."""
+"""Tiny models with sharp attention, their prompts, and the results of generate()."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,7 +18,9 @@ def make_model(family, **changes):
         fields |= {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**fields, **changes})).eval()
-    with torch.no_grad():  # fresh weights attend to all tokens alike and repeat one token: sharpen both
+    with (
+        torch.no_grad()
+    ):  # untrained models attend to all tokens equally and repeat one token; larger weights change both
         for name, weight in model.named_parameters():
             if any(part in name for part in ("q_proj.weight", "k_proj.weight")):
                 weight.mul_(8)

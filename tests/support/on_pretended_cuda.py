@@ -1,6 +1,6 @@
-"""What is only shown on the devices of pretend_cuda.py: that they see a GPU's mistakes, and the commands' defaults.
+"""Tests of the simulated devices in pretend_cuda.py, and of commands without --device.
 
-Run by test_pretend_cuda.py.
+test_pretend_cuda.py runs them in a separate process.
 """
 
 import sys
@@ -24,40 +24,41 @@ def worst_error():
     return max(attend_all("cuda", torch.float32, LENGTHS, OPTIONS)[0], key=lambda error: (error != error, error))
 
 
-def test_without_a_fault_the_engine_is_exact():
+def test_the_engine_is_exact():
     assert worst_error() < 1e-5
 
 
-@pytest.mark.parametrize(("queue", "what"), [("compute", "a tile"), ("fetch", "the write-back of what it reads")])
-def test_a_queue_that_does_not_wait_is_seen(monkeypatch, queue, what):
+@pytest.mark.parametrize(("queue", "what"), [("compute", "a tile"), ("fetch", "a write-back")])
+def test_a_missing_wait_is_detected(monkeypatch, queue, what):
     wait = CudaStreams.wait
     monkeypatch.setattr(CudaStreams, "wait", lambda self, event, of: wait(self, event, of) if of != queue else None)
     error = worst_error()
     assert not error < 1e-2, what
 
 
-def test_a_buffer_packed_before_it_is_empty_is_seen(monkeypatch):
+def test_a_buffer_that_is_reused_too_early_is_detected(monkeypatch):
     wait = CudaStreams.wait
 
-    def hurried(self, event, queue):
+    def wait_except_for_buffers(self, event, queue):
         if queue != "compute" or event.stream is not self._own["back"]:
             wait(self, event, queue)
 
-    monkeypatch.setattr(CudaStreams, "wait", hurried)
+    monkeypatch.setattr(CudaStreams, "wait", wait_except_for_buffers)
     assert not worst_error() < 1e-2
 
 
-def test_operands_lie_on_one_device():
-    here, there = torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1")
-    for other in (torch.ones(3), there):
+def test_operands_on_different_devices_are_errors():
+    here = torch.ones(3, device="cuda:0")
+    for other in (torch.ones(3), torch.ones(3, device="cuda:1")):
         with pytest.raises(RuntimeError, match="same device"):
             here + other
     assert (here + torch.tensor(2.0)).tolist() == [3.0] * 3
     assert here[torch.tensor([0, 2])].shape == (2,)
 
 
-def test_what_makes_the_host_wait_is_refused_where_that_is_asked_for():
-    x, host = torch.ones(3, device="cuda"), torch.ones(3)
+def test_synchronizing_calls_are_errors_in_debug_mode():
+    x = torch.ones(3, device="cuda")
+    host = torch.ones(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
@@ -71,8 +72,10 @@ def test_what_makes_the_host_wait_is_refused_where_that_is_asked_for():
     assert x.tolist() == [1.0] * 3
 
 
-def test_a_stream_copies_no_other_layout_and_not_before_it_is_waited_for():
-    x, host, stream = torch.zeros(4, 4, device="cuda"), torch.ones(4, 4).pin_memory(), torch.cuda.Stream()
+def test_streams_copy_only_equal_layouts_and_only_after_a_wait():
+    x = torch.zeros(4, 4, device="cuda")
+    host = torch.ones(4, 4).pin_memory()
+    stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         with pytest.raises(AssertionError, match="layouts"):
             x.copy_(host.T, non_blocking=True)
@@ -82,7 +85,7 @@ def test_a_stream_copies_no_other_layout_and_not_before_it_is_waited_for():
     assert (x == 1).all()
 
 
-def test_memory_is_counted_and_given_back():
+def test_memory_is_counted_and_freed():
     before = torch.cuda.memory_allocated(CUDA)
     x = torch.zeros(1 << 20, device="cuda")
     view = x[10:]
@@ -96,8 +99,8 @@ def test_memory_is_counted_and_given_back():
 
 
 @pytest.mark.filterwarnings("default")
-def test_commands_take_the_device_that_is_there(monkeypatch, tmp_path, capsys):
-    """Nobody names a device here, as on a first day with a GPU."""
+def test_commands_use_the_gpu_by_default(monkeypatch, tmp_path, capsys):
+    """The commands have no --device option."""
     for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     book = tmp_path / "book.txt"
@@ -116,5 +119,5 @@ def test_commands_take_the_device_that_is_there(monkeypatch, tmp_path, capsys):
         except SystemExit as ended:
             assert ended.code in (0, None), capsys.readouterr().err  # noqa: PT017
         found.append(capsys.readouterr().out)
-    assert "a pretended GPU" in found[0]
+    assert "a simulated GPU" in found[0]
     assert all("31313" in found[at] for at in (1, 3))

@@ -1,10 +1,11 @@
-"""A model checker for the queues of kv/streams.py: every order that events allow, for what the ring and write-back do.
+"""A model checker for the queues of kv/streams.py, which the ring and the write-back use.
 
-`Recorded` is a `Streams` that runs nothing and notes what each queue was given. `explore` then runs the notes in every
-order that the queues and events allow. A device does not do a copy at once: each job begins, when its destination is
-torn, and ends, when it holds what the source held all the while, so jobs of different queues overlap in every way.
-Values are symbols: what was read where is compared with what should have been. `unordered` is the check for recordings
-too long to explore: two jobs that touch the same bytes, one of them writing, must be ordered by queues and events.
+`Recorded` is a `Streams` that runs nothing and records the jobs of each queue. `explore` runs the recorded jobs in
+every order that the queues and events allow. A job takes time: its destination is torn from the beginning of the job
+until its end, and then contains the value of the source if the source did not change meanwhile. Jobs of different
+queues may overlap in any way. Values are symbols, and each kernel compares the symbols that it reads with the expected
+ones. `unordered` checks recordings that are too long to explore: two jobs that access the same bytes must be ordered by
+queues and events if at least one of them writes.
 """
 
 import bisect
@@ -18,7 +19,7 @@ TORN = "torn"
 
 @dataclass(eq=False)
 class Event:
-    """Points behind a job of a queue, once it is recorded."""
+    """After recording, marks a position in a queue: all jobs before it are done."""
 
     queue: str = ""
     jobs: int = 0
@@ -26,19 +27,29 @@ class Event:
 
 @dataclass
 class Job:
-    """Something that a queue does: reads and writes byte ranges [begin, end) and waits for other queues before."""
+    """A copy or a kernel of a queue.
+
+    Attributes:
+        queue: the queue.
+        number: the position in the queue.
+        after: pairs (queue, jobs): the job begins after this number of jobs of the other queue.
+        reads: the byte ranges [begin, end) that it reads.
+        writes: the byte ranges [begin, end) that it writes.
+        wanted: for a kernel, the values that it must read or that it writes.
+        what: "copy", "kernel reads" or "kernel writes".
+    """
 
     queue: str
     number: int
-    after: tuple = ()  # (queue, jobs): so many of that queue's jobs are done
+    after: tuple = ()
     reads: tuple = ()
     writes: tuple = ()
-    wanted: object = None  # of a kernel: what it must read
+    wanted: object = None
     what: str = ""
 
 
 def cells_of(tensor):
-    """The bytes of a contiguous tensor."""
+    """The byte range of a contiguous tensor."""
     assert tensor.is_contiguous()
     begin = tensor.data_ptr()
     return begin, begin + tensor.numel() * tensor.element_size()
@@ -46,17 +57,18 @@ def cells_of(tensor):
 
 @dataclass
 class Recorded:
-    """Streams that note. `read` and `write` stand for kernels of the compute queue."""
+    """Streams that only record jobs. `read` and `write` record kernels of the compute queue."""
 
     jobs: dict = field(default_factory=lambda: {queue: [] for queue in QUEUES})
     waiting: dict = field(default_factory=lambda: {queue: [] for queue in QUEUES})
-    kept: list = field(default_factory=list)  # tensors, so that no address is used twice
+    kept: list = field(default_factory=list)  # keeps tensors alive, so that no address is reused
 
     def event(self):
         return Event()
 
     def record(self, event, queue):
-        event.queue, event.jobs = queue, len(self.jobs[queue])
+        event.queue = queue
+        event.jobs = len(self.jobs[queue])
 
     def wait(self, event, queue):
         if event.queue and event.queue != queue and event.jobs:
@@ -66,66 +78,73 @@ class Recorded:
         for destination, source in copies:
             assert destination.numel() == source.numel()
             self.kept += [destination, source]
-            spans = parts(source)
-            self.add(queue, tuple(spans), tuple(parts(destination)), what="copy")
+            self.add(queue, tuple(parts(source)), tuple(parts(destination)), what="copy")
 
     def finish(self, event):
-        """The host does not wait in the loop; where it does, nothing is left to order."""
+        """Do nothing: the host does not wait in the loop."""
 
     def write_back_done(self):
         return lambda: None
 
     def drain(self):
-        """Nothing runs."""
+        """Do nothing: no job runs."""
 
     def add(self, queue, reads=(), writes=(), wanted=None, what=""):
-        after, self.waiting[queue] = tuple(self.waiting[queue]), []
+        after = tuple(self.waiting[queue])
+        self.waiting[queue] = []
         self.jobs[queue].append(Job(queue, len(self.jobs[queue]), after, tuple(reads), tuple(writes), wanted, what))
 
     def read(self, tensors, wanted=None):
-        """A kernel that reads tensors; wanted: the values that it must find, in their order."""
+        """Record a kernel that reads tensors and must find the values `wanted`, in this order."""
         self.kept += tensors
-        self.add("compute", [span for x in tensors for span in parts(x)], wanted=wanted, what="kernel reads")
+        self.add("compute", [part for x in tensors for part in parts(x)], wanted=wanted, what="kernel reads")
 
     def write(self, tensors, value):
-        """A kernel that makes new K or V."""
+        """Record a kernel that writes new K or V."""
         self.kept += tensors
-        self.add("compute", (), [span for x in tensors for span in parts(x)], wanted=value, what="kernel writes")
+        self.add("compute", (), [part for x in tensors for part in parts(x)], wanted=value, what="kernel writes")
 
     def all_jobs(self):
         return [job for queue in QUEUES for job in self.jobs[queue]]
 
 
 def parts(tensor):
-    """The byte ranges of a tensor, of any strides, as contiguous runs."""
+    """The contiguous byte ranges of a tensor with any strides."""
     if tensor.is_contiguous():
         return [cells_of(tensor)]
-    return [span for row in tensor for span in parts(row)]
+    return [part for row in tensor for part in parts(row)]
 
 
 def explore(recorded, start=None):
-    """Runs all orders. start: what byte ranges hold at first, as {range: value}.
+    """Run the jobs in all possible orders.
 
-    Returns (number of states seen, complaints): a complaint says which kernel read what instead of what it must.
+    Args:
+        recorded: the recorded jobs.
+        start: the initial values of byte ranges, as {range: value}.
+
+    Returns:
+        The number of states, and a list of complaints about kernels that read wrong values.
     """
     jobs = recorded.jobs
     edges = cuts(recorded, start or {})
     cells = {edge: at for at, edge in enumerate(edges)}
 
-    def within(spans):
-        return [cell for begin, end in spans for cell in range(cells[begin], cells[end])]
+    def within(ranges):
+        return [cell for begin, end in ranges for cell in range(cells[begin], cells[end])]
 
     touched = {id(job): (within(job.reads), within(job.writes)) for job in recorded.all_jobs()}
     memory = ["nothing"] * len(edges)
-    for span, value in (start or {}).items():
-        for cell in within([span]):
+    for byte_range, value in (start or {}).items():
+        for cell in within([byte_range]):
             memory[cell] = value
     first = ((0,) * len(QUEUES), (None,) * len(QUEUES), tuple(memory))
-    seen, stack, complaints = {first}, [first], set()
+    seen = {first}
+    stack = [first]
+    complaints = set()
     while stack:
         done, running, memory = stack.pop()
         for index, queue in enumerate(QUEUES):
-            if running[index] is not None:  # ends
+            if running[index] is not None:  # the job ends
                 following = end(jobs[queue][done[index]], running[index], memory, touched, complaints)
                 state = (replaced(done, index, done[index] + 1), replaced(running, index, None), following)
             elif done[index] < len(jobs[queue]):
@@ -143,14 +162,14 @@ def explore(recorded, start=None):
             if state not in seen:
                 seen.add(state)
                 stack.append(state)
-    assert any(done == tuple(len(jobs[queue]) for queue in QUEUES) for done, _, _ in seen), "nothing gets to its end"
+    assert any(done == tuple(len(jobs[queue]) for queue in QUEUES) for done, _, _ in seen), "no order runs all jobs"
     return len(seen), sorted(complaints)
 
 
 def cuts(recorded, start):
-    """Where memory is cut into cells, such that a copy's source and destination are cut at the same places."""
-    edges = {edge for job in recorded.all_jobs() for span in (*job.reads, *job.writes) for edge in span}
-    edges |= {edge for span in start for edge in span}
+    """The edges of memory cells. Source and destination of each copy are split at corresponding edges."""
+    edges = {edge for job in recorded.all_jobs() for byte_range in (*job.reads, *job.writes) for edge in byte_range}
+    edges |= {edge for byte_range in start for edge in byte_range}
     size = 0
     while len(edges) > size:
         size = len(edges)
@@ -161,10 +180,10 @@ def cuts(recorded, start):
     return sorted(edges)
 
 
-def counterpart(spans, others, edge):
-    """Where the byte `edge` of one side of a copy lies on the other side; None where it is not in it."""
+def counterpart(ranges, others, edge):
+    """The address that corresponds to `edge` on the other side of a copy; None if the copy does not contain it."""
     before = 0
-    for begin, finish in spans:
+    for begin, finish in ranges:
         if begin < edge < finish:
             offset = before + edge - begin
             for start, stop in others:
@@ -176,7 +195,7 @@ def counterpart(spans, others, edge):
 
 
 def end(job, found, memory, touched, complaints):
-    """What memory holds after a job: what it read, if that stayed as it was from its beginning to its end."""
+    """The memory after a job. It writes the values that it read, or TORN if they changed during the job."""
     reads, writes = touched[id(job)]
     now = tuple(memory[cell] for cell in reads)
     values = [before if before == after else TORN for before, after in zip(found, now, strict=True)]
@@ -188,14 +207,14 @@ def end(job, found, memory, touched, complaints):
     after = list(memory)
     if job.what == "kernel writes":
         values = [job.wanted] * len(writes)
-    assert len(values) == len(writes), "ranges of a copy are cut at the same places"
+    assert len(values) == len(writes), "both sides of a copy have the same number of cells"
     for cell, value in zip(writes, values, strict=True):
         after[cell] = value
     return tuple(after)
 
 
 def spread(job, reads, touched):
-    """The wanted value of each range that a kernel reads, and how many cells it has."""
+    """The expected value of each range that a kernel reads, with the number of its cells."""
     wanted = job.wanted if isinstance(job.wanted, tuple) else (job.wanted,)
     share = len(reads) // len(wanted)
     return [(value, share) for value in wanted]
@@ -206,8 +225,9 @@ def replaced(values, index, value):
 
 
 def unordered(recorded):
-    """Pairs of jobs that touch the same bytes, one of them writing, and that neither queues nor events put in order."""
-    clocks, position = {}, {}
+    """Pairs of jobs that access the same bytes, at least one of them writing, and that have no defined order."""
+    clocks = {}
+    position = {}
     order = linear(recorded)
     for job in order:
         clock = dict.fromkeys(QUEUES, 0)
@@ -219,11 +239,11 @@ def unordered(recorded):
         clock[job.queue] = job.number + 1
         clocks[job.queue, job.number] = clock
         position[job.queue, job.number] = len(position)
-    edges = sorted({edge for job in order for span in (*job.reads, *job.writes) for edge in span})
+    edges = sorted({edge for job in order for byte_range in (*job.reads, *job.writes) for edge in byte_range})
     touching = defaultdict(list)
     for job in order:
-        for is_write, spans in ((False, job.reads), (True, job.writes)):
-            for begin, finish in spans:
+        for is_write, ranges in ((False, job.reads), (True, job.writes)):
+            for begin, finish in ranges:
                 for cell in range(bisect.bisect_left(edges, begin), bisect.bisect_left(edges, finish)):
                     touching[cell].append((job, is_write))
     found = set()
@@ -239,8 +259,9 @@ def unordered(recorded):
 
 
 def linear(recorded):
-    """One order of all jobs that the queues and events allow."""
-    done, order = dict.fromkeys(QUEUES, 0), []
+    """One possible order of all jobs."""
+    done = dict.fromkeys(QUEUES, 0)
+    order = []
     while len(order) < len(recorded.all_jobs()):
         before = len(order)
         for queue in QUEUES:

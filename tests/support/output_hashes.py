@@ -1,4 +1,4 @@
-"""Shows that a change of the code changes no result: hashes of outputs, before and after.
+"""Compares the results of two checkouts by hashes of their outputs.
 
     git worktree add /tmp/before COMMIT
     python tests/support/output_hashes.py /tmp/before --write /tmp/outputs
@@ -39,7 +39,7 @@ TRANSPORTS = ("auto", "eager", "lazy")
 
 
 class Runs:
-    """The runs of one checkout, and the hash of each by name."""
+    """The runs of one checkout, with the hash of each run by name."""
 
     def __init__(self, checkout, folder):
         self.checkout = checkout
@@ -84,7 +84,7 @@ class Runs:
         return [getattr(found, name) for name in STATS]
 
     def session(self, family, name):
-        """Logits of a cache that goes on from a session."""
+        """Compute logits with a cache that was loaded from a session."""
         model = self.families.tiny_model(family)
         with self.headinfer.enable(model, chunk_tokens=CHUNK):
             cache = self.headinfer.HeadCache.load(self.folder / "sessions" / name, model)
@@ -227,7 +227,7 @@ class Runs:
 
 
 def run(checkout, folder):
-    """All runs of a checkout; sessions are written below the folder."""
+    """Run everything with the code of a checkout. Sessions are written into the folder."""
     warnings.simplefilter("ignore")
     runs = Runs(checkout.resolve(), folder)
     with tempfile.TemporaryDirectory() as tmp:
@@ -241,7 +241,7 @@ def run(checkout, folder):
 
 
 def compare(before, after):
-    """The names whose hashes differ, or that one side lacks."""
+    """The names whose hashes differ or are missing on one side."""
     return sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
 
 
@@ -261,11 +261,12 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "sessions").mkdir()
         runs = run(arguments.checkout, Path(tmp))
-        # What the other checkout saved, read by this one.
+        # Load the sessions that the other checkout saved.
         shutil.copytree(arguments.compare / "sessions", Path(tmp) / "old" / "sessions")
         shutil.copytree(arguments.compare / "documents", Path(tmp) / "old" / "documents")
         old = {name: value for name, value in before.items() if name.startswith("load ") or name == "command ask"}
-        runs.hashes, here = {}, runs.hashes
+        here = runs.hashes
+        runs.hashes = {}
         runs.folder = Path(tmp) / "old"
         runs.loaded_sessions()
         runs.ask(("--sessions", str(runs.folder / "documents")))

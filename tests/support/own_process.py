@@ -1,4 +1,4 @@
-"""Tests that need a process of their own: what they set up cannot be undone in it."""
+"""Runs tests in a separate process, because their set-up cannot be undone."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def run_pytest(*arguments, timeout_s, **environment):
-    """Run pytest with more in its environment, and no GPU; fails with the end of its output where a test does."""
+    """Run pytest without a GPU and with further environment variables. Fails with the output if a test fails."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},

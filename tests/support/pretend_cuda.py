@@ -1,16 +1,17 @@
-"""Two CUDA devices that are not there, so that what was written for a GPU runs, and is compared, where there is none.
+"""Simulates two CUDA devices on a CPU, so that code for GPUs can be tested without one.
 
-A pytest plugin, for a process of its own (see test_pretend_cuda.py). torch then finds two devices of Hopper's kind. A
-tensor on one of them is a `Far`: its values lie in a CPU tensor that only operations of its device reach, under a
-device's rules:
+This is a pytest plugin for a separate process (see test_pretend_cuda.py). torch finds two devices like an H100. A
+tensor on one of them is a `DeviceTensor`. Its values are stored in a CPU tensor, which only operations of the device
+can access. The rules of a device apply:
 
-- operands lie on one device, but for single numbers and indices
-- a stream's copies run only when somebody waits for them, and until then their target is NaN; both sides have one
-  layout; from or to memory that is not pinned it copies at once, as the host waits for that
-- after set_sync_debug_mode("error") whatever would make the host wait is an error
-- attention kernels take what the real ones take, and answer in their types and layouts; Triton's run in its interpreter
+- All operands are on the same device, except single numbers and indices.
+- The copies of a stream run when something waits for them. Until then their destination is NaN. Both sides have the
+  same layout. Copies from or to pageable memory run immediately, because the host waits for them.
+- After set_sync_debug_mode("error") all operations that make the host wait are errors.
+- Attention kernels accept the same inputs as the real ones and return their types and layouts. Triton kernels run in
+  Triton's interpreter.
 
-What it can not show: the real kernels' numbers, real clocks, and other orders of events (orders.py has those).
+The simulation cannot test the numbers of the real kernels, real times, or other orders of events (see orders.py).
 """
 
 import ctypes
@@ -33,12 +34,12 @@ DEVICES = 2
 TOTAL_BYTES = 4 << 30
 CAPABILITY = (9, 0)
 HALVES = (torch.bfloat16, torch.float16)
-OURS = ("cuda", "meta")  # torch asks guard_devices()'s for the index that "cuda" lacks, and that answers "meta"
+OURS = ("cuda", "meta")  # for "cuda" without an index, torch asks the guard of guard_devices(), which returns "meta"
 current = {"device": 0, "is_strict": False, "streams": [[] for _ in range(DEVICES)], "fraction": 1.0}
 
 
 def device_of(where):
-    """A CUDA device with its index, of whatever names one; None for any other."""
+    """The CUDA device with its index; None for other devices."""
     if isinstance(where, int):
         return torch.device("cuda", where)
     found = torch.device(where) if where is not None else torch.device("cuda")
@@ -51,7 +52,7 @@ def device_of(where):
 
 
 def tensors_in(tree):
-    """All tensors of an operation's arguments. (torch's own trees take longer than the operations.)"""
+    """All tensors in an operation's arguments. (torch's pytree is too slow.)"""
     found = []
     for one in tree.values() if isinstance(tree, dict) else tree:
         if isinstance(one, torch.Tensor):
@@ -62,7 +63,7 @@ def tensors_in(tree):
 
 
 def changed(tree, kind, change):
-    """The same with each tensor of a kind changed."""
+    """A copy of nested arguments in which each tensor of a kind is changed."""
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, (tuple, list)):
@@ -73,8 +74,8 @@ def changed(tree, kind, change):
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-class Far(torch.Tensor):
-    """A tensor on such a device."""
+class DeviceTensor(torch.Tensor):
+    """A tensor on a simulated device."""
 
     @staticmethod
     def __new__(cls, host, where):
@@ -88,7 +89,8 @@ class Far(torch.Tensor):
             device="cpu",
             dispatch_device=True,
         )
-        made.host, made.where = host, where
+        made.host = host
+        made.where = where
         return made
 
     @classmethod
@@ -102,18 +104,18 @@ class Far(torch.Tensor):
         return self.clone()
 
     def __repr__(self):
-        return f"Far({self.host!r}, {self.where})"
+        return f"DeviceTensor({self.host!r}, {self.where})"
 
 
 class Mode(TorchDispatchMode):
-    """Catches what makes a tensor on such a device out of none."""
+    """Handles operations that create a tensor on a simulated device."""
 
     def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted).type in OURS:
             return run(func, args, kwargs)
-        if any(isinstance(one, Far) for one in (*tensors_in(args), *tensors_in(kwargs))):
+        if any(isinstance(one, DeviceTensor) for one in (*tensors_in(args), *tensors_in(kwargs))):
             return run(func, args, kwargs)
         if kwargs.get("pin_memory"):
             found = func(*args, **{**kwargs, "pin_memory": False})
@@ -126,37 +128,37 @@ MIXED = {ATEN.copy_.default, ATEN._to_copy.default}
 INDEXED = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default}
 WAITS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default, ATEN.equal.default,
          ATEN.is_nonzero.default, ATEN._unique2.default}  # fmt: skip
-KERNELS = {}  # by operation: what stands for it, see kernel()
+KERNELS = {}  # replacements of operations; see kernel()
 
 
 def waits(what):
-    """The host would wait here."""
+    """Raise an error in debug mode if an operation makes the host wait."""
     if current["is_strict"]:
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
 
 def run(func, args, kwargs):
-    """An operation with a tensor on a device."""
+    """Run an operation with a tensor on a device."""
     if func is torch.ops.prim.device.default:
         return args[0].where
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        with Mode():  # under inference_mode() what is made of other operations comes here whole
+        with Mode():  # in inference_mode() composite operations arrive here undecomposed
             return func.decompose(*args, **kwargs)
     leaves = [*tensors_in(args), *tensors_in(kwargs)]
-    fars = [leaf for leaf in leaves if isinstance(leaf, Far)]
+    on_device = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
     if func in MIXED:
         return copied(func, args, kwargs)
-    devices = {far.where for far in fars}
-    near = [leaf for leaf in leaves if not isinstance(leaf, Far)]
+    devices = {tensor.where for tensor in on_device}
+    on_host = [leaf for leaf in leaves if not isinstance(leaf, DeviceTensor)]
     if func in INDEXED:
         indices = [index for index in args[1] if index is not None]
-        if any(index.dtype in (torch.bool, torch.uint8) for index in indices if isinstance(index, Far)):
+        if any(index.dtype in (torch.bool, torch.uint8) for index in indices if isinstance(index, DeviceTensor)):
             waits("indexing with a mask")
-        if any(not isinstance(index, Far) for index in indices):
+        if any(not isinstance(index, DeviceTensor) for index in indices):
             waits("indexing with a tensor on the host")
-            near = [one for one in near if all(one is not index for index in indices)]
-    if len(devices) > 1 or (devices and any(one.ndim for one in near)):
-        found = sorted({str(device) for device in devices} | ({"cpu"} if near else set()))
+            on_host = [one for one in on_host if all(one is not index for index in indices)]
+    if len(devices) > 1 or (devices and any(one.ndim for one in on_host)):
+        found = sorted({str(device) for device in devices} | ({"cpu"} if on_host else set()))
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {found} for {func}")
     if func in WAITS:
         waits(func)
@@ -164,54 +166,58 @@ def run(func, args, kwargs):
     where = wanted or next(iter(devices))
     if stream := side_stream(where):
         stream.finish()
-    near_args = changed(args, Far, lambda far: far.host)
-    near_kwargs = {name: changed(value, Far, lambda far: far.host) for name, value in kwargs.items()}
-    if "device" in near_kwargs:
-        near_kwargs["device"] = "cpu"
-    found = KERNELS.get(func, func)(*near_args, **near_kwargs)
-    mine = {id(far.host): far for far in fars}
-    return changed(found, torch.Tensor, lambda host: mine[id(host)] if id(host) in mine else wrap(host, where, fars))
+    host_args = changed(args, DeviceTensor, lambda tensor: tensor.host)
+    host_kwargs = {name: changed(value, DeviceTensor, lambda tensor: tensor.host) for name, value in kwargs.items()}
+    if "device" in host_kwargs:
+        host_kwargs["device"] = "cpu"
+    found = KERNELS.get(func, func)(*host_args, **host_kwargs)
+    mine = {id(tensor.host): tensor for tensor in on_device}
+    return changed(
+        found, torch.Tensor, lambda host: mine[id(host)] if id(host) in mine else wrap(host, where, on_device)
+    )
 
 
 def wrap(host, where, sources=()):
-    """A new tensor on a device, counted; a view of one of the sources is no more of inference_mode() than that."""
+    """Make a tensor on a device and count its memory. A view has the inference mode of its source."""
     memory.count(host, where)
     storage = host.untyped_storage()._cdata
-    origin = next((far for far in sources if far.host.untyped_storage()._cdata == storage), None)
+    origin = next((tensor for tensor in sources if tensor.host.untyped_storage()._cdata == storage), None)
     with torch.inference_mode(torch.is_inference_mode_enabled() if origin is None else origin.is_inference()):
-        return Far(host, where)
+        return DeviceTensor(host, where)
 
 
 def copied(func, args, kwargs):
-    """copy_ and _to_copy between places, in the stream that is current."""
+    """Run copy_ and _to_copy between devices in the current stream."""
     source = args[1] if func is ATEN.copy_.default else args[0]
     if func is ATEN.copy_.default:
-        target, blocking = args[0], not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        target = args[0]
+        blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     else:
-        blocking, wanted = not kwargs.get("non_blocking", False), kwargs.get("device")
+        blocking = not kwargs.get("non_blocking", False)
+        wanted = kwargs.get("device")
         device = device_of(wanted) if wanted is not None else source.where
         options = {
             name: value for name, value in kwargs.items() if name not in ("device", "non_blocking", "pin_memory")
         }
-        host = source.host if isinstance(source, Far) else source
+        host = source.host if isinstance(source, DeviceTensor) else source
         empty = ATEN._to_copy.default(host, **options)  # of the right type, shape and layout
         if device is not None and device == getattr(source, "where", None):
             return wrap(empty, device)
         target = wrap(torch.empty_like(empty), device) if device is not None else torch.empty_like(empty)
         if device is None and not blocking:
             pin(target)  # as torch does
-    ends = [one.where if isinstance(one, Far) else None for one in (target, source)]
+    ends = [one.where if isinstance(one, DeviceTensor) else None for one in (target, source)]
     if ends[0] == ends[1]:  # on one device
         stream = side_stream(ends[0])
         if stream:
             stream.finish()
         target.host.copy_(source.host)
         return target
-    to, what = (one.host if isinstance(one, Far) else one for one in (target, source))
+    to, what = (one.host if isinstance(one, DeviceTensor) else one for one in (target, source))
     stream = side_stream(ends[0] or ends[1])
     if None in ends and (blocking or not is_pinned(what if ends[1] is None else to)):
         if blocking:
-            waits("a copy that blocks")  # to pageable memory it would too, but CUDA does not say so
+            waits("a blocking copy")  # CUDA does not report copies to pageable memory, which block as well
         blocking = True
     if stream is None or blocking:
         if stream:
@@ -219,7 +225,7 @@ def copied(func, args, kwargs):
         to.copy_(what)
         return target
     if not same_layout(to, what):
-        raise AssertionError("a copy between places and layouts allocates, stages and blocks")
+        raise AssertionError("a copy between devices and layouts allocates, stages and blocks")
     spoil(to)
     stream.jobs.append(lambda: to.copy_(what))
     return target
@@ -238,15 +244,17 @@ def spoil(tensor):
 
 
 class Stream:
-    """A queue whose copies run when somebody waits for them; the default one's run at once."""
+    """A queue whose copies run when something waits for them. Those of the default stream run immediately."""
 
     def __init__(self, device=None, priority=0, **_):
-        self.device = device_of(device if not isinstance(device, Far) else device.where)
-        self.jobs, self.done, self.within = deque(), 0, []
+        self.device = device_of(device if not isinstance(device, DeviceTensor) else device.where)
+        self.jobs = deque()
+        self.done = 0
+        self.within = []
         known.add(self)
 
     def finish(self, count=None):
-        """Run all jobs, or so many of all that there ever were."""
+        """Run all jobs, or only the first `count` ones of all that were ever queued."""
         while self.jobs and (count is None or self.done < count):
             job = self.jobs.popleft()
             self.done += 1
@@ -256,7 +264,8 @@ class Stream:
     def wait_event(self, event):
         if event.stream is None:
             return
-        stream, count = event.stream, event.count
+        stream = event.stream
+        count = event.count
         if side(self):
             self.jobs.append(lambda: stream.finish(count))
         else:
@@ -285,10 +294,13 @@ class Stream:
 
 
 class Event:
-    """Points behind a job of a stream, once it is recorded."""
+    """After recording, marks a position in a stream: all jobs before it are done."""
 
     def __init__(self, enable_timing=False, **_):
-        self.stream, self.count, self.seconds, self.timed = None, 0, 0.0, enable_timing
+        self.stream = None
+        self.count = 0
+        self.seconds = 0.0
+        self.timed = enable_timing
 
     def record(self, stream=None):
         self.stream = stream or current_stream()
@@ -325,16 +337,17 @@ def current_stream(device=None):
 
 
 def side_stream(where):
-    """The stream that is current on a device where it is not the default one."""
+    """The current stream of a device; None if it is the default stream."""
     found = current_stream(where)
     return found if side(found) else None
 
 
 class StreamContext:
-    """A stream is the current one of its device within; may be entered again."""
+    """Makes a stream the current one of its device. The context can be entered repeatedly."""
 
     def __init__(self, stream):
-        self.stream, self.before = stream, []
+        self.stream = stream
+        self.before = []
 
     def __enter__(self):
         if self.stream is not None:
@@ -357,26 +370,29 @@ def synchronize(index):
 
 
 class Memory:
-    """What tensors take on the devices."""
+    """Counts the memory of tensors on the devices."""
 
     def __init__(self):
-        self.held, self.upper, self.peak = {}, [0] * DEVICES, [0] * DEVICES
+        self.held = {}
+        self.upper = [0] * DEVICES
+        self.peak = [0] * DEVICES
 
     def count(self, host, where):
-        """A tensor's storage is on a device, perhaps since before."""
-        storage, index = host.untyped_storage(), where.index
+        """Count the storage of a tensor, unless it is counted already."""
+        storage = host.untyped_storage()
+        index = where.index
         before = self.held.get(storage._cdata)
         if before is not None and not before[0].expired():
             return
         self.held[storage._cdata] = (StorageWeakRef(storage), index, storage.nbytes())
-        self.upper[index] += storage.nbytes()  # as if nothing had been let go of since it was counted
+        self.upper[index] += storage.nbytes()  # an upper bound: freed storage is not subtracted yet
         if self.upper[index] > self.peak[index]:
             self.peak[index] = max(self.peak[index], self.allocated(index))
             if self.peak[index] > current["fraction"] * TOTAL_BYTES:
-                raise torch.OutOfMemoryError("CUDA out of memory: the pretended device is full")
+                raise torch.OutOfMemoryError("CUDA out of memory: the simulated device is full")
 
     def allocated(self, index):
-        """Bytes of what there is."""
+        """The bytes of all tensors on a device."""
         self.held = {key: found for key, found in self.held.items() if not found[0].expired()}
         self.upper[index] = sum(nbytes for _, device, nbytes in self.held.values() if device == index)
         return self.upper[index]
@@ -385,13 +401,13 @@ class Memory:
         self.peak[index] = self.allocated(index)
 
     def stats(self, index):
-        """Nested as torch's are."""
+        """Statistics in the nested form of torch."""
         found = {"current": self.allocated(index), "peak": self.peak[index]}
         return {"allocated_bytes": {"all": found}, "reserved_bytes": {"all": found}}
 
 
 memory = Memory()
-pinned = {}  # address: bytes of memory that was registered or taken pinned
+pinned = {}  # address: number of bytes of memory that was registered or allocated as pinned
 
 
 def pin(tensor):
@@ -399,7 +415,7 @@ def pin(tensor):
 
 
 def is_pinned(tensor, device=None):
-    if isinstance(tensor, Far):
+    if isinstance(tensor, DeviceTensor):
         return False
     at = tensor.data_ptr()
     return any(begin <= at < begin + nbytes for begin, nbytes in pinned.items()) or tensor.numel() == 0
@@ -412,7 +428,7 @@ def pin_memory(tensor, device=None):
 
 
 class Cudart:
-    """What of CUDA's runtime is called by name; 712 is its answer for memory that is registered already."""
+    """The functions of CUDA's runtime that headinfer calls. The error 712 means that memory is already registered."""
 
     @staticmethod
     def cudaHostRegister(address, nbytes, flags):
@@ -442,7 +458,7 @@ def kernel(name):
 
 
 def attend(q, k, v, causal, scale, *, types, groups, widest):
-    """The state of attention, rounded as a kernel rounds it, out in the layout [B, T, H, D] of the kernels."""
+    """Compute attention with the rounding of a kernel and its output layout [B, T, H, D]."""
     assert q.dtype == k.dtype == v.dtype
     assert q.dtype in types
     assert q.shape[0] == k.shape[0] == v.shape[0]
@@ -452,7 +468,7 @@ def attend(q, k, v, causal, scale, *, types, groups, widest):
     assert q.shape[1] % k.shape[1] == 0 if groups else q.shape[1] == k.shape[1]
     assert min(q.shape[2], k.shape[2]) > 0
     for x in (q, k, v):
-        assert x.stride(3) == 1, "a kernel reads rows of elements that lie together"
+        assert x.stride(3) == 1, "a kernel reads contiguous rows"
         assert all(stride % 8 == 0 for stride in x.stride()[:3]), "a kernel reads 16 bytes at a time"
         assert x.data_ptr() % 16 == 0
     mask = causal_mask(q.shape[2], k.shape[2]) if causal else None
@@ -488,12 +504,12 @@ def efficient(q, k, v, bias, with_lse, dropout=0.0, causal=False, *, scale=None)
 
 @kernel("histc")
 def histc(x, *more, **options):
-    """CUDA's counts whole numbers too."""
+    """Count integers as well, as on CUDA."""
     return torch.histc(x.float(), *more, **options).to(x.dtype)
 
 
 class Launched:
-    """triton_kernels.py, whose kernels are given a Far's values."""
+    """triton_kernels.py with kernels that get the values of device tensors."""
 
     def __init__(self, module):
         self.module = module
@@ -509,10 +525,10 @@ class Launches:
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
-            fars = [x for x in args if isinstance(x, torch.Tensor)]
-            assert len({x.where for x in fars}) == 1, "a kernel's operands lie on one device"
-            assert fars[0].where.index == current["device"], "Triton launches on the current device"
-            self.kernel[grid](*(x.host if isinstance(x, Far) else x for x in args), **constants)
+            on_device = [x for x in args if isinstance(x, torch.Tensor)]
+            assert len({x.where for x in on_device}) == 1, "a kernel's operands are on one device"
+            assert on_device[0].where.index == current["device"], "Triton launches on the current device"
+            self.kernel[grid](*(x.host if isinstance(x, DeviceTensor) else x for x in args), **constants)
 
         return launch
 
@@ -521,7 +537,7 @@ class Launches:
 
 
 class Generator(torch.Generator):
-    """Numbers are made on the host."""
+    """A generator on the host."""
 
     def __new__(cls, device="cpu"):
         return super().__new__(cls, "cpu")
@@ -529,7 +545,7 @@ class Generator(torch.Generator):
 
 def properties(index):
     return types.SimpleNamespace(
-        name="a pretended GPU",
+        name="a simulated GPU",
         total_memory=TOTAL_BYTES,
         multi_processor_count=4,
         major=CAPABILITY[0],
@@ -551,8 +567,9 @@ def set_sync_debug_mode(mode):
 
 
 def guard_devices():
-    """torch's C++ makes a tensor's device the current one around each call, and without CUDA it cannot for CUDA's. The
-    guard of "meta", which does nothing, stands in.
+    """Use the guard of "meta", which does nothing, for CUDA.
+
+    torch's C++ code makes a tensor's device the current one during each call, which is impossible without CUDA.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 24).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -560,7 +577,7 @@ def guard_devices():
     guards[kinds["cuda"]] = guards[kinds["meta"]]
 
 
-# As far as it goes what torch.cuda calls is replaced, and not torch.cuda, which checks what it is given.
+# If possible, the functions that torch.cuda calls are replaced instead of those of torch.cuda, which check arguments.
 INNER = {
     "_cuda_emptyCache": lambda: None,
     "_cuda_getDevice": lambda: current["device"],
@@ -590,22 +607,24 @@ OUTER = {
 
 
 def pretend():
-    """Make torch, in this process, find the devices. There is no way back."""
-    assert not torch.cuda.is_available(), "there are real ones"
+    """Make torch find the simulated devices in this process. This cannot be undone."""
+    assert not torch.cuda.is_available(), "this machine has real devices"
     guard_devices()
     torch.cuda._initialized = True
     for module, stand_ins in ((torch._C, INNER), (torch.cuda, OUTER)):
         for name, stand_in in stand_ins.items():
             setattr(module, name, stand_in)
-    torch.Generator, torch.Stream = Generator, Stream
+    torch.Generator = Generator
+    torch.Stream = Stream
     torch.accelerator.empty_host_cache = lambda: None
-    torch.Tensor.is_pinned, torch.Tensor.pin_memory = is_pinned, pin_memory
+    torch.Tensor.is_pinned = is_pinned
+    torch.Tensor.pin_memory = pin_memory
     torch.backends.cudnn.is_available = lambda: True
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     defaults.extend(Stream(torch.device("cuda", index)) for index in range(DEVICES))
     launched = Launched(importlib.import_module("headinfer.attention.triton_kernels"))
     importlib.import_module("headinfer.attention.triton_calls")._kernels = lambda: launched
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies to the device where a mode sees it
+    torch._C._set_only_lift_cpu_tensors(True)  # lets the mode handle the copy of torch.tensor(..., device=)
     Mode().__enter__()
 
 

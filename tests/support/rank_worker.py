@@ -1,8 +1,8 @@
-"""What the tests of test_parallel.py start under torchrun, on every rank.
+"""The program that test_parallel.py runs on every rank with torchrun.
 
-rank_worker.py families FOLDER     read each model of FOLDER sharded and write the first rank's logits beside it
-rank_worker.py poor COMMAND ...    the command line, with no free host memory on the last rank
-rank_worker.py dying COMMAND ...   the command line, where the last rank dies after a chunk
+rank_worker.py families FOLDER     run each model in FOLDER sharded, and write the first rank's logits to its folder
+rank_worker.py poor COMMAND ...    run a command with no free host memory on the last rank
+rank_worker.py dying COMMAND ...   run a command, and end the last rank after a chunk
 """
 
 import itertools
@@ -19,13 +19,14 @@ from headinfer.hf import parallel
 from headinfer.hf.ranks import Ranks
 from headinfer.jobs import generate as generation
 
-CHUNK_TOKENS, STEPS = 40, 5
+CHUNK_TOKENS = 40
+STEPS = 5
 SMALL_TILES = {"device_kv_budget_bytes": 4 << 20, "heads_per_group": 1, "tile_tokens": 30, "transport": "eager"}
 
 
 @torch.no_grad()
 def read(model, ids, cache):
-    """Logits of all tokens: in chunks, the last ones one by one."""
+    """Compute the logits of all tokens, in chunks and for the last tokens one by one."""
     tokens = ids.shape[1]
     edges = [*range(0, tokens - STEPS, CHUNK_TOKENS), *range(tokens - STEPS, tokens + 1)]
     pairs = itertools.pairwise(edges)

@@ -1,4 +1,4 @@
-"""What the Triton kernels compute, through Triton's interpreter: run by test_triton.py with TRITON_INTERPRET=1."""
+"""Tests of the Triton kernels in Triton's interpreter. test_triton.py runs them with TRITON_INTERPRET=1."""
 
 import math
 import os
@@ -24,18 +24,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 TRITON = next(backend for backend in BACKENDS if backend.name == "cuda-triton")
-# Of an output relative to float64: float32, or the weights' rounding to a half type before they meet the values.
+# The error of an output relative to float64. In half precision the weights are rounded before they multiply the values.
 ERROR = {torch.float32: 2 * BOUND, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
 def property_of(examples):
-    phases = [Phase.explicit, Phase.generate]  # shrinking would take the interpreter minutes
+    phases = [Phase.explicit, Phase.generate]  # shrinking takes minutes in the interpreter
     return settings(deadline=None, derandomize=True, max_examples=examples, phases=phases)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _bfloat16_products():
-    """The interpreter multiplies the bits of bfloat16 as if they were integers: widen them, as a GPU does."""
+    """Convert bfloat16 to float32 in products. The interpreter would multiply the bits as integers."""
     builder = interpreter.InterpreterBuilder
     create_dot = builder.create_dot
 
@@ -63,10 +63,12 @@ def assert_matches(found, wanted, keys, dtype):
 
 @property_of(40)
 @given(data=st.data())
-def test_past_is_attention_over_all_pieces(data):
+def test_attend_full_is_attention_over_all_pieces(data):
     draw = data.draw
-    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), draw(st.sampled_from(DTYPES))
-    heads, rows = draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 3, 16, 17, 40, 130]))
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    dtype = draw(st.sampled_from(DTYPES))
+    heads = draw(st.sampled_from([1, 3]))
+    rows = draw(st.sampled_from([1, 3, 16, 17, 40, 130]))
     sizes = draw(st.lists(st.sampled_from([1, 15, 64, 65, 255, 507, 1100]), min_size=1, max_size=2))
     key_dim, value_dim = (draw(st.sampled_from([1, 5, 16, 33, 64, 80])) for _ in range(2))
     softcap = draw(st.sampled_from([None, 2.0, 50.0]))
@@ -85,15 +87,18 @@ def test_past_is_attention_over_all_pieces(data):
 
 @property_of(25)
 @given(data=st.data())
-def test_square_is_causal_attention_of_a_chunk_on_itself(data):
+def test_attend_causal_is_causal_attention_of_a_chunk_on_itself(data):
     draw = data.draw
-    rng, dtype = seeded(draw(st.integers(0, 2**31 - 1))), draw(st.sampled_from(DTYPES))
-    batch, (kv_heads, group) = draw(st.sampled_from([1, 3])), draw(st.sampled_from([(1, 1), (1, 5), (2, 3)]))
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    dtype = draw(st.sampled_from(DTYPES))
+    batch = draw(st.sampled_from([1, 3]))
+    (kv_heads, group) = draw(st.sampled_from([(1, 1), (1, 5), (2, 3)]))
     tokens = draw(st.sampled_from([1, 2, 15, 16, 63, 64, 127, 129, 255]))
     key_dim, value_dim = (draw(st.sampled_from([1, 7, 16, 48, 64])) for _ in range(2))
-    softcap, scale = draw(st.sampled_from([None, 2.0])), draw(st.sampled_from([0.02, 0.3]))
+    softcap = draw(st.sampled_from([None, 2.0]))
+    scale = draw(st.sampled_from([0.02, 0.3]))
     q, k, v = (
-        torch.randn(batch, tokens, heads, dim, generator=rng).to(dtype).transpose(1, 2)  # as models lay them out
+        torch.randn(batch, tokens, heads, dim, generator=rng).to(dtype).transpose(1, 2)  # the layout of models
         for heads, dim in ((kv_heads * group, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
     )
     found = TRITON.attend_causal(q, k, v, scale, softcap)
@@ -129,7 +134,7 @@ def test_decode_splits_the_keys(keys, softcap):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("cut", [1, 255, 700, 1999])
-def test_past_does_not_depend_on_how_the_keys_are_cut_beyond_rounding(cut, softcap):
+def test_splitting_the_keys_changes_results_only_by_rounding(cut, softcap):
     rng = seeded(5)
     q, k, v = (torch.randn(2, tokens, 32, generator=rng) for tokens in (4, 2000, 2000))
     whole = TRITON.attend_full(q, [(k, v)], 0.3, softcap)
@@ -139,8 +144,8 @@ def test_past_does_not_depend_on_how_the_keys_are_cut_beyond_rounding(cut, softc
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.1, 0.29, 0.31, 1.0, 30.0])
-def test_the_soft_cap_is_precise_from_the_smallest_scores_to_the_cap(size):
-    """One key: the log-sum-exp is the score itself."""
+def test_soft_cap_is_precise_for_all_scores(size):
+    """With one key the log-sum-exp is the score."""
     q = torch.full((1, 1, 1), size * 50.0)
     for sign in (1.0, -1.0):
         found = TRITON.attend_full(q, [(torch.full((1, 1, 1), sign), torch.ones(1, 1, 1))], 1.0, 50.0)
@@ -151,7 +156,7 @@ def test_the_soft_cap_is_precise_from_the_smallest_scores_to_the_cap(size):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", ["q", "k", "v"])
-def test_nan_is_not_swallowed_and_does_not_spread(dtype, side):
+def test_nan_is_propagated_only_to_dependent_outputs(dtype, side):
     for position in (0, 700, 1103):
         rng = seeded(12)
         q, k, v = (torch.randn(3, tokens, 32, generator=rng).to(dtype) for tokens in (4, 1104, 1104))
@@ -170,9 +175,11 @@ def test_nan_is_not_swallowed_and_does_not_spread(dtype, side):
 
 
 @pytest.mark.parametrize("offset", [-3000.0, 3000.0])
-def test_scores_far_from_zero_do_not_overflow(offset):
+def test_large_scores_do_not_overflow(offset):
     rng = seeded(13)
-    q, k, v = torch.ones(1, 2, 16), torch.zeros(1, 900, 16), torch.randn(1, 900, 16, generator=rng)
+    q = torch.ones(1, 2, 16)
+    k = torch.zeros(1, 900, 16)
+    v = torch.randn(1, 900, 16, generator=rng)
     k[0, :, 0] = offset
     k[0, :, 1] = torch.randn(900, generator=rng).mul(4).round()
     wanted = attend_reference(q[None], k[None], v[None], scale=1.0)[0]
@@ -181,7 +188,7 @@ def test_scores_far_from_zero_do_not_overflow(offset):
     assert relative_error(found.out, wanted.out) <= 1e-3  # scores of 3000 are rounded by up to 4e-4 in float32
 
 
-def test_scores_that_are_all_minus_infinity_give_an_empty_row():
+def test_scores_of_minus_infinity_give_an_empty_row():
     q = torch.ones(1, 2, 16)
     q[0, 1] = -1.0
     k = torch.full((1, 1100, 16), torch.inf)
@@ -197,7 +204,7 @@ shapes = st.sampled_from([(1,), (7,), (3, 5), (1, 70), (2, 70), (2, 3, 5), (1, 3
 
 @property_of(60)
 @given(shapes, st.sampled_from([1, 3, 8, 33, 128, 300]), st.integers(0, 2**31 - 1), st.sampled_from(DTYPES))
-def test_merge_is_that_of_torch(shape, dim, seed, dtype):
+def test_merge_agrees_with_torch(shape, dim, seed, dtype):
     rng = seeded(seed)
     state, part = (random_state(shape, dim, rng, dtype=torch.float32, empty=0.3) for _ in range(2))
     part.out = part.out.to(dtype)
@@ -210,7 +217,7 @@ def test_merge_is_that_of_torch(shape, dim, seed, dtype):
 
 @property_of(30)
 @given(shapes, st.sampled_from([1, 8, 33]), st.integers(0, 2**31 - 1))
-def test_empty_is_the_identity_and_empty_with_empty_stays_empty(shape, dim, seed):
+def test_merging_with_an_empty_state_changes_nothing(shape, dim, seed):
     state = random_state(shape, dim, seeded(seed), dtype=torch.float32)
     for mine, other in (
         (state, AttentionState.empty(shape, dim, "cpu")),
@@ -222,14 +229,15 @@ def test_empty_is_the_identity_and_empty_with_empty_stays_empty(shape, dim, seed
         assert torch.equal(found.lse, state.lse)
 
 
-def test_a_view_of_a_state_takes_a_part_in_the_layout_of_a_kernel():
-    """The part lies as flash attention leaves it, tokens before heads; the state is a slice of a larger one."""
+def test_a_view_of_a_state_merges_a_part_in_a_kernels_layout():
+    """The part has the layout of flash attention, tokens before heads. The state is a slice of a larger one."""
     rng = seeded(4)
     state = random_state((2, 6, 9), 8, rng, dtype=torch.float32)
     part = AttentionState(
         torch.randn(5, 6, 8, generator=rng).to(torch.bfloat16).transpose(0, 1), torch.randn(6, 5, generator=rng)
     )
-    wanted, before = copy_of(state), copy_of(state)
+    wanted = copy_of(state)
+    before = copy_of(state)
     wanted[1, :, 3:8].merge_(part)
     view = state[1, :, 3:8]
     assert triton_calls.merge_(view.out, view.lse, part.out, part.lse)
@@ -239,7 +247,7 @@ def test_a_view_of_a_state_takes_a_part_in_the_layout_of_a_kernel():
     assert torch.equal(state.lse[1, :, :3], before.lse[1, :, :3])
 
 
-def test_merging_passes_nan_on_but_makes_none():
+def test_merging_propagates_nan_and_creates_none():
     state = AttentionState.empty((4,), 2, "cpu")
     other = AttentionState(torch.ones(4, 2), torch.tensor([0.0, torch.nan, -torch.inf, torch.inf]))
     other.out[2] = 0.0
@@ -251,7 +259,7 @@ def test_merging_passes_nan_on_but_makes_none():
     assert state.lse.tolist()[2:] == [-torch.inf, torch.inf]
 
 
-def test_what_the_kernel_does_not_take_is_left_to_torch():
+def test_other_layouts_are_left_to_torch():
     state = AttentionState(torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4))
     before = copy_of(state)
     for part in (
