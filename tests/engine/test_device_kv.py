@@ -327,13 +327,13 @@ def test_each_device_has_its_own_ring_and_budget(transport):
     layers = 4
     rng = torch.Generator().manual_seed(0)
     engine = Spread(Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=100), layers)
-    engine.layers_on = {"device 0": 2, "device 1": 2}
+    engine.layers_on = {torch.device("cpu", 0): 2, torch.device("cpu", 1): 2}
     layer_kvs = []
     appended = [[] for _ in range(layers)]
     for tokens in (300, 400, 1, 5, 1):
         for layer in range(layers):
             q, k, v = (torch.randn(1, heads, tokens, 16, generator=rng) for heads in (4, 2, 2))
-            k.where = f"device {layer // 2}"
+            k.where = torch.device("cpu", layer // 2)
             if len(layer_kvs) == layer:
                 layer_kvs.append(engine.new_layer_kv(k, v))
                 layer_kvs[layer].where = k.where
