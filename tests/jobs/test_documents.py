@@ -300,7 +300,7 @@ MISTAKES = {
     "no place for an archive": (["session", "export", "mybook", "/no/such/folder/x.tar"], "cannot write"),
     "sessions in a file": (
         ["read", MODEL, "--file", "BOOK", "--session", "new", "--sessions", "BOOK"],
-        "no folder that you may write into",
+        "is not a writable folder",
     ),
 }
 

@@ -276,7 +276,7 @@ def test_invalid_options(model, tmp_path):
             forward(model, nowhere, token_ids(1000))
     with (
         headinfer.enable(model, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path / "file")) as enabled,
-        pytest.raises(UsageError, match="no folder that you may write into"),
+        pytest.raises(UsageError, match="is not a writable folder"),
     ):
         enabled.new_cache()
 

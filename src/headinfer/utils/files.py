@@ -74,7 +74,7 @@ def check_folder(folder: Path, purpose: str) -> None:
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UsageError(f"cannot {purpose} in {folder}: {nearest} is no folder that you may write into")
+        raise UsageError(f"cannot {purpose} in {folder}: {nearest} is not a writable folder")
 
 
 class Output:
