@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh [RESULTS]: all that this project proves and measures on a GPU, in some twenty minutes at most, the benchmarks in ten.
+# benchmarks/gpu.sh [RESULTS]: runs this project's tests and benchmarks on a GPU. It takes at most about twenty minutes,
+# the benchmarks ten of them.
 #
-#   tests       the exactness tests marked gpu             bench        headinfer bench, the whole GPU
-#   sanitizer   compute-sanitizer, where it is installed   bench-24gb   the same, held to 24 GB as a consumer's card
+#   tests       the exactness tests with the marker gpu    bench        headinfer bench on the whole GPU
+#   sanitizer   compute-sanitizer, if it is installed      bench-24gb   the same, held to 24 GB like a consumer's card
 #
-# STEPS="tests sanitizer" does only these, where a machine is there for some minutes at a time.
-# It works from a bare checkout: PYTHON names an interpreter that has torch 2.11+ for CUDA, transformers 5.17+, and
-# the small packages that are checked for below. RESULTS: a folder, benchmarks/results where it is not given.
+# RESULTS: the folder of the results; benchmarks/results by default.
+# STEPS="tests sanitizer": only these steps, for a machine that is available for a few minutes at a time.
+# PYTHON: a Python with torch 2.11+ for CUDA, transformers 5.17+, and the small packages that are checked for below. The
+# script works from a checkout that is not installed.
 set -uo pipefail
 python=${PYTHON:-python3}
 steps=${STEPS:-tests sanitizer bench bench-24gb}
 results=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-own=benchmarks/results # not absolute: commands stand in the results
+own=benchmarks/results # relative, since results contain the command
 results=${results:-$own}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 
@@ -54,15 +56,15 @@ for name, found, oldest in (("torch", torch.__version__, "2.11"), ("transformers
         stop(f"{name} {found} is installed: {oldest} or newer is needed")
 if not torch.cuda.is_available():
     stop(
-        f"torch {torch.__version__} of {sys.executable} sees no CUDA device, and all of this is about one: "
+        f"torch {torch.__version__} of {sys.executable} sees no CUDA device, and this script measures one: "
         "run it on a machine with an NVIDIA GPU, its driver and a CUDA build of torch"
     )
 if torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is None:
-    stop(f"{sys.executable} lacks accelerate, which spreads a model over GPUs in a test: install it, or show one GPU only")
+    stop(f"{sys.executable} lacks accelerate, with which a test spreads a model over GPUs: install it, or make only one GPU visible")
 PY
 mkdir -p "$results" || stop "cannot write into $results: name another folder as the first argument"
 
-mark="# benchmarks/gpu.sh" # begins each log, so that another program's file is never replaced
+mark="# benchmarks/gpu.sh" # the first line of each log, so that no other file is replaced
 declare -A logs=([tests]="tests-gpu" [sanitizer]="racecheck memcheck sanitizer" [bench]="bench-gpu" [bench-24gb]="bench-gpu-24gb")
 for step in $steps; do
   for name in ${logs[$step]}; do
@@ -75,7 +77,7 @@ done
 
 failed=()
 wanted() { [[ " $steps " == *" $1 "* ]]; }
-step() { # step NAME SECONDS COMMAND...: its output on the screen and in a file; what fails is told at the end
+step() { # step NAME SECONDS COMMAND...: shows and logs the output, and notes a failure for the end
   local name=$1 seconds=$2
   shift 2
   echo "== $name" >&2
@@ -90,7 +92,7 @@ step() { # step NAME SECONDS COMMAND...: its output on the screen and in a file;
 
 if wanted tests; then
   mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
-  step tests-gpu 600 "$python" -m pytest -W default -m gpu "${tests[@]}" # other versions' warnings are no faults
+  step tests-gpu 600 "$python" -m pytest -W default -m gpu "${tests[@]}" # warnings of other versions are not failures
 fi
 
 if wanted sanitizer; then
@@ -114,13 +116,13 @@ if wanted bench-24gb; then
     --output "$results"
 fi
 
-if [ "$results" -ef "$own" ]; then # the document that places these figures beside the paper's
+if [ "$results" -ef "$own" ]; then # the document that compares these figures with the paper's
   new=$(mktemp) && "$python" benchmarks/paper/compare.py > "$new" && cat "$new" > docs/paper-comparison.md
   rm -f "$new"
 fi
 
 if [ "${#failed[@]}" -gt 0 ]; then
-  echo "benchmarks/gpu.sh: these failed, their output is in $results: ${failed[*]}" >&2
+  echo "benchmarks/gpu.sh: these steps failed, see their output in $results: ${failed[*]}" >&2
   exit 1
 fi
 echo "benchmarks/gpu.sh: all done, results in $results" >&2

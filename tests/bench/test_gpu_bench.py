@@ -27,7 +27,9 @@ from headinfer.errors import CapacityError, UsageError
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-LAYERS, KV_HEADS, DIM = 2, 2, 16
+LAYERS = 2
+KV_HEADS = 2
+DIM = 16
 TOKEN_BYTES = 2 * KV_HEADS * DIM * 4  # of one layer, float32
 SIZES = GpuSizes(
     model="random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2",
@@ -180,9 +182,11 @@ def logits(job, cache, tokens):
 @pytest.mark.parametrize("tokens", [1, 384])
 def test_a_simulation_gives_the_same_bits_and_moves_the_same_bytes(job, tokens):
     """The noise is the same in all layers, so a simulation differs only in the memory that K and V are read from."""
-    room, past_tokens = tokens if tokens > 1 else 0, 2048
+    room = tokens if tokens > 1 else 0
+    past_tokens = 2048
     other = GpuJob(job.device, dataclasses.replace(SIZES, real_kv_bytes=1), print)
-    real, shared = Past(job, past_tokens), Past(other, past_tokens)
+    real = Past(job, past_tokens)
+    shared = Past(other, past_tokens)
     assert (real.is_simulation, shared.is_simulation) == (False, True)
     found = [
         logits(job, past.cache(room_tokens=room, device_kv_budget_bytes=2 << 20), tokens) for past in (real, shared)
@@ -220,7 +224,8 @@ def test_caches_of_one_past_share_host_memory_and_nothing_else(job):
 def test_a_chunk_needs_no_new_host_memory_and_leaves_the_past_as_it_was(job):
     past = Past(job, 2048)
     cache = past.cache(room_tokens=384, device_kv_budget_bytes=2 << 20)
-    held, first = cache.engine.counter.host_bytes, None
+    held = cache.engine.counter.host_bytes
+    first = None
     for _ in range(3):
         found, _ = logits(job, cache, 384)
         assert cache.engine.counter.host_bytes == held
@@ -267,7 +272,7 @@ def test_a_baseline_that_runs_out_of_memory_has_a_note(job, error):
 
 
 class NoStream:
-    """transformers' prefetch stream, where there is no device to have one."""
+    """Stands for transformers' prefetch stream on a machine without a device."""
 
     def wait_stream(self, other):
         pass
@@ -291,9 +296,10 @@ def test_transformers_caches_start_each_pass_from_the_same_past(job, monkeypatch
 
 
 def test_a_cap_counts_as_the_device_does(monkeypatch):
-    """CUDA's figures as they come: 140 GiB, of which others hold 20, this process 16 and its allocator 2 more."""
+    """The device has 140 GiB: other processes hold 20, tensors of this one 16, and its allocator 2 more."""
     one = GpuJob(CPU, SIZES, print)
-    one.device, one.is_cuda = torch.device("cuda", 0), True
+    one.device = torch.device("cuda", 0)
+    one.is_cuda = True
     for name, value in (("memory_allocated", 16 << 30), ("memory_reserved", 18 << 30)):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (102 << 30, 140 << 30))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 _DEFAULT_LIMIT_S = 480.0
-_LONGEST_CELL = 40  # characters of a note in a table; if a suite has longer notes, they are printed below its table
+_WAY_WIDTH = 30  # characters; longer names of ways are wrapped in the terminal
 
 
 def bench(
@@ -149,15 +150,28 @@ def _measured(job: CpuJob | GpuJob, names: Sequence[str], *, check_plan: bool) -
 
 
 def _print_tables(measurements: Sequence[Measurement]) -> None:
-    """Print a table for each suite. Its rows are grouped by point, and long notes are printed below it."""
+    """Print a table for each suite, with its rows grouped by point. Notes that are too long for it are printed below."""
+    width = Console().width
     for suite in dict.fromkeys(measurement.suite for measurement in measurements):
         rows = [measurement for measurement in measurements if measurement.suite == suite]
-        notes = list(dict.fromkeys(measurement.note for measurement in rows if measurement.note))
-        has_short_notes = all(len(note) <= _LONGEST_CELL for note in notes)
-        footnotes = [] if has_short_notes else notes
+        footnotes = _footnotes(rows, width)
         show(_suite_table(suite, rows, footnotes))
         for number, note in enumerate(footnotes, start=1):
             show(f"  [{number}] {note}")
+
+
+def _footnotes(rows: Sequence[Measurement], width: int) -> list[str]:
+    """Return the notes that do not fit into a table of this width, beside its other columns."""
+    cells = [_cells(measurement, []) for measurement in rows]
+    taken = 1
+    for name in cells[0]:
+        longest = max(len(row[name]) for row in cells)
+        if name == "":
+            taken += min(longest, _WAY_WIDTH) + 1
+        elif name != "note" and longest:
+            taken += max(longest, len(name)) + 1
+    notes = dict.fromkeys(measurement.note for measurement in rows if measurement.note)
+    return [note for note in notes if len(note) > width - taken]
 
 
 def _suite_table(suite: str, rows: Sequence[Measurement], footnotes: Sequence[str]) -> Table:
@@ -169,11 +183,10 @@ def _suite_table(suite: str, rows: Sequence[Measurement], footnotes: Sequence[st
         footnotes: notes that are printed below the table, and are numbers in it.
     """
     cells = [_cells(measurement, footnotes) for measurement in rows]
-    columns = [name for name in cells[0] if not name or any(row[name] for row in cells)]
+    columns = [name for name in cells[0] if any(row[name] for row in cells)]
     table = Table(title=f"headinfer bench: {suite}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
-        is_text = name in ("", "note")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "measured")
+        table.add_column(name, justify="left" if name in ("", "note") else "right", no_wrap=name != "")
     point = None
     for measurement, row in zip(rows, cells, strict=True):
         if measurement.point != point:
@@ -190,12 +203,12 @@ def _cells(measurement: Measurement, footnotes: Sequence[str]) -> dict[str, str]
     device_kv = measurement.device_kv_bytes
     is_footnote = measurement.note in footnotes
     mark = f" [{footnotes.index(measurement.note) + 1}]" if is_footnote else ""
+    verdict = {True: ": yes", False: ": NO", None: ""}[measurement.reached]
     return {
         "": f"  {measurement.who}{mark}",
         "measured": shown(measurement.value, measurement.unit),
-        "x headinfer's": f"{measurement.ratio:.3f}" if measurement.ratio is not None else "",
-        "KV on device": format_bytes(device_kv) if device_kv is not None else "",
-        "to reach": measurement.goal,
-        "reached": {True: "yes", False: "NO", None: ""}[measurement.reached],
+        "ratio": f"{measurement.ratio:.3f}" if measurement.ratio is not None else "",
+        "device KV": format_bytes(device_kv) if device_kv is not None else "",
+        "goal": f"{measurement.goal}{verdict}",
         "note": "" if is_footnote else measurement.note,
     }
