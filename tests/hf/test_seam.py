@@ -192,9 +192,9 @@ def test_forks_are_independent(llama, transport):
         with headinfer.enable(llama, **options_of(transport)) as enabled:
             cache = enabled.new_cache()
             llama(ids, past_key_values=cache)
-            twin = cache.fork()
-            found = [llama(tail, past_key_values=c).logits for tail, c in ((one, cache), (two, twin))]
-            assert cache.get_seq_length() == twin.get_seq_length() == 900
+            fork = cache.fork()
+            found = [llama(tail, past_key_values=c).logits for tail, c in ((one, cache), (two, fork))]
+            assert cache.get_seq_length() == fork.get_seq_length() == 900
     for wanted, got in zip(expected, found, strict=True):
         assert (wanted - got).abs().max() < 1e-4 * wanted.std()
 
@@ -257,7 +257,7 @@ def test_device_bytes_do_not_grow_with_the_context(llama):
         host_tokens = cache.head_layers[0].layer_kv.host_tokens
         crossed = stats.link_to_device_bytes - before.link_to_device_bytes
         assert crossed == host_tokens * 4 * 4 * 2 * 16 * 4, "each past byte crosses the link once"
-        assert stats.link_to_host_bytes == host_tokens * 4 * 4 * 2 * 16 * 4, "each new byte goes back once"
+        assert stats.link_to_host_bytes == host_tokens * 4 * 4 * 2 * 16 * 4, "each new byte is written back once"
     assert held[1000] == held[9000]
 
 

@@ -297,7 +297,7 @@ MISTAKES = {
     "zero chunk": (["read", MODEL, "--file", "BOOK", "--session", "new", "--chunk-tokens", "0"], "positive number"),
     "nothing to remove": (["session", "rm", "nobody"], "there is no session"),
     "nothing to verify": (["session", "verify", "nobody"], "is no session"),
-    "no place for an archive": (["session", "export", "mybook", "/no/such/folder/x.tar"], "cannot write"),
+    "no folder for an archive": (["session", "export", "mybook", "/no/such/folder/x.tar"], "cannot write"),
     "sessions in a file": (
         ["read", MODEL, "--file", "BOOK", "--session", "new", "--sessions", "BOOK"],
         "is not a writable folder",

@@ -1,7 +1,7 @@
 """No command and no function replaces or removes a file that headinfer did not write.
 
-Each place that writes, replaces or removes files runs here on a folder that holds files of other programs, some of them
-with the names that headinfer uses itself. The last test finds every such place in the sources.
+All code that writes, replaces or removes files runs here in a folder with files of other programs. Some of these files
+have names that headinfer uses itself. The last test finds all such calls in the sources.
 """
 
 import ast
@@ -198,7 +198,9 @@ STRAYS = {
 def test_a_foreign_file_in_a_session_is_kept_and_stops_writers(command, kept, book, tmp_path, name):
     put_file(kept / name, STRAYS[name])
     before = content_of(kept)
-    assert command("read", MODEL, "--file", book, "--session", "mybook")[0] == 0, "all is read: nothing is written"
+    assert command("read", MODEL, "--file", book, "--session", "mybook")[0] == 0, (
+        "the document is already read, so nothing is written"
+    )
     book.write_text(book.read_text() + "It goes on.")
     for arguments in (
         ("session", "rm", "mybook"),
@@ -277,7 +279,7 @@ def test_a_manifest_that_is_a_pipe_is_an_error(model, tmp_path):
         HeadCache.load(tmp_path, model)
 
 
-@pytest.mark.parametrize("held", [200, 0], ids=["it goes on", "it begins"])
+@pytest.mark.parametrize("held", [200, 0], ids=["continued", "new"])
 def test_a_session_written_by_another_process_meanwhile_is_not_written_again(command, book, tmp_path, held):
     """Another process extends the session between the checks and the lock. Tokens must not be read twice."""
     from headinfer.jobs import read as reading
@@ -409,7 +411,7 @@ def test_files_of_the_file_system_are_ignored(cache, tmp_path):
         (folder / name).write_bytes(b"the system's")
     (folder / "lost+found").mkdir()
     cache.save(folder)
-    assert not remove_session(folder), "the folder stays with them"
+    assert not remove_session(folder), "the folder remains because of these files"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "lost+found"])
 
 
@@ -454,7 +456,7 @@ def commands_with_output(path):
 def test_a_result_replaces_no_foreign_file(command, tmp_path, monkeypatch, which, name):
     folder = put(tmp_path / "somebody's")
     arguments, expensive = commands_with_output(folder / name)[which]
-    monkeypatch.setattr(expensive, lambda *_, **__: pytest.fail("it began before it looked at the file"))
+    monkeypatch.setattr(expensive, lambda *_, **__: pytest.fail("the command began before it checked the file"))
     before = content_of(folder)
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
@@ -525,7 +527,9 @@ def test_an_archive_replaces_no_file(command, kept, tmp_path):
 
 def test_the_gpu_benchmark_replaces_no_foreign_file(command, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_run, "check_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(bench_run, "run_suites", lambda *_, **__: pytest.fail("it measured before it looked"))
+    monkeypatch.setattr(
+        bench_run, "run_suites", lambda *_, **__: pytest.fail("the command measured before it checked the file")
+    )
     folder = put(tmp_path / "somebody's")
     before = content_of(folder)
     for name in ("results.json", "hardware.json"):

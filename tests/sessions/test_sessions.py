@@ -95,7 +95,9 @@ def test_an_interrupted_run_continues_with_the_same_bits(model, enabled, tmp_pat
         whole.save(tmp_path / "whole", ids)
         blocks = {path.name: path.stat() for path in (tmp_path / "whole").glob("block-*")}
         for name, stat in before.items():
-            assert (blocks[name].st_ino, blocks[name].st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns), "written again"
+            assert (blocks[name].st_ino, blocks[name].st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns), (
+                "a file was rewritten"
+            )
         assert len(blocks) > len(before)
         before = blocks
         assert len(list((tmp_path / "whole").glob("end-*"))) == 1
@@ -122,7 +124,7 @@ def test_shared_and_cropped_rows_are_restored(model, enabled, tmp_path):
     everything = torch.cat([ids.expand(3, -1), more], dim=1)
     cache.save(tmp_path / "book", everything)
     shared = sum(one.tokens for one in Manifest.read(tmp_path / "book").segment_files)
-    assert shared < 700 + 3 * 300 + 3, "the beginning is kept once"
+    assert shared < 700 + 3 * 300 + 3, "the shared beginning is stored once"
     cache.crop(-450)
     cache.save(tmp_path / "book", everything)
     loaded = HeadCache.load(tmp_path / "book", model)
@@ -130,7 +132,9 @@ def test_shared_and_cropped_rows_are_restored(model, enabled, tmp_path):
     question = token_ids(20, rows=3, seed=3)
     assert torch.equal(forward(model, loaded, question), forward(model, cache, question))
     names = {entry.name for entry in Manifest.read(tmp_path / "book").files()}
-    assert {path.name for path in (tmp_path / "book").glob("*.safetensors")} == names, "what is not needed is gone"
+    assert {path.name for path in (tmp_path / "book").glob("*.safetensors")} == names, (
+        "files that are not needed are removed"
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -191,8 +195,8 @@ def test_segments_are_read_when_they_are_needed(model, saved, enabled, monkeypat
     assert count > 4
     forward(model, loaded, token_ids(3))
     forward(model, loaded.fork(), token_ids(3))
-    assert len(verified) == count, "verified once"
-    assert loaded.stats().host_kv_bytes == 0, "mapped, not copied"
+    assert len(verified) == count, "each tensor is verified once"
+    assert loaded.stats().host_kv_bytes == 0, "tensors are mapped, not copied"
 
 
 # -- the format ------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def test_other_programs_can_read_a_session(model, saved):
     for index, start, stop in row:
         name = manifest["blocks"][index]["file"]["name"]
         raw = (saved / name).read_bytes()
-        assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0, "data begin at a page"
+        assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0, "the data begin at a page boundary"
         with safe_open(saved / name, "pt") as file:
             parts.append(file.get_tensor("layers.1.k")[:, start:stop])
             ids.append(file.get_tensor("token_ids")[start:stop])
@@ -243,8 +247,8 @@ def test_the_format_agrees_with_its_document(model, saved):
         assert (len(raw), xxhash.xxh3_128_hexdigest(raw[:data])) == (entry["nbytes"], entry["header"])
         header = json.loads(raw[8:data])
         sums = header.pop("__metadata__")
-        for name, place in header.items():
-            begin, end = place["data_offsets"]
+        for name, tensor in header.items():
+            begin, end = tensor["data_offsets"]
             assert sums[f"xxh3:{name}"] == xxhash.xxh3_128_hexdigest(raw[data + begin : data + end])
 
 

@@ -14,7 +14,7 @@ from headinfer.attention.backends import BACKENDS, Problem
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
 
-assert os.environ["TRITON_INTERPRET"] == "1", "run by test_triton.py"
+assert os.environ["TRITON_INTERPRET"] == "1", "test_triton.py runs this file"
 
 from triton.runtime import interpreter  # noqa: E402
 
