@@ -150,7 +150,7 @@ def _measured(job: CpuJob | GpuJob, names: Sequence[str], *, check_plan: bool) -
 
 
 def _print_tables(measurements: Sequence[Measurement]) -> None:
-    """Print a table for each suite, with its rows grouped by point. Notes that are too long for it are printed below."""
+    """Print a table for each suite, with its rows grouped by point. Notes that do not fit are printed below it."""
     width = Console().width
     for suite in dict.fromkeys(measurement.suite for measurement in measurements):
         rows = [measurement for measurement in measurements if measurement.suite == suite]
