@@ -1,16 +1,18 @@
 """The CPU's benchmarks run, measure what they say, and leave nothing behind. Their speed is not tested."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from headinfer.bench.job import CpuJob
-from headinfer.bench.results import result_json, result_markdown
+from headinfer.bench.results import is_result_json, is_result_markdown, result_json, result_markdown
 from headinfer.bench.run import CPU_SUITES, run_suites
 from headinfer.bench.sizes import QUICK_CPU
 from headinfer.bench.timing import Call, Rounds, in_turns
 from headinfer.errors import UsageError
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DEFAULT_SUITES = {name for name, suite in CPU_SUITES.items() if suite.by_default}
 DISK_SUITES = set(CPU_SUITES) - DEFAULT_SUITES
 
@@ -67,6 +69,15 @@ def test_results_name_command_machine_and_model(job, measurements):
     assert text.startswith("# CPU benchmark: ")
     assert text.count("\n| ") == len(measurements) + len(DEFAULT_SUITES)  # with a header for each suite
     assert "note" not in text.partition("## decode")[2].splitlines()[2]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-amx", "disk", "check-plan-cpu", "h200-first", "h200-24gb"])
+def test_earlier_results_are_recognised(name):
+    """Those of CPUs were written with other keys than today's."""
+    assert is_result_json(RESULTS / f"{name}.json")
+    markdown = RESULTS / f"{name}.md"
+    assert not markdown.exists() or is_result_markdown(markdown)
+    assert not is_result_json(RESULTS / "embedded.json")
 
 
 def test_an_unknown_suite_is_refused(job):
