@@ -400,7 +400,7 @@ def test_a_reader_retries_if_a_writer_replaces_the_session(headinfer, book, tmp_
 
     monkeypatch.setattr(TensorFile, "__init__", meanwhile)
     from headinfer.sessions.folder import at_rest
-    from headinfer.sessions.writer import saved_ids
+    from headinfer.sessions.loader import saved_ids
 
     assert at_rest(folder, lambda found: saved_ids(folder, found)).shape[1] > len(book.read_bytes())
     next(folder.glob("end-*")).unlink()

@@ -27,12 +27,14 @@ from headinfer.hf.compat import (
     check_version,
     default_layers,
     is_constant_size,
+    layer_device,
     shared_full_layers,
 )
 from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, uncroppable_reason
-from headinfer.sessions import writer as session
-from headinfer.sessions.folder import at_rest
-from headinfer.sessions.manifest import Manifest
+from headinfer.kv.layer_kv import LayerKV
+from headinfer.sessions.cache import Saved
+from headinfer.sessions.loader import load_cache
+from headinfer.sessions.writer import save_cache
 
 __all__ = ["HeadCache", "Stats"]
 
@@ -102,7 +104,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.attentions_per_forward = len(full) + shared_full_layers(config)
         self.copies = 1  # rows that one row of the layers stands for: see copies.py
         self.model: Callable[[], PreTrainedModel | None] = lambda: None  # who filled it: a weak reference
-        self.saved: session.Saved | None = None
+        self.saved: Saved | None = None
         self.token_ids: torch.Tensor | None = None  # [rows, tokens]: those that load() found
         super().__init__(layers=layers)
 
@@ -199,36 +201,69 @@ class HeadCache(Cache):  # type: ignore[misc]
     def save(
         self, folder: str | Path, token_ids: torch.Tensor | None = None, about: Mapping[str, Any] | None = None
     ) -> None:
-        """Keep all of it in a folder, as docs/session-format.md describes; saved again, only what is new is written.
+        """Save the cache to a folder. Saving again writes only what is new.
 
-        token_ids [rows, tokens] or longer: of all tokens that it holds, so that load() can give them back. about: facts
-        of your own, for JSON. Raises SessionError if the folder holds another session, files that no session wrote, or
-        is being written, and CapacityError if the disk is full; what was saved before is still there then.
+        Args:
+            folder: A folder that does not exist, is empty, or holds the session that the cache goes on from.
+            token_ids: The ids [rows, tokens] of all tokens in the cache, or more. load() gives them back.
+            about: Facts of the caller, for JSON.
+
+        Raises:
+            SessionError: The folder holds another session or files that no session wrote, or another process writes
+                it.
+            CapacityError: The disk is full. The checkpoint before is still there.
+            StateError: No enabled model has filled the cache, or it no longer exists.
         """
         model = self.model()
         if model is None:
             raise StateError("an enabled model must have filled the cache, and still be there, before it can be saved")
-        arithmetic = self.engine.options.arithmetic()
-        with session.SessionWriter(Path(folder), model, arithmetic, dict(about or {})) as writer:
-            writer.checkpoint(self, token_ids)
+        save_cache(self, Path(folder), model, token_ids, about)
 
     @classmethod
     def load(cls, folder: str | Path, model: PreTrainedModel, **options: Unpack[OptionFields]) -> HeadCache:
-        """What save() kept, for the model that made it. K and V are read from the folder when they are first needed.
+        """Load a cache that save() wrote. K and V are read from the folder when they are first needed.
 
-        options: fields of `headinfer.Options` to change; with none of them the same machine computes the same bits as
-        the cache that was saved. `token_ids` are those that save() was given. Raises SessionError where the session is
-        damaged, or of another model.
+        Args:
+            folder: The session's folder.
+            model: The model that made the session.
+            **options: Fields of `headinfer.Options` to change. Without any, the same machine computes the same bits
+                as the cache that was saved.
+
+        Returns:
+            The cache. Its `token_ids` are those that save() was given.
+
+        Raises:
+            SessionError: There is no session, it is damaged, or another model made it.
         """
 
-        def loaded(manifest: Manifest) -> HeadCache:
-            chosen: dict[str, Any] = {**session.kept_options(manifest), **options}
-            cache = cls(model.config, **chosen)
+        def new_cache(kept: dict[str, Any]) -> HeadCache:
+            cache = cls(model.config, **{**kept, **options})
             cache.model = weakref.ref(model)
-            session.load(Path(folder), model, cache, manifest)
             return cache
 
-        return at_rest(Path(folder), loaded)
+        return load_cache(Path(folder), model, new_cache, lambda index: layer_device(model, index))
+
+    def layer_kvs(self) -> dict[int, LayerKV]:
+        """The KV of each offloaded layer that has any, by the layer's index."""
+        offloaded = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, HeadLayer)}
+        return {index: layer.layer_kv for index, layer in offloaded.items() if layer.layer_kv is not None}
+
+    def layer_fields(self) -> list[dict[str, Any]]:
+        """The state of every layer but its offloaded KV, as attributes by name."""
+        return [state_of(layer)["fields"] for layer in self.layers]
+
+    def restore_fields(self, index: int, fields: dict[str, Any]) -> None:
+        """Set the attributes of a layer that layer_fields() gave."""
+        layer = self.layers[index]
+        restore(layer, {"fields": layer.__dict__ | fields, "tokens": 0})
+
+    def new_layer_kv(self, index: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
+        """Create the empty KV of an offloaded layer, shaped as k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
+        layer = self.layers[index]
+        layer.lazy_initialization(k, v)
+        created = layer.layer_kv
+        assert isinstance(created, LayerKV)
+        return created
 
     def checkpoint(self) -> list[dict[str, Any]]:
         """What rollback() needs: the length of each offloaded layer, references and small copies for the others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -64,7 +63,6 @@ __all__ = [
     "takes_attention_interface",
     "tensor_parallel_plan",
     "unfit_cache",
-    "versions",
 ]
 
 _OLDEST = "5.17"
@@ -96,19 +94,6 @@ def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
     devices = getattr(model, "hf_device_map", None) or {"": model.device}
     names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in devices.values()}  # others are "cpu", "disk"
     return [torch.device(name) for name in sorted(names) if name.startswith("cuda")]
-
-
-def versions() -> dict[str, str]:
-    """What a session was written with."""
-    try:
-        own = version("headinfer")
-    except PackageNotFoundError:
-        own = "a checkout"  # PYTHONPATH=src, nothing installed
-    return {
-        "headinfer": own,
-        "torch": str(torch.__version__),
-        "transformers": str(transformers.__version__),
-    }
 
 
 def default_layers(config: PreTrainedConfig) -> list[Any]:

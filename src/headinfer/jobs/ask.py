@@ -23,9 +23,10 @@ from headinfer.jobs.prompts import frame, pad_id
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
+from headinfer.sessions.loader import kept_options, saved_ids
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
-from headinfer.sessions.writer import SessionWriter, kept_options, saved_ids
+from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
 from headinfer.utils.units import format_bytes
 

@@ -25,10 +25,11 @@ from headinfer.plan.memory import free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
+from headinfer.sessions.loader import saved_ids
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.prefix import find_prefix, take_over
-from headinfer.sessions.writer import SessionWriter, saved_ids
+from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
 from headinfer.utils.units import format_bytes
 

@@ -9,7 +9,6 @@ import torch
 import xxhash
 
 from headinfer.errors import SessionError
-from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "check_config",
@@ -39,13 +38,13 @@ _NOT_IDENTITY = (
 )
 
 
-def config_fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
+def config_fingerprint(config: Any) -> dict[str, Any]:
     """What the config alone says, rope settings included, as plain values for JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     return {"config": _identity(plain)}
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """The config's, and architecture, dtype and weights of a loaded model.
 
     weights: a checksum of up to 4,096 evenly spaced elements of each parameter, with names and shapes. Another
@@ -75,12 +74,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode("utf-8"))
 
 
-def check_config(found: dict[str, Any], config: PreTrainedConfig, where: object) -> None:
+def check_config(found: dict[str, Any], config: Any, where: object) -> None:
     """Raise SessionError where KV of one config would be read by another; before weights are loaded."""
     _compare(found, config_fingerprint(config), where)
 
 
-def check_fingerprint(found: dict[str, Any], model: PreTrainedModel, where: object) -> None:
+def check_fingerprint(found: dict[str, Any], model: torch.nn.Module, where: object) -> None:
     """Raise SessionError where KV of one model would be read by another."""
     _compare(found, fingerprint(model), where)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import xxhash
 from headinfer.errors import SessionError
 from headinfer.utils.files import FileEntry, write_text
 
-__all__ = ["FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Manifest", "SegmentFile", "first_chain"]
+__all__ = ["FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Manifest", "SegmentFile", "first_chain", "versions"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "headinfer session", 1
@@ -125,6 +126,17 @@ class Manifest:
 def first_chain(model: dict[str, Any]) -> hashlib._Hash:
     """A chain before any token: update it with token ids as int64, least byte first."""
     return hashlib.sha256(json.dumps(model, sort_keys=True, separators=(",", ":")).encode("utf-8"))
+
+
+def versions() -> dict[str, str]:
+    """The versions of headinfer, torch and transformers that are installed, for a manifest."""
+    found = {}
+    for name in ("headinfer", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "a checkout"  # on PYTHONPATH, not installed
+    return found
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 
 from headinfer.errors import SessionError
-from headinfer.hf.compat import versions
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.folder import session_names
-from headinfer.sessions.manifest import Manifest, first_chain
+from headinfer.sessions.manifest import Manifest, first_chain, versions
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
+from headinfer.sessions.writer import TOKEN_IDS
 from headinfer.utils.files import FileEntry, link_or_copy, sync_folder
 
 __all__ = ["Prefix", "find_prefix", "take_over"]
-
-_IDS = "token_ids"
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def _match(root: Path, name: str, manifest: Manifest, model: dict[str, Any], tok
         segment_files, tokens = segment_files + 1, tokens + stop
     if segment_files == len(manifest.rows[0]) and manifest.tokens <= token_ids.shape[0]:
         end = TensorFile(root / name, manifest.end)
-        if _IDS in end.names() and torch.equal(end.read(_IDS)[0], token_ids[tokens : manifest.tokens]):
+        if TOKEN_IDS in end.names() and torch.equal(end.read(TOKEN_IDS)[0], token_ids[tokens : manifest.tokens]):
             return Prefix(name, manifest, segment_files, manifest.tokens, is_whole=True)
     return Prefix(name, manifest, segment_files, tokens, is_whole=False) if segment_files else None
 
@@ -116,7 +114,7 @@ def _end(source: Path, folder: Path, manifest: Manifest, *, is_whole: bool) -> F
     file = TensorFile(source, manifest.end)
     tensors = {name: file.read(name) for name in file.names()}
     if not is_whole:
-        tensors = {name: tensor[..., :0] if name == _IDS else tensor[:, :, :0] for name, tensor in tensors.items()}
+        tensors = {name: tensor[..., :0] if name == TOKEN_IDS else tensor[:, :, :0] for name, tensor in tensors.items()}
     path = folder / "end-000001.safetensors"
     check_replaceable(path, named=())
     return write_tensors(path, tensors)

@@ -1,66 +1,79 @@
-"""Keep a HeadCache in a folder, and bring it back: what cache.save(), HeadCache.load() and the command line use.
+"""Saves a cache to a session's folder, one checkpoint after another.
 
-manifest.json                    replaced last, at once: the checkpoint
-block-000000.safetensors ...     K and V of consecutive tokens, written once
-end-000007.safetensors           what is newer than the blocks; another one for each checkpoint
+manifest.json                    replaced last, in one step: the checkpoint
+block-000000.safetensors ...     segment files: K and V of consecutive tokens, each written once
+end-000007.safetensors           what is newer than the segments; each checkpoint writes a new one
 lock                             held by the one writer
+
+docs/session-format.md describes the files.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 
-from headinfer.engine.options import known_fields
 from headinfer.errors import SessionError, StateError, UsageError
-from headinfer.hf.compat import PreTrainedModel, layer_device, versions
-from headinfer.hf.layers import HeadLayer, restore, state_of
-from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.segments import Segment, SegmentSlice
-from headinfer.kv.stored import StoredSegment
-from headinfer.kv.tensor_file import TensorFile, write_tensors
-from headinfer.sessions.fingerprint import check_fingerprint, fingerprint
+from headinfer.kv.tensor_file import write_tensors
+from headinfer.sessions.cache import Saved, SessionCache
+from headinfer.sessions.fingerprint import fingerprint
 from headinfer.sessions.folder import Lock
-from headinfer.sessions.layer_state import from_plain, to_plain
-from headinfer.sessions.manifest import MANIFEST, Manifest, SegmentFile, first_chain
+from headinfer.sessions.layer_state import to_plain
+from headinfer.sessions.manifest import MANIFEST, Manifest, SegmentFile, first_chain, versions
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
 from headinfer.utils.files import FileEntry, sync_folder
 
-if TYPE_CHECKING:
-    from headinfer.hf.cache import HeadCache
+__all__ = ["TOKEN_IDS", "SessionWriter", "save_cache"]
 
-__all__ = ["Saved", "SessionWriter", "kept_options", "load", "saved_ids"]
-
-_IDS = "token_ids"
+TOKEN_IDS = "token_ids"
+"""The tensor of token ids in segment files and in the end file."""
 
 
-@dataclass
-class Saved:
-    """What a cache knows of the session that it was saved to or loaded from.
+def save_cache(
+    cache: SessionCache,
+    folder: Path,
+    model: torch.nn.Module,
+    token_ids: torch.Tensor | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a cache to a folder. Saving again writes only what is new.
 
-    written: the block that a segment of the first offloaded layer is in; the other layers' are in the same one.
+    Args:
+        cache: The cache; its model must have read something.
+        folder: A folder that does not exist, is empty, or holds the session that the cache goes on from.
+        model: The model that filled the cache. Its fingerprint is kept.
+        token_ids: The ids [rows, tokens] of all tokens in the cache, or more; int64. load_cache() gives them back.
+        about: Facts of the caller, for JSON.
+
+    Raises:
+        SessionError: The folder holds another session or files that no session wrote, or another process writes it.
+        CapacityError: The disk is full. The checkpoint before is still there.
+        StateError: The cache is empty.
+        UsageError: token_ids has another shape than the cache.
     """
-
-    folder: Path
-    generation: int = 0
-    next_number: int = 0
-    written: WeakKeyDictionary[Segment, SegmentFile] = field(default_factory=WeakKeyDictionary)
-
-    def copy(self) -> Saved:
-        """For a fork, which goes its own way."""
-        return dataclasses.replace(self, written=WeakKeyDictionary(self.written))
+    with SessionWriter(folder, model, cache.engine.options.arithmetic(), dict(about or {})) as writer:
+        writer.checkpoint(cache, token_ids)
 
 
 @dataclass
 class _Snapshot:
-    """A cache as it was: what will not change any more by reference, copies of the rest."""
+    """A cache at one moment: references to what will not change any more, copies of the rest.
+
+    Attributes:
+        tokens: Tokens of each row.
+        tables: For each row, the slices of the first offloaded layer.
+        segments: The tensors of each segment that is not on disk yet, by name.
+        chains: The chain of each of these segments, if token ids are known (see manifest.first_chain()).
+        end: The tensors of the end file, by name.
+        layers: The plain values of each layer's state.
+    """
 
     tokens: int
     tables: list[list[SegmentSlice]]
@@ -71,31 +84,47 @@ class _Snapshot:
 
 
 class SessionWriter:
-    """Writes checkpoints of a cache to a folder, each behind the computation of what follows it.
+    """Writes checkpoints of a cache in a thread, while the model computes what follows.
 
-    Holds the folder's lock. Raises SessionError if another writer holds it, if the folder holds a file that no session
-    wrote, and if it keeps a session that this cache does not go on from.
+    Args:
+        folder: The session's folder.
+        model: The model that fills the cache.
+        arithmetic: The options that fix the results, for the manifest.
+        about: Facts of the caller, for the manifest.
+        lock: The folder's lock, if the caller holds it. Otherwise the writer takes it, and releases it in close().
+
+    Raises:
+        SessionError: Another writer holds the lock, or the folder holds a file that no session wrote.
     """
 
     def __init__(
         self,
         folder: Path,
-        model: PreTrainedModel,
+        model: torch.nn.Module,
         arithmetic: dict[str, Any],
         about: dict[str, Any],
         lock: Lock | None = None,
     ) -> None:
-        """lock: where the caller holds the folder's already, and goes on holding it."""
-        self.folder, self.arithmetic, self.about = folder, arithmetic, about
+        self.folder = folder
+        self.arithmetic = arithmetic
+        self.about = about
         self._own_lock = Lock(folder) if lock is None else None
         self._model = fingerprint(model)
         self._thread = ThreadPoolExecutor(1, "headinfer-session")
         self._job: Future[None] | None = None
 
-    def checkpoint(self, cache: HeadCache, token_ids: torch.Tensor | None = None) -> None:
-        """Begin to write what is new; waits for the checkpoint before, and raises what went wrong with it.
+    def checkpoint(self, cache: SessionCache, token_ids: torch.Tensor | None = None) -> None:
+        """Begin to write what is new in the cache.
 
-        token_ids [rows, tokens] or longer: of all tokens so far, where they are known.
+        The call waits for the checkpoint before, and raises the error of its thread if it failed.
+
+        Args:
+            cache: The cache.
+            token_ids: The ids [rows, tokens] of all tokens in the cache, or more.
+
+        Raises:
+            SessionError: The folder holds a session that the cache does not go on from.
+            StateError: The cache is empty.
         """
         self.finish()
         saved = cache.saved
@@ -107,68 +136,73 @@ class SessionWriter:
                 f"{self.folder} holds another session, or was written since this cache was loaded: choose another "
                 "folder, or load it again"
             )
-        layers = cache.head_layers
-        if any(layer.layer_kv is None for layer in layers):
+        if len(cache.layer_kvs()) < cache.engine.layers:
             raise StateError("the cache is empty: there is nothing to save before the model has read something")
         cache.engine.settle()
         cache.saved = saved
         named_before = {entry.name for entry in on_disk.files()} if on_disk is not None else set()
-        taken = _snapshot(cache, saved, self._model, token_ids)
-        self._job = self._thread.submit(self._write, taken, saved, named_before)
+        snapshot = _snapshot(cache, saved, self._model, token_ids)
+        self._job = self._thread.submit(self._write, snapshot, saved, named_before)
         if cache.engine.options.host_kv_budget_bytes is not None:
-            self.finish()  # what is being written stays in memory: no more of it than has to
+            self.finish()  # the snapshot keeps segments in host memory, which has a budget
 
-    def _write(self, taken: _Snapshot, saved: Saved, named_before: set[str]) -> None:
-        """Write new blocks, then the end, then the manifest; only then remove what the checkpoint before needed.
+    def _write(self, snapshot: _Snapshot, saved: Saved, named_before: set[str]) -> None:
+        """Write new segment files, then the end file, then the manifest. Only then remove unused files.
 
-        named_before: the files that the manifest of the checkpoint before names.
+        named_before: The files that the manifest of the checkpoint before names.
         """
 
         def write(name: str, tensors: dict[str, torch.Tensor]) -> FileEntry:
             check_replaceable(self.folder / name, named_before)
             return write_tensors(self.folder / name, tensors)
 
-        segment_files: dict[Segment, SegmentFile] = {}
+        files: dict[Segment, SegmentFile] = {}
         number = saved.next_number
-        for segment in dict.fromkeys(part.segment for table in taken.tables for part in table):
-            if segment in taken.segments:
-                tensors = taken.segments[segment]
+        for segment in dict.fromkeys(part.segment for table in snapshot.tables for part in table):
+            if segment in snapshot.segments:
+                tensors = snapshot.segments[segment]
                 entry = write(f"block-{number:06}.safetensors", tensors)
                 tokens = tensors[min(tensors)].shape[1]
-                segment_files[segment] = SegmentFile(entry, tokens, taken.chains.get(segment, ""))
+                files[segment] = SegmentFile(entry, tokens, snapshot.chains.get(segment, ""))
                 number += 1
             else:
-                segment_files[segment] = saved.written[segment]
+                files[segment] = saved.written[segment]
         generation = saved.generation + 1
-        end = write(f"end-{generation:06}.safetensors", taken.end)
+        end = write(f"end-{generation:06}.safetensors", snapshot.end)
         sync_folder(self.folder)
-        order = {segment: index for index, segment in enumerate(segment_files)}
+        order = {segment: index for index, segment in enumerate(files)}
         manifest = Manifest(
             generation,
-            taken.tokens,
+            snapshot.tokens,
             model=self._model,
             arithmetic=self.arithmetic,
-            segment_files=list(segment_files.values()),
-            rows=[[(order[part.segment], part.start, part.stop) for part in table] for table in taken.tables],
+            segment_files=list(files.values()),
+            rows=[[(order[part.segment], part.start, part.stop) for part in table] for table in snapshot.tables],
             end=end,
-            layers=taken.layers,
+            layers=snapshot.layers,
             about=self.about,
             versions=versions(),
         )
         write_manifest(self.folder, manifest)
-        saved.generation, saved.next_number = generation, number
-        saved.written.update(segment_files)
+        saved.generation = generation
+        saved.next_number = number
+        saved.written.update(files)
         named = {entry.name for entry in manifest.files()}
         remove_unused(self.folder, named=named, named_before=named_before)
 
     def finish(self) -> None:
-        """Wait for what was begun. Raises what went wrong with it; the checkpoint before is still there then."""
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            SessionError, CapacityError: Writing failed. The checkpoint before is still there.
+        """
         if self._job is not None:
-            job, self._job = self._job, None
+            job = self._job
+            self._job = None
             job.result()
 
     def close(self) -> None:
-        """Finish and let go of the lock."""
+        """Finish, and release the lock that the writer took."""
         try:
             self.finish()
         finally:
@@ -185,18 +219,20 @@ class SessionWriter:
         self.close()
 
 
-def _snapshot(cache: HeadCache, saved: Saved, model: dict[str, Any], token_ids: torch.Tensor | None) -> _Snapshot:
-    layer_kvs = {index: layer.layer_kv for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer)}
-    tables = {index: layer_kv.saved_tables() for index, layer_kv in layer_kvs.items() if layer_kv is not None}
-    leading = next(iter(tables.values()))
-    first = next(layer_kv for layer_kv in layer_kvs.values() if layer_kv is not None)
+def _snapshot(cache: SessionCache, saved: Saved, model: dict[str, Any], token_ids: torch.Tensor | None) -> _Snapshot:
+    """Copy what changes, and refer to what does not."""
+    layer_kvs = cache.layer_kvs()
+    tables = {index: layer_kv.saved_tables() for index, layer_kv in layer_kvs.items()}
+    first = next(iter(layer_kvs.values()))
+    first_tables = next(iter(tables.values()))
     ids = token_ids.cpu()[:, : first.tokens] if token_ids is not None else None
     if ids is not None and tuple(ids.shape) != (first.rows, first.tokens):
         raise UsageError(f"the cache holds {first.rows} x {first.tokens} tokens, and {tuple(ids.shape)} ids were given")
     segments: dict[Segment, dict[str, torch.Tensor]] = {}
     chains: dict[Segment, str] = {}
-    for row, table in enumerate(leading):
-        chain, at = first_chain(model), 0
+    for row, table in enumerate(first_tables):
+        chain = first_chain(model)
+        at = 0
         for number, part in enumerate(table):
             if ids is not None:
                 seen = ids[row, at : at + part.tokens].contiguous()
@@ -204,81 +240,27 @@ def _snapshot(cache: HeadCache, saved: Saved, model: dict[str, Any], token_ids: 
             if part.segment not in saved.written and part.segment not in segments:
                 tensors = {}
                 for index, its_tables in tables.items():
-                    its_slice = its_tables[row][number]
-                    k, v = its_slice.segment.dense()
-                    tensors[f"layers.{index}.k"], tensors[f"layers.{index}.v"] = (
-                        side[:, : its_slice.stop] for side in (k, v)
-                    )
+                    k, v = _tensors_of(its_tables[row][number])
+                    tensors[f"layers.{index}.k"] = k
+                    tensors[f"layers.{index}.v"] = v
                 if ids is not None:
-                    tensors[_IDS] = seen
+                    tensors[TOKEN_IDS] = seen
                     chains[part.segment] = chain.hexdigest()
                 segments[part.segment] = tensors
             at += part.tokens
     end: dict[str, torch.Tensor] = {}
-    layers = [to_plain(state_of(layer)["fields"], f"layers.{index}", end) for index, layer in enumerate(cache.layers)]
+    fields = cache.layer_fields()
+    layers = [to_plain(layer, f"layers.{index}", end) for index, layer in enumerate(fields)]
     for index, layer_kv in layer_kvs.items():
-        assert layer_kv is not None
-        end[f"layers.{index}.tail_k"], end[f"layers.{index}.tail_v"] = (tail.clone() for tail in layer_kv.tails())
+        tail_k, tail_v = layer_kv.tails()
+        end[f"layers.{index}.tail_k"] = tail_k.clone()
+        end[f"layers.{index}.tail_v"] = tail_v.clone()
     if ids is not None:
-        end[_IDS] = ids[:, first.host_tokens :].clone()
-    return _Snapshot(first.tokens, leading, segments, chains, end, layers)
+        end[TOKEN_IDS] = ids[:, first.host_tokens :].clone()
+    return _Snapshot(first.tokens, first_tables, segments, chains, end, layers)
 
 
-def load(folder: Path, model: PreTrainedModel, cache: HeadCache, manifest: Manifest) -> None:
-    """Fill an empty cache, made with the manifest's options, from a session. Blocks come in when they are first read.
-
-    Raises SessionError where the session is damaged or of another model.
-    """
-    check_fingerprint(manifest.model, model, folder)
-    files = [TensorFile(folder, segment_file.file) for segment_file in manifest.segment_files]
-    end = TensorFile(folder, manifest.end)
-    tensors = {name: end.read(name) for name in end.names()}
-    saved = Saved(folder, manifest.generation, _next_number(manifest))
-    before: list[StoredSegment] = []
-    for index, layer in enumerate(cache.layers):
-        state = from_plain(manifest.layers[index], tensors, layer_device(model, index))
-        restore(layer, {"fields": layer.__dict__ | state, "tokens": 0})
-        if not isinstance(layer, HeadLayer):
-            continue
-        device = layer_device(model, index)
-        tail_k, tail_v = (tensors[f"layers.{index}.tail_{side}"].to(device) for side in "kv")
-        layer.lazy_initialization(tail_k[:, :, :0], tail_v[:, :, :0])
-        layer_kv = layer.layer_kv
-        assert isinstance(layer_kv, LayerKV)
-        names = f"layers.{index}.k", f"layers.{index}.v"
-        engine = cache.engine
-        segments = [StoredSegment(file, *names, engine.segment_tier(layer_kv), engine.on_full) for file in files]
-        tables = [[SegmentSlice(segments[index], start, stop) for index, start, stop in row] for row in manifest.rows]
-        layer_kv.restore(tables, tail_k, tail_v)
-        if not saved.written:
-            saved.written.update(zip(segments, manifest.segment_files, strict=True))
-        for earlier, later in zip(before, segments, strict=False):
-            earlier.following = later  # read ahead while the layer before is computed
-        before = segments
-    cache.saved = saved
-    cache.token_ids = _token_ids(manifest, files, end)
-
-
-def kept_options(manifest: Manifest) -> dict[str, Any]:
-    """The fields of Options that fix a session's arithmetic; what only another version knows is left out."""
-    return known_fields(manifest.arithmetic)
-
-
-def saved_ids(folder: Path, manifest: Manifest) -> torch.Tensor | None:
-    """The token ids [rows, tokens] that a session was given; None where it was given none. Raises SessionError."""
-    files = [TensorFile(folder, segment_file.file) for segment_file in manifest.segment_files]
-    return _token_ids(manifest, files, TensorFile(folder, manifest.end))
-
-
-def _token_ids(manifest: Manifest, files: list[TensorFile], end: TensorFile) -> torch.Tensor | None:
-    if _IDS not in end.names():
-        return None
-    newest, rows = end.read(_IDS), []
-    for row, table in enumerate(manifest.rows):
-        parts = [files[index].read(_IDS)[start:stop] for index, start, stop in table]
-        rows.append(torch.cat([*parts, newest[row]]))
-    return torch.stack(rows)
-
-
-def _next_number(manifest: Manifest) -> int:
-    return max((int(segment_file.file.name[6:12]) for segment_file in manifest.segment_files), default=-1) + 1
+def _tensors_of(part: SegmentSlice) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a segment, up to the end of its slice."""
+    k, v = part.segment.dense()
+    return k[:, : part.stop], v[:, : part.stop]
