@@ -29,7 +29,7 @@ from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.planner import candidates, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import MERGE_BYTES, Schedule, decode_seconds, hiding_chunk_tokens, prefill_seconds
-from headinfer.plan.tiles import choose_tiles
+from headinfer.plan.tiles import LayerWork, choose_tiles
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
 MIB = 2**20
@@ -235,13 +235,20 @@ def test_the_plan_is_the_best_of_all_that_fit(layers, kv_heads, device_power, ho
 def seconds_of(request, chunk, ring, resident, host_tokens):
     layer = request.layers[0]
     tokens = request.context_tokens
-    slot = {"slot_bytes": ring // 2, "rates": request.hardware.tile_rates(request.dtype)}
-    shape = {"kv_heads": layer.kv_heads, "group_queries": layer.query_heads // layer.kv_heads}
+    rates = request.hardware.tile_rates(request.dtype)
     tiles = []
     for queries in (chunk, 1):
-        problem = {**shape, **slot, "head_token_bytes": 256, "rows": 1, "query_tokens": queries}
+        work = LayerWork(
+            kv_heads=layer.kv_heads,
+            group_queries=layer.query_heads // layer.kv_heads,
+            head_token_bytes=256,
+            element_bytes=2,
+            rows=1,
+            query_tokens=queries,
+            past_tokens=tokens,
+        )
         try:
-            tiles.append(choose_tiles(**problem, past_tokens=tokens))
+            tiles.append(choose_tiles(work, ring // 2, rates))
         except CapacityError:
             return None
     pairs = [(tile.heads_per_group, tile.tile_tokens) for tile in tiles]

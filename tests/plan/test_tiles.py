@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.errors import CapacityError, UsageError
-from headinfer.plan.tiles import FEW_QUERY_TOKENS, RING_SLOTS, TileRates, choose_tiles, layer_seconds, ring_slot_bytes
+from headinfer.plan import tiles
+from headinfer.plan.tiles import FEW_QUERY_TOKENS, RING_SLOTS, FixedTile, LayerWork, TileRates, ring_slot_bytes
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 MIB = 2**20
@@ -33,6 +34,12 @@ problems = st.fixed_dictionaries(
         "rates": rates,
     }
 )
+
+
+def choose_tiles(*, slot_bytes, rates=None, heads_per_group=None, tile_tokens=None, **work):
+    return tiles.choose_tiles(
+        LayerWork(element_bytes=2, **work), slot_bytes, rates, FixedTile(heads_per_group, tile_tokens)
+    )
 
 
 def fits(problem, heads, tokens):
@@ -63,9 +70,8 @@ def test_a_tile_fits_its_slot_and_keeps_what_was_fixed(problem, data):
 
 
 def seconds(problem, heads, tokens):
-    shape = {name: value for name, value in problem.items() if name not in ("slot_bytes", "rates", "past_tokens")}
-    past = max(problem["past_tokens"], 1)
-    return layer_seconds(problem["rates"], heads=heads, tile_tokens=tokens, element_bytes=2, past_tokens=past, **shape)
+    shape = {name: value for name, value in problem.items() if name not in ("slot_bytes", "rates")}
+    return tiles.layer_seconds(LayerWork(element_bytes=2, **shape), problem["rates"], heads, tokens)
 
 
 @PROPERTY

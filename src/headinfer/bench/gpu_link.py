@@ -20,7 +20,7 @@ from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
-from headinfer.plan.tiles import RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
+from headinfer.plan.tiles import RING_SLOTS, LayerWork, TilePlan, TileRates, choose_tiles, ring_slot_bytes
 from headinfer.utils.units import format_bytes
 
 __all__ = ["link", "link_copy", "measure_rates", "rate_measurements", "tile_of"]
@@ -163,17 +163,8 @@ def tile_of(job: GpuJob, query_tokens: int, past_tokens: int = _LONG_TOKENS) -> 
     held = sum(tail_bytes(shape, element_bytes)) + 2 * write_back_bytes(sizes.floor_bytes)
     slot_bytes = ring_slot_bytes(sizes.floor_bytes, held)
     group = layer.query_heads // layer.kv_heads
-    plan = choose_tiles(
-        kv_heads=layer.kv_heads,
-        group_queries=group,
-        head_token_bytes=(layer.key_dim + layer.value_dim) * element_bytes,
-        rows=1,
-        query_tokens=query_tokens,
-        past_tokens=past_tokens,
-        slot_bytes=slot_bytes,
-        element_bytes=element_bytes,
-        rates=_tile_rates(job),
-    )
+    work = LayerWork.of_layer(layer, element_bytes, rows=1, query_tokens=query_tokens, past_tokens=past_tokens)
+    plan = choose_tiles(work, slot_bytes, _tile_rates(job))
     problem = Problem(
         job.device.type,
         sizes.dtype,

@@ -1,14 +1,16 @@
 """The shape of a tile: how many KV heads by how many tokens stream through a ring slot at a time.
 
-A slot is a number of bytes; its shape is chosen here, anew before each forward pass and never within one.
+The size of a slot in bytes is fixed. Its shape is chosen before each forward pass and never within one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headinfer.errors import CapacityError, UsageError
+from headinfer.plan.model_shape import LayerShape
 
 __all__ = [
     "DEFAULT_BUDGET_BYTES",
@@ -16,38 +18,55 @@ __all__ = [
     "MERGE_BYTES",
     "RING_SLOTS",
     "TILE_LAUNCHES",
+    "FixedTile",
+    "LayerWork",
     "TilePlan",
     "TileRates",
     "choose_tiles",
+    "filled_share",
+    "layer_seconds",
     "ring_slot_bytes",
 ]
 
 DEFAULT_BUDGET_BYTES = 256 * 1024 * 1024
 RING_SLOTS = 2
-FEW_QUERY_TOKENS = 16  # up to here a pass is bound by the bytes of K and V: decode, or checking a few guesses
-# Device bytes per element of a tile's output to merge it in one fused kernel: the tile's in a half type (2) and the
-# running state in float32 (4) are read, the state is written (4).
+FEW_QUERY_TOKENS = 16
+"""A pass with up to this many query tokens is bound by the bytes of K and V: decode, or verifying a few guesses."""
+
 MERGE_BYTES = 10
-# What the host queues for one tile: the attention kernel, the merge, and four events (a slot is free, a slot is filled,
-# each recorded and waited for); two copies per head come on top.
+"""Device bytes per element of a tile's output to merge it in one fused kernel.
+
+The tile's output in a half type (2) and the running state in float32 (4) are read; the state is written (4).
+"""
+
 TILE_LAUNCHES = 6
+"""Kernels and events that the host queues for one tile: attention, the merge, and four events. Two copies per head
+are added to them. The events are: slot free and slot filled, each recorded and waited for."""
+
 _QUERY_BLOCK = 128  # query rows that one multiprocessor works on at a time in the flash kernels
 _SMALLEST_TILE_TOKENS = 16
-_SHORTENED = (1, 2, 4, 8)  # a tile may be that much shorter than its slot, so that less of the first one is waited for
-_CLEARLY = 0.98  # fewer heads, or shorter tiles, must save this much, since the model of cost is no exacter
-_FIRST_LAYER = 1 / 32  # a model has about so many
-_AHEAD = 1.5  # queueing must stay ahead of the device
+_SHORTENED = (1, 2, 4, 8)  # a tile may be shorter than its slot by these factors, so that its first copy is shorter
+_CLEARLY = 0.98  # another shape must save 2 %, since the cost model is not more exact than that
+_FIRST_LAYER = 1 / 32  # the share of the first layer in a model of 32 layers
+_AHEAD = 1.5  # the host must queue this much faster than the device works
 _ALIGN_BYTES = 256
 
 
 @dataclass(frozen=True)
 class TileRates:
-    """What the machine attains, as far as tiles are concerned. Part of the arithmetic: other rates, other tiles.
+    """The rates of a machine that decide the shape of tiles. Other rates give other tiles, and so other bits.
 
-    multiprocessors: what a kernel must fill. launch_s: host seconds to queue one kernel or copy.
+    The defaults are those of an RTX 4090.
+
+    Attributes:
+        flops_per_s: FLOP/s of attention in a half type.
+        device_bytes_per_s: Bytes per second of device memory.
+        link_bytes_per_s: Bytes per second from host to device.
+        launch_s: Seconds of the host to queue one kernel or copy.
+        multiprocessors: Number of streaming multiprocessors, which a kernel must fill.
     """
 
-    flops_per_s: float = 140e12  # an RTX 4090's, in half types
+    flops_per_s: float = 140e12
     device_bytes_per_s: float = 850e9
     link_bytes_per_s: float = 25e9
     launch_s: float = 20e-6
@@ -55,11 +74,76 @@ class TileRates:
 
 
 @dataclass(frozen=True)
-class TilePlan:
-    """heads_per_group KV heads by up to tile_tokens tokens, and why.
+class LayerWork:
+    """The attention of one layer in one forward pass, as far as it decides the shape of tiles.
 
-    is_even: a past is cut into tiles of about one length. In prefill a short last one would be computed before the next
-    one, of another head group, has come; decode waits for the link in any case, and keeps its first tiles as they were.
+    Attributes:
+        kv_heads: Number of KV heads.
+        group_queries: Query heads per KV head.
+        head_token_bytes: Bytes of K and V of one token of one head.
+        element_bytes: Bytes of one element of K and V.
+        rows: Rows of the batch.
+        query_tokens: Tokens of the chunk.
+        past_tokens: Tokens before the chunk.
+    """
+
+    kv_heads: int
+    group_queries: int
+    head_token_bytes: int
+    element_bytes: int
+    rows: int
+    query_tokens: int
+    past_tokens: int
+
+    @classmethod
+    def of_layer(
+        cls, layer: LayerShape, element_bytes: int, *, rows: int, query_tokens: int, past_tokens: int
+    ) -> LayerWork:
+        """The work of a layer with this shape."""
+        return cls(
+            kv_heads=layer.kv_heads,
+            group_queries=layer.query_heads // layer.kv_heads,
+            head_token_bytes=(layer.key_dim + layer.value_dim) * element_bytes,
+            element_bytes=element_bytes,
+            rows=rows,
+            query_tokens=query_tokens,
+            past_tokens=past_tokens,
+        )
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the pass has more than a few query tokens."""
+        return self.query_tokens > FEW_QUERY_TOKENS
+
+    @property
+    def head_dims(self) -> int:
+        """Dk + Dv."""
+        return self.head_token_bytes // self.element_bytes
+
+
+@dataclass(frozen=True)
+class FixedTile:
+    """The sides of a tile that the user fixes. None leaves a side to choose_tiles().
+
+    Attributes:
+        heads_per_group: KV heads that are streamed together.
+        tile_tokens: Tokens that are streamed together.
+    """
+
+    heads_per_group: int | None = None
+    tile_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The shape of the tiles of a forward pass.
+
+    Attributes:
+        heads_per_group: KV heads of a tile.
+        tile_tokens: Tokens of a tile, at most.
+        why: Why this shape was chosen, for people.
+        is_even: Whether a past is cut into tiles of about equal length. In prefill a short last tile is computed
+            before the first tile of the next head group has arrived. Decode waits for the link in any case.
     """
 
     heads_per_group: int
@@ -69,9 +153,14 @@ class TilePlan:
 
 
 def ring_slot_bytes(budget_bytes: int, fixed_bytes: int) -> int:
-    """Bytes of one ring slot: the budget less what is held in any case (tails, staging), over RING_SLOTS.
+    """Bytes of one ring slot.
 
-    Raises CapacityError where nothing is left.
+    Args:
+        budget_bytes: The streaming budget.
+        fixed_bytes: The part of it that tails and write-back buffers take.
+
+    Raises:
+        CapacityError: Nothing is left for the ring.
     """
     slot = (budget_bytes - fixed_bytes) // RING_SLOTS // _ALIGN_BYTES * _ALIGN_BYTES
     if slot <= 0:
@@ -83,121 +172,118 @@ def ring_slot_bytes(budget_bytes: int, fixed_bytes: int) -> int:
 
 
 def choose_tiles(
-    *,
-    kv_heads: int,
-    group_queries: int,
-    head_token_bytes: int,
-    rows: int,
-    query_tokens: int,
-    past_tokens: int,
-    slot_bytes: int | None,
-    element_bytes: int = 2,
-    rates: TileRates | None = None,
-    heads_per_group: int | None = None,
-    tile_tokens: int | None = None,
+    work: LayerWork, slot_bytes: int | None, rates: TileRates | None = None, fixed: FixedTile | None = None
 ) -> TilePlan:
-    """The tile for one forward pass.
+    """Choose the shape of the tiles of one forward pass.
 
-    kv_heads: KV heads of a layer, each with group_queries query heads. head_token_bytes: K and V of one token of
-    one head, of element_bytes each element. rows: the batch. slot_bytes: bytes of a ring slot, or None where segments
-    are read in place. rates: None is a well-known device's. heads_per_group, tile_tokens: fixed by the user, or None
-    to choose.
+    Candidates are the shapes that fit a slot: the KV heads split evenly, and the tile is as long as the slot, or a
+    half, a quarter or an eighth of it. The candidate with the fewest `layer_seconds` wins. Among about equal ones the
+    longest tile wins. In decode it has the most heads, since these are queued together. In prefill it has the fewest
+    heads that fill the device, since their float32 state is smallest. (Section 3.3 of arXiv 2502.12574 adapts the
+    heads only.)
 
-    Of the tiles that fit a slot (the KV heads split evenly; as long as the slot, or a half, a quarter or an eighth of
-    it) the one that takes the least seconds, see `layer_seconds`; of about equal ones the longest: in decode with the
-    most heads, which are queued together, in prefill with the fewest that fill the device, whose float32 state is
-    smallest (the paper's section 3.3 adapts the heads only). Raises UsageError for a number out of range and
-    CapacityError where a slot holds no tile.
+    Args:
+        work: The attention of the layer.
+        slot_bytes: Bytes of a ring slot; None if segments are read in place.
+        rates: The machine's rates; None takes the defaults of TileRates.
+        fixed: What the user fixes.
+
+    Raises:
+        UsageError: A fixed number is out of range.
+        CapacityError: A slot does not hold a tile.
     """
-    for name, value, most in (("heads_per_group", heads_per_group, kv_heads), ("tile_tokens", tile_tokens, None)):
-        if value is not None and (value < 1 or (most is not None and value > most)):
-            raise UsageError(f"{name} is {value}: it must be {f'1 to {most}' if most else 'at least 1'} for this model")
-    past = max(past_tokens, 1)
-    if slot_bytes is None:
-        return TilePlan(heads_per_group or kv_heads, tile_tokens or past, "segments are read in place, all at once")
-
-    def longest(heads: int) -> int:
-        return min(slot_bytes // (heads * head_token_bytes), past)
-
     rates = rates or TileRates()
-    is_prefill = query_tokens > FEW_QUERY_TOKENS
-
-    def preference(heads: int) -> tuple[bool, int]:
-        fills = is_prefill and filled_share(rates, rows * heads * group_queries, query_tokens) == 1.0
-        return not fills, heads if fills else -heads
-
-    def seconds(heads: int, tokens: int) -> float:
-        return layer_seconds(
-            rates,
-            heads=heads,
-            tile_tokens=tokens,
-            kv_heads=kv_heads,
-            group_queries=group_queries,
-            head_token_bytes=head_token_bytes,
-            element_bytes=element_bytes,
-            rows=rows,
-            query_tokens=query_tokens,
-            past_tokens=past,
-        )
-
-    needed = min(tile_tokens if tile_tokens is not None else _SMALLEST_TILE_TOKENS, past)
-    wanted = [n for n in range(kv_heads, 0, -1) if kv_heads % n == 0] if heads_per_group is None else [heads_per_group]
-    fitting = [heads for heads in wanted if longest(heads) >= needed]
-    if not fitting:
-        least = wanted[-1] * needed * head_token_bytes
-        raise CapacityError(
-            f"a tile of {wanted[-1]} heads x {needed} tokens needs {least} bytes and a ring slot has {slot_bytes}: "
-            "raise device_kv_budget_bytes (or host_kv_budget_bytes, with a disk tier), or lower heads_per_group or tile_tokens"
-        )
-    shapes = [
-        (heads, tokens)
-        for heads in sorted(fitting, key=preference)
-        for tokens in ([needed] if tile_tokens is not None else [-(-longest(heads) // part) for part in _SHORTENED])
-        if tokens >= needed
-    ]
+    fixed = fixed or FixedTile()
+    _check_fixed(fixed, work)
+    past = max(work.past_tokens, 1)
+    if slot_bytes is None:
+        why = "segments are read in place, all at once"
+        return TilePlan(fixed.heads_per_group or work.kv_heads, fixed.tile_tokens or past, why)
+    heads_to_try = [heads for heads in range(work.kv_heads, 0, -1) if work.kv_heads % heads == 0]
+    if fixed.heads_per_group is not None:
+        heads_to_try = [fixed.heads_per_group]
+    shapes = _candidates(work, slot_bytes, heads_to_try, fixed.tile_tokens, rates)
     best = shapes[0]
     for shape in shapes[1:]:
-        if seconds(*shape) < _CLEARLY * seconds(*best):
+        if layer_seconds(work, rates, *shape) < _CLEARLY * layer_seconds(work, rates, *best):
             best = shape
-    fixed = [name for name, value in (("heads", heads_per_group), ("tokens", tile_tokens)) if value is not None]
-    why = f"{' and '.join(fixed)} fixed by option" if fixed else f"the cheapest of {len(shapes)} by the model of cost"
-    return TilePlan(*best, why, is_prefill)
+    names = {"heads": fixed.heads_per_group, "tokens": fixed.tile_tokens}
+    given = [name for name, value in names.items() if value is not None]
+    why = f"{' and '.join(given)} fixed by option" if given else f"the cheapest of {len(shapes)} by the model of cost"
+    return TilePlan(*best, why, is_even=work.is_prefill)
+
+
+def _check_fixed(fixed: FixedTile, work: LayerWork) -> None:
+    limits = {"heads_per_group": (fixed.heads_per_group, work.kv_heads), "tile_tokens": (fixed.tile_tokens, None)}
+    for name, (value, most) in limits.items():
+        if value is not None and (value < 1 or (most is not None and value > most)):
+            allowed = f"1 to {most}" if most else "at least 1"
+            raise UsageError(f"{name} is {value}: it must be {allowed} for this model")
+
+
+def _candidates(
+    work: LayerWork, slot_bytes: int, heads_to_try: list[int], tile_tokens: int | None, rates: TileRates
+) -> list[tuple[int, int]]:
+    """The shapes (heads, tokens) that fit a slot, in the order in which they are preferred."""
+    past = max(work.past_tokens, 1)
+    needed = min(tile_tokens if tile_tokens is not None else _SMALLEST_TILE_TOKENS, past)
+    longest = {heads: min(slot_bytes // (heads * work.head_token_bytes), past) for heads in heads_to_try}
+    fitting = [heads for heads in heads_to_try if longest[heads] >= needed]
+    if not fitting:
+        least = heads_to_try[-1] * needed * work.head_token_bytes
+        raise CapacityError(
+            f"a tile of {heads_to_try[-1]} heads x {needed} tokens needs {least} bytes and a ring slot has "
+            f"{slot_bytes}: raise device_kv_budget_bytes (or host_kv_budget_bytes, with a disk tier), or lower "
+            "heads_per_group or tile_tokens"
+        )
+    shapes = []
+    for heads in sorted(fitting, key=_preference(work, rates)):
+        lengths = [-(-longest[heads] // factor) for factor in _SHORTENED] if tile_tokens is None else [needed]
+        shapes += [(heads, tokens) for tokens in lengths if tokens >= needed]
+    return shapes
+
+
+def _preference(work: LayerWork, rates: TileRates) -> Callable[[int], tuple[bool, int]]:
+    """A sort key for numbers of heads: in prefill the fewest that fill the device, otherwise the most."""
+
+    def key(heads: int) -> tuple[bool, int]:
+        query_heads = work.rows * heads * work.group_queries
+        fills = work.is_prefill and filled_share(rates, query_heads, work.query_tokens) == 1.0
+        return not fills, heads if fills else -heads
+
+    return key
 
 
 def filled_share(rates: TileRates, query_heads: int, query_tokens: int) -> float:
-    """The share of the device that attention in prefill keeps busy: two blocks of queries for each multiprocessor."""
+    """The share of the device that attention in prefill keeps busy: two blocks of queries fill a multiprocessor."""
     return min(1.0, query_heads * math.ceil(query_tokens / _QUERY_BLOCK) / (2 * rates.multiprocessors))
 
 
-def layer_seconds(
-    rates: TileRates,
-    *,
-    heads: int,
-    tile_tokens: int,
-    kv_heads: int,
-    group_queries: int,
-    head_token_bytes: int,
-    element_bytes: int,
-    rows: int,
-    query_tokens: int,
-    past_tokens: int,
-) -> float:
-    """Seconds of one layer's attention on a streamed past, as far as the shape of its tiles matters.
+def layer_seconds(work: LayerWork, rates: TileRates, heads: int, tile_tokens: int) -> float:
+    """Seconds of one layer's attention on a streamed past, as far as the shape of its tiles changes them.
 
-    The longest of computing and merging, copying, and queueing; and the copy of the first tile, which comes while the
-    layer before computes, but in a pass's first layer. Few heads leave a part of the device idle in prefill; short
-    tiles are merged more often.
+    Computing and merging, copying, and queueing run at the same time, so the longest of them counts. The copy of the
+    first tile is added for the first layer of a pass only; in other layers it runs while the layer before computes.
+    Few heads leave a part of the device idle in prefill. Short tiles are merged more often.
+
+    Args:
+        work: The attention of the layer.
+        rates: The machine's rates.
+        heads: KV heads of a tile.
+        tile_tokens: Tokens of a tile.
     """
-    passes = -(-past_tokens // tile_tokens)
-    kv_bytes = rows * kv_heads * past_tokens * head_token_bytes
-    queries = rows * kv_heads * group_queries * query_tokens
-    attention_s = 2 * queries * past_tokens * (head_token_bytes // element_bytes) / rates.flops_per_s
-    if query_tokens > FEW_QUERY_TOKENS:
-        attention_s /= filled_share(rates, rows * heads * group_queries, query_tokens)
+    past = max(work.past_tokens, 1)
+    passes = -(-past // tile_tokens)
+    kv_bytes = work.rows * work.kv_heads * past * work.head_token_bytes
+    queries = work.rows * work.kv_heads * work.group_queries * work.query_tokens
+    attention_s = 2 * queries * past * work.head_dims / rates.flops_per_s
+    if work.is_prefill:
+        attention_s /= filled_share(rates, work.rows * heads * work.group_queries, work.query_tokens)
     attention_s = max(attention_s, kv_bytes / rates.device_bytes_per_s)
-    output_elements = queries * (head_token_bytes // element_bytes / 2)
+    output_elements = queries * (work.head_dims / 2)
     merge_s = passes * output_elements * MERGE_BYTES / rates.device_bytes_per_s
     copy_s = kv_bytes / rates.link_bytes_per_s
-    launch_s = passes * math.ceil(kv_heads / heads) * (TILE_LAUNCHES + 2 * heads) * rows * rates.launch_s
-    first_s = heads * tile_tokens * head_token_bytes / rates.link_bytes_per_s
+    groups = math.ceil(work.kv_heads / heads)
+    launch_s = passes * groups * (TILE_LAUNCHES + 2 * heads) * work.rows * rates.launch_s
+    first_s = heads * tile_tokens * work.head_token_bytes / rates.link_bytes_per_s
     return max(attention_s + merge_s, copy_s, _AHEAD * launch_s) + _FIRST_LAYER * first_s
