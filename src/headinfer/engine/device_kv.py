@@ -1,73 +1,110 @@
-"""What the KV of one device has there: queues, ring, write-back, resident tokens, and one budget for them.
+"""The KV of one device: its queues, ring, write-back buffers and resident tokens, within one budget.
 
-budget    = streaming part + room for resident KV
+budget    = streaming part + resident part
 streaming = ring + tails + write-back buffers
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from headinfer.engine.machine import free_device_bytes
+from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.numa import node_of
 from headinfer.kv.read_ahead import ReadAhead, read_slot_bytes
-from headinfer.kv.resident import Residency, Share
+from headinfer.kv.resident import LayerResidency, Residency
 from headinfer.kv.streams import Streams, Transport, open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, Ring, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace, Writer
 from headinfer.plan.footprint import host_kv_tokens, write_back_bytes
 from headinfer.plan.memory import available_host_bytes
-from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS, TilePlan, TileRates, choose_tiles, ring_slot_bytes
+from headinfer.plan.tiles import (
+    DEFAULT_BUDGET_BYTES,
+    RING_SLOTS,
+    FixedTile,
+    LayerWork,
+    TilePlan,
+    TileRates,
+    choose_tiles,
+    ring_slot_bytes,
+)
 
-__all__ = ["DeviceKV", "default_budget"]
+__all__ = ["DeviceKV", "PassShape", "default_budget_bytes"]
 
-_RESERVE_SHARE = 8  # of a device's memory: left to activations where no plan has counted them
+_RESERVE_SHARE = 8  # 1/8 of the device is left to activations if no plan has counted them
 _LEAST_RESERVE_BYTES = 2 * 2**30
-_RESERVED_HOST_SHARE = 0.9  # of the host memory that is free: lengths are often only upper bounds
+_RESERVED_HOST_SHARE = 0.9  # of the free host memory: the expected length is often only an upper bound
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes that KV may take on a CUDA device where nobody said how many: what is free, less a reserve."""
-    reserve = max(torch.cuda.get_device_properties(device).total_memory // _RESERVE_SHARE, _LEAST_RESERVE_BYTES)
+@dataclass(frozen=True)
+class PassShape:
+    """What a forward pass asks of its attention.
+
+    Attributes:
+        query_heads: Query heads of the layer.
+        query_tokens: Tokens of the chunk.
+        row_copies: Rows that each row will become during the pass or soon after; each needs a tail (hf/copies.py).
+    """
+
+    query_heads: int = 1
+    query_tokens: int = 1
+    row_copies: int = 1
+
+
+def default_budget_bytes(device: torch.device) -> int:
+    """The KV budget of a CUDA device if the user gives none: what is free, less a reserve for activations."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    reserve = max(total // _RESERVE_SHARE, _LEAST_RESERVE_BYTES)
     return max(free_device_bytes(device) - reserve, DEFAULT_BUDGET_BYTES)
 
 
 class DeviceKV:
-    """The KV of the layers of one cache that lie on one device."""
+    """The KV of the layers of one cache that are on one device.
+
+    Args:
+        device: The device.
+        transport: How KV reaches the device.
+        options: The options of the cache.
+        rates: The rates that tiles are chosen for.
+        layers: Number of offloaded layers on this device.
+        all_layers: Number of offloaded layers on all devices.
+        counter: Counts device bytes and copies.
+        host_counter: Counts host bytes, for all devices.
+    """
 
     def __init__(
         self,
         device: torch.device,
         transport: Transport,
+        options: Options,
+        rates: TileRates | None,
         *,
         layers: int,
         all_layers: int,
-        budget: int | None,
-        streaming_budget: int | None,
-        expected_tokens: int,
-        rates: TileRates | None,
         counter: ByteCounter,
         host_counter: ByteCounter,
     ) -> None:
-        """budget: device bytes of all KV, None for what is free (on a CPU: 256 MiB); streaming_budget: the part of it
-        that is not for resident KV, None for 256 MiB. layers: stores that there may be, all_layers: on other devices
-        too. host_counter counts host memory.
-        """
-        self.device, self.transport, self.expected_tokens = device, transport, expected_tokens
-        self.layers, self.all_layers = layers, all_layers
-        self.rates, self.counter = rates, counter
+        self.device = device
+        self.transport = transport
+        self.expected_tokens = options.expected_tokens
+        self.layers = layers
+        self.all_layers = all_layers
+        self.rates = rates
+        self.counter = counter
+        self.fixed_tile = FixedTile(options.heads_per_group, options.tile_tokens)
         is_cuda = transport == "cuda"
-        if budget is None:
-            budget = default_budget(device) if is_cuda else DEFAULT_BUDGET_BYTES
-        self.budget = budget
-        self.streaming_bytes = min(streaming_budget or DEFAULT_BUDGET_BYTES, budget)
+        budget_bytes = options.device_kv_budget_bytes
+        if budget_bytes is None:
+            budget_bytes = default_budget_bytes(device) if is_cuda else DEFAULT_BUDGET_BYTES
+        self.device_kv_budget_bytes = budget_bytes
+        self.streaming_budget_bytes = min(options.streaming_budget_bytes or DEFAULT_BUDGET_BYTES, budget_bytes)
         self.streams: Streams | None = open_streams(transport, device)
         self.tier = HostTier(
             host_counter, device=device if is_cuda else None, node=node_of(device) if is_cuda else None
@@ -79,8 +116,10 @@ class DeviceKV:
         self.write: Writer = WriteInPlace()
         self.residency: Residency | None = None
         if self.streams is not None:
-            self.write = StagingWriter(write_back_bytes(self.streaming_bytes), device, counter, self.streams)
-            self.residency = Residency(budget - self.streaming_bytes, device, counter, self.streams)
+            buffer_bytes = write_back_bytes(self.streaming_budget_bytes)
+            self.write = StagingWriter(buffer_bytes, device, counter, self.streams)
+            room_bytes = budget_bytes - self.streaming_budget_bytes
+            self.residency = Residency(room_bytes, device, counter, self.streams)
 
     @property
     def held_bytes(self) -> int:
@@ -88,14 +127,14 @@ class DeviceKV:
         return sum(self.counter.device_bytes.values())
 
     def new_layer_kv(self, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
-        """An empty store for k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] that lie here."""
-        share = None
+        """The empty KV of a layer, with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
+        residency = None
         if self.residency is not None:
-            share = Share(
-                self.residency, self.residency.room_bytes // self.layers, host_kv_tokens(self.expected_tokens)
-            )
+            layer_bytes = self.residency.room_bytes // self.layers
+            residency = LayerResidency(self.residency, layer_bytes, host_kv_tokens(self.expected_tokens))
         token_bytes = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
         expected_bytes = self.all_layers * token_bytes * self.expected_tokens
+        fits_host = expected_bytes < _RESERVED_HOST_SHARE * self._host_room_bytes()
         return LayerKV(
             k,
             v,
@@ -104,112 +143,112 @@ class DeviceKV:
             write=self.write,
             expected_tokens=self.expected_tokens,
             on_full=self.disk.full if self.disk is not None else None,
-            share=share,
-            reserves=self.transport == "cuda" and expected_bytes < _RESERVED_HOST_SHARE * self._host_room_bytes(),
+            residency=residency,
+            reserves=self.transport == "cuda" and fits_host,
         )
 
     def _host_room_bytes(self) -> int:
         """Host memory that is free, or holds KV of this cache already."""
         return available_host_bytes() + self.tier.counter.host_bytes
 
-    def begin(
-        self, layer_kv: LayerKV, query_heads: int, query_tokens: int, row_copies: int, fixed: dict[str, int | None]
-    ) -> None:
-        """Before the first attention of a forward pass here: fit the ring to the budget and choose the tile.
+    def begin(self, layer_kv: LayerKV, shape: PassShape) -> None:
+        """Fit the ring to the budget and choose the tile, before the first attention of a forward pass.
 
-        row_copies: rows that each row will become before long, and that need tails. fixed: what choose_tiles() is told.
+        Args:
+            layer_kv: The KV of the layer that attends first.
+            shape: What the pass asks for.
+
+        Raises:
+            CapacityError: The budget does not hold a ring, also if no token stays resident.
         """
-        # One tail more than there are layers, since reordering rows copies a tail; and forks have tails too.
+        # There is one tail more than there are layers, since reordering rows copies a tail. Forks have tails too.
         held = self.counter.device_bytes
-        tails = max((self.layers + 1) * layer_kv.tail_bytes * row_copies, held["tail"] + layer_kv.tail_bytes)
+        tails = (self.layers + 1) * layer_kv.tail_bytes * shape.row_copies
+        tails = max(tails, held["tail"] + layer_kv.tail_bytes)
         taken = tails + held["staging"]
-        residency, queries = self.residency, (query_heads, query_tokens)
-        if residency is not None and residency.held_bytes > max(self.budget - taken, 0):
-            self._let_go(max(self.budget - taken, 0))
+        most_resident = max(self.device_kv_budget_bytes - taken, 0)
+        if self.residency is not None and self.residency.held_bytes > most_resident:
+            self._shrink_residency(most_resident)
         if self.streams is None or layer_kv.is_all_resident:
-            self._choose(layer_kv, *queries, None, fixed)
+            self._choose(layer_kv, shape, None)
             if self.streams is None:
                 self._use_ring(None)
             return
         try:
-            self._begin_streaming(layer_kv, *queries, taken, fixed)
+            self._begin_streaming(layer_kv, shape, taken)
         except CapacityError:
-            if residency is None or not residency.held_bytes:
+            if self.residency is None or not self.residency.held_bytes:
                 raise
-            self._let_go(max(self.budget - max(DEFAULT_BUDGET_BYTES, 2 * taken), 0))
-            self._begin_streaming(layer_kv, *queries, taken, fixed)
+            needed = max(DEFAULT_BUDGET_BYTES, 2 * taken)
+            self._shrink_residency(max(self.device_kv_budget_bytes - needed, 0))
+            self._begin_streaming(layer_kv, shape, taken)
 
     def can_fetch(self, layer_kv: LayerKV) -> bool:
-        """Whether what a store has on the host only can come as things are; else begin() is to be called with it."""
+        """Whether the host part of a layer can be fetched with the current ring. If not, begin() must be called."""
         if self.streams is None or layer_kv.is_all_resident:
             return True
         return self._has_slots and not self._is_outdated()
 
     def check(self) -> None:
-        """Raise CapacityError where the KV holds more than its budget."""
-        if self.streams is not None and self.held_bytes > self.budget:
+        """Raise CapacityError if the KV holds more than its budget."""
+        if self.streams is not None and self.held_bytes > self.device_kv_budget_bytes:
             raise CapacityError(
-                f"the KV cache holds {self.held_bytes} device bytes, over its budget of {self.budget}: raise the budget"
+                f"the KV cache holds {self.held_bytes} device bytes, over its budget of "
+                f"{self.device_kv_budget_bytes}: raise the budget"
             )
 
     def abandon(self) -> None:
-        """Nothing is under way any more."""
+        """Drop all transfers that are under way."""
         if self.ring is not None:
             self.ring.abandon()
 
-    def _begin_streaming(
-        self, layer_kv: LayerKV, query_heads: int, query_tokens: int, taken: int, fixed: dict[str, int | None]
-    ) -> None:
-        slot_bytes = ring_slot_bytes(self.streaming_bytes, taken)
-        self._choose(layer_kv, query_heads, query_tokens, slot_bytes, fixed)
+    def _begin_streaming(self, layer_kv: LayerKV, shape: PassShape, taken: int) -> None:
+        slot_bytes = ring_slot_bytes(self.streaming_budget_bytes, taken)
+        self._choose(layer_kv, shape, slot_bytes)
         self._use_ring(slot_bytes)
 
-    def _let_go(self, room_bytes: int) -> None:
-        """Resident KV gives way to the rest; the host has it all."""
+    def _shrink_residency(self, room_bytes: int) -> None:
+        """Keep at most room_bytes resident, and give the rest of the budget to streaming. The host has all KV."""
         assert self.residency is not None
-        self.residency.let_go(room_bytes)
-        self.streaming_bytes = self.budget - room_bytes
+        self.residency.shrink(room_bytes)
+        self.streaming_budget_bytes = self.device_kv_budget_bytes - room_bytes
 
     def _is_outdated(self) -> bool:
-        """Whether memory could not be pinned since the ring was made."""
+        """Whether pinning host memory has failed since the ring was made."""
         return bool(self.tier.pin_refusal) and not isinstance(self.ring, ReadAhead)
 
-    def _choose(
-        self,
-        layer_kv: LayerKV,
-        query_heads: int,
-        query_tokens: int,
-        slot_bytes: int | None,
-        fixed: dict[str, int | None],
-    ) -> None:
+    @property
+    def _read_slot_bytes(self) -> int | None:
+        """Bytes of a host buffer of ReadAhead; None if tiles are copied from where they are."""
+        if self.disk is None and not self.tier.pin_refusal:
+            return None
+        return read_slot_bytes(self.disk.host_budget if self.disk is not None else None)
+
+    def _choose(self, layer_kv: LayerKV, shape: PassShape, slot_bytes: int | None) -> None:
         self._has_slots = slot_bytes is not None
-        bound: list[int] = [] if slot_bytes is None else [slot_bytes]
-        if self.disk is not None or self.tier.pin_refusal:
-            bound.append(read_slot_bytes(self.disk.host_budget if self.disk is not None else None))
-        self.plan = choose_tiles(
+        bounds = [nbytes for nbytes in (slot_bytes, self._read_slot_bytes) if nbytes is not None]
+        element_bytes = layer_kv.dtype.itemsize
+        work = LayerWork(
             kv_heads=layer_kv.heads,
-            group_queries=query_heads // layer_kv.heads,
-            head_token_bytes=(layer_kv.key_dim + layer_kv.value_dim) * layer_kv.dtype.itemsize,
+            group_queries=shape.query_heads // layer_kv.heads,
+            head_token_bytes=(layer_kv.key_dim + layer_kv.value_dim) * element_bytes,
+            element_bytes=element_bytes,
             rows=layer_kv.rows,
-            query_tokens=query_tokens,
+            query_tokens=shape.query_tokens,
             past_tokens=layer_kv.tokens,
-            slot_bytes=min(bound, default=None),
-            element_bytes=layer_kv.dtype.itemsize,
-            rates=self.rates,
-            **fixed,
         )
+        self.plan = choose_tiles(work, min(bounds, default=None), self.rates, self.fixed_tile)
 
     def _use_ring(self, slot_bytes: int | None) -> None:
-        """Keep the ring where it is as wanted: it changes with the batch, forks, and memory that is not pinned."""
+        """Keep the ring if it is as wanted. It changes with the batch, forks, and memory that is not pinned."""
         if self.ring is not None and self.ring.slot_bytes == (slot_bytes or 0) and not self._is_outdated():
             return
         if self.ring is not None:
             self.ring.close()
-        ring: Any = InPlace()
+        ring: Ring = InPlace()
         if slot_bytes is not None:
             assert self.streams is not None
             ring = SlotRing(RING_SLOTS, slot_bytes, self.device, self.counter, self.streams)
-        if self.disk is not None or self.tier.pin_refusal:
-            nbytes = read_slot_bytes(self.disk.host_budget if self.disk is not None else None)
-            ring = ReadAhead(ring, self.tier, nbytes, self.streams)
+        if self._read_slot_bytes is not None:
+            ring = ReadAhead(ring, self.tier, self._read_slot_bytes, self.streams)
         self.ring = ring

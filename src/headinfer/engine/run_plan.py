@@ -1,104 +1,193 @@
-"""The plan of a run on this machine, with the memory that is free now, and the engine's options that follow from it."""
+"""The plan of a run on this machine, with the memory that is free now.
+
+A RunPlan is what travels from the command line or enable() to the engine: the user's options, the plan that was made
+with them, and the options of the cache that follow from both. plan_run() is the only place that checks whether a run
+fits.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from headinfer.engine.machine import free_device_bytes, this_machine
 from headinfer.engine.options import Options
-from headinfer.plan.footprint import weight_bytes
-from headinfer.plan.memory import available_host_bytes, free_disk_bytes
+from headinfer.plan.footprint import tail_bytes, weight_bytes, write_back_bytes
+from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
+from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, FixedTile, LayerWork, choose_tiles, ring_slot_bytes
 from headinfer.utils.files import check_folder
 
-__all__ = ["fixed_fields", "plan_run", "planned", "tightest"]
+__all__ = ["RunPlan", "RunRequest", "engine_options", "plan_run", "tightest"]
 
-_HOST_OVERHEAD_BYTES = 256 * 2**20  # the process runs already: what is left to come beside weights and KV
+_HOST_OVERHEAD_BYTES = 256 * 2**20  # beside weights and KV, for a process that is running already
 
 
-def plan_run(
-    shape: ModelShape,
-    device: torch.device,
-    dtype: torch.dtype,
-    context_tokens: int,
-    *,
-    rows: int = 1,
-    ranks_on_host: int = 1,
-    held_device_bytes: int = 0,
-    held_host_bytes: int = 0,
-    is_loaded: bool = False,
-    fixed: Mapping[str, Any] | None = None,
-) -> Plan:
-    """The plan for reading `context_tokens` tokens on a device of this machine, with the memory that is free now.
+@dataclass(frozen=True)
+class RunRequest:
+    """A run to be planned.
 
-    is_loaded: the weights lie there already. held_device_bytes, held_host_bytes: KV of these tokens that does too.
-    ranks_on_host: processes that share the host's memory. fixed: fields of Request that the user chose, and disk_tier.
-    What the device has free beside weights, activations and a reserve (Hardware.overhead_bytes) is for KV. Raises
-    CapacityError with what would fit, and UsageError for a disk_tier that cannot be written to.
+    Attributes:
+        shape: The model, or this rank's share of it.
+        device: The device that computes.
+        dtype: Of weights and KV.
+        context_tokens: Tokens of the prompt and the answer.
+        options: The user's options.
+        chunk_tokens: Tokens of a prefill chunk; None is planned.
+        rows: Rows of the batch.
+        ranks_on_host: Number of processes that share the host's memory.
+        keeps_resident: Whether tokens may stay on the device.
+        is_loaded: Whether the weights are in memory already.
+        held_device_bytes: Device bytes of KV of this context that exist already.
+        held_host_bytes: Host bytes of KV of this context that exist already.
+        host_weight_bytes: Weights that will be loaded into host memory; None if the check of host memory is left to
+            the planner.
     """
-    machine, name = this_machine(device), str(dtype).removeprefix("torch.")
-    if name not in machine.flops_per_s:  # a device without bfloat16 computes in float32
-        machine = dataclasses.replace(
-            machine, flops_per_s={**machine.flops_per_s, name: machine.flops_per_s["float32"]}
+
+    shape: ModelShape
+    device: torch.device
+    dtype: torch.dtype
+    context_tokens: int
+    options: Options = dataclasses.field(default_factory=Options)
+    chunk_tokens: int | None = None
+    rows: int = 1
+    ranks_on_host: int = 1
+    keeps_resident: bool = True
+    is_loaded: bool = False
+    held_device_bytes: int = 0
+    held_host_bytes: int = 0
+    host_weight_bytes: int | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as the planner names it, such as bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do.
+
+    Attributes:
+        plan: The plan, with its predictions.
+        options: The options of the cache: the user's, with what they leave open taken from the plan. With them a run
+            repeats the same arithmetic.
+    """
+
+    plan: Plan
+    options: Options
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prefill chunk."""
+        return self.plan.chunk_tokens
+
+
+def plan_run(run: RunRequest) -> RunPlan:
+    """Plan a run with the memory that is free now, and check that it fits.
+
+    What the device has free beside weights, activations and a reserve (Hardware.overhead_bytes) is for KV.
+
+    Raises:
+        CapacityError: The run does not fit. The message says what would fit.
+        UsageError: An option is out of range for the model, or the folder of the disk tier is not writable.
+    """
+    options = run.options
+    if run.host_weight_bytes is not None:
+        check_host_memory(
+            run.context_tokens,
+            run.shape.kv_bytes_per_token(run.dtype.itemsize),
+            run.host_weight_bytes,
+            available=available_host_bytes() // run.ranks_on_host,
+            kv_budget=options.host_kv_budget_bytes,
         )
-    loaded = weight_bytes(shape, 8 * dtype.itemsize) if is_loaded else 0
-    host_bytes, device_bytes = available_host_bytes() // ranks_on_host + held_host_bytes, None
-    if machine.is_host:
-        machine = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES)
-        host_bytes += loaded + held_device_bytes
-    else:
-        device_bytes = free_device_bytes(device) + loaded + held_device_bytes
-    fixed = dict(fixed or {})
-    folder = fixed.pop("disk_tier", None)
-    if folder is not None:
-        check_folder(Path(folder), "keep KV")
-    request = Request(
-        shape=shape,
-        hardware=machine,
-        context_tokens=context_tokens,
-        host_bytes=max(host_bytes, 1),
-        disk_bytes=free_disk_bytes(Path(folder)) if folder is not None else 0,
-        device_bytes=device_bytes,
-        rows=rows,
-        dtype=name,
-        **fixed,
-    )
-    return make_plan(request)
+    plan = make_plan(_planner_request(run))
+    chosen = engine_options(options, plan)
+    if not run.is_loaded:
+        _check_tiles(run, chosen, plan.chunk_tokens)
+    return RunPlan(plan, chosen)
 
 
-def tightest(devices: Iterable[torch.device]) -> torch.device | None:
-    """The CUDA device with the least free memory, which a model's plan must fit where it lies on several."""
-    return min(devices, key=free_device_bytes, default=None)
-
-
-def fixed_fields(options: Options, chunk_tokens: int | None) -> dict[str, Any]:
-    """What a user's options leave no choice about, as fields of a Request."""
-    return {
-        "chunk_tokens": chunk_tokens,
-        "heads_per_group": options.heads_per_group,
-        "tile_tokens": options.tile_tokens,
-        "device_kv_budget_bytes": options.device_kv_budget_bytes,
-        "streaming_budget_bytes": options.streaming_budget_bytes,
-        "host_kv_budget_bytes": options.host_kv_budget_bytes,
-        "disk_tier": options.disk_tier,
-    }
-
-
-def planned(options: Options, plan: Plan) -> Options:
-    """The options with what they leave open taken from a plan: with them, a run does the same arithmetic again."""
+def engine_options(options: Options, plan: Plan) -> Options:
+    """The user's options, with what they leave open taken from a plan."""
     machine = plan.request.hardware
     if machine.is_host:
-        return options  # segments are read in place; a ring that stands for a GPU's keeps its own defaults
+        return options  # segments are read in place; a ring on a CPU, for tests, has its own defaults
     return dataclasses.replace(
         options,
         device_kv_budget_bytes=plan.device_kv_budget_bytes,
-        streaming_budget_bytes=plan.streaming_bytes,
+        streaming_budget_bytes=plan.streaming_budget_bytes,
         rates=options.rates or machine.tile_rates(plan.request.dtype),
     )
+
+
+def tightest(devices: Iterable[torch.device]) -> torch.device | None:
+    """The CUDA device with the least free memory. The plan of a model on several devices must fit it."""
+    return min(devices, key=free_device_bytes, default=None)
+
+
+def _planner_request(run: RunRequest) -> Request:
+    """The request to the planner: this machine, with the memory that is free now."""
+    options = run.options
+    machine = this_machine(run.device)
+    name = run.dtype_name
+    if name not in machine.flops_per_s:  # a device without bfloat16 computes in float32
+        rates = {**machine.flops_per_s, name: machine.flops_per_s["float32"]}
+        machine = dataclasses.replace(machine, flops_per_s=rates)
+    loaded_bytes = weight_bytes(run.shape, 8 * run.dtype.itemsize) if run.is_loaded else 0
+    host_bytes = available_host_bytes() // run.ranks_on_host + run.held_host_bytes
+    device_bytes: int | None = None
+    if machine.is_host:
+        machine = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES)
+        host_bytes += loaded_bytes + run.held_device_bytes
+    else:
+        device_bytes = free_device_bytes(run.device) + loaded_bytes + run.held_device_bytes
+    disk_bytes = 0
+    if options.disk_tier is not None:
+        folder = Path(options.disk_tier)
+        check_folder(folder, "keep KV")
+        disk_bytes = free_disk_bytes(folder)
+    return Request(
+        shape=run.shape,
+        hardware=machine,
+        context_tokens=run.context_tokens,
+        host_bytes=max(host_bytes, 1),
+        device_bytes=device_bytes,
+        disk_bytes=disk_bytes,
+        host_kv_budget_bytes=options.host_kv_budget_bytes,
+        rows=run.rows,
+        dtype=name,
+        chunk_tokens=run.chunk_tokens,
+        heads_per_group=options.heads_per_group,
+        tile_tokens=options.tile_tokens,
+        device_kv_budget_bytes=options.device_kv_budget_bytes,
+        streaming_budget_bytes=options.streaming_budget_bytes,
+        keeps_resident=run.keeps_resident,
+    )
+
+
+def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
+    """Choose the tiles of the last chunk of a prefill and of a decode step, as the engine will.
+
+    Raises:
+        CapacityError: The device budget holds no ring, or a slot holds no tile.
+        UsageError: A fixed tile is out of range for the model.
+    """
+    element_bytes = run.dtype.itemsize
+    layer = run.shape.layers[run.shape.offloaded_layers[0]]
+    tails = sum(tail_bytes(run.shape, element_bytes))
+    budget_bytes = options.device_kv_budget_bytes or DEFAULT_BUDGET_BYTES
+    streaming_bytes = min(options.streaming_budget_bytes or DEFAULT_BUDGET_BYTES, budget_bytes)
+    slot_bytes = ring_slot_bytes(streaming_bytes, tails + 2 * write_back_bytes(streaming_bytes))
+    fixed = FixedTile(options.heads_per_group, options.tile_tokens)
+    for query_tokens in (chunk_tokens, 1):
+        work = LayerWork.of_layer(
+            layer, element_bytes, rows=1, query_tokens=query_tokens, past_tokens=run.context_tokens
+        )
+        choose_tiles(work, slot_bytes, options.rates, fixed)

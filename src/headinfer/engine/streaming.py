@@ -1,14 +1,17 @@
-"""The loop: attention over the past, tile by tile, while the next tile is on its way.
+"""The loop: attention over the past, tile by tile, while the next tile is copied to the device.
 
 For each head group of a layer:
 
-    state = attention of the chunk on itself (causal); the tail, in decode with the first tile: nothing to transfer
+    state = attention of the chunk on itself (causal)
     for each tile (head group x token block) of the host segments:
-        fetch tile i + 1                                                        copy stream
-        state = merge(state, attention on tile i)                               compute stream
+        fetch tile i + 1                                                        fetch queue
+        state = merge(state, attention on tile i)                               compute queue
     write the state into the output
 
-Where the host is the compute device (CPU) nothing moves: a tile is the segments themselves, all in one call.
+The tail is on the device. In decode it is attended to together with the first tile, in one kernel.
+
+If the host is the compute device (CPU), nothing is copied: a tile consists of the segments themselves, and one call
+reads all of them.
 """
 
 from __future__ import annotations
@@ -24,78 +27,119 @@ import torch
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
-from headinfer.kv.segments import ResidentBuffer, SegmentSlice, SharedPrefix
-from headinfer.kv.slices import DiskSlice, PageableSlice
+from headinfer.kv.segments import AnyPiece, ResidentBuffer, SegmentSlice, SharedPrefix
 from headinfer.kv.transfer import InPlace, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 from headinfer.utils.tensors import Piece
 
-__all__ = ["BLOCK_TOKENS", "Tile", "attend_streaming", "tiles_of"]
+__all__ = ["BLOCK_TOKENS", "AttentionSpec", "LayerPass", "Tile", "attend_streaming", "tiles_of"]
 
-# What kernels that want equal shapes are given; merging 32K tokens costs a hundredth of their attention.
 BLOCK_TOKENS = (32_768, 16_384, 8192)
+"""Lengths of the pieces that kernels with one plan per shape are given. Merging a piece of 32K tokens costs about a
+hundredth of its attention."""
+
 _EVEN_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a model asks of an attention, beside Q, K and V.
+
+    Attributes:
+        scale: Factor of the scores.
+        softcap: Soft cap c of the scores: tanh(score / c) * c. None applies no cap.
+        sinks: One more score per query head, [Hq], of a key with value 0 (gpt-oss).
+        token_ranges: For each row of the batch, the half-open ranges of tokens that are seen, over the past and the
+            chunk. None sees all tokens.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    token_ranges: Sequence[TokenRanges] | None = None
 
 
 @dataclass(frozen=True)
 class Tile:
     """Some tokens of one head group, for the rows that share them.
 
-    near: what lies on the device; else pieces are to be fetched. after: events of their write-back. key: equal for
-    tiles of the same tokens of the same segments, as long as these hold the same.
+    Attributes:
+        rows: The rows of the batch.
+        pieces: What must be fetched; empty for a resident tile.
+        after: Events of the write-back of these pieces.
+        key: Equal for tiles of the same tokens of the same segments, as long as their content is the same.
+        resident: Pieces that are on the device.
     """
 
     rows: tuple[int, ...]
-    pieces: tuple[Piece | DiskSlice | PageableSlice, ...] = ()
+    pieces: tuple[AnyPiece, ...] = ()
     after: tuple[Any, ...] = ()
     key: Hashable = None
-    near: tuple[Piece, ...] = ()
+    resident: tuple[Piece, ...] = ()
 
 
 @dataclass
-class Layer:
-    """The operands of one layer's attention and where its partial results go."""
+class LayerPass:
+    """The attention of one layer in one forward pass.
+
+    Attributes:
+        q: Queries [B, Hq, T, Dk], contiguous.
+        k: Keys of the chunk [B, Hkv, T, Dk].
+        v: Values of the chunk [B, Hkv, T, Dv].
+        layer_kv: The KV of the tokens before.
+        spec: What the model asks for.
+        past_tokens: How many of these tokens are attended to.
+        backend: Attention backends to try first.
+        used: Collects the names of the backends that ran.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     layer_kv: LayerKV
-    scale: float
-    softcap: float | None
-    backend: str | None
+    spec: AttentionSpec
     past_tokens: int
+    backend: str | None = None
     used: set[str] = field(default_factory=set)
 
     @property
-    def is_few(self) -> bool:
-        """Whether a call costs more than what it computes: decode."""
+    def is_decode(self) -> bool:
+        """Whether there are so few query tokens that a kernel call costs more than what it computes."""
         return self.q.shape[2] <= FEW_QUERY_TOKENS
 
-    def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
-        """What a kernel must do for this many query rows per KV head (0: the chunk on itself).
+    @property
+    def group_queries(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[1] // self.k.shape[1]
 
-        Kernels that plan anew for each shape serve pieces of BLOCK_TOKENS, which come again and again.
+    def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
+        """What a kernel must do.
+
+        Args:
+            query_rows: Query rows per KV head; 0 for the chunk on itself.
+            key_tokens: Tokens of one piece of keys; 0 for several pieces, or any number.
         """
-        device, dims, is_full = self.q.device, (self.k.shape[3], self.v.shape[3]), key_tokens in BLOCK_TOKENS
+        device = self.q.device
         return Problem(
             device.type,
             self.q.dtype,
             query_rows,
-            *dims,
-            self.softcap is not None,
+            self.k.shape[3],
+            self.v.shape[3],
+            self.spec.softcap is not None,
             capability_of(device),
             key_tokens,
-            is_full,
+            key_tokens in BLOCK_TOKENS,  # kernels with one plan per shape serve these lengths only
         )
 
     def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
-        """The backend for a problem; its name is noted. key_tokens: of one piece; 0: of several, or any number."""
+        """The backend for a problem. Its name is added to `used`."""
         backend = self.choice(query_rows, key_tokens)
         self.used.add(backend.name)
         return backend
 
     def choice(self, query_rows: int, key_tokens: int) -> Backend:
-        """The same; nothing is noted."""
+        """The backend for a problem."""
         return choose(self.problem(query_rows, key_tokens), self.backend)
 
 
@@ -104,94 +148,142 @@ def attend_streaming(
     k: torch.Tensor,
     v: torch.Tensor,
     layer_kv: LayerKV,
+    spec: AttentionSpec,
     *,
     plan: TilePlan,
     ring: Ring | None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    token_ranges: Sequence[TokenRanges] | None = None,
     past_tokens: int | None = None,
     backend: str | None = None,
     used: set[str] | None = None,
     following: Iterable[Tile] = (),
 ) -> torch.Tensor:
-    """Causal attention of a chunk on the store's first past_tokens tokens (None: all of them) and on itself.
+    """Causal attention of a chunk on the tokens before it and on itself.
 
-    q [B, Hq, T, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv]. sinks [Hq]: scores of a key with value 0. token_ranges: for each
-    row the half-open token ranges that are seen, over the past tokens and the chunk's; None: all of them.
-    ring None: the segments lie on the compute device and are read in place. Returns [B, T, Hq, Dv] in q's dtype;
-    query rows that see no key give 0. `used` collects the names of the kernels that ran. following: the first tiles of
-    the layer after this one, for a ring that reads ahead from a disk.
+    Args:
+        q: [B, Hq, T, Dk].
+        k: [B, Hkv, T, Dk].
+        v: [B, Hkv, T, Dv].
+        layer_kv: The KV of the tokens before.
+        spec: What the model asks for.
+        plan: The shape of the tiles.
+        ring: Brings tiles to the device. None reads the segments in place.
+        past_tokens: How many of the tokens before are attended to; None for all.
+        backend: Attention backends to try first, separated by commas.
+        used: Collects the names of the backends that ran.
+        following: The first tiles of the layer that runs next. The ring prefetches them.
+
+    Returns:
+        [B, T, Hq, Dv] in q's dtype. Query rows that see no key give 0.
     """
-    q = q.contiguous()  # packed once, not per tile
+    q = q.contiguous()  # packed once, not for each tile
     past = layer_kv.tokens if past_tokens is None else past_tokens
-    layer = Layer(q, k, v, layer_kv, scale, softcap, backend, past, used if used is not None else set())
-    past_ranges = token_ranges if past == layer_kv.tokens else first_of(token_ranges, past, q.shape[0])
-    group = q.shape[1] // k.shape[1]
+    layer = LayerPass(q, k, v, layer_kv, spec, past, backend, used if used is not None else set())
+    past_ranges = spec.token_ranges
+    if past != layer_kv.tokens:
+        past_ranges = first_of(spec.token_ranges, past, q.shape[0])
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-    groups = [slice(h, min(h + plan.heads_per_group, k.shape[1])) for h in range(0, k.shape[1], plan.heads_per_group)]
-    work = [list(tiles_of(layer_kv, heads, plan, past_ranges)) for heads in groups]
-    way: Ring = ring if ring is not None else InPlace()
-    coming = (tile for tiles in work for tile in tiles if not tile.near)
-    after = iter(following)
-    handles = deque(way.fetch(tile.pieces, tile.after, tile.key) for tile in itertools.islice(coming, way.depth))
-    for heads, tiles in zip(groups, work, strict=True):
-        state, own = _own_state(layer, heads, token_ranges, past_ranges)
+    groups = _head_groups(k.shape[1], plan.heads_per_group)
+    tiles_by_group = [list(tiles_of(layer_kv, heads, plan, past_ranges)) for heads in groups]
+    fetcher = _Fetcher(ring if ring is not None else InPlace(), tiles_by_group, following)
+    for heads, tiles in zip(groups, tiles_by_group, strict=True):
+        state, on_device = _own_state(layer, heads, past_ranges)
         for tile in tiles:
-            near = own.pop(tile.rows[0], ()) if layer.is_few and len(tile.rows) == 1 else ()
-            if not tile.near:
-                if (later := next(coming, None)) is not None:
-                    handles.append(way.fetch(later.pieces, later.after, later.key))
-                elif (expected := next(after, None)) is not None:
-                    way.expect(expected.pieces, expected.after, expected.key)
-            here = tile.near or way.wait(handles[0])
-            for pieces in _calls(layer, len(tile.rows), here):
-                state = _attend_tile(layer, heads, state, tile.rows, (*pieces, *near))
-            if not tile.near:
-                way.release(handles.popleft())
-        for row, near in own.items():
-            state = _attend_tile(layer, heads, state, (row,), near)
+            # In decode the tail joins the first tile of its row, since launches are what a kernel costs.
+            tail: tuple[Piece, ...] = ()
+            if layer.is_decode and len(tile.rows) == 1:
+                tail = on_device.pop(tile.rows[0], ())
+            pieces = tile.resident or fetcher.next_tile()
+            for some in _calls(layer, len(tile.rows), pieces):
+                state = _attend_tile(layer, heads, state, tile.rows, (*some, *tail))
+            if not tile.resident:
+                fetcher.release()
+        for row, tail in on_device.items():
+            state = _attend_tile(layer, heads, state, (row,), tail)
         state = state or _empty(layer, heads)
-        queries = slice(heads.start * group, heads.stop * group)
-        merged = state.out if sinks is None else state.with_sinks(sinks[queries, None])
+        queries = slice(heads.start * layer.group_queries, heads.stop * layer.group_queries)
+        merged = state.out if spec.sinks is None else state.with_sinks(spec.sinks[queries, None])
         out[:, :, queries] = merged.transpose(1, 2)
     return out
+
+
+class _Fetcher:
+    """Fetches the tiles of a layer in order, `ring.depth` tiles ahead, and then tells the ring what follows."""
+
+    def __init__(self, ring: Ring, tiles_by_group: Sequence[Sequence[Tile]], following: Iterable[Tile]) -> None:
+        self._ring = ring
+        self._tiles = (tile for tiles in tiles_by_group for tile in tiles if not tile.resident)
+        self._following = iter(following)
+        first = itertools.islice(self._tiles, ring.depth)
+        self._handles = deque(ring.fetch(tile.pieces, tile.after, tile.key) for tile in first)
+
+    def next_tile(self) -> Sequence[Piece]:
+        """Begin to fetch one more tile, and wait for the oldest one."""
+        ring = self._ring
+        tile = next(self._tiles, None)
+        if tile is not None:
+            self._handles.append(ring.fetch(tile.pieces, tile.after, tile.key))
+        else:
+            tile = next(self._following, None)
+            if tile is not None:
+                ring.expect(tile.pieces, tile.after, tile.key)
+        return ring.wait(self._handles[0])
+
+    def release(self) -> None:
+        """Give back the slot of the tile that next_tile() returned."""
+        self._ring.release(self._handles.popleft())
+
+
+def _head_groups(kv_heads: int, heads_per_group: int) -> list[slice]:
+    starts = range(0, kv_heads, heads_per_group)
+    return [slice(start, min(start + heads_per_group, kv_heads)) for start in starts]
 
 
 def tiles_of(
     layer_kv: LayerKV, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
 ) -> Iterator[Tile]:
-    """The segments of a head group as tiles: what lies on the device whole, the rest as the plan cuts it."""
+    """The host segments of a head group as tiles.
+
+    Resident tokens are one tile. The plan cuts the others.
+
+    Args:
+        layer_kv: The KV of the layer.
+        heads: The KV heads of the group.
+        plan: The shape of the tiles.
+        token_ranges: For each row, the ranges of tokens that are seen; None for all.
+    """
     for shared in layer_kv.shared_prefixes(token_ranges):
         resident, streamed = _split_by_residency(shared)
         if resident:
-            yield Tile(shared.rows, near=tuple(_joined(resident, heads)))
-        pieces: list[SegmentSlice] = []
-        room = most = _tile_tokens(plan, sum(part.tokens for part in streamed))
+            yield Tile(shared.rows, resident=tuple(_joined(resident, heads)))
+        most = _tile_tokens(plan, sum(part.tokens for part in streamed))
+        slices: list[SegmentSlice] = []
+        room = most
         for part in streamed:
             start = part.start
             while start < part.stop:
                 stop = min(part.stop, start + room)
-                pieces.append(SegmentSlice(part.segment, start, stop))
-                room, start = room - (stop - start), stop
+                slices.append(SegmentSlice(part.segment, start, stop))
+                room -= stop - start
+                start = stop
                 if room == 0:
-                    yield _tile(shared.rows, heads, pieces)
-                    pieces, room = [], most
-        if pieces:
-            yield _tile(shared.rows, heads, pieces)
+                    yield _tile(shared.rows, heads, slices)
+                    slices = []
+                    room = most
+        if slices:
+            yield _tile(shared.rows, heads, slices)
 
 
 def _tile_tokens(plan: TilePlan, tokens: int) -> int:
-    """The length of the tiles that so many tokens are cut into; the last one may be shorter."""
+    """The length of the tiles that `tokens` tokens are cut into. The last tile may be shorter."""
     if not plan.is_even or not tokens:
         return plan.tile_tokens
     tiles = -(-tokens // plan.tile_tokens)
-    return min(-(-tokens // tiles // _EVEN_TOKENS) * _EVEN_TOKENS, plan.tile_tokens)
+    even = -(-tokens // tiles // _EVEN_TOKENS) * _EVEN_TOKENS
+    return min(even, plan.tile_tokens)
 
 
 def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
-    """The spans of a shared prefix, or parts of them, on the device and on the host only."""
+    """The slices, or parts of them, that are on the device, and those that are on the host only."""
     resident: list[SegmentSlice] = []
     streamed: list[SegmentSlice] = []
     for part in shared.slices:
@@ -204,122 +296,149 @@ def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[
 
 
 def _joined(slices: Sequence[SegmentSlice], heads: slice) -> Iterator[Piece]:
-    """Resident spans as few pieces: neighbours in an resident buffer are one."""
-    resident_buffer: ResidentBuffer | None = None
-    begin = end = 0
+    """Resident slices as pieces. Neighbours in a resident buffer become one piece."""
+    buffer: ResidentBuffer | None = None
+    begin = 0
+    end = 0
     for part in slices:
         start = part.segment.resident_start + part.start
-        if part.segment.resident_buffer is not resident_buffer or start != end:
-            if resident_buffer is not None:
-                yield resident_buffer.k[heads, begin:end], resident_buffer.v[heads, begin:end]
-            resident_buffer, begin = part.segment.resident_buffer, start
+        if part.segment.resident_buffer is not buffer or start != end:
+            if buffer is not None:
+                yield buffer.k[heads, begin:end], buffer.v[heads, begin:end]
+            buffer = part.segment.resident_buffer
+            begin = start
         end = start + part.tokens
-    if resident_buffer is not None:
-        yield resident_buffer.k[heads, begin:end], resident_buffer.v[heads, begin:end]
+    if buffer is not None:
+        yield buffer.k[heads, begin:end], buffer.v[heads, begin:end]
 
 
-def _calls(layer: Layer, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
-    """Pieces in as many calls as serve them best: one, or blocks where a kernel wants equal shapes."""
-    query_rows = rows * layer.q.shape[1] // layer.k.shape[1] * layer.q.shape[2]
-    if layer.is_few or layer.choice(query_rows, BLOCK_TOKENS[0]) is layer.choice(query_rows, 0):
+def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
+    """A tile that must be fetched."""
+    pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
+    events = [part.segment.write_done for part in slices if part.segment.write_done is not None]
+    key = tuple(
+        (part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices
+    )
+    return Tile(rows, pieces, tuple(dict.fromkeys(events)), key)
+
+
+def _calls(layer: LayerPass, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+    """The pieces, split into kernel calls: one call, or blocks of BLOCK_TOKENS for a kernel that wants them."""
+    query_rows = rows * layer.group_queries * layer.q.shape[2]
+    if layer.is_decode or layer.choice(query_rows, BLOCK_TOKENS[0]) is layer.choice(query_rows, 0):
         yield pieces
         return
     for k, v in pieces:
         start = 0
-        while left := k.shape[1] - start:
+        while start < k.shape[1]:
+            left = k.shape[1] - start
             stop = start + next((tokens for tokens in BLOCK_TOKENS if tokens <= left), left)
             yield [(k[:, start:stop], v[:, start:stop])]
             start = stop
 
 
-def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
-    """A tile that has to be fetched."""
-    pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
-    after = dict.fromkeys(part.segment.write_done for part in slices if part.segment.write_done is not None)
-    key = tuple((s.segment, s.segment.version, heads.start, heads.stop, s.start, s.stop) for s in slices)
-    return Tile(rows, pieces, tuple(after), key)
-
-
 def _attend_tile(
-    layer: Layer, heads: slice, state: AttentionState | None, rows: Sequence[int], pieces: Sequence[Piece]
+    layer: LayerPass, heads: slice, state: AttentionState | None, rows: Sequence[int], pieces: Sequence[Piece]
 ) -> AttentionState:
-    """The state [B, h * G, T, Dv] of a head group (None: nothing yet) with attention on pieces that some rows share."""
+    """Merge attention on pieces that some rows share into the state of a head group.
+
+    Args:
+        layer: The layer's attention.
+        heads: The KV heads of the group.
+        state: [B, h * G, T, Dv]; None if nothing was seen yet.
+        rows: The rows that share the pieces.
+        pieces: Keys and values [h, T, D].
+    """
     kv_heads = heads.stop - heads.start
-    group = layer.q.shape[1] // layer.k.shape[1]
-    packed = [
-        layer.q[row, heads.start * group : heads.stop * group].reshape(kv_heads, -1, layer.q.shape[3]) for row in rows
-    ]
+    group = layer.group_queries
+    queries = slice(heads.start * group, heads.stop * group)
+    packed = [layer.q[row, queries].reshape(kv_heads, -1, layer.q.shape[3]) for row in rows]
     q = packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
     key_tokens = pieces[0][0].shape[1] if len(pieces) == 1 else 0
-    part = layer.kernel(q.shape[1], key_tokens).attend_full(q, pieces, layer.scale, layer.softcap)
-    if state is None and layer.q.shape[0] == 1:  # a token's first part is the state: launches are what it costs
-        state, shape = part.running(), (1, kv_heads * group, -1)
+    kernel = layer.kernel(q.shape[1], key_tokens)
+    part = kernel.attend_full(q, pieces, layer.spec.scale, layer.spec.softcap)
+    if state is None and layer.q.shape[0] == 1:  # the first part of a single row is the state itself
+        state = part.running()
+        shape = (1, kv_heads * group, -1)
         return AttentionState(state.out.view(*shape, state.out.shape[2]), state.lse.view(shape))
     state = state or _empty(layer, heads)
     share = q.shape[1] // len(rows)
     for index, row in enumerate(rows):
-        mine = part[:, index * share : (index + 1) * share]
-        AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share)).merge_(mine)
+        of_row = part[:, index * share : (index + 1) * share]
+        target = AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share))
+        target.merge_(of_row)
     return state
 
 
-def _empty(layer: Layer, heads: slice) -> AttentionState:
-    """The state of a head group that has seen nothing."""
-    rows, query_heads, tokens, _ = layer.q.shape
-    shape = (rows, (heads.stop - heads.start) * query_heads // layer.k.shape[1], tokens)
+def _empty(layer: LayerPass, heads: slice) -> AttentionState:
+    """The state of a head group that has seen no key."""
+    rows, _, tokens, _ = layer.q.shape
+    shape = (rows, (heads.stop - heads.start) * layer.group_queries, tokens)
     return AttentionState.empty(shape, layer.v.shape[3], layer.q.device)
 
 
 def _own_state(
-    layer: Layer, heads: slice, token_ranges: Sequence[TokenRanges] | None, past_ranges: Sequence[TokenRanges] | None
+    layer: LayerPass, heads: slice, past_ranges: Sequence[TokenRanges] | None
 ) -> tuple[AttentionState | None, dict[int, tuple[Piece, ...]]]:
-    """The chunk on itself, and per row what else lies on the device: the tail, and a chunk of one token.
+    """The chunk on itself, and what else is on the device: the tail of each row.
 
-    Returns the state [B, h * G, T, Dv] of the head group, None for one token, and the pieces that it still lacks.
+    A chunk of one token is returned as a piece too.
+
+    Returns:
+        The state [B, h * G, T, Dv] of the head group, None for a chunk of one token, and the pieces of each row that
+        the state lacks.
     """
+    token_ranges = layer.spec.token_ranges
     rows, _, tokens, _ = layer.q.shape
-    group = layer.q.shape[1] // layer.k.shape[1]
-    q = layer.q[:, heads.start * group : heads.stop * group]
-    k, v = layer.k[:, heads], layer.v[:, heads]
     past = layer.past_tokens
-    resident: dict[int, tuple[Piece, ...]] = {}
+    q = layer.q[:, heads.start * layer.group_queries : heads.stop * layer.group_queries]
+    k = layer.k[:, heads]
+    v = layer.v[:, heads]
+    on_device: dict[int, tuple[Piece, ...]] = {}
     for row in range(rows):
-        seen = token_ranges[row] if token_ranges is not None else None
-        near = layer.layer_kv.tail(row, past_ranges[row] if past_ranges is not None else None)
-        pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in near]
-        if tokens == 1 and (seen is None or any(start <= past < stop for start, stop in seen)):
+        tail = layer.layer_kv.tail(row, past_ranges[row] if past_ranges is not None else None)
+        pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in tail]
+        sees_itself = token_ranges is None or any(start <= past < stop for start, stop in token_ranges[row])
+        if tokens == 1 and sees_itself:
             pieces.append((k[row], v[row]))
         if pieces:
-            resident[row] = tuple(pieces)
-    if tokens > 1 and (
-        token_ranges is None or all(any(a <= past and past + tokens <= b for a, b in row) for row in token_ranges)
-    ):
-        return layer.kernel(0).attend_causal(q, k, v, layer.scale, layer.softcap), resident
+            on_device[row] = tuple(pieces)
     if tokens == 1:
-        return None, resident
+        return None, on_device
+    chunk_is_seen = token_ranges is None or all(
+        any(start <= past and past + tokens <= stop for start, stop in ranges) for ranges in token_ranges
+    )
+    if chunk_is_seen:
+        return layer.kernel(0).attend_causal(q, k, v, layer.spec.scale, layer.spec.softcap), on_device
     state = _empty(layer, heads)
     if token_ranges is not None:
         for row in range(rows):
             for start, stop in token_ranges[row]:
                 _attend_range_in_chunk(layer, state, q, k, v, row, max(start - past, 0), min(stop - past, tokens))
-    return state, resident
+    return state, on_device
 
 
 def _attend_range_in_chunk(
-    layer: Layer, state: AttentionState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: int, lo: int, hi: int
+    layer: LayerPass,
+    state: AttentionState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row: int,
+    start: int,
+    stop: int,
 ) -> None:
-    """Merge the keys [lo, hi) of a chunk: causal for the queries among them, all of them for the later ones."""
-    if lo >= hi:
+    """Merge the keys [start, stop) of a chunk: causal for the queries among them, all of them for later queries."""
+    if start >= stop:
         return
-    one, kv_heads, dim = slice(row, row + 1), k.shape[1], q.shape[3]
-    among = layer.kernel(0).attend_causal(
-        q[one, :, lo:hi], k[one, :, lo:hi], v[one, :, lo:hi], layer.scale, layer.softcap
-    )
-    state[one, :, lo:hi].merge_(among)
-    if hi < q.shape[2]:
-        later = q[row, :, hi:].reshape(kv_heads, -1, dim)
-        part = layer.kernel(later.shape[1]).attend_full(
-            later, [(k[row, :, lo:hi], v[row, :, lo:hi])], layer.scale, layer.softcap
-        )
-        shape = (q.shape[1], q.shape[2] - hi)
-        state[row, :, hi:].merge_(AttentionState(part.out.reshape(*shape, -1), part.lse.reshape(shape)))
+    spec = layer.spec
+    one = slice(row, row + 1)
+    here = slice(start, stop)
+    among = layer.kernel(0).attend_causal(q[one, :, here], k[one, :, here], v[one, :, here], spec.scale, spec.softcap)
+    state[one, :, here].merge_(among)
+    if stop < q.shape[2]:
+        later = q[row, :, stop:].reshape(k.shape[1], -1, q.shape[3])
+        pieces = [(k[row, :, here], v[row, :, here])]
+        part = layer.kernel(later.shape[1]).attend_full(later, pieces, spec.scale, spec.softcap)
+        shape = (q.shape[1], q.shape[2] - stop)
+        state[row, :, stop:].merge_(AttentionState(part.out.reshape(*shape, -1), part.lse.reshape(shape)))

@@ -1,8 +1,8 @@
-"""KV that also stays on the device: the first tokens of each row, as far as a budget reaches.
+"""Resident KV: the first tokens of each row stay on the device, as many as a budget allows.
 
-What is resident is written through to the host like all other KV, so letting go of it is free. A row's resident
-tokens lie in resident buffers, head by head, and neighbours are read as one piece: where all is resident, attention is one kernel
-call on them, as it is without offloading.
+Resident tokens are written through to the host like all other tokens, so they can be dropped from the device without
+a copy. The resident tokens of a row are stored in buffers, head by head, and neighbours are read as one piece. If all
+tokens of a row are resident, attention is one kernel call on them, as it is without offloading.
 """
 
 from __future__ import annotations
@@ -17,17 +17,27 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.segments import ResidentBuffer, Segment, SegmentSlice
 from headinfer.kv.streams import Streams
 
-__all__ = ["RESIDENT_UNIT_TOKENS", "Residency", "Share"]
+__all__ = ["RESIDENT_UNIT_TOKENS", "LayerResidency", "Residency"]
 
 RESIDENT_UNIT_TOKENS = 128
-_FIRST_BUFFER_TOKENS = 4096  # where the final length is not known; later ones double what the row has
+_FIRST_BUFFER_TOKENS = 4096  # if the final length is unknown; later buffers double what the row has
 
 
 class Residency:
-    """The room for resident KV on one device."""
+    """The memory for resident KV on one device, shared by its layers.
+
+    Args:
+        room_bytes: Upper bound of resident bytes.
+        device: The device.
+        counter: Counts the bytes.
+        streams: The queues of the device.
+    """
 
     def __init__(self, room_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams) -> None:
-        self.room_bytes, self.device, self.streams, self._counter = room_bytes, device, streams, counter
+        self.room_bytes = room_bytes
+        self.device = device
+        self.streams = streams
+        self._counter = counter
         self._buffers: list[weakref.ref[ResidentBuffer]] = []
 
     @property
@@ -36,7 +46,11 @@ class Residency:
         return self._counter.device_bytes["resident"]
 
     def take(self, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> ResidentBuffer | None:
-        """A new resident buffer, or None where there is no room for it."""
+        """Allocate a buffer for k [heads, tokens, key_dim] and v [heads, tokens, value_dim].
+
+        Returns:
+            The buffer, or None if it exceeds the room or the device is out of memory.
+        """
         nbytes = heads * tokens * (key_dim + value_dim) * dtype.itemsize
         if self.held_bytes + nbytes > self.room_bytes:
             return None
@@ -44,30 +58,35 @@ class Residency:
             with torch.inference_mode(False):
                 k = torch.empty(heads, tokens, key_dim, dtype=dtype, device=self.device)
                 v = torch.empty(heads, tokens, value_dim, dtype=dtype, device=self.device)
-        except torch.OutOfMemoryError:  # others took what was free: these tokens stream
+        except torch.OutOfMemoryError:  # other allocations took the free memory: these tokens stream
             return None
-        resident_buffer = ResidentBuffer(k, v)
+        buffer = ResidentBuffer(k, v)
         self._counter.hold_device("resident", nbytes)
-        weakref.finalize(resident_buffer, self._counter.hold_device, "resident", -nbytes).atexit = False
-        self._buffers = [known for known in self._buffers if known() is not None] + [weakref.ref(resident_buffer)]
-        return resident_buffer
+        weakref.finalize(buffer, self._counter.hold_device, "resident", -nbytes).atexit = False
+        self._buffers = [known for known in self._buffers if known() is not None]
+        self._buffers.append(weakref.ref(buffer))
+        return buffer
 
-    def let_go(self, room_bytes: int) -> None:
-        """Keep no more than this from now on; the newest go first. Their tokens stream from the host again."""
+    def shrink(self, room_bytes: int) -> None:
+        """Reduce the room, and drop the newest buffers that exceed it. Their tokens stream from the host again."""
         self.room_bytes = room_bytes
         while self.held_bytes > room_bytes:
-            resident_buffer = self._buffers.pop()()
-            if resident_buffer is not None:
-                for segment in list(resident_buffer.segments):
-                    segment.resident_buffer, segment.resident_tokens = None, 0
-            del resident_buffer
+            buffer = self._buffers.pop()()
+            if buffer is not None:
+                for segment in list(buffer.segments):
+                    segment.resident_buffer = None
+                    segment.resident_tokens = 0
+            del buffer
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one store may keep of its device's room.
+class LayerResidency:
+    """The part of a device's resident memory that one layer may use.
 
-    host_tokens: what a row of the store will hold on the host at its expected length, 0 where that is not known.
+    Attributes:
+        pool: The memory of the device.
+        nbytes: Upper bound of the layer's resident bytes.
+        host_tokens: Tokens that a row of the layer will have on the host at its expected length; 0 if unknown.
     """
 
     pool: Residency
@@ -75,44 +94,49 @@ class Share:
     host_tokens: int
 
     def most_tokens(self, token_bytes: int, rows: int) -> int:
-        """Resident tokens of a row, at most."""
+        """The most resident tokens of a row."""
         return self.nbytes // (token_bytes * rows) // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
 
     def assign(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:
-        """Give a segment that begins at token `start` of its row a place in an resident buffer, whole or up to the limit.
+        """Make the first tokens of a segment resident, as many as the limits allow.
 
-        before: the row's previous segment; only what follows resident tokens is resident. False where it has none.
+        Args:
+            segment: A segment without resident tokens.
+            start: The position of its first token in the row.
+            before: The previous segment of the row. Only tokens that follow resident tokens become resident.
+            rows: Rows of the batch.
+
+        Returns:
+            Whether any token became resident.
         """
         heads, _, key_dim = segment.k.shape
-        value_dim, dtype = segment.v.shape[2], segment.k.dtype
+        value_dim = segment.v.shape[2]
+        dtype = segment.k.dtype
         most = self.most_tokens(heads * (key_dim + value_dim) * dtype.itemsize, rows)
         is_planned = start < self.host_tokens
-        most = min(most, self.host_tokens) if is_planned else most
+        if is_planned:
+            most = min(most, self.host_tokens)
         wanted = min(segment.tokens, most - start)
         if wanted <= 0 or (before is not None and before.resident_tokens < before.tokens):
             return False
-        resident_buffer = before.resident_buffer if before is not None else None
-        if (
-            resident_buffer is None
-            or before is None
-            or before.resident_start + before.tokens != resident_buffer.used
-            or resident_buffer.left < wanted
-        ):
-            tokens = most - start if is_planned else min(max(wanted, start, _FIRST_BUFFER_TOKENS), most - start)
-            resident_buffer = self.pool.take(heads, tokens, key_dim, value_dim, dtype)
-        if resident_buffer is None:
+        buffer = _buffer_with_room(before, wanted)
+        if buffer is None:
+            tokens = most - start
+            if not is_planned:
+                tokens = min(max(wanted, start, _FIRST_BUFFER_TOKENS), most - start)
+            buffer = self.pool.take(heads, tokens, key_dim, value_dim, dtype)
+        if buffer is None:
             return False
-        segment.resident_buffer, segment.resident_start, segment.resident_tokens = (
-            resident_buffer,
-            resident_buffer.used,
-            wanted,
-        )
-        resident_buffer.segments.add(segment)
+        segment.resident_buffer = buffer
+        segment.resident_start = buffer.used
+        segment.resident_tokens = wanted
+        buffer.segments.add(segment)
         return True
 
     def promote(self, table: Sequence[SegmentSlice], rows: int) -> None:
-        """Bring the first segments of a row to the device that were not written through, such as a session's."""
-        start, before = 0, None
+        """Copy the first segments of a row to the device if they were not written through, such as a session's."""
+        start = 0
+        before: Segment | None = None
         for part in table:
             segment = part.segment
             if segment.resident_tokens == 0:
@@ -120,7 +144,21 @@ class Share:
                     return
                 if segment.write_done is not None:
                     self.pool.streams.wait(segment.write_done, "compute")
-                (k, v), tokens = segment.resident(slice(None), 0, segment.resident_tokens), segment.resident_tokens
-                pairs = [*zip(k, segment.k[:, :tokens], strict=True), *zip(v, segment.v[:, :tokens], strict=True)]
-                self.pool.streams.copy(pairs, "compute")
-            start, before = start + part.tokens, segment
+                tokens = segment.resident_tokens
+                k, v = segment.resident(slice(None), 0, tokens)
+                copies = [
+                    *zip(k, segment.k[:, :tokens], strict=True),
+                    *zip(v, segment.v[:, :tokens], strict=True),
+                ]
+                self.pool.streams.copy(copies, "compute")
+            start += part.tokens
+            before = segment
+
+
+def _buffer_with_room(before: Segment | None, tokens: int) -> ResidentBuffer | None:
+    """The buffer of the previous segment, if the segment is the last one in it and `tokens` more tokens fit."""
+    if before is None or before.resident_buffer is None:
+        return None
+    buffer = before.resident_buffer
+    is_last = before.resident_start + before.tokens == buffer.used
+    return buffer if is_last and buffer.left >= tokens else None

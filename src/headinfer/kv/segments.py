@@ -1,4 +1,4 @@
-"""Segments of host memory, the spans of them that a row sees, and the shared prefixes of rows that see the same."""
+"""Segments of host memory, the slices of them that a row sees, and the prefixes that several rows share."""
 
 from __future__ import annotations
 
@@ -15,27 +15,48 @@ from headinfer.kv.slices import DiskLocation, DiskSlice, PageableSlice
 from headinfer.kv.tiers import HostTier
 from headinfer.utils.tensors import Piece
 
-__all__ = ["ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
+__all__ = [
+    "AnyPiece",
+    "ResidentBuffer",
+    "Segment",
+    "SegmentSlice",
+    "SharedPrefix",
+    "TokenRanges",
+    "clip",
+    "group",
+    "seal",
+]
 
 TokenRanges = Sequence[tuple[int, int]]
+"""Half-open ranges [start, stop) of the tokens of one row."""
+
+AnyPiece = Piece | DiskSlice | PageableSlice
+"""K and V in memory that a device can copy from, on a disk, or in memory that is not pinned."""
 
 
 class Segment:
-    """Memory for K and V of some tokens of one row: k [Hkv, tokens, Dk], v [Hkv, tokens, Dv] in host memory.
+    """Host memory for K and V of some tokens of one row: k [Hkv, tokens, Dk] and v [Hkv, tokens, Dv].
 
-    One allocation [Hkv, tokens * (Dk + Dv)]: each head's K and V are contiguous and next to each other. Where host
-    memory is short a full segment moves to a disk (disk_tier.py): then it has a place there instead.
+    It is one allocation [Hkv, tokens * (Dk + Dv)]. K and V of a head are contiguous and next to each other. If host
+    memory has a budget, a full segment may move to a disk (disk_tier.py).
+
+    Attributes:
+        tokens: The number of tokens that it can hold.
+        sealed: Whether it is never written again, for example because two rows share it.
+        location: Where it is stored on a disk; None while it is in host memory.
+        is_pageable: Whether it should be pinned and is not. Devices copy from pinned memory only.
+        resident_buffer: The device memory that holds its first resident_tokens too, from resident_start on.
+        write_done: The event of the last write to it.
+        version: Incremented by crop(), after which tokens may be written again. It invalidates prefetched copies.
     """
 
     location: DiskLocation | None = None
-    is_pageable = False  # a device copies from pinned memory only, and this is not pinned
-    resident_buffer: ResidentBuffer | None = (
-        None  # where the first resident_tokens also lie on the device, from arena_start on
-    )
+    is_pageable = False
+    resident_buffer: ResidentBuffer | None = None
     resident_start = 0
     resident_tokens = 0
-    write_done: Any = None  # the event of the last write to it
-    version = 0  # how often tokens of it were given up, whose places are written again
+    write_done: Any = None
+    version = 0
 
     def __init__(
         self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
@@ -50,36 +71,43 @@ class Segment:
 
     @property
     def k(self) -> torch.Tensor:
-        """K in host memory."""
+        """K [Hkv, tokens, Dk] in host memory."""
         return self._pair[0]
 
     @property
     def v(self) -> torch.Tensor:
-        """V in host memory."""
+        """V [Hkv, tokens, Dv] in host memory."""
         return self._pair[1]
 
-    def piece(self, heads: slice, start: int, stop: int) -> Piece | DiskSlice | PageableSlice:
-        """Some heads of the tokens [start, stop), to be read; a segment that lies in a session comes in here."""
+    def piece(self, heads: slice, start: int, stop: int) -> AnyPiece:
+        """Some heads of the tokens [start, stop), to be read."""
         if self.location is not None:
             return DiskSlice(self.location, heads.start, heads.stop, start, stop)
-        k, v = self.k[heads, start:stop], self.v[heads, start:stop]
+        k = self.k[heads, start:stop]
+        v = self.v[heads, start:stop]
         return PageableSlice(k, v) if self.is_pageable else (k, v)
 
     def resident(self, heads: slice, start: int, stop: int) -> Piece:
-        """The same, of tokens that also lie on the device."""
+        """Some heads of the resident tokens [start, stop), in device memory."""
         assert self.resident_buffer is not None
-        here = slice(self.resident_start + start, self.resident_start + stop)
-        return self.resident_buffer.k[heads, here], self.resident_buffer.v[heads, here]
+        tokens = slice(self.resident_start + start, self.resident_start + stop)
+        return self.resident_buffer.k[heads, tokens], self.resident_buffer.v[heads, tokens]
 
     def write_through(self, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k [Hkv, T, Dk] and v [Hkv, T, Dv] on the device, from token `start` on, as far as it is resident."""
+        """Write new tokens to the resident part, as far as it reaches.
+
+        Args:
+            start: The first token.
+            k: [Hkv, T, Dk] on the device.
+            v: [Hkv, T, Dv] on the device.
+        """
         tokens = min(k.shape[1], self.resident_tokens - start)
         if tokens > 0:
             for own, new in zip(self.resident(slice(None), start, start + tokens), (k, v), strict=True):
                 own.copy_(new[:, :tokens])
 
     def dense(self) -> Piece:
-        """K and V in host memory, from the disk where they lie there: a copy then."""
+        """K and V in host memory. A segment on a disk is read into new memory."""
         if self.location is None:
             return self.k, self.v
         whole = DiskSlice(self.location, 0, self.location.heads, 0, self.tokens)
@@ -88,34 +116,38 @@ class Segment:
         return piece
 
     def bytes(self) -> memoryview:
-        """All of it, as it lies in memory."""
+        """The bytes of the segment in host memory."""
         data: memoryview = self._memory.view(torch.uint8).reshape(-1).numpy().data
         return data
 
     def move_to(self, file: DiskFile, start: int) -> None:
-        """It lies in the file from now on, and its memory is let go of."""
-        (k, v), dtype = self._pair, self._memory.dtype
-        heads, sizes = k.shape[0], (k.shape[2] * dtype.itemsize, v.shape[2] * dtype.itemsize)
-        self.location = DiskLocation(file, start, heads, self.tokens, *sizes, dtype)
+        """Release the host memory of the segment, whose bytes are in the file from byte `start` on."""
+        k, v = self._pair
+        dtype = self._memory.dtype
+        key_bytes = k.shape[2] * dtype.itemsize
+        value_bytes = v.shape[2] * dtype.itemsize
+        self.location = DiskLocation(file, start, k.shape[0], self.tokens, key_bytes, value_bytes, dtype)
         weakref.finalize(self, file.free, start, self._memory.numel() * dtype.itemsize).atexit = False
         del self._memory, self._pair
 
 
 class ResidentBuffer:
-    """Device memory for a run of tokens of one row: k [Hkv, tokens, Dk], v [Hkv, tokens, Dv]. See resident.py."""
+    """Device memory for consecutive tokens of one row: k [Hkv, tokens, Dk] and v [Hkv, tokens, Dv]. See resident.py."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k, self.v = k, v
+        self.k = k
+        self.v = v
         self.segments: weakref.WeakSet[Segment] = weakref.WeakSet()
 
     @property
     def used(self) -> int:
-        """Tokens up to the end of the last segment that lies here."""
-        return max((segment.resident_start + segment.resident_tokens for segment in self.segments), default=0)
+        """Tokens up to the end of its last segment."""
+        ends = (segment.resident_start + segment.resident_tokens for segment in self.segments)
+        return max(ends, default=0)
 
     @property
     def left(self) -> int:
-        """Tokens after that."""
+        """Tokens after its last segment."""
         return int(self.k.shape[1]) - self.used
 
 
@@ -129,25 +161,25 @@ class SegmentSlice:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the span."""
+        """The number of tokens."""
         return self.stop - self.start
 
     @property
     def is_to_the_end(self) -> bool:
-        """Whether nothing of the segment comes after it."""
+        """Whether it reaches the end of the segment."""
         return self.stop == self.segment.tokens
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Rows of the batch that see the same spans: one pass over these K and V serves all of them."""
+    """Rows of the batch that see the same slices. One pass over these K and V serves all of them."""
 
     rows: tuple[int, ...]
     slices: tuple[SegmentSlice, ...]
 
 
 def seal(table: list[SegmentSlice]) -> None:
-    """Mark a row's segments as shared. Those before the newest sealed one already are."""
+    """Seal the segments of a row. The segments before the newest sealed one already are."""
     for part in reversed(table):
         if part.segment.sealed:
             return
@@ -155,23 +187,26 @@ def seal(table: list[SegmentSlice]) -> None:
 
 
 def clip(table: list[SegmentSlice], token_ranges: TokenRanges) -> list[SegmentSlice]:
-    """The parts of a row's spans that lie in the half-open token ranges."""
-    clipped, at = [], 0
+    """The parts of a row's slices that are in the token ranges."""
+    clipped = []
+    at = 0
     for part in table:
         for start, stop in token_ranges:
-            lo, hi = max(start, at), min(stop, at + part.tokens)
-            if lo < hi:
-                clipped.append(SegmentSlice(part.segment, part.start + lo - at, part.start + hi - at))
+            first = max(start, at)
+            last = min(stop, at + part.tokens)
+            if first < last:
+                clipped.append(SegmentSlice(part.segment, part.start + first - at, part.start + last - at))
         at += part.tokens
     return clipped
 
 
 def group(tables: Sequence[list[SegmentSlice]]) -> list[SharedPrefix]:
-    """Spans that several rows see become one shared prefix; neighbours with the same rows are joined."""
+    """Group the slices of all rows by the rows that see them. Neighbours with the same rows are joined."""
     sharers: dict[tuple[int, int, int], tuple[SegmentSlice, list[int]]] = {}
     for row, table in enumerate(tables):
         for part in table:
-            sharers.setdefault((id(part.segment), part.start, part.stop), (part, []))[1].append(row)
+            key = (id(part.segment), part.start, part.stop)
+            sharers.setdefault(key, (part, []))[1].append(row)
     return [
         SharedPrefix(rows, tuple(part for part, _ in members))
         for rows, members in itertools.groupby(sharers.values(), key=lambda entry: tuple(entry[1]))
