@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headinfer.engine.options import Options
-    from headinfer.errors import CapacityError, HeadinferError, SessionError, StateError, UnsupportedError, UsageError
+    from headinfer.errors import (
+        CapacityError,
+        ContextLengthWarning,
+        HeadinferError,
+        SessionError,
+        StateError,
+        UnsupportedError,
+        UsageError,
+    )
     from headinfer.hf.cache import HeadCache, Stats
     from headinfer.hf.enable import Enabled, enable
 
 __all__ = [
     "CapacityError",
+    "ContextLengthWarning",
     "Enabled",
     "HeadCache",
     "HeadinferError",
@@ -35,6 +44,7 @@ _HOMES = {
     "headinfer.engine.options": ("Options",),
     "headinfer.errors": (
         "CapacityError",
+        "ContextLengthWarning",
         "HeadinferError",
         "SessionError",
         "StateError",

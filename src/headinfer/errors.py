@@ -11,7 +11,15 @@ Each message is one sentence that says what failed, why, and what would work. Th
 status 2. Each class also derives from a built-in exception.
 """
 
-__all__ = ["CapacityError", "HeadinferError", "SessionError", "StateError", "UnsupportedError", "UsageError"]
+__all__ = [
+    "CapacityError",
+    "ContextLengthWarning",
+    "HeadinferError",
+    "SessionError",
+    "StateError",
+    "UnsupportedError",
+    "UsageError",
+]
 
 
 class HeadinferError(Exception):
@@ -36,3 +44,7 @@ class StateError(HeadinferError, RuntimeError):
 
 class SessionError(HeadinferError, OSError):
     """A session on disk is damaged, in use by another process, or was written with another model."""
+
+
+class ContextLengthWarning(UserWarning):
+    """A context is longer than what the model was made for."""

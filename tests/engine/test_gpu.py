@@ -15,6 +15,7 @@ from generation import generate, make_model, padded, prompt
 import headinfer
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
+from headinfer.engine.streaming import AttentionSpec
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import tiers
 from headinfer.kv.byte_counter import ByteCounter
@@ -111,7 +112,7 @@ def test_same_options_give_the_same_bits(device):
             if not engine.devices:
                 layer_kv = engine.new_layer_kv(k, v)
             engine.begin(layer_kv, 8, tokens)
-            found.append(engine.attend(q, k, v, layer_kv, scale=0.1, softcap=None, sinks=None, token_ranges=None).cpu())
+            found.append(engine.attend(q, k, v, layer_kv, AttentionSpec(0.1)).cpu())
             layer_kv.append(k, v)
         return found
 
@@ -186,7 +187,7 @@ def test_the_host_does_not_wait_for_the_device_in_the_loop():
             for layer_kv in layer_kvs:
                 if layer_kv is layer_kvs[0]:
                     engine.begin(layer_kv, 8, q.shape[2])
-                engine.attend(q, k, v, layer_kv, scale=0.1, softcap=None, sinks=None, token_ranges=None)
+                engine.attend(q, k, v, layer_kv, AttentionSpec(0.1))
                 layer_kv.append(k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -210,7 +211,7 @@ def test_device_memory_does_not_grow_with_the_context():
         for tokens in (1, 1):
             q = torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=rng)
             engine.begin(layer_kv, 8, tokens)
-            engine.attend(q, k[:, :, :1], v[:, :, :1], layer_kv, scale=0.1, softcap=None, sinks=None, token_ranges=None)
+            engine.attend(q, k[:, :, :1], v[:, :, :1], layer_kv, AttentionSpec(0.1))
         return engine.counter.device_peak_bytes, torch.cuda.max_memory_allocated() - before
 
     held = [held_after(past) for past in (4096, 65_536)]

@@ -15,7 +15,7 @@ from headinfer.engine import streaming
 from headinfer.engine.streaming import attend_streaming, tiles_of
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import LayerKV
-from headinfer.kv.resident import Residency, Share
+from headinfer.kv.resident import LayerResidency, Residency
 from headinfer.kv.streams import open_streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
@@ -85,11 +85,16 @@ class Bench:
             head_token_bytes = shape.token_bytes // shape.kv_heads
             slot_bytes = -(-self.plan.heads_per_group * tile_tokens * head_token_bytes // 256) * 256
             self.ring = SlotRing(2, slot_bytes, CPU, self.counter, streams)
+<<<<<<< HEAD
             resident_bytes = resident_tokens * shape.token_bytes * shape.rows
             share = Share(Residency(resident_bytes, CPU, self.counter, streams), resident_bytes, 0)
+=======
+            room = resident_tokens * shape.token_bytes * shape.rows
+            share = LayerResidency(Residency(room, CPU, self.counter, streams), room, 0)
+>>>>>>> a842999 (wip2)
         _, self.k, self.v = self.chunk(0)
         self.layer_kv = LayerKV(
-            self.k, self.v, tier=HostTier(self.counter), counter=self.counter, write=write, share=share
+            self.k, self.v, tier=HostTier(self.counter), counter=self.counter, write=write, residency=share
         )
         self.used = set()
 
@@ -386,8 +391,13 @@ def test_tiles_have_the_planned_size():
         k, v = (torch.cat(side, dim=1) for side in sides)
         assert torch.equal(k, bench.k[row, 1:3, :host])
         assert torch.equal(v, bench.v[row, 1:3, :host])
+<<<<<<< HEAD
     segment = bench.layer_kv.shared_prefixes()[0].slices[0].segment
     assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view, not a copy
+=======
+    segment = bench.layer_kv.residencyd_prefixes()[0].slices[0].segment
+    assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view: nothing is copied here
+>>>>>>> a842999 (wip2)
 
 
 def test_used_backends_are_recorded():
@@ -426,13 +436,17 @@ def test_any_split_between_device_and_host(transport, resident_tokens):
 def test_removing_resident_tokens_changes_nothing(transport):
     bench = Bench(Shape(rows=2), transport, 1, 150, resident_tokens=2000)
     bench.fill(700)
+<<<<<<< HEAD
     pool = bench.layer_kv.share.pool
     token_bytes = bench.shape.token_bytes
+=======
+    pool, token_bytes = bench.layer_kv.residency.pool, bench.shape.token_bytes
+>>>>>>> a842999 (wip2)
     assert bench.layer_kv.is_all_resident
     for tokens in (500, 256, 128, 0):
         bench.assert_step(2)
         bench.fill(130)
-        pool.let_go(2 * tokens * token_bytes)
+        pool.shrink(2 * tokens * token_bytes)
         gc.collect()
         assert pool.held_bytes <= 2 * tokens * token_bytes
         assert not bench.layer_kv.is_all_resident
@@ -461,9 +475,14 @@ def test_resident_tokens_are_shared_and_rewritten_after_a_crop(transport):
 def test_resident_tokens_of_a_known_length_are_one_piece():
     """Attention over the past is then a single call, as without offloading."""
     bench = Bench(Shape(rows=2), "eager", resident_tokens=4000)
+<<<<<<< HEAD
     share = bench.layer_kv.share
     bench.layer_kv.share = Share(share.pool, share.nbytes, 2048)
     bench.layer_kv.expected_tokens = 2048
+=======
+    share = bench.layer_kv.residency
+    bench.layer_kv.residency, bench.layer_kv.expected_tokens = LayerResidency(share.pool, share.nbytes, 2048), 2048
+>>>>>>> a842999 (wip2)
     for tokens in (300, 600, 700):
         bench.fill(tokens)
         (first, second) = tiles_of(bench.layer_kv, slice(0, 2), TilePlan(2, 100, ""), None)

@@ -10,6 +10,7 @@ from orders import TORN, Recorded, cells_of, explore, unordered
 from headinfer.engine import device_kv, streaming
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
+from headinfer.engine.streaming import AttentionSpec
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter
@@ -191,7 +192,7 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
             if layer == 0:
                 engine.begin(layer_kvs[0], 4, tokens)
             streams.write([k, v], "new")
-            engine.attend(q, k, v, layer_kvs[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
+            engine.attend(q, k, v, layer_kvs[layer], AttentionSpec(0.25))
             layer_kvs[layer].append(k, v)
         for layer_kv in layer_kvs:
             if event is not None:
@@ -269,7 +270,7 @@ def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch
             if layer == 0:
                 engine.begin(layer_kv, 4, 1)
             order.append(f"layer {layer}")
-            engine.attend(q, k, v, layer_kv, scale=0.25, softcap=None, sinks=None, token_ranges=None)
+            engine.attend(q, k, v, layer_kv, AttentionSpec(0.25))
             layer_kv.append(k, v)
     tiles = -(-layer_kvs[0].host_tokens // 200)
     assert order == [step for layer in range(3) for step in (f"layer {layer}", *["fetch", "kernel"] * tiles)]

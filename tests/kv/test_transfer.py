@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import attend_streaming
+from headinfer.engine.streaming import AttentionSpec, attend_streaming
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
 from headinfer.kv.byte_counter import ByteCounter
@@ -393,7 +393,7 @@ def test_every_transfer_of_a_forward_pass_is_contiguous_and_counted(transport, m
             if layer == 0:
                 engine.begin(layer_kvs[0], 4, tokens)
             appended[layer].append((k, v))
-            out = engine.attend(q, k, v, layer_kvs[layer], scale=scale, softcap=None, sinks=None, token_ranges=None)
+            out = engine.attend(q, k, v, layer_kvs[layer], AttentionSpec(scale))
             layer_kvs[layer].append(k, v)
             all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*appended[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])

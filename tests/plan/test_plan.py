@@ -113,8 +113,8 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
         budget = request.device_kv_budget_bytes
         assert is_host or budget is None or memory.device_kv_budget_bytes <= plan.device_kv_budget_bytes <= budget
         if not is_host:
-            assert memory.device_kv_budget_bytes - memory.resident_bytes <= plan.streaming_bytes
-            assert request.streaming_budget_bytes in (None, plan.streaming_bytes)
+            assert memory.device_kv_budget_bytes - memory.resident_bytes <= plan.streaming_budget_bytes
+            assert request.streaming_budget_bytes in (None, plan.streaming_budget_bytes)
             assert_the_engine_keeps_the_same(plan)
         kept = (
             memory.resident_bytes
@@ -141,7 +141,7 @@ def assert_the_engine_keeps_the_same(plan):
     """Check resident tokens by the engine's rule: equal parts of the budget that streaming leaves, in flush units."""
     request = plan.request
     kept_bytes = 0
-    room = plan.device_kv_budget_bytes - plan.streaming_bytes
+    room = plan.device_kv_budget_bytes - plan.streaming_budget_bytes
     layers = request.shape.offloaded_layers
     for index, layer in enumerate(request.shape.layers):
         wanted = 0

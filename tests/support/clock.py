@@ -14,6 +14,7 @@ from headinfer.attention.state import AttentionState
 from headinfer.engine import device_kv, streaming
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
+from headinfer.engine.streaming import AttentionSpec
 from headinfer.plan.tiles import MERGE_BYTES, TileRates
 
 # Llama-3-8B.
@@ -95,8 +96,8 @@ def install(monkeypatch, clock):
             clock.kernel(0, MERGE_BYTES * outputs, what="merging")
         return state or streaming._empty(layer, heads)
 
-    def own_state(layer, heads, token_ranges, past_ranges):
-        state, own = own_state_before(layer, heads, token_ranges, past_ranges)
+    def own_state(layer, heads, past_ranges):
+        state, own = own_state_before(layer, heads, past_ranges)
         if state is not None:
             outputs = state.out.numel()
             clock.kernel(2 * outputs * layer.q.shape[2], 10 * outputs, 3)
@@ -114,7 +115,11 @@ def install(monkeypatch, clock):
     monkeypatch.setattr(device_kv, "open_streams", lambda *_: clock)
     monkeypatch.setattr(streaming, "_attend_tile", attend_tile)
     monkeypatch.setattr(streaming, "_own_state", own_state)
+<<<<<<< HEAD
     monkeypatch.setattr(streaming.Layer, "kernel", lambda layer, rows, keys=0: NoKernel())
+=======
+    monkeypatch.setattr(streaming.LayerPass, "kernel", lambda layer, rows, keys=0: Instead())
+>>>>>>> a842999 (wip2)
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
             if layer_kv is layer_kvs[0]:
                 engine.begin(layer_kv, HEADS, query_tokens)
             clock.kernel(flops // 4, nbytes // 4, LINEAR_LAUNCHES // 2)  # Q, K, V
-            engine.attend(q, k, v, layer_kv, scale=1.0, softcap=None, sinks=None, token_ranges=None)
+            engine.attend(q, k, v, layer_kv, AttentionSpec(1.0))
             layer_kv.append(k, v)
             clock.kernel(flops * 3 // 4, nbytes * 3 // 4, LINEAR_LAUNCHES // 2)
             if host_waits:

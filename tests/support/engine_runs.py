@@ -4,6 +4,7 @@ import torch
 
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine.engine import Engine
+from headinfer.engine.streaming import AttentionSpec
 
 
 def attend_all(device, dtype, lengths, options, dims=(128, 128), rows=1, layers=2):
@@ -28,7 +29,7 @@ def attend_all(device, dtype, lengths, options, dims=(128, 128), rows=1, layers=
                 appended[layer] = tuple(torch.cat(both, dim=2) for both in zip(appended[layer], (k, v), strict=True))
             if layer == 0:
                 engine.begin(layer_kvs[0], 8, tokens)
-            out = engine.attend(*here, layer_kvs[layer], scale=0.1, softcap=None, sinks=None, token_ranges=None)
+            out = engine.attend(*here, layer_kvs[layer], AttentionSpec(0.1))
             layer_kvs[layer].append(*here[1:])
             mask = causal_mask(tokens, appended[layer][0].shape[2])
             wanted = attend_reference(q, *appended[layer], scale=0.1, mask=mask).out.transpose(1, 2)

@@ -16,7 +16,8 @@ import torch
 
 from headinfer.engine.machine import free_device_bytes, this_machine
 from headinfer.engine.options import Options
-from headinfer.plan.footprint import tail_bytes, weight_bytes, write_back_bytes
+from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
+from headinfer.plan.footprint import weight_bytes, write_back_bytes
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan, make_plan
@@ -181,7 +182,7 @@ def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
     """
     element_bytes = run.dtype.itemsize
     layer = run.shape.layers[run.shape.offloaded_layers[0]]
-    tails = sum(tail_bytes(run.shape, element_bytes))
+    tails = (len(run.shape.offloaded_layers) + 1) * 2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes)
     budget_bytes = options.device_kv_budget_bytes or DEFAULT_BUDGET_BYTES
     streaming_bytes = min(options.streaming_budget_bytes or DEFAULT_BUDGET_BYTES, budget_bytes)
     slot_bytes = ring_slot_bytes(streaming_bytes, tails + 2 * write_back_bytes(streaming_bytes))

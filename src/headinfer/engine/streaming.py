@@ -27,7 +27,8 @@ import torch
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
-from headinfer.kv.segments import AnyPiece, ResidentBuffer, SegmentSlice, SharedPrefix
+from headinfer.kv.segments import ResidentBuffer, SegmentSlice, SharedPrefix
+from headinfer.kv.slices import AnyPiece
 from headinfer.kv.transfer import InPlace, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 from headinfer.utils.tensors import Piece
@@ -316,9 +317,7 @@ def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -
     """A tile that must be fetched."""
     pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
     events = [part.segment.write_done for part in slices if part.segment.write_done is not None]
-    key = tuple(
-        (part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices
-    )
+    key = tuple((part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices)
     return Tile(rows, pieces, tuple(dict.fromkeys(events)), key)
 
 

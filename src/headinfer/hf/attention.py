@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from headinfer.engine.streaming import AttentionSpec
 from headinfer.errors import StateError, UnsupportedError
 from headinfer.hf.compat import (
     AttentionInterface,
@@ -128,11 +129,11 @@ def headinfer_attention(
     if attention_mask is not None:
         token_ranges = getattr(attention_mask, "_headinfer_token_ranges", None)
         token_ranges = visible_token_ranges(attention_mask.flatten(1)) if token_ranges is None else token_ranges
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux, "token_ranges": token_ranges}
+    spec = AttentionSpec(scale, softcap, s_aux, token_ranges)
     with torch.no_grad():
         if shares:
-            return tag.layer.attend_shared(query, key, value, past_tokens=tag.past_tokens, **options), None
-        return tag.layer.attend(query, key, value, **options), None
+            return tag.layer.attend_shared(query, key, value, spec, tag.past_tokens), None
+        return tag.layer.attend(query, key, value, spec), None
 
 
 def _check_streamable(

@@ -17,6 +17,7 @@ import torch
 from headinfer.attention.backends import recorded
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import OptionFields, Options
+from headinfer.engine.run_plan import RunPlan
 from headinfer.errors import StateError, UnsupportedError
 from headinfer.hf.compat import (
     Cache,
@@ -105,6 +106,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.copies = 1  # rows that one row of the layers stands for: see copies.py
         self.model: Callable[[], PreTrainedModel | None] = lambda: None  # who filled it: a weak reference
         self.saved: Saved | None = None
+        self.run_plan: RunPlan | None = None  # of the generate() or forward pass that it was last planned for
         self.token_ids: torch.Tensor | None = None  # [rows, tokens]: those that load() found
         super().__init__(layers=layers)
 

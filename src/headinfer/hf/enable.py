@@ -1,7 +1,7 @@
-"""enable(model): offload the KV cache of everything that the model does, until it is switched off again.
+"""enable(model): offload the KV cache of everything that a model does, until it is disabled.
 
-Model classes are not patched. On this one model object it sets the attention implementation, the cache that
-generate() prepares, and a forward that puts the cache right again after an error.
+Model classes are not patched. On the one model object, enable() sets the attention implementation, the cache that
+generate() prepares, and a forward that restores the cache after an error.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from typing import Any, Unpack
 import torch
 
 from headinfer.engine.options import OptionFields, Options
-from headinfer.engine.run_plan import fixed_fields, plan_run, planned, tightest
-from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageError
+from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run, tightest
+from headinfer.errors import CapacityError, ContextLengthWarning, StateError, UnsupportedError, UsageError
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
@@ -39,27 +40,51 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 
-__all__ = ["Enabled", "check_model", "enable"]
+__all__ = ["Enabled", "check_model", "context_warning", "enable"]
 
-_UNPLANNED_CHUNK_TOKENS = 2048  # where no plan fits the memory that is free: the engine still tries
+_UNPLANNED_CHUNK_TOKENS = 2048  # if no plan fits the free memory: the engine still tries
 _OUR_CACHES = (None, "dynamic", "hybrid")  # "hybrid": older Gemma checkpoints name it; a HeadCache is one
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedError, before anything is changed, for a model that is not served exactly."""
+    """Check that a model is served exactly. The model is not changed.
+
+    Raises:
+        UnsupportedError: It is not. The message says why.
+    """
     check_version()
     if not isinstance(model, PreTrainedModel) or not takes_attention_interface(model):
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UnsupportedError(
-            f"{family} does not use transformers' attention interface, so its KV cache can not be offloaded: "
+            f"{family} does not use transformers' attention interface, so its KV cache cannot be offloaded: "
             "docs/models.md lists the families that are served"
         )
     check_family(model.config)
-    HeadCache(model.config)  # raises where the layers are not served
+    HeadCache(model.config)  # raises if a layer is not served
+
+
+def context_warning(tokens: int, shape: ModelShape) -> str | None:
+    """A warning if a context is longer than what a model was made for; None if it is not, or if that is unknown."""
+    if not shape.max_context_tokens or tokens <= shape.max_context_tokens:
+        return None
+    return (
+        f"{tokens:,} tokens exceed the {shape.max_context_tokens:,} that this model was made for: expect poor answers"
+    )
 
 
 class Enabled:
-    """A model with headinfer switched on; `disable()`, or leaving the `with` block, undoes it."""
+    """A model with headinfer enabled. disable(), or leaving the `with` block, undoes it.
+
+    Args:
+        model: The model.
+        chunk_tokens: Tokens of a prefill chunk; None is planned.
+        options: The options of the caches that it makes.
+        on_forward: Called with the cache after each forward pass.
+
+    Attributes:
+        last_cache: The cache of the last forward pass.
+        plan: The last plan; None before the first one, or if no plan fits the free memory.
+    """
 
     def __init__(
         self,
@@ -68,9 +93,14 @@ class Enabled:
         options: Options,
         on_forward: Callable[[HeadCache], None] | None,
     ) -> None:
-        self.model, self.chunk_tokens, self.options, self.on_forward = model, chunk_tokens, options, on_forward
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+        self.options = options
+        self.on_forward = on_forward
         self.last_cache: HeadCache | None = None
         self.plan: Plan | None = None
+        self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
+        self._warned_tokens = self._shape.max_context_tokens
         self._attention_before = model.config._attn_implementation
         self._forward_before = model.__dict__.get("forward")
         register()
@@ -80,48 +110,69 @@ class Enabled:
         model._headinfer = self
 
     def new_cache(self, expected_tokens: int = 0, rows: int = 1) -> HeadCache:
-        """An empty cache with this model's options, to pass as past_key_values; what they leave open is planned."""
-        self.plan = self._make_plan(expected_tokens, rows)
-        options = dataclasses.replace(self.options, expected_tokens=expected_tokens)
-        if self.plan is not None:
-            options = planned(options, self.plan)
-        return HeadCache(self.model.config, **vars(options))
+        """Create an empty cache to pass as past_key_values. What the options leave open is planned.
 
-    def _make_plan(self, tokens: int, rows: int, cache: HeadCache | None = None) -> Plan | None:
-        """The plan for so many tokens, with the memory that is free now or held by the cache that is to hold them.
-
-        None where none fits, since lengths are often only upper bounds here: what does not fit then fails when it is
-        reached.
+        Args:
+            expected_tokens: The final length of the context; 0 if it is unknown.
+            rows: Rows of the batch.
         """
-        model = self.model
-        shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
-        device = tightest(cuda_devices(model)) or torch.device("cpu")
-        fixed = fixed_fields(self.options, self.chunk_tokens)
+        planned = self._plan(expected_tokens, rows)
+        options = planned.options if planned is not None else self.options
+        options = dataclasses.replace(options, expected_tokens=expected_tokens)
+        cache = HeadCache(self.model.config, **vars(options))
+        cache.run_plan = planned
+        return cache
+
+    def _plan(self, tokens: int, rows: int, cache: HeadCache | None = None) -> RunPlan | None:
+        """Plan a context with the memory that is free now or that its cache holds.
+
+        Returns:
+            The plan; None if no plan fits. Lengths are often only upper bounds here, so the run goes on, and what
+            does not fit fails when it is reached.
+        """
         counters = cache.engine.counters if cache is not None else [ByteCounter()]
+        request = RunRequest(
+            shape=self._shape,
+            device=tightest(cuda_devices(self.model)) or torch.device("cpu"),
+            dtype=self.model.dtype,
+            context_tokens=max(tokens, 1),
+            options=self.options,
+            chunk_tokens=self.chunk_tokens,
+            rows=rows,
+            is_loaded=True,
+            held_device_bytes=min(sum(counter.device_bytes.values()) for counter in counters),
+            held_host_bytes=counters[0].host_bytes,
+        )
         try:
-            return plan_run(
-                shape,
-                device,
-                model.dtype,
-                max(tokens, 1),
-                rows=rows,
-                held_device_bytes=min(sum(held.device_bytes.values()) for held in counters),
-                held_host_bytes=counters[0].host_bytes,
-                is_loaded=True,
-                fixed=fixed,
-            )
+            planned = plan_run(request)
         except CapacityError:
-            return None
+            planned = None
+        self.plan = planned.plan if planned is not None else None
+        return planned
 
     def _chunk(self, tokens: int, rows: int, cache: HeadCache | None = None) -> int:
-        """Tokens of a chunk, for a context that will have `tokens` tokens."""
+        """Tokens of a prefill chunk, for a context that will have `tokens` tokens.
+
+        A plan is made once for each generate(), and again only if the context outgrows it.
+        """
         if self.chunk_tokens is not None:
             return self.chunk_tokens
-        self.plan = self._make_plan(tokens, rows, cache)
-        return self.plan.chunk_tokens if self.plan is not None else _UNPLANNED_CHUNK_TOKENS
+        planned = cache.run_plan if cache is not None else None
+        if planned is None or not _covers(planned.plan, tokens, rows):
+            planned = self._plan(tokens, rows, cache)
+            if cache is not None:
+                cache.run_plan = planned
+        return planned.chunk_tokens if planned is not None else _UNPLANNED_CHUNK_TOKENS
+
+    def _warn_about(self, tokens: int) -> None:
+        """Warn once if a context is longer than what the model was made for."""
+        warning = context_warning(tokens, self._shape) if self._warned_tokens else None
+        if warning is not None:
+            self._warned_tokens = 0
+            warnings.warn(warning, ContextLengthWarning, stacklevel=2)
 
     def disable(self) -> None:
-        """Leave the model as it was; harmless to repeat."""
+        """Restore the model. Calling it again does nothing."""
         model = self.model
         if model.__dict__.get("_headinfer") is not self:
             return
@@ -141,8 +192,7 @@ class Enabled:
         self.disable()
 
     def _forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The model's forward, after which a HeadCache has all of the chunk in all layers, or none in any."""
-
+        """Wrap the model's forward: a HeadCache gets all of the chunk in all layers, or nothing in any."""
         names = tuple(inspect.signature(forward).parameters)
 
         @functools.wraps(forward)
@@ -161,26 +211,34 @@ class Enabled:
                     copies = 1
                 else:
                     inputs = one
-            cache.engine.row_copies = cache.copies
-            cache.model = weakref.ref(self.model)
-            if not cache.engine.layers_on:
-                offloaded = (index for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer))
-                cache.engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
-            before, result = cache.checkpoint(), None
-            try:
-                chunk = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
-                for part in chunks_of(inputs, chunk):
-                    if result is not None:
-                        self._after_forward(cache)
-                        cache.forget_recorded_past()
-                    result = self._one_chunk(forward, part, cache)
-            except BaseException:
-                cache.rollback(before)
-                raise
-            self._after_forward(cache)
+            self._warn_about(cache.get_seq_length() + _tokens_of(inputs))
+            result = self._guarded_chunks(forward, inputs, cache)
             return repeat_logits(result, copies) if copies > 1 else result
 
         return guarded
+
+    def _guarded_chunks(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
+        """Run a forward pass, in chunks if it is long. After an error the cache is as it was before."""
+        engine = cache.engine
+        engine.row_copies = cache.copies
+        cache.model = weakref.ref(self.model)
+        if not engine.layers_on:
+            offloaded = (index for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer))
+            engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
+        chunk_tokens = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
+        before = cache.checkpoint()
+        result = None
+        try:
+            for chunk in chunks_of(inputs, chunk_tokens):
+                if result is not None:
+                    self._after_forward(cache)
+                    cache.forget_recorded_past()
+                result = self._one_chunk(forward, chunk, cache)
+        except BaseException:
+            cache.rollback(before)
+            raise
+        self._after_forward(cache)
+        return result
 
     def _one_chunk(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
         cache.engine.attentions = 0
@@ -200,7 +258,7 @@ class Enabled:
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """What generate() calls to get its cache; generation_config is the call's own copy."""
+        """Called by generate() to get its cache. generation_config is the call's own copy."""
         cache = model_kwargs.get("past_key_values")
         if unfit_cache(cache):
             raise _unfit(type(cache).__name__)
@@ -218,12 +276,14 @@ class Enabled:
             )
         else:
             model_kwargs["past_key_values"] = self.new_cache(max_cache_length, batch_size)
+        self._warn_about(max_cache_length)
         held = model_kwargs.get("past_key_values")
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if isinstance(held, HeadCache):
             held.separate()
             held.copies = copies if held.get_seq_length() == 0 else 1
-        # generate() can not cut embeddings, nor before 5.23 what follows a past, as with an assistant: see chunks.py.
+        # generate() cannot cut embeddings. Before 5.23 it cannot cut what follows a past, as with an assistant, either.
+        # chunks.py does.
         is_first = mode != GenerationMode.ASSISTED_GENERATION and not (held is not None and held.get_seq_length())
         is_cut = is_first and model_kwargs.get("inputs_embeds") is None
         if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False and is_cut:
@@ -231,9 +291,22 @@ class Enabled:
             generation_config.prefill_chunk_size = self._chunk(max_cache_length, batch_size, own)
 
 
+def _covers(plan: Plan, tokens: int, rows: int) -> bool:
+    """Whether a plan is for at least so many tokens and rows."""
+    return tokens <= plan.request.context_tokens and rows <= plan.request.rows
+
+
+def _tokens_of(inputs: dict[str, Any]) -> int:
+    """Tokens of a forward pass, by its arguments."""
+    for name in ("input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None:
+            return int(inputs[name].shape[1])
+    return 0
+
+
 def _unfit(what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{what} can not work with headinfer, which keeps its own KV cache: leave it out, or pass a HeadCache"
+        f"{what} cannot work with headinfer, which keeps its own KV cache: leave it out, or pass a HeadCache"
     )
 
 
@@ -244,13 +317,29 @@ def enable(
     on_forward: Callable[[HeadCache], None] | None = None,
     **options: Unpack[OptionFields],
 ) -> Enabled:
-    """Switch headinfer on for a model; use the result as a context manager or call its disable().
+    """Offload the KV cache of a model to host memory, in model(...) and model.generate(...).
 
-    chunk_tokens: prompts are read in chunks of this many tokens. options: the fields of `headinfer.Options`, e.g.
-    device_kv_budget_bytes in bytes. What is left open is planned for this machine, anew for each generate() and each long
-    forward pass; `plan` is the last plan, and `plan.explain()` says why. on_forward: called with the cache after each
-    forward pass, for progress displays. Raises UnsupportedError for a model that is not served exactly and UsageError
-    for options out of range, both before anything is changed.
+    What the options leave open is planned for this machine, once for each generate() and again if a context outgrows
+    its plan. `plan` of the result is the last plan, and `plan.explain()` says why it was chosen. A warning is given if
+    a context is longer than what the model was made for.
+
+        with headinfer.enable(model, device_kv_budget_bytes=256 * 2**20):
+            model.generate(**inputs)
+
+    Args:
+        model: The model. Its classes are not patched.
+        chunk_tokens: Tokens of a prefill chunk.
+        on_forward: Called with the cache after each forward pass, for progress displays.
+        **options: Fields of `headinfer.Options`.
+
+    Returns:
+        A context manager that disables headinfer on exit. It also has disable().
+
+    Raises:
+        UnsupportedError: The model is not served exactly.
+        UsageError: An option is out of range.
+        StateError: headinfer is already enabled on the model.
+        In each case the model is unchanged.
     """
     if chunk_tokens is not None and chunk_tokens < 1:
         raise UsageError(f"chunk_tokens is {chunk_tokens}: it must be a positive number")

@@ -6,13 +6,13 @@ tagged with the layer; the attention function "headinfer" (attention.py) reads t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from headinfer.engine.engine import Engine
+from headinfer.engine.streaming import AttentionSpec
 from headinfer.errors import StateError
 from headinfer.hf.compat import (
     CacheLayerMixin,
@@ -21,7 +21,7 @@ from headinfer.hf.compat import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
-from headinfer.kv.layer_kv import LayerKV, TokenRanges
+from headinfer.kv.layer_kv import LayerKV
 
 __all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "uncroppable_reason"]
 
@@ -78,61 +78,50 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         key_states._headinfer = value_states._headinfer = self.pending  # type: ignore[attr-defined]
         return key_states, value_states
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        token_ranges: Sequence[TokenRanges] | None,
-    ) -> torch.Tensor:
-        """Attention of the chunk on all tokens so far, then keep the chunk. Returns [B, T, Hq, Dv]."""
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        """Attention of the chunk on all tokens up to it. Then the chunk is appended to the layer's KV.
+
+        Args:
+            q: [B, Hq, T, Dk].
+            k: [B, Hkv, T, Dk], as update() returned it.
+            v: [B, Hkv, T, Dv], as update() returned it.
+            spec: What the model asks for.
+
+        Returns:
+            [B, T, Hq, Dv].
+        """
         if self.pending is None or self.layer_kv is None:
             raise StateError("the attention of a HeadCache layer ran twice, or without an update before it")
         if self.leads:
             self.engine.begin(self.layer_kv, q.shape[1], q.shape[2])
-        out = self.engine.attend(
-            q, k, v, self.layer_kv, scale=scale, softcap=softcap, sinks=sinks, token_ranges=token_ranges
-        )
+        out = self.engine.attend(q, k, v, self.layer_kv, spec)
         self.layer_kv.append(k, v)
         self.pending.is_stored = True
-        self.pending = self.engine.awaiting = None
+        self.pending = None
+        self.engine.awaiting = None
         return out
 
     def attend_shared(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        past_tokens: int,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        token_ranges: Sequence[TokenRanges] | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, past_tokens: int
     ) -> torch.Tensor:
-        """Attention of another layer that shares this one's K and V, which hold the chunk already.
+        """Attention of another layer that shares this layer's K and V, which contain the chunk already.
 
-        q may be the last queries of the chunk only (Gemma 4 drops the others): then the chunk's earlier tokens are
-        past to them.
+        Args:
+            q: [B, Hq, T, Dk]. T may be fewer tokens than the chunk has, its last ones (Gemma 4). The earlier tokens
+                of the chunk are past tokens then.
+            k: The chunk's keys [B, Hkv, Tk, Dk].
+            v: The chunk's values [B, Hkv, Tk, Dv].
+            spec: What the model asks for.
+            past_tokens: Tokens before the chunk.
+
+        Returns:
+            [B, T, Hq, Dv].
         """
         assert self.layer_kv is not None
         past_tokens += k.shape[2] - q.shape[2]
-        k, v = k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :]
-        return self.engine.attend(
-            q,
-            k,
-            v,
-            self.layer_kv,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            token_ranges=token_ranges,
-            past_tokens=past_tokens,
-        )
+        k = k[:, :, -q.shape[2] :]
+        v = v[:, :, -q.shape[2] :]
+        return self.engine.attend(q, k, v, self.layer_kv, spec, past_tokens)
 
     @property
     def rows(self) -> int:

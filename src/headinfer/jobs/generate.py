@@ -1,10 +1,12 @@
-"""One generation job, from options to a summary: check everything, then load, read, write."""
+"""The job of `headinfer generate`: check everything, then load the model, read the prompt and write the answer."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from headinfer.attention import native
 from headinfer.engine.options import Options
-from headinfer.engine.run_plan import fixed_fields, plan_run, planned
-from headinfer.errors import UsageError
+from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run
+from headinfer.errors import ContextLengthWarning, UsageError
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel
-from headinfer.hf.enable import enable
+from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.parallel import all_of, check_shards, load_random_shard, load_shard, rank_device
 from headinfer.hf.ranks import Ranks
-from headinfer.plan.memory import available_host_bytes, check_host_memory
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 
@@ -32,6 +33,7 @@ __all__ = [
     "Prepared",
     "Streamer",
     "Summary",
+    "already_warned",
     "checked_device",
     "chosen_dtype",
     "prepare",
@@ -46,7 +48,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Job:
-    """What a person asks for; what is None is planned. Sampling options are generate()'s own."""
+    """What `headinfer generate` is asked to do.
+
+    Attributes:
+        model: A local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
+        document: A text to read before the prompt.
+        prompt: The question.
+        max_new_tokens: Tokens to write, at most.
+        chunk_tokens: Tokens of a prefill chunk; None is planned.
+        dtype: auto, or one of DTYPES.
+        device: auto, cpu, cuda or cuda:N.
+        seed: For sampling and random weights.
+        raw: Whether the model's chat template is left out.
+        sampling: Options of generate() itself.
+        options: Options of the cache; what they leave open is planned.
+    """
 
     model: str
     document: str = ""
@@ -63,7 +79,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that has passed all checks; only its tokenizer and config are loaded."""
+    """A job that has passed all checks. Only its tokenizer and config are loaded.
+
+    Attributes:
+        job: The job.
+        source: The model.
+        tokenizer: The model's tokenizer.
+        input_ids: The prompt [1, T], int64.
+        dtype: Of weights and KV.
+        device: The device that computes.
+        warnings: What the user should know before the run.
+        run_plan: What the run will do.
+        ranks: This process among those that share the model.
+    """
 
     job: Job
     source: ModelSource
@@ -72,21 +100,40 @@ class Prepared:
     dtype: torch.dtype
     device: str
     warnings: list[str]
-    plan: Plan
+    run_plan: RunPlan
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def shape(self) -> ModelShape:
-        """The model's shape."""
+        """The shape of the model."""
         return ModelShape.from_config(self.source.config)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run, with its predictions."""
+        return self.run_plan.plan
 
 
 @dataclass
 class Summary:
-    """What a job did. Seconds are wall time; interrupted jobs say what was done so far.
+    """What a job did.
 
-    plan: predictions, and why. options: those of `enable()` that repeat the run's arithmetic. stats: of this process;
-    rank_stats: of all ranks, where several processes shared the model and none was interrupted.
+    Attributes:
+        model: The model, as the user named it.
+        text: The answer.
+        tokens_in: Tokens of the prompt.
+        tokens_read: Tokens of the prompt that were read.
+        tokens_out: Tokens that were written.
+        token_ids: These tokens.
+        first_token_s: Seconds to the first of them, from the start of reading.
+        total_s: Seconds in all.
+        interrupted: Whether Ctrl-C ended the job. The other fields say what was done so far.
+        ranks: Number of processes that shared the model.
+        plan: The predictions of the plan, and why it was chosen.
+        options: Options of `enable()` that repeat the arithmetic of the run.
+        warnings: What the user was told before the run.
+        stats: Bytes and choices of this process.
+        rank_stats: Those of all ranks, if several processes shared the model and none was interrupted.
     """
 
     model: str
@@ -107,18 +154,22 @@ class Summary:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens per second after the first."""
+        """Tokens per second after the first token; None with fewer than two tokens."""
         if self.first_token_s is None or self.tokens_out < 2:
             return None
         return (self.tokens_out - 1) / (self.total_s - self.first_token_s)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """All fields, for JSON."""
         return {**dataclasses.asdict(self), "decode_tokens_per_s": self.decode_tokens_per_s}
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; UsageError where there is none."""
+    """Read a UTF-8 text file.
+
+    Raises:
+        UsageError: The file cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -127,8 +178,14 @@ def read_text(path: Path) -> str:
 
 
 def checked_device(name: str) -> str:
-    """The device that a --device option names; auto is CUDA where there is any. Raises UsageError."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """The device that a --device option names. auto is CUDA if there is any.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    device = name
+    if name == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: this torch sees no CUDA device; use --device cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
@@ -137,8 +194,12 @@ def checked_device(name: str) -> str:
 
 
 def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:
-    """The dtype that a --dtype option names. auto: the checkpoint's; random models run in float32 on the CPU and in
-    bfloat16 elsewhere. Raises UsageError.
+    """The dtype that a --dtype option names.
+
+    auto is the checkpoint's dtype. Random models run in float32 on the CPU and in bfloat16 elsewhere.
+
+    Raises:
+        UsageError: The name is unknown.
     """
     if name not in ("auto", *DTYPES):
         raise UsageError(f"dtype {name}: choose auto, {', '.join(DTYPES)}")
@@ -152,14 +213,21 @@ def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:
 
 
 def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
-    """Check a job against the model, this machine and itself, without loading weights.
+    """Check a job against the model and this machine, and plan it. No weights are loaded.
 
-    ranks: this process's place among those that share the model; each is checked for its share of the heads.
-    Raises UsageError, UnsupportedError or CapacityError with what is wrong and what would work.
+    Args:
+        job: The job.
+        ranks: This process among those that share the model. Its share of the heads is checked.
+
+    Raises:
+        UsageError: An argument cannot be right.
+        UnsupportedError: The model is not served.
+        CapacityError: The job does not fit this machine.
     """
     for name in ("max_new_tokens", "chunk_tokens"):
-        if getattr(job, name) is not None and getattr(job, name) < 1:
-            raise UsageError(f"{name.replace('_', '-')} is {getattr(job, name)}: it must be a positive number")
+        value = getattr(job, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name.replace('_', '-')} is {value}: it must be a positive number")
     if not (job.prompt.strip() or job.document.strip()):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
     ranks = ranks or Ranks()
@@ -172,32 +240,24 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
     if ranks.world > 1:
         check_shards(source.config, shape, ranks)
-        shape, weight_bytes = shape.shard(ranks.world), weight_bytes // ranks.world
-    total = input_ids.shape[1] + job.max_new_tokens
-    check_host_memory(
-        total,
-        shape.kv_bytes_per_token(dtype.itemsize),
-        weight_bytes,
-        available=available_host_bytes() // ranks.local_world,
-        kv_budget=job.options.host_kv_budget_bytes,
-    )
-    plan = plan_run(
-        shape,
-        torch.device(device),
-        dtype,
-        total,
+        shape = shape.shard(ranks.world)
+        weight_bytes //= ranks.world
+    total_tokens = input_ids.shape[1] + job.max_new_tokens
+    request = RunRequest(
+        shape=shape,
+        device=torch.device(device),
+        dtype=dtype,
+        context_tokens=total_tokens,
+        options=job.options,
+        chunk_tokens=job.chunk_tokens,
         ranks_on_host=ranks.local_world,
-        fixed=fixed_fields(job.options, job.chunk_tokens),
+        host_weight_bytes=weight_bytes,
     )
-    cache = HeadCache(source.config, **vars(planned(job.options, plan)))
-    cache.engine.check_budget(shape, dtype.itemsize, plan.chunk_tokens, total)
-    warnings = []
-    if shape.max_context_tokens and total > shape.max_context_tokens:
-        warnings.append(
-            f"{total:,} tokens exceed the {shape.max_context_tokens:,} that this model was made for: "
-            "expect poor answers"
-        )
-    return Prepared(job, source, tokenizer, input_ids, dtype, device, warnings, plan, ranks)
+    run_plan = plan_run(request)
+    HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
+    warning = context_warning(total_tokens, shape)
+    told = [warning] if warning is not None else []
+    return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks)
 
 
 def run(
@@ -206,33 +266,38 @@ def run(
     on_text: Callable[[str], None],
     on_forward: Callable[[HeadCache], None] | None = None,
 ) -> Summary:
-    """Load the model and generate. Text goes to on_text as it comes; on_forward is called after each chunk and token.
+    """Load the model and generate.
 
     Ctrl-C ends the generation and returns the summary so far, with `interrupted` set.
+
+    Args:
+        prepared: The job.
+        on_text: Called with each part of the answer as it is written.
+        on_forward: Called with the cache after each chunk and each token.
     """
     job = prepared.job
-    summary = Summary(job.model, tokens_in=prepared.input_ids.shape[1], warnings=prepared.warnings)
+    run_plan = prepared.run_plan
+    tokens_in = prepared.input_ids.shape[1]
+    summary = Summary(job.model, tokens_in=tokens_in, warnings=prepared.warnings)
     summary.ranks = prepared.ranks.world
-    summary.plan = prepared.plan.as_dict()
+    summary.plan = run_plan.plan.as_dict()
     model = _load(prepared)
     torch.manual_seed(job.seed)
-    chunk_tokens = prepared.plan.chunk_tokens
-    options = planned(job.options, prepared.plan)
-    options = dataclasses.replace(options, expected_tokens=prepared.input_ids.shape[1] + job.max_new_tokens)
+    options = dataclasses.replace(run_plan.options, expected_tokens=tokens_in + job.max_new_tokens)
     cache = HeadCache(model.config, **vars(options))
-    summary.options = dataclasses.asdict(options) | {"chunk_tokens": chunk_tokens}
+    summary.options = dataclasses.asdict(options) | {"chunk_tokens": run_plan.chunk_tokens}
     if prepared.device == "cpu":
-        native.unavailable_reason()  # compiles the decode kernel where that was never done here, which is no part of the timing
+        native.unavailable_reason()  # compiles the decode kernel, if it was never done here, before the clock starts
     start = time.perf_counter()
     streamer = Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)
     try:
-        with enable(model, chunk_tokens=chunk_tokens, on_forward=on_forward):
+        with already_warned(), enable(model, chunk_tokens=run_plan.chunk_tokens, on_forward=on_forward):
             model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=cache,
-                prefill_chunk_size=chunk_tokens,
+                prefill_chunk_size=run_plan.chunk_tokens,
                 max_new_tokens=job.max_new_tokens,
                 streamer=streamer,
                 **({"do_sample": False} | job.sampling),
@@ -248,9 +313,19 @@ def run(
     return summary
 
 
+@contextmanager
+def already_warned() -> Iterator[None]:
+    """Suppress enable()'s warning about long contexts. The commands show it before anything is loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ContextLengthWarning)
+        yield
+
+
 def _load(prepared: Prepared) -> PreTrainedModel:
     """The model, or this rank's shard of it."""
-    source, ranks, dtype = prepared.source, prepared.ranks, prepared.dtype
+    source = prepared.source
+    ranks = prepared.ranks
+    dtype = prepared.dtype
     if ranks.world == 1:
         return source.load(dtype=dtype, device=prepared.device, seed=prepared.job.seed)
     if source.is_random:
@@ -263,41 +338,52 @@ def _load(prepared: Prepared) -> PreTrainedModel:
 
 
 class Streamer(BaseStreamer):  # type: ignore[misc]
-    """Passes text on as soon as its characters are whole, and notes tokens and times.
+    """Passes text on as soon as its characters are complete, and notes tokens and times in a Summary.
 
-    transformers' TextStreamer decodes everything since the last newline again at each token; this decodes a window
-    of a few tokens, since a tokenizer needs only its neighbours to place a token's spaces and bytes.
+    transformers' TextStreamer decodes everything since the last newline again for each token. This one decodes a
+    window of a few tokens: a tokenizer needs only the neighbours of a token to know its spaces and bytes.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        on_text: Called with each part of the text.
+        summary: Gets the tokens and times.
+        start: The time, by time.perf_counter(), from which first_token_s counts.
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], summary: Summary, start: float) -> None:
-        self._tokenizer, self._on_text, self._summary, self._start = tokenizer, on_text, summary, start
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._summary = summary
+        self._start = start
         self._seen_prompt = False
         self._shown: list[int] = []
         self._held: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then one token at a time."""
+        """Take the prompt, and then one token at a time."""
         if not self._seen_prompt:
             self._seen_prompt = True
             return
-        summary, new_ids = self._summary, value.flatten().tolist()
-        if summary.first_token_s is None:
-            summary.first_token_s = time.perf_counter() - self._start
-        summary.tokens_out += len(new_ids)
-        summary.token_ids.extend(new_ids)
+        new_ids = value.flatten().tolist()
+        if self._summary.first_token_s is None:
+            self._summary.first_token_s = time.perf_counter() - self._start
+        self._summary.tokens_out += len(new_ids)
+        self._summary.token_ids.extend(new_ids)
         self._held.extend(new_ids)
         self._show(at_end=False)
 
     def end(self) -> None:
-        """Show what is left."""
+        """Pass on the rest of the text."""
         self._show(at_end=True)
 
     def _show(self, *, at_end: bool) -> None:
-        before, after = self._decode(self._shown), self._decode(self._shown + self._held)
+        before = self._decode(self._shown)
+        after = self._decode(self._shown + self._held)
         text = after[len(before) :]
         if text.endswith("\ufffd") and len(self._held) < _LONGEST_CHARACTER_BYTES and not at_end:
             return  # the first bytes of a character
-        self._shown, self._held = (self._shown + self._held)[-_WINDOW_TOKENS:], []
+        self._shown = (self._shown + self._held)[-_WINDOW_TOKENS:]
+        self._held = []
         if text:
             self._summary.text += text
             self._on_text(text)
@@ -308,7 +394,7 @@ class Streamer(BaseStreamer):  # type: ignore[misc]
 
 
 def _encode(job: Job, tokenizer: Any) -> torch.Tensor:
-    """Token ids [1, T]: the document first, the question last, in the model's chat template where it has one."""
+    """Token ids [1, T]: the document first, then the question, in the model's chat template if it has one."""
     text = "\n\n".join(part for part in (job.document, job.prompt) if part)
     if not job.raw and getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(

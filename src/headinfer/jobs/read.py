@@ -12,7 +12,7 @@ import torch
 
 from headinfer.attention import native
 from headinfer.engine.options import Options, current_names
-from headinfer.engine.run_plan import fixed_fields, plan_run, planned
+from headinfer.engine.run_plan import RunRequest, plan_run
 from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel, last_logits_only
@@ -118,15 +118,22 @@ def prepare_read(job: ReadJob) -> ToRead:
         if done < tokens:  # else nothing is written
             check_no_foreign_files(folder)
     # Another day has other memory to spare, and the session is to go on with the same bits then: nothing is resident.
-    fixed = fixed_fields(job.options, job.chunk_tokens) | {"keeps_resident": False}
-    plan = plan_run(shape, torch.device(device), dtype, tokens, fixed=fixed)
+    request = RunRequest(
+        shape=shape,
+        device=torch.device(device),
+        dtype=dtype,
+        context_tokens=tokens,
+        options=job.options,
+        chunk_tokens=job.chunk_tokens,
+        keeps_resident=False,
+    )
+    run_plan = plan_run(request)
     _check_disk(job.root, (tokens - done) * shape.kv_bytes_per_token(dtype.itemsize))
     if found is not None:
         arithmetic = current_names(found.arithmetic)
     else:
-        options = planned(job.options, plan)
-        HeadCache(source.config, **vars(options)).engine.check_budget(shape, dtype.itemsize, plan.chunk_tokens, tokens)
-        arithmetic = options.arithmetic() | {"chunk_tokens": plan.chunk_tokens}
+        HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
+        arithmetic = run_plan.options.arithmetic() | {"chunk_tokens": run_plan.chunk_tokens}
     about = {"model": job.model, "seed": job.seed, "raw": job.raw, "document_tokens": tokens, "answers": 0}
     about["tokenizer"] = tokenizer_fingerprint(tokenizer)
     about["asked_for"] = _asked_for(job) if found is None else current_names(found.about.get("asked_for", {}))

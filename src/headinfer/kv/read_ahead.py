@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from headinfer.kv.slices import DiskSlice, PageableSlice
+from headinfer.kv.slices import AnyPiece, DiskSlice, PageableSlice
 from headinfer.kv.streams import Streams
 from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import Ring
@@ -26,8 +26,6 @@ _BUDGET_SHARE = 32  # one slot is at most this part of the host budget
 _LARGEST_SLOT_BYTES = 32 * 1024 * 1024
 _SLOT_ALIGN_BYTES = 64 * 1024
 _READERS = 4
-
-AnyPiece = Piece | DiskSlice | PageableSlice
 
 
 def read_slot_bytes(host_budget: int | None = None) -> int:

@@ -11,27 +11,14 @@ from typing import Any
 import torch
 
 from headinfer.kv.disk_file import DiskFile
-from headinfer.kv.slices import DiskLocation, DiskSlice, PageableSlice
+from headinfer.kv.slices import AnyPiece, DiskLocation, DiskSlice, PageableSlice
 from headinfer.kv.tiers import HostTier
 from headinfer.utils.tensors import Piece
 
-__all__ = [
-    "AnyPiece",
-    "ResidentBuffer",
-    "Segment",
-    "SegmentSlice",
-    "SharedPrefix",
-    "TokenRanges",
-    "clip",
-    "group",
-    "seal",
-]
+__all__ = ["ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
 
 TokenRanges = Sequence[tuple[int, int]]
 """Half-open ranges [start, stop) of the tokens of one row."""
-
-AnyPiece = Piece | DiskSlice | PageableSlice
-"""K and V in memory that a device can copy from, on a disk, or in memory that is not pinned."""
 
 
 class Segment:

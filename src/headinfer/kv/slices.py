@@ -14,7 +14,7 @@ import torch
 from headinfer.kv.disk_file import ALIGN_BYTES, DiskFile, Read, split_reads
 from headinfer.utils.tensors import Piece
 
-__all__ = ["DiskLocation", "DiskSlice", "PageableSlice"]
+__all__ = ["AnyPiece", "DiskLocation", "DiskSlice", "PageableSlice"]
 
 
 @dataclass(frozen=True)
@@ -141,3 +141,7 @@ class PageableSlice:
         k = flat_k.view(self.k.shape)
         v = flat_v.view(self.v.shape)
         return [functools.partial(k.copy_, self.k), functools.partial(v.copy_, self.v)], (k, v)
+
+
+AnyPiece = Piece | DiskSlice | PageableSlice
+"""K and V in memory that a device can copy from, on a disk, or in memory that is not pinned."""

@@ -14,7 +14,7 @@ from headinfer.plan.footprint import (
     weight_bytes,
 )
 from headinfer.plan.request import Request
-from headinfer.plan.tiles import RING_SLOTS, TilePlan, choose_tiles
+from headinfer.plan.tiles import RING_SLOTS, FixedTile, LayerWork, TilePlan, choose_tiles
 from headinfer.utils.units import format_bytes, format_tokens
 
 __all__ = [
@@ -83,19 +83,16 @@ def fitting_footprint(
 def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
     """The tile of a pass over the whole context, for the layer with the most KV; raises as choose_tiles does."""
     layer = max(request.layers, key=lambda layer: layer.kv_bytes_per_token(1))
-    return choose_tiles(
-        kv_heads=layer.kv_heads,
-        group_queries=layer.query_heads // layer.kv_heads,
-        head_token_bytes=(layer.key_dim + layer.value_dim) * request.element_bytes,
+    work = LayerWork.of_layer(
+        layer,
+        request.element_bytes,
         rows=request.rows,
         query_tokens=query_tokens,
         past_tokens=request.context_tokens,
-        slot_bytes=found.ring_bytes // RING_SLOTS or None,
-        element_bytes=request.element_bytes,
-        rates=request.hardware.tile_rates(request.dtype),
-        heads_per_group=request.heads_per_group,
-        tile_tokens=request.tile_tokens,
     )
+    fixed = FixedTile(request.heads_per_group, request.tile_tokens)
+    slot_bytes = found.ring_bytes // RING_SLOTS or None
+    return choose_tiles(work, slot_bytes, request.hardware.tile_rates(request.dtype), fixed)
 
 
 def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> tuple[int, ...]:

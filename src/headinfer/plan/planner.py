@@ -45,7 +45,7 @@ class Plan:
     prefill: TilePlan
     decode: TilePlan
     resident_tokens: tuple[int, ...]
-    streaming_bytes: int | None
+    streaming_budget_bytes: int | None
     footprint: Footprint
     prefill_cost: Seconds
     decode_cost: Seconds
@@ -64,15 +64,15 @@ class Plan:
     @property
     def device_kv_budget_bytes(self) -> int:
         """The engine's device_kv_budget_bytes: with it, each layer keeps its resident_tokens and no more."""
-        if self.streaming_bytes is None:
+        if self.streaming_budget_bytes is None:
             return self.footprint.device_kv_budget_bytes
         kept = tuple(self.resident_tokens[index] for index in self.request.shape.offloaded_layers)
-        return self.streaming_bytes + resident_room_bytes(self.request, kept)
+        return self.streaming_budget_bytes + resident_room_bytes(self.request, kept)
 
     @property
     def is_all_resident(self) -> bool:
         """Whether the device keeps all that the host holds: nothing is streamed, and there is no ring."""
-        return self.streaming_bytes is not None and not self.footprint.ring_bytes
+        return self.streaming_budget_bytes is not None and not self.footprint.ring_bytes
 
     @property
     def total_s(self) -> float:
@@ -135,7 +135,7 @@ class Plan:
             "resident_tokens": list(self.resident_tokens),
             "kernel": self.kernel,
             "device_kv_budget_bytes": self.device_kv_budget_bytes,
-            "streaming_budget_bytes": self.streaming_bytes,
+            "streaming_budget_bytes": self.streaming_budget_bytes,
             "device_bytes": self.footprint.device_bytes,
             "host_bytes": self.footprint.host_bytes,
             "footprint": dataclasses.asdict(self.footprint),
@@ -200,7 +200,7 @@ def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare
         prefill=prefill,
         decode=decode,
         resident_tokens=tuple(by_layer.get(index, 0) for index in range(len(request.shape.layers))),
-        streaming_bytes=streaming_bytes,
+        streaming_budget_bytes=streaming_bytes,
         footprint=footprint,
         prefill_cost=prefill_seconds(request.shape, request.hardware, tokens, *more),
         decode_cost=decode_seconds(request.shape, request.hardware, tokens, *more),
