@@ -20,7 +20,7 @@ from headinfer.attention import cuda, native, triton_calls
 from headinfer.attention.backends import BACKENDS, TABLE, Problem, backend_names, capability_of, choose, recorded
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
-from headinfer.engine.streaming import attend_streaming
+from headinfer.engine.streaming import AttentionSpec, attend_streaming
 from headinfer.errors import UsageError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import LayerKV
@@ -868,7 +868,15 @@ def decode_error(dtype=torch.float32, backend=None):
     layer_kv.append(k[:, :, :700], v[:, :, :700])
     plan = TilePlan(2, 701, "")
     out = attend_streaming(
-        q, k[:, :, 700:], v[:, :, 700:], layer_kv, plan=plan, ring=None, scale=0.3, backend=backend, used=used
+        q,
+        k[:, :, 700:],
+        v[:, :, 700:],
+        layer_kv,
+        AttentionSpec(0.3),
+        plan=plan,
+        ring=None,
+        backend=backend,
+        used=used,
     )
     return relative_error(out, attend_reference(q, k, v, scale=0.3).out.transpose(1, 2)), used
 

@@ -9,11 +9,11 @@ import torch
 from generation import generate, make_model, padded, prompt
 
 import headinfer
+from headinfer.engine.streaming import AttentionSpec
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import device_kv
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import numa, tiers
@@ -340,13 +340,8 @@ def test_each_device_has_its_own_ring_and_budget(transport):
                 layer_kvs[layer].where = k.where
             if layer == 0:
                 engine.begin(layer_kvs[0], 4, tokens)
-<<<<<<< HEAD
             appended[layer].append((k, v))
-            out = engine.attend(q, k, v, layer_kvs[layer], scale=0.25, softcap=None, sinks=None, token_ranges=None)
-=======
-            told[layer].append((k, v))
             out = engine.attend(q, k, v, layer_kvs[layer], AttentionSpec(0.25))
->>>>>>> a842999 (wip2)
             layer_kvs[layer].append(k, v)
             all_k, all_v = (torch.cat(sides, dim=2) for sides in zip(*appended[layer], strict=True))
             mask = causal_mask(tokens, all_k.shape[2])

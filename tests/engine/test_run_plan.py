@@ -15,6 +15,7 @@ from headinfer.cli import main as cli
 from headinfer.engine import machine, run_plan
 from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
+from headinfer.hf import enable as enable_module
 from headinfer.jobs import generate as generation
 from headinfer.plan.hardware import HARDWARE, Hardware, probe_path
 from headinfer.plan.model_shape import ModelShape
@@ -86,65 +87,66 @@ def test_a_gpu_is_looked_up_by_name_or_guessed(monkeypatch):
     assert not guessed.is_host
 
 
+def plan_on_cuda(shape, tokens, *options, **more):
+    request = run_plan.RunRequest(shape, torch.device("cuda"), torch.bfloat16, tokens, *options, **more)
+    return run_plan.plan_run(request)
+
+
 def test_a_run_on_a_gpu_is_planned_with_the_free_memory(monkeypatch):
     """The engine gets budgets and rates from the plan. The remaining memory is used for resident KV."""
     monkeypatch.setattr(run_plan, "this_machine", lambda _: HARDWARE["rtx4090"])
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 256 * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (23 * GIB, 24 * GIB))
     shape = find_shape("llama-3-8b")
-    plans = [run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, tokens) for tokens in (2000, 10**5, 10**6)]
-    for plan in plans:
+    runs = [plan_on_cuda(shape, tokens) for tokens in (2000, 10**5, 10**6)]
+    plans = [run.plan for run in runs]
+    for run in runs:
+        plan = run.plan
+        options = run.options
         assert plan.footprint.device_bytes <= 23 * GIB
-        options = run_plan.planned(Options(), plan)
         assert options.streaming_budget_bytes == plan.streaming_budget_bytes > 0
         assert options.device_kv_budget_bytes == plan.streaming_budget_bytes + plan.footprint.resident_bytes
         assert options.rates == HARDWARE["rtx4090"].tile_rates("bfloat16")
-<<<<<<< HEAD
-    assert len({(plan.chunk_tokens, plan.streaming_bytes, plan.prefill) for plan in plans}) > 1, (
+    assert len({(plan.chunk_tokens, plan.streaming_budget_bytes, plan.prefill) for plan in plans}) > 1, (
         "plans depend on the length"
     )
-=======
-    assert len({(plan.chunk_tokens, plan.streaming_budget_bytes, plan.prefill) for plan in plans}) > 1, "it adapts"
->>>>>>> a842999 (wip2)
     assert [plan.is_all_resident for plan in plans] == [True, False, False]
     assert min(sum(plan.resident_tokens) for plan in plans) > 0
     mine = Options(device_kv_budget_bytes=99 * 2**20, heads_per_group=2, rates=RATES[1])
-    fixed = run_plan.fixed_fields(mine, 512)
-    plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=fixed)
+    run = plan_on_cuda(shape, 10**6, mine, 512)
+    plan = run.plan
     assert (plan.chunk_tokens, plan.prefill.heads_per_group, plan.decode.heads_per_group) == (512, 2, 2)
     assert 0 < plan.streaming_budget_bytes <= plan.device_kv_budget_bytes <= 99 * 2**20
-    assert run_plan.planned(mine, plan) == dataclasses.replace(
+    assert run.options == dataclasses.replace(
         mine, device_kv_budget_bytes=plan.device_kv_budget_bytes, streaming_budget_bytes=plan.streaming_budget_bytes
     )
-    half = run_plan.fixed_fields(Options(device_kv_budget_bytes=8 * GIB, streaming_budget_bytes=80 * 2**20), None)
-    plan = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, fixed=half)
+    half = Options(device_kv_budget_bytes=8 * GIB, streaming_budget_bytes=80 * 2**20)
+    plan = plan_on_cuda(shape, 10**6, half).plan
     assert plan.streaming_budget_bytes == 80 * 2**20
     assert 0 < plan.footprint.resident_bytes <= 8 * GIB - 80 * 2**20
-    loaded = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, is_loaded=True)
+    loaded = plan_on_cuda(shape, 10**6, is_loaded=True).plan
     assert loaded.request.room_bytes > plan.request.room_bytes
     with pytest.raises(CapacityError, match="host RAM for KV; this machine has 62 GiB for it: at most"):
-        run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, ranks_on_host=4)
+        plan_on_cuda(shape, 10**6, ranks_on_host=4)
     with pytest.raises(CapacityError, match=r"newest tokens of 5000 rows alone need .* use fewer"):
-        run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 500, rows=5000)
+        plan_on_cuda(shape, 500, rows=5000)
 
 
 def test_memory_of_torch_and_of_the_cache_counts_as_free_for_a_new_plan(monkeypatch):
     monkeypatch.setattr(run_plan, "this_machine", lambda _: HARDWARE["rtx4090"])
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 256 * GIB)
     shape = find_shape("llama-3-8b")
-    full = {"is_loaded": True, "fixed": {"device_kv_budget_bytes": 4 * GIB}}
+    full = {"is_loaded": True, "options": Options(device_kv_budget_bytes=4 * GIB)}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 17 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 15 * GIB)
-    before = run_plan.plan_run(shape, torch.device("cuda"), torch.bfloat16, 10**6, **full)
+    before = plan_on_cuda(shape, 10**6, **full).plan
     assert before.request.room_bytes == 5 * GIB + before.footprint.weights_bytes, (
         "memory that torch reserves counts as free"
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 17 * GIB)
-    again = run_plan.plan_run(
-        shape, torch.device("cuda"), torch.bfloat16, 10**6, held_device_bytes=4 * GIB, held_host_bytes=GIB, **full
-    )
+    again = plan_on_cuda(shape, 10**6, held_device_bytes=4 * GIB, held_host_bytes=GIB, **full).plan
     assert dataclasses.replace(again, request=before.request) == before, "the cache's own KV counts as free"
     assert again.request.host_bytes == before.request.host_bytes + GIB
 
@@ -178,7 +180,7 @@ def test_library_calls_run_even_if_no_plan_fits(monkeypatch):
 
 def test_generate_command_fails_before_loading_if_no_plan_fits(monkeypatch):
     monkeypatch.setattr(generation.ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(generation, "check_host_memory", lambda *_, **__: None)
+    monkeypatch.setattr(run_plan, "check_host_memory", lambda *_, **__: None)
     monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 280 * 2**20)
     with pytest.raises(CapacityError, match=r"host RAM for KV; this machine has .*: at most [0-9,]+ tokens fit"):
         generation.prepare(generation.Job("random:tiny-llama?context=100000000", prompt="x " * 100_000))
@@ -254,8 +256,8 @@ def _seconds(shape, hardware, phase):
 def test_a_model_on_several_gpus_is_planned_for_the_smallest_free_memory(monkeypatch):
     planned_for = []
 
-    def plan_run(_shape, device, *_args, **_more):
-        planned_for.append(device)
+    def plan_run(request):
+        planned_for.append(request.device)
         raise CapacityError("nothing fits")
 
     monkeypatch.setattr("headinfer.hf.enable.plan_run", plan_run)
@@ -273,3 +275,36 @@ def test_a_model_on_several_gpus_is_planned_for_the_smallest_free_memory(monkeyp
         }
         enabled.new_cache(100)
     assert planned_for == [torch.device("cpu"), torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_generate_plans_once(monkeypatch, options):
+    planned = []
+    plan_run = enable_module.plan_run
+    monkeypatch.setattr(enable_module, "plan_run", lambda request: planned.append(request) or plan_run(request))
+    monkeypatch.setattr("headinfer.plan.fit.HOST_CHUNK_TOKENS", 128)
+    model = tiny_model("llama")
+    with headinfer.enable(model) as enabled:
+        model.generate(text(), max_new_tokens=20, do_sample=False, pad_token_id=0, **options)
+        assert len(planned) == 1
+        cache = enabled.last_cache
+        assert cache.run_plan.plan is enabled.plan
+        if not options:  # a second turn that outgrows the first plan is planned again
+            longer = torch.cat([text(), text(), text()], dim=1)
+            model.generate(longer, past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=0)
+            assert len(planned) == 2
+
+
+def test_a_context_longer_than_the_model_was_made_for_gives_one_warning():
+    model = tiny_model("llama", max_position_embeddings=200)
+    ids = text()[:, :150]
+    with headinfer.enable(model), torch.no_grad():
+        model(ids, past_key_values=headinfer.HeadCache(model.config))
+        with pytest.warns(headinfer.ContextLengthWarning, match="tokens exceed the 200 that this model was made for"):
+            model.generate(ids, max_new_tokens=52, do_sample=False, pad_token_id=0)
+        model.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0)
+    with headinfer.enable(model), torch.no_grad():
+        cache = headinfer.HeadCache(model.config)
+        model(ids, past_key_values=cache)
+        with pytest.warns(headinfer.ContextLengthWarning, match="300 tokens exceed"):
+            model(ids, past_key_values=cache)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headinfer.attention.backends import BACKENDS as ALL
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import streaming
-from headinfer.engine.streaming import attend_streaming, tiles_of
+from headinfer.engine.streaming import AttentionSpec, attend_streaming, tiles_of
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.resident import LayerResidency, Residency
@@ -78,23 +78,18 @@ class Bench:
         self.model_layout = model_layout
         write = WriteInPlace()
         self.ring = None
-        share = None
+        residency = None
         streams = open_streams(transport, CPU)
         if streams is not None:
             write = StagingWriter(64 * shape.token_bytes, CPU, self.counter, streams)
             head_token_bytes = shape.token_bytes // shape.kv_heads
             slot_bytes = -(-self.plan.heads_per_group * tile_tokens * head_token_bytes // 256) * 256
             self.ring = SlotRing(2, slot_bytes, CPU, self.counter, streams)
-<<<<<<< HEAD
             resident_bytes = resident_tokens * shape.token_bytes * shape.rows
-            share = Share(Residency(resident_bytes, CPU, self.counter, streams), resident_bytes, 0)
-=======
-            room = resident_tokens * shape.token_bytes * shape.rows
-            share = LayerResidency(Residency(room, CPU, self.counter, streams), room, 0)
->>>>>>> a842999 (wip2)
+            residency = LayerResidency(Residency(resident_bytes, CPU, self.counter, streams), resident_bytes, 0)
         _, self.k, self.v = self.chunk(0)
         self.layer_kv = LayerKV(
-            self.k, self.v, tier=HostTier(self.counter), counter=self.counter, write=write, residency=share
+            self.k, self.v, tier=HostTier(self.counter), counter=self.counter, write=write, residency=residency
         )
         self.used = set()
 
@@ -128,18 +123,18 @@ class Bench:
         self.v = self.v[indices]
         self.shape.rows = len(indices)
 
-    def attend(self, q, k, v, *, visible=None, backend=None, **options):
+    def attend(self, q, k, v, *, visible=None, backend=None, softcap=None, sinks=None, **options):
         """Run the loop on a chunk that is not appended yet."""
         token_ranges = ranges_of(visible[:, : self.layer_kv.tokens + q.shape[2]]) if visible is not None else None
+        spec = AttentionSpec(self.shape.key_dim**-0.5, softcap, sinks, token_ranges)
         return attend_streaming(
             q,
             k,
             v,
             self.layer_kv,
+            spec,
             plan=self.plan,
             ring=self.ring,
-            scale=self.shape.key_dim**-0.5,
-            token_ranges=token_ranges,
             backend=backend,
             used=self.used,
             **options,
@@ -391,13 +386,8 @@ def test_tiles_have_the_planned_size():
         k, v = (torch.cat(side, dim=1) for side in sides)
         assert torch.equal(k, bench.k[row, 1:3, :host])
         assert torch.equal(v, bench.v[row, 1:3, :host])
-<<<<<<< HEAD
-    segment = bench.layer_kv.shared_prefixes()[0].slices[0].segment
-    assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view, not a copy
-=======
     segment = bench.layer_kv.residencyd_prefixes()[0].slices[0].segment
-    assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view: nothing is copied here
->>>>>>> a842999 (wip2)
+    assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view, not a copy
 
 
 def test_used_backends_are_recorded():
@@ -436,12 +426,8 @@ def test_any_split_between_device_and_host(transport, resident_tokens):
 def test_removing_resident_tokens_changes_nothing(transport):
     bench = Bench(Shape(rows=2), transport, 1, 150, resident_tokens=2000)
     bench.fill(700)
-<<<<<<< HEAD
-    pool = bench.layer_kv.share.pool
+    pool = bench.layer_kv.residency.pool
     token_bytes = bench.shape.token_bytes
-=======
-    pool, token_bytes = bench.layer_kv.residency.pool, bench.shape.token_bytes
->>>>>>> a842999 (wip2)
     assert bench.layer_kv.is_all_resident
     for tokens in (500, 256, 128, 0):
         bench.assert_step(2)
@@ -475,19 +461,14 @@ def test_resident_tokens_are_shared_and_rewritten_after_a_crop(transport):
 def test_resident_tokens_of_a_known_length_are_one_piece():
     """Attention over the past is then a single call, as without offloading."""
     bench = Bench(Shape(rows=2), "eager", resident_tokens=4000)
-<<<<<<< HEAD
-    share = bench.layer_kv.share
-    bench.layer_kv.share = Share(share.pool, share.nbytes, 2048)
+    residency = bench.layer_kv.residency
+    bench.layer_kv.residency = LayerResidency(residency.pool, residency.nbytes, 2048)
     bench.layer_kv.expected_tokens = 2048
-=======
-    share = bench.layer_kv.residency
-    bench.layer_kv.residency, bench.layer_kv.expected_tokens = LayerResidency(share.pool, share.nbytes, 2048), 2048
->>>>>>> a842999 (wip2)
     for tokens in (300, 600, 700):
         bench.fill(tokens)
         (first, second) = tiles_of(bench.layer_kv, slice(0, 2), TilePlan(2, 100, ""), None)
-        assert [len(tile.near) for tile in (first, second)] == [1, 1]
-        assert first.near[0][0].shape[1] == bench.layer_kv.host_tokens
+        assert [len(tile.resident) for tile in (first, second)] == [1, 1]
+        assert first.resident[0][0].shape[1] == bench.layer_kv.host_tokens
     assert bench.counter.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
     bench.assert_step(3)
 
@@ -498,7 +479,7 @@ def test_even_tiles_have_similar_sizes_and_contain_all_streamed_tokens(tokens, t
     bench = Bench(Shape(rows=1, kv_heads=1, group=1), "eager", 1, tile_tokens, resident_tokens=resident)
     bench.fill(tokens)
     even, usual = (
-        [tile for tile in tiles_of(bench.layer_kv, slice(0, 1), plan, None) if not tile.near]
+        [tile for tile in tiles_of(bench.layer_kv, slice(0, 1), plan, None) if not tile.resident]
         for plan in (TilePlan(1, tile_tokens, "", is_even=True), TilePlan(1, tile_tokens, ""))
     )
     lengths = [sum(k.shape[1] for k, _ in tile.pieces) for tile in even]

@@ -257,9 +257,9 @@ def stream_with(ring, counter, backend):
         k[:, :, 700:],
         v[:, :, 700:],
         layer_kv,
+        AttentionSpec(0.5),
         plan=TilePlan(2, 100, ""),
         ring=ring,
-        scale=0.5,
         backend=backend,
     )
     wanted = attend_reference(q, k, v, scale=0.5).out.transpose(1, 2)

@@ -398,7 +398,7 @@ def test_llama_3_8b_needs_256_mib_of_kv_on_the_device_at_any_context():
         assert plan.footprint.device_kv_bytes <= plan.device_kv_budget_bytes <= 256 * MIB
         assert plan.footprint.host_kv_bytes == host_kv_tokens(tokens) * 128 * 1024
         streamed = make_plan(dataclasses.replace(request, streaming_budget_bytes=256 * MIB))
-        assert streamed.streaming_bytes == streamed.device_kv_budget_bytes == 256 * MIB
+        assert streamed.streaming_budget_bytes == streamed.device_kv_budget_bytes == 256 * MIB
         assert sum(streamed.resident_tokens) == 0
         assert plan.total_s <= streamed.total_s * (1 + 1e-9)
 

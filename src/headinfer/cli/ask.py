@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from headinfer.cli.console import discard, say, stderr, write
+from headinfer.cli.console import discard, say, stderr, warning, write
 from headinfer.cli.options import (
     DEVICE_KV_BUDGET_HELP,
     MEMORY_PANEL,
@@ -79,6 +79,8 @@ def ask(
     prepared = asking.prepare_ask(job)
     checked = time.perf_counter()
     say(f"{prepared.manifest.tokens:,} tokens are read, {format_bytes(prepared.manifest.nbytes)} on disk")
+    for message in prepared.warnings:
+        warning(message)
     for message in prepared.slow:
         say(message)
     load_seconds: list[float] = []

@@ -225,10 +225,11 @@ class _Evaluation:
         """Raise CapacityError if a context of so many tokens does not fit this machine."""
         import torch
 
-        from headinfer.engine.run_plan import plan_run
+        from headinfer.engine.options import Options
+        from headinfer.engine.run_plan import RunRequest, plan_run
 
-        fixed = {"device_kv_budget_bytes": self._device_kv_budget_bytes}
-        plan_run(self._shape, torch.device(self._device), self._dtype, tokens, fixed=fixed)
+        options = Options(device_kv_budget_bytes=self._device_kv_budget_bytes)
+        plan_run(RunRequest(self._shape, torch.device(self._device), self._dtype, tokens, options))
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from headinfer.cli.console import say
+from headinfer.cli.console import say, warning
 from headinfer.cli.options import (
     MEMORY_PANEL,
     Device,
@@ -73,6 +73,8 @@ def read(
         options=options,
     )
     prepared = reading.prepare_read(job)
+    for line in prepared.warnings:
+        warning(line)
     tokens = prepared.input_ids.shape[1]
     progress = report.GenerationProgress(prepared.shape, tokens, 0, show_decode=False, read_before=prepared.done)
     with progress:

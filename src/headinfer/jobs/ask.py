@@ -1,4 +1,4 @@
-"""Ask a document that was read into a session: each question on a fork of it, or kept."""
+"""The job of `headinfer ask`: answer questions about a document that was read into a session."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from headinfer.engine.machine import this_machine
 from headinfer.engine.options import current_names
 from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.enable import enable
+from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.jobs.generate import Streamer, Summary, checked_device
+from headinfer.jobs.generate import Streamer, Summary, already_warned, checked_device
 from headinfer.jobs.prompts import frame, pad_id
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
+from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
 from headinfer.sessions.loader import kept_options, saved_ids
@@ -30,12 +31,25 @@ from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
 from headinfer.utils.units import format_bytes
 
-__all__ = ["AskJob", "Asked", "ask", "prepare_ask"]
+__all__ = ["AskJob", "PreparedAsk", "ask", "prepare_ask"]
 
 
 @dataclass(frozen=True)
 class AskJob:
-    """Questions to a session. keep: questions and answers become part of it, each the next one's past."""
+    """Questions to a session.
+
+    Attributes:
+        name: The name of the session.
+        root: The folder of all sessions.
+        questions: The questions.
+        model: Where the model is; None takes what the session says.
+        max_new_tokens: Tokens of an answer, at most.
+        device: auto, cpu, cuda or cuda:N.
+        seed: Of sampling.
+        keep: Whether questions and answers are added to the session, as context of later questions.
+        sampling: Options of generate() itself.
+        options: Fields of Options that replace the session's.
+    """
 
     name: str
     root: Path
@@ -50,8 +64,19 @@ class AskJob:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An AskJob that has passed all checks; no weights are loaded yet. slow: what will take long, and why."""
+class PreparedAsk:
+    """An AskJob that has passed all checks. No weights are loaded.
+
+    Attributes:
+        job: The job.
+        folder: The folder of the session.
+        manifest: Its checkpoint.
+        source: The model.
+        tokenizer: The model's tokenizer.
+        device: The device that computes.
+        slow: What will take long, and why.
+        warnings: What else the user should know before the run.
+    """
 
     job: AskJob
     folder: Path
@@ -60,12 +85,16 @@ class Asked:
     tokenizer: Any
     device: str
     slow: list[str]
+    warnings: list[str]
 
 
-def prepare_ask(job: AskJob) -> Asked:
-    """Check questions, session and memory without loading weights.
+def prepare_ask(job: AskJob) -> PreparedAsk:
+    """Check questions, session and memory. No weights are loaded.
 
-    Raises UsageError, SessionError or CapacityError with what is wrong and what would work.
+    Raises:
+        UsageError: An argument cannot be right.
+        SessionError: There is no such session, it is not read to its end, it is damaged, or of another model.
+        CapacityError: The session's KV does not fit this machine.
     """
     folder = session_folder(job.root, job.name)
     if not job.questions or not all(question.strip() for question in job.questions):
@@ -88,36 +117,46 @@ def prepare_ask(job: AskJob) -> Asked:
         raise SessionError(f"the session {folder} does not hold its token ids: save it with token_ids to ask it here")
     source = resolve(name)
     check_config(manifest.model, source.config, folder)
-    tokenizer, device = source.tokenizer(), checked_device(job.device)
+    tokenizer = source.tokenizer()
+    device = checked_device(job.device)
     check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
-    HeadCache(source.config, **(kept_options(manifest) | job.options))  # refuses options that cannot be
-    return Asked(job, folder, manifest, source, tokenizer, device, _slow(job, manifest, source, device))
+    HeadCache(source.config, **{**kept_options(manifest), **job.options})  # raises if an option is out of range
+    slow = _slow(job, manifest, source, device)
+    warning = context_warning(manifest.tokens + job.max_new_tokens, ModelShape.from_config(source.config))
+    return PreparedAsk(job, folder, manifest, source, tokenizer, device, slow, [warning] if warning is not None else [])
 
 
 def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> list[str]:
-    """What will take long. Raises CapacityError where host memory cannot hold what it must."""
+    """Sentences that say what will take long.
+
+    Raises:
+        CapacityError: Host memory or the disk tier does not hold the session's KV.
+    """
     dtype = getattr(torch, manifest.model["dtype"])
-    weights = source.weight_bytes(dtype) if device == "cpu" else 0
-    budget, room = job.options.get("host_kv_budget_bytes"), available_host_bytes()
+    weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
+    budget_bytes = job.options.get("host_kv_budget_bytes")
+    free_bytes = available_host_bytes()
     token_bytes = -(-manifest.nbytes // manifest.tokens)
-    if device != "cpu" or budget is not None:  # else the system reads what does not stay in memory again
-        check_host_memory(manifest.tokens, token_bytes, weights, available=room, kv_budget=budget)
-    if budget is not None:
-        _check_tier(Path(job.options["disk_tier"]), manifest.nbytes - budget)
+    if device != "cpu" or budget_bytes is not None:  # otherwise the system reads again what does not stay in memory
+        check_host_memory(manifest.tokens, token_bytes, weight_bytes, available=free_bytes, kv_budget=budget_bytes)
+    tier = job.options.get("disk_tier")
+    if budget_bytes is not None and tier is not None:
+        _check_tier(Path(tier), manifest.nbytes - budget_bytes)
     disk_bytes_per_s = this_machine(torch.device(device)).disk_read_bytes_per_s
     first_s = manifest.nbytes / disk_bytes_per_s
     lines = []
     if first_s >= 1:
         lines.append(
-            f"the first token waits for {format_bytes(manifest.nbytes)} from the disk, where the system does not hold "
-            f"them in memory still: about {first_s:,.0f} s at {disk_bytes_per_s / 1e9:.1f} GB/s"
+            f"the first token waits for {format_bytes(manifest.nbytes)} from the disk, unless the system still holds "
+            f"them in memory: about {first_s:,.0f} s at {disk_bytes_per_s / 1e9:.1f} GB/s"
         )
-    kept = min(room - weights, manifest.nbytes if budget is None else budget)
-    if kept < manifest.nbytes:
-        again_s = (manifest.nbytes - max(kept, 0)) / disk_bytes_per_s
+    kept_bytes = min(free_bytes - weight_bytes, manifest.nbytes if budget_bytes is None else budget_bytes)
+    kept_bytes = max(kept_bytes, 0)
+    if kept_bytes < manifest.nbytes:
+        again_bytes = manifest.nbytes - kept_bytes
         lines.append(
-            f"each token reads {format_bytes(manifest.nbytes - max(kept, 0))} from the disk again, since "
-            f"{format_bytes(max(kept, 0))} of memory hold the rest: about {again_s:,.1f} s a token"
+            f"each token reads {format_bytes(again_bytes)} from the disk again, since {format_bytes(kept_bytes)} of "
+            f"memory hold the rest: about {again_bytes / disk_bytes_per_s:,.1f} s a token"
         )
     return lines
 
@@ -133,54 +172,73 @@ def _check_tier(folder: Path, nbytes: int) -> None:
 
 
 def ask(
-    prepared: Asked, *, on_text: Callable[[str], None], on_loaded: Callable[[HeadCache], None] = lambda cache: None
+    prepared: PreparedAsk,
+    *,
+    on_text: Callable[[str], None],
+    on_loaded: Callable[[HeadCache], None] = lambda cache: None,
 ) -> list[Summary]:
-    """Load the model and the session, and answer each question; text comes as in generate.
+    """Load the model and the session, and answer each question.
 
-    Each question is asked on a fork of the document, and the session is not written; with keep it is.
+    Each question is asked on a fork of the document, and the session is not written. With `keep`, questions and
+    answers are appended to the document and written to the session. Ctrl-C ends the current answer and the job.
+
+    Args:
+        prepared: The job.
+        on_text: Called with each part of an answer as it is written.
+        on_loaded: Called with the cache when the session is loaded.
+
+    Returns:
+        A summary for each question that was asked.
     """
-    job, about = prepared.job, prepared.manifest.about
+    job = prepared.job
+    manifest = prepared.manifest
+    about = manifest.about
+    arithmetic = current_names(manifest.arithmetic)
     tokenizer = prepared.tokenizer
     summaries: list[Summary] = []
-    with ExitStack() as held:
-        lock = held.enter_context(Lock(prepared.folder)) if job.keep else None
+    with ExitStack() as stack:
+        lock = stack.enter_context(Lock(prepared.folder)) if job.keep else None
         if lock is not None:
-            check_unchanged(prepared.folder, prepared.manifest.generation)
-        dtype = getattr(torch, prepared.manifest.model["dtype"])
+            check_unchanged(prepared.folder, manifest.generation)
+        dtype = getattr(torch, manifest.model["dtype"])
         model = prepared.source.load(dtype=dtype, device=prepared.device, seed=about.get("seed", 0))
-        native.unavailable_reason()
-        with enable(model, chunk_tokens=prepared.manifest.arithmetic.get("chunk_tokens")), torch.inference_mode():
-            cache = HeadCache.load(prepared.folder, model, **job.options)
-            on_loaded(cache)
-            ids, answers = cache.token_ids, about.get("answers", 0)
-            assert ids is not None
-            for question in job.questions:
-                if summaries:
-                    on_text("\n")
-                torch.manual_seed(job.seed)
-                text = ("\n\n" if not answers else "\n") + question
-                _, after = frame(tokenizer, text, is_raw=about.get("raw", False), is_later=bool(answers))
-                tail = torch.tensor([tokenizer(after, add_special_tokens=False).input_ids], dtype=torch.long)
-                summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
-                summaries.append(summary)
-                used = cache if job.keep else cache.fork()
-                whole = torch.cat([ids, tail], dim=1)
-                written = _answer(model, tokenizer, used, whole, job, summary, on_text)
-                if job.keep and lock is not None:
-                    answers += 1
-                    ids = _read_to_the_end(model, used, written)
-                    facts = about | {"answers": answers}
-                    with SessionWriter(
-                        prepared.folder, model, current_names(prepared.manifest.arithmetic), facts, lock
-                    ) as writer:
-                        writer.checkpoint(used, ids)
-                if summary.interrupted:
-                    break
+        native.unavailable_reason()  # compiles the decode kernel, if it was never done here
+        stack.enter_context(already_warned())
+        stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens")))
+        stack.enter_context(torch.inference_mode())
+        cache = HeadCache.load(prepared.folder, model, **job.options)
+        on_loaded(cache)
+        ids = cache.token_ids
+        assert ids is not None
+        answers = about.get("answers", 0)
+        for question in job.questions:
+            if summaries:
+                on_text("\n")
+            torch.manual_seed(job.seed)
+            text = ("\n\n" if not answers else "\n") + question
+            _, after = frame(tokenizer, text, is_raw=about.get("raw", False), is_later=bool(answers))
+            tail = torch.tensor([tokenizer(after, add_special_tokens=False).input_ids], dtype=torch.long)
+            summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
+            summaries.append(summary)
+            used = cache if job.keep else cache.fork()
+            written = _answer(model, tokenizer, used, torch.cat([ids, tail], dim=1), job, summary, on_text)
+            if lock is not None:
+                answers += 1
+                ids = _read_to_the_end(model, used, written)
+                facts = about | {"answers": answers}
+                with SessionWriter(prepared.folder, model, arithmetic, facts, lock) as writer:
+                    writer.checkpoint(used, ids)
+            if summary.interrupted:
+                break
     return summaries
 
 
 def _read_to_the_end(model: Any, cache: HeadCache, written: torch.Tensor) -> torch.Tensor:
-    """generate() never reads its last token. An end-of-sequence token stays out; one cut off by the limit is read."""
+    """Read the last token of an answer, which generate() does not read, unless it ends the sequence.
+
+    Returns:
+        The token ids [1, T] that the cache holds.
+    """
     ends = model.generation_config.eos_token_id
     last = written[:, cache.get_seq_length() :]
     if last.shape[1] and int(last[0, -1]) not in (ends if isinstance(ends, list) else [ends]):
@@ -192,18 +250,31 @@ def _answer(
     model: Any,
     tokenizer: Any,
     cache: HeadCache,
-    whole: torch.Tensor,
+    prompt_ids: torch.Tensor,
     job: AskJob,
     summary: Summary,
     on_text: Callable[[str], None],
 ) -> torch.Tensor:
-    """Generate after `whole` [1, T], of which the cache holds the beginning; returns all token ids [1, T + n]."""
+    """Generate an answer.
+
+    Args:
+        model: The enabled model.
+        tokenizer: Its tokenizer.
+        cache: Holds the KV of the first tokens of the prompt.
+        prompt_ids: [1, T] int64.
+        job: The job.
+        summary: Gets tokens, times and bytes.
+        on_text: Called with each part of the answer.
+
+    Returns:
+        The ids [1, T + n] of the prompt and the answer.
+    """
     start = time.perf_counter()
     streamer = Streamer(tokenizer, on_text, summary, start)
     try:
         model.generate(
-            whole.to(model.device),
-            attention_mask=torch.ones_like(whole, device=model.device),
+            prompt_ids.to(model.device),
+            attention_mask=torch.ones_like(prompt_ids, device=model.device),
             past_key_values=cache,
             max_new_tokens=job.max_new_tokens,
             streamer=streamer,
@@ -215,5 +286,5 @@ def _answer(
         streamer.end()
     summary.total_s = time.perf_counter() - start
     summary.stats = cache.stats()
-    new = torch.tensor([summary.token_ids], dtype=torch.long).view(1, -1)
-    return torch.cat([whole, new], dim=1)
+    new_ids = torch.tensor([summary.token_ids], dtype=torch.long).view(1, -1)
+    return torch.cat([prompt_ids, new_ids], dim=1)

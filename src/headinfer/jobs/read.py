@@ -1,4 +1,4 @@
-"""Read a document into a session on disk, a checkpoint after each chunk."""
+"""The job of `headinfer read`: read a document into a session on disk, with a checkpoint after each chunk."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from headinfer.engine.run_plan import RunRequest, plan_run
 from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel, last_logits_only
-from headinfer.hf.enable import enable
+from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.jobs.generate import checked_device, chosen_dtype
+from headinfer.jobs.generate import already_warned, checked_device, chosen_dtype
 from headinfer.jobs.prompts import document_ids
 from headinfer.plan.memory import free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
@@ -33,14 +33,27 @@ from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
 from headinfer.utils.units import format_bytes
 
-__all__ = ["ReadJob", "ReadResult", "ToRead", "prepare_read", "read"]
+__all__ = ["PreparedRead", "ReadJob", "ReadResult", "prepare_read", "read"]
 
 OnForward = Callable[[HeadCache], None]
 
 
 @dataclass(frozen=True)
 class ReadJob:
-    """A document to read into a session. What is None is planned."""
+    """A document to read into a session.
+
+    Attributes:
+        model: A local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
+        document: The text.
+        name: The name of the session.
+        root: The folder of all sessions.
+        chunk_tokens: Tokens of a prefill chunk; None is planned.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda or cuda:N.
+        seed: Of random weights.
+        raw: Whether the model's chat template is left out.
+        options: Options of the cache; what they leave open is planned.
+    """
 
     model: str
     document: str
@@ -55,12 +68,22 @@ class ReadJob:
 
 
 @dataclass(frozen=True)
-class ToRead:
-    """A document that has passed all checks; no weights are loaded yet.
+class PreparedRead:
+    """A ReadJob that has passed all checks. No weights are loaded.
 
     Attributes:
-        done: tokens that the session holds already.
-        generation: the checkpoint that holds them; 0 if there is none.
+        job: The job.
+        source: The model.
+        folder: The folder of the session.
+        input_ids: The document [1, T], int64.
+        dtype: Of weights and KV.
+        device: The device that computes.
+        arithmetic: Options of the cache and chunk_tokens, which fix the results; for the manifest.
+        about: Facts about the document, for the manifest.
+        shape: The shape of the model.
+        done: Tokens that the session holds already.
+        generation: The checkpoint that holds them; 0 if there is none.
+        warnings: What the user should know before the run.
     """
 
     job: ReadJob
@@ -74,11 +97,23 @@ class ToRead:
     shape: ModelShape
     done: int
     generation: int
+    warnings: list[str]
 
 
 @dataclass
 class ReadResult:
-    """What reading came to. tokens: that the session holds; resumed_at: of them, those that it held before."""
+    """What a ReadJob did.
+
+    Attributes:
+        session: The name of the session.
+        folder: Its folder.
+        tokens: Tokens that the session holds.
+        document_tokens: Tokens of the document.
+        resumed_at: Tokens that were not read again.
+        seconds: Seconds of reading.
+        disk_bytes: Bytes of the session's data files.
+        interrupted: Whether Ctrl-C ended the job.
+    """
 
     session: str
     folder: str
@@ -90,10 +125,14 @@ class ReadResult:
     interrupted: bool = False
 
 
-def prepare_read(job: ReadJob) -> ToRead:
-    """Check the document against the model, this machine and what the session holds, without loading weights.
+def prepare_read(job: ReadJob) -> PreparedRead:
+    """Check a document against the model, this machine and what the session holds. No weights are loaded.
 
-    Raises UsageError, UnsupportedError, CapacityError or SessionError with what is wrong and what would work.
+    Raises:
+        UsageError: An argument cannot be right, or differs from what the session was begun with.
+        UnsupportedError: The model is not served.
+        CapacityError: The document does not fit this machine, or the disk.
+        SessionError: The session holds another text, is of another model, or is damaged.
     """
     folder = session_folder(job.root, job.name)
     check_folder(job.root, "keep sessions")
@@ -107,17 +146,18 @@ def prepare_read(job: ReadJob) -> ToRead:
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()
     input_ids = torch.tensor([list(document_ids(tokenizer, job.document, is_raw=job.raw))])
-    shape, tokens = ModelShape.from_config(source.config), input_ids.shape[1]
-    found, done = (Manifest.read(folder) if has_manifest else None), 0
+    tokens = input_ids.shape[1]
+    shape = ModelShape.from_config(source.config)
+    found = Manifest.read(folder) if has_manifest else None
+    done = 0
     if found is not None:
         check_config(found.model, source.config, folder)
         check_tokenizer(found.about.get("tokenizer"), tokenizer, folder)
         done = _held_tokens(folder, found, input_ids)
         _check_same(job, folder, found)
         dtype = getattr(torch, found.model["dtype"])
-        if done < tokens:  # else nothing is written
+        if done < tokens:  # otherwise nothing is written
             check_no_foreign_files(folder)
-    # Another day has other memory to spare, and the session is to go on with the same bits then: nothing is resident.
     request = RunRequest(
         shape=shape,
         device=torch.device(device),
@@ -125,52 +165,69 @@ def prepare_read(job: ReadJob) -> ToRead:
         context_tokens=tokens,
         options=job.options,
         chunk_tokens=job.chunk_tokens,
-        keeps_resident=False,
+        keeps_resident=False,  # the free memory may differ when reading resumes, and the bits must not
     )
     run_plan = plan_run(request)
     _check_disk(job.root, (tokens - done) * shape.kv_bytes_per_token(dtype.itemsize))
+    asked_for = _asked_for(job)
     if found is not None:
         arithmetic = current_names(found.arithmetic)
+        asked_for = current_names(found.about.get("asked_for", {}))
     else:
         HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
         arithmetic = run_plan.options.arithmetic() | {"chunk_tokens": run_plan.chunk_tokens}
-    about = {"model": job.model, "seed": job.seed, "raw": job.raw, "document_tokens": tokens, "answers": 0}
-    about["tokenizer"] = tokenizer_fingerprint(tokenizer)
-    about["asked_for"] = _asked_for(job) if found is None else current_names(found.about.get("asked_for", {}))
+    about = {
+        "model": job.model,
+        "seed": job.seed,
+        "raw": job.raw,
+        "document_tokens": tokens,
+        "answers": 0,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "asked_for": asked_for,
+    }
     generation = found.generation if found is not None else 0
-    return ToRead(job, source, folder, input_ids, dtype, device, arithmetic, about, shape, done, generation)
-
-
-def _where(options: Options) -> dict[str, Any]:
-    """Where KV lies, which a session does not keep."""
-    return {"host_kv_budget_bytes": options.host_kv_budget_bytes, "disk_tier": options.disk_tier}
+    warning = context_warning(tokens, shape)
+    return PreparedRead(
+        job,
+        source,
+        folder,
+        input_ids,
+        dtype,
+        device,
+        arithmetic,
+        about,
+        shape,
+        done,
+        generation,
+        [warning] if warning is not None else [],
+    )
 
 
 def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
-    """Raise UsageError for options that would go on with another arithmetic than the session was begun with."""
+    """Raise UsageError for an option that differs from what the session was begun with."""
     kept = current_names(found.arithmetic) | {"dtype": found.model["dtype"]}
     before = current_names(found.about.get("asked_for", {}))
     for name, value in _asked_for(job).items():
         if value is not None and value not in (kept[name], before.get(name)):
+            flag = name.removesuffix("_bytes").replace("_", "-")
             raise UsageError(
                 f"the session {folder} was begun with {name} {kept[name]}, and goes on with the same: leave out "
-                f"--{name.removesuffix('_bytes').replace('_', '-')}, or choose another name"
+                f"--{flag}, or choose another name"
             )
 
 
 def _asked_for(job: ReadJob) -> dict[str, Any]:
-    """Options that fix the arithmetic, as the user gave them; a plan may have made other values of them."""
-    dtype = job.dtype if job.dtype != "auto" else None
+    """The options that fix the results, as the user gave them. The plan may have chosen other values."""
     return {
         "chunk_tokens": job.chunk_tokens,
         "device_kv_budget_bytes": job.options.device_kv_budget_bytes,
-        "dtype": dtype,
+        "dtype": job.dtype if job.dtype != "auto" else None,
     }
 
 
 def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
-    """Tokens of the session, which must be the beginning of the document."""
-    held = at_rest(folder, lambda now: saved_ids(folder, now))
+    """The number of tokens that the session holds. They must be the beginning of the document."""
+    held = at_rest(folder, lambda manifest: saved_ids(folder, manifest))
     if held is None or held.shape[0] != 1 or found.about.get("answers"):
         raise SessionError(f"the session {folder} holds more than a document's beginning: choose another name")
     common = min(held.shape[1], input_ids.shape[1])
@@ -193,27 +250,34 @@ def _check_disk(root: Path, nbytes: int) -> None:
 
 
 def read(
-    prepared: ToRead,
+    prepared: PreparedRead,
     *,
     on_forward: OnForward = lambda cache: None,
     on_resumed: Callable[[int, str], None] = lambda tokens, origin: None,
 ) -> ReadResult:
-    """Load the model and read what the session does not hold yet. Ctrl-C keeps all chunks that were read.
+    """Load the model and read what the session does not hold yet.
 
-    What another session holds of the same beginning is taken over. on_resumed: called with the number of tokens that
-    need not be read, and whose they are.
+    If another session holds the same beginning, its files are used. Ctrl-C keeps all chunks that were read.
+
+    Args:
+        prepared: The job.
+        on_forward: Called with the cache after each chunk.
+        on_resumed: Called with the number of tokens that need not be read, and where they come from.
     """
-    job, folder, start = prepared.job, prepared.folder, time.perf_counter()
+    job = prepared.job
+    folder = prepared.folder
     tokens = prepared.input_ids.shape[1]
     result = ReadResult(job.name, str(folder), prepared.done, tokens, prepared.done, 0.0, 0)
+    start = time.perf_counter()
     if prepared.done < tokens:
         try:
             with Lock(folder) as lock:  # before anything expensive
                 check_unchanged(folder, prepared.generation)
                 model = prepared.source.load(dtype=prepared.dtype, device=prepared.device, seed=job.seed)
-                native.unavailable_reason()  # compiles the decode kernel where that was never done here
+                native.unavailable_reason()  # compiles the decode kernel, if it was never done here
                 done = _resume(prepared, model, on_resumed)
-                result.tokens = result.resumed_at = done
+                result.tokens = done
+                result.resumed_at = done
                 start = time.perf_counter()
                 if done < tokens:
                     _read_rest(prepared, model, done, lock, on_forward)
@@ -222,36 +286,45 @@ def read(
     result.seconds = time.perf_counter() - start
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder)
-        result.tokens, result.disk_bytes = manifest.tokens, manifest.nbytes
+        result.tokens = manifest.tokens
+        result.disk_bytes = manifest.nbytes
     return result
 
 
-def _resume(prepared: ToRead, model: PreTrainedModel, on_resumed: Callable[[int, str], None]) -> int:
-    """Tokens that need not be read: of this session, or of another with the same beginning, which this one then is."""
-    done, origin = prepared.done, "of this session"
+def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable[[int, str], None]) -> int:
+    """The number of tokens that need not be read: of this session, or of another one with the same beginning."""
+    done = prepared.done
+    origin = "of this session"
     if not done:
-        root, folder, ids = prepared.job.root, prepared.folder, prepared.input_ids[0]
+        root = prepared.job.root
         whole_only = not all(type(layer) is HeadLayer for layer in HeadCache(model.config).layers)
-        found = find_prefix(root, fingerprint(model), ids, besides=prepared.job.name, whole_only=whole_only)
+        found = find_prefix(
+            root, fingerprint(model), prepared.input_ids[0], besides=prepared.job.name, whole_only=whole_only
+        )
         if found is not None:
-            take_over(root, found, folder, prepared.arithmetic, prepared.about)
-            done, origin = found.tokens, f"of the session {found.name}"
+            take_over(root, found, prepared.folder, prepared.arithmetic, prepared.about)
+            done = found.tokens
+            origin = f"of the session {found.name}"
     if done:
         on_resumed(done, origin)
     return done
 
 
-def _read_rest(prepared: ToRead, model: PreTrainedModel, done: int, lock: Lock, on_forward: OnForward) -> None:
+def _read_rest(prepared: PreparedRead, model: PreTrainedModel, done: int, lock: Lock, on_forward: OnForward) -> None:
+    """Read the tokens after the first `done` ones, and write a checkpoint after each chunk."""
+    folder = prepared.folder
     options = {name: value for name, value in prepared.arithmetic.items() if name != "chunk_tokens"}
-    chunk = prepared.arithmetic["chunk_tokens"]
-    with SessionWriter(prepared.folder, model, prepared.arithmetic, prepared.about, lock) as writer:
+    options["host_kv_budget_bytes"] = prepared.job.options.host_kv_budget_bytes
+    options["disk_tier"] = prepared.job.options.disk_tier
+    chunk_tokens = prepared.arithmetic["chunk_tokens"]
+    with SessionWriter(folder, model, prepared.arithmetic, prepared.about, lock) as writer:
 
         def after_chunk(cache: HeadCache) -> None:
             writer.checkpoint(cache, prepared.input_ids)
             on_forward(cache)
 
-        with enable(model, chunk_tokens=chunk, on_forward=after_chunk), torch.inference_mode():
-            options |= _where(prepared.job.options)
-            cache = HeadCache.load(prepared.folder, model, **options) if done else HeadCache(model.config, **options)
+        enabled = enable(model, chunk_tokens=chunk_tokens, on_forward=after_chunk)
+        with already_warned(), enabled, torch.inference_mode():
+            cache = HeadCache.load(folder, model, **options) if done else HeadCache(model.config, **options)
             rest = prepared.input_ids[:, done:].to(prepared.device)
             model(input_ids=rest, past_key_values=cache, use_cache=True, **last_logits_only(model))
