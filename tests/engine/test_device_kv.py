@@ -9,11 +9,11 @@ import torch
 from generation import generate, make_model, padded, prompt
 
 import headinfer
-from headinfer.engine.streaming import AttentionSpec
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import device_kv
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
+from headinfer.engine.streaming import AttentionSpec
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import numa, tiers

@@ -115,11 +115,7 @@ def install(monkeypatch, clock):
     monkeypatch.setattr(device_kv, "open_streams", lambda *_: clock)
     monkeypatch.setattr(streaming, "_attend_tile", attend_tile)
     monkeypatch.setattr(streaming, "_own_state", own_state)
-<<<<<<< HEAD
-    monkeypatch.setattr(streaming.Layer, "kernel", lambda layer, rows, keys=0: NoKernel())
-=======
-    monkeypatch.setattr(streaming.LayerPass, "kernel", lambda layer, rows, keys=0: Instead())
->>>>>>> a842999 (wip2)
+    monkeypatch.setattr(streaming.LayerPass, "kernel", lambda layer, rows, keys=0: NoKernel())
 
 
 @dataclass(frozen=True)
