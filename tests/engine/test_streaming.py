@@ -386,7 +386,7 @@ def test_tiles_have_the_planned_size():
         k, v = (torch.cat(side, dim=1) for side in sides)
         assert torch.equal(k, bench.k[row, 1:3, :host])
         assert torch.equal(v, bench.v[row, 1:3, :host])
-    segment = bench.layer_kv.residencyd_prefixes()[0].slices[0].segment
+    segment = bench.layer_kv.shared_prefixes()[0].slices[0].segment
     assert tiles[0].pieces[0][0].data_ptr() == segment.k[1].data_ptr()  # a view, not a copy
 
 
