@@ -9,7 +9,7 @@ VOCAB = 300
 def make_model(family, **changes):
     fields = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "sliding_window": None,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 65_536, "sliding_window": None,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
     if family == "llama":
