@@ -56,8 +56,8 @@ def test_decode_is_not_slower_than_the_papers_scheme(monkeypatch, rates, past_to
 
 def test_the_next_layer_is_fetched_ahead_even_if_the_host_waits(monkeypatch):
     shares = []
-    for expect in (SlotRing.expect, lambda *_: None):
-        monkeypatch.setattr(SlotRing, "expect", expect)
+    for prefetch in (SlotRing.prefetch, lambda *_: None):
+        monkeypatch.setattr(SlotRing, "prefetch", prefetch)
         found = last_pass(monkeypatch, RTX_4090, LONG[0], 1, host_waits=True)
         shares.append(found.fetched_bytes / found.seconds / RTX_4090.link_bytes_per_s)
     assert shares[0] >= 0.98

@@ -144,7 +144,7 @@ def test_prefetched_tiles_are_dropped_when_their_tokens_change(llama, transport)
             llama(torch.tensor([[token]]), past_key_values=cache)
         ring = next(iter(cache.engine.devices.values())).ring
         assert isinstance(ring, SlotRing)
-        assert len(ring._expected) == 1
+        assert len(ring._prefetched) == 1
         cache.crop(-702 + 20)
         llama(other[:, 20:], past_key_values=cache)
         found = llama(torch.tensor([[5]]), past_key_values=cache).logits[:, -1]
@@ -351,7 +351,7 @@ def test_each_device_has_its_own_ring_and_budget(transport):
     rings = {id(kv.ring) for kv in engine.devices.values()}
     assert len(rings) == 2
     assert [kv.layers for kv in engine.devices.values()] == [2, 2]
-    assert all(kv.ring._expected for kv in engine.devices.values()), (
+    assert all(kv.ring._prefetched for kv in engine.devices.values()), (
         "each ring prefetches the first layer of its device"
     )
     for counter in engine.counters:

@@ -168,7 +168,7 @@ def test_host_memory_is_pinned_exactly_and_freed(device):
     engine.settle()
     for layer_kv in layer_kvs:
         layer_kv.close()
-    engine.forget_expected()
+    engine.drop_prefetched()
     del segments, layer_kv
     gc.collect()
     assert engine.counter.host_bytes == 0

@@ -186,7 +186,7 @@ def test_any_slice_can_be_read_from_the_file(tmp_path_factory, data):
     begin = data.draw(st.integers(0, tokens - 1))
     stop = data.draw(st.integers(begin + 1, tokens))
     piece = DiskSlice(location, first, last, begin, stop)
-    reads, (found_k, found_v) = piece.into(torch.zeros(piece.nbytes + 64, dtype=torch.uint8))
+    reads, (found_k, found_v) = piece.plan_reads(torch.zeros(piece.nbytes + 64, dtype=torch.uint8))
     file.read(reads)
     assert torch.equal(found_k, k[first:last, begin:stop])
     assert torch.equal(found_v, v[first:last, begin:stop])

@@ -86,7 +86,7 @@ class Loop:
                 if at + 1 < len(tiles):
                     handles.append(self.fetch(tiles[at + 1], (layer, at + 1), self.ring.fetch))
                 elif self.expects:
-                    self.fetch(self.host[following][0], (following, 0), self.ring.expect)
+                    self.fetch(self.host[following][0], (following, 0), self.ring.prefetch)
                 handle = handles.pop(0)
                 ((k, v),) = self.ring.wait(handle)
                 if self.releases_early:

@@ -179,21 +179,21 @@ def test_an_expected_tile_is_fetched_once(kind):
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(4)]
     size = nbytes(*joined(tiles[0]))
     handle = ring.fetch(tiles[0], key="0")
-    ring.expect(tiles[1], key="1")
-    ring.expect(tiles[2], key="2")  # no slot is free: nothing happens
+    ring.prefetch(tiles[1], key="1")
+    ring.prefetch(tiles[2], key="2")  # no slot is free: nothing happens
     assert counter.host_to_device_bytes == 2 * size
     ring.release(handle)
     handle = ring.fetch(tiles[1], key="1")
     assert counter.host_to_device_bytes == 2 * size
     assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[1])))
-    ring.expect(tiles[2], key="2")
+    ring.prefetch(tiles[2], key="2")
     ring.release(handle)
-    for key in ("3", None):  # another tile than the expected one, or a tile without a key
+    for key in ("3", None):  # another tile than the prefetched one, or a tile without a key
         handle = ring.fetch(tiles[3], key=key)
         assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[3])))
-        ring.expect(tiles[2], key=key)
+        ring.prefetch(tiles[2], key=key)
         ring.release(handle)
-    ring.forget()
+    ring.drop_prefetched()
     handles = [ring.fetch(tiles[0]), ring.fetch(tiles[1])]
     assert all(map(torch.equal, joined(ring.wait(handles[1])), joined(tiles[1])))
 

@@ -142,7 +142,7 @@ class DeviceKV:
             counter=self.counter,
             write=self.write,
             expected_tokens=self.expected_tokens,
-            on_full=self.disk.full if self.disk is not None else None,
+            on_full=self.disk.seal_full if self.disk is not None else None,
             residency=residency,
             reserves=self.transport == "cuda" and fits_host,
         )

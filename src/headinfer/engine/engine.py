@@ -160,7 +160,7 @@ class Engine:
     @property
     def on_full(self) -> Callable[[Sequence[Segment]], None] | None:
         """To be called with segments that are never written again; None if there is no disk tier."""
-        return self.disk.full if self.disk is not None else None
+        return self.disk.seal_full if self.disk is not None else None
 
     def abandon(self) -> None:
         """Drop all transfers that are under way, after an error in a forward pass."""
@@ -168,11 +168,11 @@ class Engine:
         for kv in self.devices.values():
             kv.abandon()
 
-    def forget_expected(self) -> None:
+    def drop_prefetched(self) -> None:
         """Drop all prefetched tiles."""
         for kv in self.devices.values():
             if kv.ring is not None:
-                kv.ring.forget()
+                kv.ring.drop_prefetched()
 
     def _device_of(self, tensors: LayerKV | torch.Tensor) -> torch.device:
         """The device of a layer's KV, or of a tensor. Tests override it."""

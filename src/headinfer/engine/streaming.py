@@ -226,7 +226,7 @@ class _Fetcher:
         else:
             tile = next(self._following, None)
             if tile is not None:
-                ring.expect(tile.pieces, tile.after, tile.key)
+                ring.prefetch(tile.pieces, tile.after, tile.key)
         return ring.wait(self._handles[0])
 
     def release(self) -> None:

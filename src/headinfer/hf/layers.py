@@ -148,7 +148,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything and give the memory back."""
         if self.layer_kv is not None:
             self.layer_kv.close()
-            self.engine.forget_expected()
+            self.engine.drop_prefetched()
         if self.pending is not None:
             self.engine.awaiting = None
         self.layer_kv, self.pending, self.is_initialized = None, None, False

@@ -66,8 +66,8 @@ class DiskTier:
         self._full: list[weakref.ref[Segment]] = []
         self._moves: deque[_Move] = deque()
 
-    def full(self, segments: Sequence[Segment]) -> None:
-        """Take over segments that are full, and begin to move some of all full ones if memory will be short soon."""
+    def seal_full(self, segments: Sequence[Segment]) -> None:
+        """Seal segments that are full, and begin to move some of all full ones if memory will be short soon."""
         for segment in segments:
             segment.sealed = True
             self._full.append(weakref.ref(segment))

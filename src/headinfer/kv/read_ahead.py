@@ -86,26 +86,26 @@ class ReadAhead:
         self._free = list(range(READ_SLOTS))
         self._used_by: dict[int, int] = {}  # by free slot: the inner handle of the tile that was last copied from it
         self._tiles: dict[int, _Tile] = {}
-        self._expected: dict[Hashable, _Tile] = {}
+        self._prefetched: dict[Hashable, _Tile] = {}
         self._next_handle = 0
 
     def fetch(self, pieces: Sequence[AnyPiece], after: Sequence[Any] = (), key: Hashable = None) -> int:
-        tile = self._expected.pop(key, None) or self._begin(pieces, after)
+        tile = self._prefetched.pop(key, None) or self._begin(pieces, after)
         handle = self._next_handle
         self._next_handle += 1
         self._tiles[handle] = tile
         return handle
 
-    def expect(self, pieces: Sequence[AnyPiece], after: Sequence[Any] = (), key: Hashable = None) -> None:
-        """Announce a tile that will be fetched soon; if a slot is free, its loads begin now."""
-        if self._free and key is not None and key not in self._expected:
-            self._expected[key] = self._begin(pieces, after)
+    def prefetch(self, pieces: Sequence[AnyPiece], after: Sequence[Any] = (), key: Hashable = None) -> None:
+        """Begin to load a tile that will be fetched soon, if a slot is free."""
+        if self._free and key is not None and key not in self._prefetched:
+            self._prefetched[key] = self._begin(pieces, after)
 
-    def forget(self) -> None:
-        for tile in self._expected.values():
+    def drop_prefetched(self) -> None:
+        for tile in self._prefetched.values():
             self._free_slot(tile)
-        self._expected.clear()
-        self.inner.forget()
+        self._prefetched.clear()
+        self.inner.drop_prefetched()
 
     def wait(self, handle: int) -> Sequence[Piece]:
         tile = self._tiles[handle]
@@ -131,7 +131,7 @@ class ReadAhead:
         for tile in self._tiles.values():
             self._free_slot(tile)
         self._tiles.clear()
-        self.forget()
+        self.drop_prefetched()
         self.inner.abandon()
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class ReadAhead:
         if all(isinstance(piece, tuple) for piece in pieces):
             return _Tile([piece for piece in pieces if isinstance(piece, tuple)], after, None)
         if not self._free:
-            self.forget()  # the tiles that were announced are not those that are fetched
+            self.drop_prefetched()  # the prefetched tiles are not those that are fetched
         slot = self._free.pop(0)
         if slot in self._used_by:
             self.inner.wait_copied(self._used_by.pop(slot))

@@ -98,7 +98,7 @@ class Segment:
         if self.location is None:
             return self.k, self.v
         whole = DiskSlice(self.location, 0, self.location.heads, 0, self.tokens)
-        reads, piece = whole.into(torch.empty(whole.nbytes, dtype=torch.uint8))
+        reads, piece = whole.plan_reads(torch.empty(whole.nbytes, dtype=torch.uint8))
         self.location.file.read(reads)
         return piece
 

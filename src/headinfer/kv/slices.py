@@ -69,7 +69,7 @@ class DiskSlice:
         token_bytes = self.location.key_bytes + self.location.value_bytes
         return (self.last - self.first) * (self.stop - self.start) * token_bytes
 
-    def into(self, memory: torch.Tensor) -> tuple[list[Read], Piece]:
+    def plan_reads(self, memory: torch.Tensor) -> tuple[list[Read], Piece]:
         """Plan how to read the slice into memory.
 
         A head's K and V are adjacent in memory, as they are in the file.
@@ -113,7 +113,7 @@ class DiskSlice:
         Returns:
             Functions that any threads may call, and the piece on `memory` that is valid when all have returned.
         """
-        reads, piece = self.into(memory)
+        reads, piece = self.plan_reads(memory)
         return [functools.partial(self.location.file.read, batch) for batch in split_reads(reads)], piece
 
 

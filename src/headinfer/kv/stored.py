@@ -66,7 +66,7 @@ class StoredSegment(Segment):
         """
         if self._unverified is not None:
             if self.following is not None:
-                self.following.expect()
+                self.following.prefetch()
             file, *names = self._unverified
             for name in names:
                 file.verify(name)
@@ -87,9 +87,9 @@ class StoredSegment(Segment):
         super().move_to(file, start)
         del self._current
 
-    def expect(self) -> None:
+    def prefetch(self) -> None:
         """Ask the system to read the segment from the file soon, unless it has been read."""
         if self._unverified is not None:
             file, *names = self._unverified
             for name in names:
-                file.expect(name)
+                file.prefetch(name)

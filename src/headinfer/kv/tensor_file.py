@@ -142,7 +142,7 @@ class TensorFile:
         self.verify(name)
         return self.tensor(name).clone()
 
-    def expect(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor soon."""
         begin, nbytes = self.byte_range(name)
         if nbytes and hasattr(mmap, "MADV_WILLNEED"):

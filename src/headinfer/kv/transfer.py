@@ -6,8 +6,8 @@ For each tile the loop calls, in this order:
     pieces = ring.wait(handle)       the tile, which the compute queue may read: pairs of k [h, T, Dk] and v [h, T, Dv]
     ring.release(handle)             the compute queue's reads are queued, so the slot may be used again
 
-The loop fetches tile i + 1 before it waits for tile i. In the last tile of a layer it announces the first tiles of the
-next layer with expect(). Events order the work of the queues (streams.py):
+The loop fetches tile i + 1 before it waits for tile i. In the last tile of a layer it prefetches the first tiles of
+the next layer. Events order the work of the queues (streams.py):
 
     slot free   recorded in compute by release()         `fetch` waits for it before it writes to the slot
     slot ready  recorded in fetch after the copies       `compute` waits for it in wait()
@@ -36,7 +36,7 @@ class Ring(Protocol):
 
     Attributes:
         slot_bytes: the largest tile, in bytes; 0 if tiles are read in place.
-        depth: how many tiles the loop announces or fetches ahead of the one that is computed.
+        depth: how many tiles the loop fetches or prefetches ahead of the one that is computed.
     """
 
     slot_bytes: int
@@ -49,7 +49,7 @@ class Ring(Protocol):
             pieces: the pieces of the tile on the host, k [h, T, Dk] and v [h, T, Dv] each. A ring with read-ahead
                 (read_ahead.py) also accepts DiskSlice and PageableSlice.
             after: events of the write-back of the pieces.
-            key: equal for tiles with the same content. A tile that was announced with the same key is not copied again.
+            key: equal for tiles with the same content. A tile that was prefetched with this key is not copied again.
 
         Returns:
             A handle for the other methods.
@@ -64,11 +64,11 @@ class Ring(Protocol):
     def wait_copied(self, handle: int) -> None:
         """Wait on the host until the host memory of a tile is not read any more."""
 
-    def expect(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
-        """Announce a tile that will be fetched next; if a slot is free, its copies begin now. See fetch()."""
+    def prefetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
+        """Begin to copy a tile that will be fetched next, if a slot is free. See fetch() for the arguments."""
 
-    def forget(self) -> None:
-        """Drop the tiles that were announced and not fetched."""
+    def drop_prefetched(self) -> None:
+        """Drop the tiles that were prefetched and not fetched."""
 
     def abandon(self) -> None:
         """Drop all tiles, after an error between fetch() and release()."""
@@ -98,8 +98,8 @@ class SlotRing:
         self._streams = streams
         with torch.inference_mode(False):
             self._memory = [torch.zeros(slot_bytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        # torch's allocator orders reuse of freed memory by the compute queue only, and a tile that was announced may
-        # still be copied. So drain all queues before the memory is freed.
+        # torch's allocator orders reuse of freed memory by the compute queue only, and the copies of a prefetched tile
+        # may still be queued. So drain all queues before the memory is freed.
         weakref.finalize(self, streams.drain).atexit = False
         counter.hold_device("ring", slots * slot_bytes)
         self._ready = [streams.event() for _ in range(slots)]
@@ -107,20 +107,20 @@ class SlotRing:
         for event in self._free:  # the compute queue writes the zeros of the slots
             streams.record(event, "compute")
         self._in_use: dict[int, tuple[Piece, Sequence[Piece]]] = {}  # by handle: the tile, and its pieces on the host
-        self._expected: deque[tuple[Hashable, int]] = deque()  # keys and handles
+        self._prefetched: deque[tuple[Hashable, int]] = deque()  # keys and handles
         self._next_handle = 0
 
     def fetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> int:
-        while self._expected:
-            expected, handle = self._expected.popleft()
-            if key is not None and key == expected:
+        while self._prefetched:
+            prefetched_key, handle = self._prefetched.popleft()
+            if key is not None and key == prefetched_key:
                 return handle
             del self._in_use[handle]  # nothing reads the tile, and later copies to its slot are in the same queue
         return self._begin(pieces, after)
 
-    def expect(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> None:
+    def prefetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> None:
         if not self._is_in_use(self._next_handle):
-            self._expected.append((key, self._begin(pieces, after)))
+            self._prefetched.append((key, self._begin(pieces, after)))
 
     def wait(self, handle: int) -> Sequence[Piece]:
         self._streams.wait(self._ready[self._slot(handle)], "compute")
@@ -134,13 +134,13 @@ class SlotRing:
         # If the slot has been filled again since, this waits for the later copies too.
         self._streams.finish(self._ready[self._slot(handle)])
 
-    def forget(self) -> None:
-        while self._expected:
-            del self._in_use[self._expected.popleft()[1]]
+    def drop_prefetched(self) -> None:
+        while self._prefetched:
+            del self._in_use[self._prefetched.popleft()[1]]
 
     def abandon(self) -> None:
         self._streams.drain()
-        self._expected.clear()
+        self._prefetched.clear()
         self._in_use.clear()
 
     def close(self) -> None:
@@ -228,11 +228,11 @@ class InPlace:
     def wait_copied(self, handle: int) -> None:
         """Do nothing: a tile has been read when it is released."""
 
-    def expect(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
+    def prefetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
         """Do nothing: there is no copy to begin."""
 
-    def forget(self) -> None:
-        """Do nothing: expect() begins nothing."""
+    def drop_prefetched(self) -> None:
+        """Do nothing: prefetch() begins nothing."""
 
     def abandon(self) -> None:
         self._pieces.clear()
