@@ -159,7 +159,7 @@ def test_generate_and_long_forward_passes_use_planned_chunks(monkeypatch):
         model.generate(text(), max_new_tokens=2, do_sample=False, pad_token_id=0)
         assert sizes == [256, 512, 600, 601]
         assert enabled.plan.chunk_tokens == 256
-        assert any("read where it lies" in line for line in enabled.plan.explain())
+        assert any("read in place" in line for line in enabled.plan.explain())
         sizes.clear()
         model(text(), past_key_values=enabled.new_cache(), logits_to_keep=1)
         assert sizes == [256, 512, 600]

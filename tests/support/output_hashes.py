@@ -191,8 +191,7 @@ class Runs:
 
     def commands(self, tmp):
         book = tmp / "book.txt"
-        text = (self.checkout / "src/headinfer/attention/native.c").read_text()
-        book.write_text(text[:6000])
+        book.write_text("\n".join(f"Line {line} of the book says {line * 7919 % 1000}." for line in range(200)))
         question = "The magic number for"
         found = json.loads(self.command("generate", "embedded", "--file", str(book), "--prompt", question,
                                         "--max-new-tokens", "12", "--chunk-tokens", "512", "--json"))  # fmt: skip

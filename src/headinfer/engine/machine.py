@@ -1,7 +1,8 @@
-"""This machine as the planner sees it.
+"""Describes this machine for the planner: its rates and its free memory.
 
-Rates come from `headinfer probe` where it has run here, else from the table of devices, else from a guess by cores or
-multiprocessors. They decide about speed only; any plan gives the same tokens.
+The rates are those that `headinfer probe` measured here. Without a probe they come from the table of devices, and for
+an unknown device they are guessed from its cores or multiprocessors. Rates change the speed of a plan only: any plan
+gives the same tokens.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_pat
 
 __all__ = ["device_name", "free_device_bytes", "this_machine"]
 
-_CORE_FLOPS_PER_S = 3e9 * 32  # two 256-bit multiply-adds in float32 a cycle
-_MULTIPROCESSOR_FLOPS_PER_S = 1e12  # tensor cores, half types: about an RTX 30's
+_CORE_FLOPS_PER_S = 3e9 * 32  # two 256-bit multiply-adds in float32 per cycle, at 3 GHz
+_MULTIPROCESSOR_FLOPS_PER_S = 1e12  # tensor cores in a half type: about those of an RTX 30 card
 
 
 def device_name(device: torch.device) -> str:
-    """What a probe of a device is stored under."""
+    """The name of a device, under which its probe is stored."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"this CPU, {psutil.cpu_count(logical=False) or psutil.cpu_count() or 1} cores"
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Bytes of a CUDA device that this process can still use: what nobody uses, within the share that torch may take
-    (set_per_process_memory_fraction), and what torch has let go of but keeps for itself.
+    """Bytes of a CUDA device that this process can still allocate.
+
+    These are the bytes that no process uses and those that torch has cached, within the share that torch may use
+    (torch.cuda.set_per_process_memory_fraction).
     """
-    if device.index is None:  # not every function of torch takes "cuda" for the current one
+    if device.index is None:  # some functions of torch need an index
         device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
@@ -40,7 +43,7 @@ def free_device_bytes(device: torch.device) -> int:
 
 
 def this_machine(device: torch.device) -> Hardware:
-    """The probed, listed or guessed Hardware of a device of this machine, with the memory that it has."""
+    """The probed, listed or guessed rates of a device of this machine, and its memory."""
     name = device_name(device)
     if probe_path().is_file():
         probed = Hardware.load(probe_path())

@@ -1,4 +1,4 @@
-"""Whether a job fits its budgets, and if not, what would."""
+"""Checks whether a job fits its budgets. If it does not, the error says what would fit."""
 
 from __future__ import annotations
 
@@ -31,14 +31,22 @@ __all__ = [
 ]
 
 CHUNK_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
-HOST_CHUNK_TOKENS = 4096  # on a CPU, longer chunks save nothing: the weights are read seldom enough
-STREAMING_BYTES = tuple(2**power * 2**20 for power in range(11))  # 1 MiB to 1 GiB
-HOST_OVERHEAD_BYTES = 2 * 2**30  # the process with torch and transformers, and room for the system
+"""Candidates for the tokens of a prefill chunk."""
+
+HOST_CHUNK_TOKENS = 4096
+"""The longest chunk on a CPU. Longer chunks save nothing there, since reading the weights is a small part."""
+
+STREAMING_BYTES = tuple(2**power * 2**20 for power in range(11))
+"""Candidates for the streaming budget: 1 MiB to 1 GiB."""
+
+HOST_OVERHEAD_BYTES = 2 * 2**30
+"""Host memory of the process with torch and transformers, and of the system."""
+
 _LONGEST_TOKENS = 2**36
 
 
 def chunks(request: Request) -> list[int]:
-    """Candidate chunks, the smallest first; the first that holds the whole context is the last that helps."""
+    """Candidates for the tokens of a chunk, the smallest first. None is longer than needed to hold the context."""
     if request.chunk_tokens is not None:
         return [request.chunk_tokens]
     most = HOST_CHUNK_TOKENS if request.hardware.is_host else CHUNK_TOKENS[-1]
@@ -47,9 +55,9 @@ def chunks(request: Request) -> list[int]:
 
 
 def streaming_budgets(request: Request) -> list[int | None]:
-    """Candidate budgets for ring, tails and write-back; None where KV is read in place.
+    """Candidates for the bytes of ring, tails and write-back buffers. None stands for KV that is read in place.
 
-    Where everything is resident the ring is planned for as well, since a conversation may outgrow its plan.
+    A ring is planned for also if all KV is resident, since a conversation may outgrow its plan.
     """
     if request.hardware.is_host:
         return [None]
@@ -57,7 +65,7 @@ def streaming_budgets(request: Request) -> list[int | None]:
     if request.streaming_budget_bytes is not None:
         return [request.streaming_budget_bytes] if most is None or request.streaming_budget_bytes <= most else []
     sizes = list(STREAMING_BYTES)
-    if most is not None:  # nearly all of it, or what fits; from a fixed list, so that a larger budget is never worse
+    if most is not None:  # finer steps, from a fixed list, so that a larger budget is never worse
         sizes = [size * eighths // 8 for size in STREAMING_BYTES for eighths in range(8, 16)]
     return [size for size in sizes if most is None or size <= most]
 
@@ -65,7 +73,17 @@ def streaming_budgets(request: Request) -> list[int | None]:
 def fitting_footprint(
     request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
 ) -> Footprint | None:
-    """The footprint of a candidate, or None where it exceeds a budget. resident: tokens by offloaded layer."""
+    """The footprint of a candidate.
+
+    Args:
+        request: The job.
+        chunk_tokens: Tokens of a chunk.
+        streaming_bytes: Bytes of ring, tails and write-back buffers; None if KV is read in place.
+        resident: Resident tokens of each offloaded layer; None for none.
+
+    Returns:
+        The footprint, or None if it exceeds a budget.
+    """
     found = _footprint(request, chunk_tokens, streaming_bytes, resident)
     if found is None or found.device_bytes > request.room_bytes:
         return None
@@ -81,7 +99,11 @@ def fitting_footprint(
 
 
 def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
-    """The tile of a pass over the whole context, for the layer with the most KV; raises as choose_tiles does."""
+    """The tile of a forward pass at the end of the context, for the layer with the most KV.
+
+    Raises:
+        CapacityError, UsageError: As choose_tiles().
+    """
     layer = max(request.layers, key=lambda layer: layer.kv_bytes_per_token(1))
     work = LayerWork.of_layer(
         layer,
@@ -96,9 +118,14 @@ def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
 
 
 def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> tuple[int, ...]:
-    """Tokens of each offloaded layer that stay on the device: as many as the memory beside `bare` holds.
+    """The resident tokens of each offloaded layer: as many as the free memory holds.
 
-    The same bytes in all layers: a layer's transfer hides behind its own attention.
+    All layers get the same bytes, since the transfer of a layer is hidden by its own attention.
+
+    Args:
+        request: The job.
+        streaming_bytes: Bytes of ring, tails and write-back buffers; None if KV is read in place.
+        bare: The footprint without resident tokens.
     """
     if streaming_bytes is None or not request.keeps_resident:
         return (0,) * len(request.layers)
@@ -110,32 +137,41 @@ def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> 
 
 
 def resident_room_bytes(request: Request, tokens: tuple[int, ...]) -> int:
-    """The least room for resident KV with which each layer keeps that many tokens: equal parts of the largest's."""
-    return len(tokens) * max(kept * size for kept, size in zip(tokens, _row_bytes(request), strict=True))
+    """The fewest bytes of resident memory with which each layer keeps so many tokens.
+
+    Each layer has an equal part, so the layer that needs the most decides.
+    """
+    needed = [kept * size for kept, size in zip(tokens, _token_bytes(request), strict=True)]
+    return len(needed) * max(needed)
 
 
 def _resident(request: Request, room_bytes: int) -> tuple[int, ...]:
-    host_tokens, sizes = host_kv_tokens(request.context_tokens), _row_bytes(request)
+    host_tokens = host_kv_tokens(request.context_tokens)
+    sizes = _token_bytes(request)
     return tuple(resident_tokens(room_bytes, len(sizes), size, 1, host_tokens) for size in sizes)
 
 
-def _row_bytes(request: Request) -> list[int]:
-    """Bytes of K and V of one token of all rows, by offloaded layer."""
+def _token_bytes(request: Request) -> list[int]:
+    """Bytes of K and V of one token of all rows, for each offloaded layer."""
     return [layer.kv_bytes_per_token(request.element_bytes) * request.rows for layer in request.layers]
 
 
 def longest_context(request: Request) -> int:
-    """The most tokens (to 1 in 16,384) that fit with this request's other fields; 0 where none do."""
+    """The longest context that fits with the other fields of the request, to 1 in 16,384 tokens; 0 if none fits."""
 
     def fits(tokens: int) -> bool:
         return _fits(dataclasses.replace(request, context_tokens=tokens))
 
     if not fits(1):
         return 0
-    low, high = 1, _LONGEST_TOKENS
+    low = 1
+    high = _LONGEST_TOKENS
     while high - low > max(low // 2**14, 1):
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 
@@ -144,9 +180,10 @@ def _fits(request: Request) -> bool:
 
 
 def refusal(request: Request) -> CapacityError:
-    """Why nothing fits, and what would."""
+    """The error for a job of which no candidate fits. It says why, and what would fit."""
     machine = "this machine" if request.hardware.is_host else f"the {request.hardware.name}"
-    room, overhead = request.room_bytes, request.hardware.overhead_bytes
+    room = request.room_bytes
+    overhead = request.hardware.overhead_bytes
     weights = weight_bytes(request.shape, request.bits)
     if weights + overhead > room:
         return CapacityError(
@@ -197,7 +234,7 @@ def refusal(request: Request) -> CapacityError:
 def _footprint(
     request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
 ) -> Footprint | None:
-    """The footprint of a candidate, all KV in host RAM; None where a ring slot would hold no tile."""
+    """The footprint of a candidate with all KV in host memory; None if a ring slot does not hold a tile."""
     is_host = request.hardware.is_host
     try:
         found = streaming_footprint(
@@ -213,13 +250,13 @@ def _footprint(
             rows=request.rows,
         )
         if resident is None:
-            tiles(request, found, 1)  # of all tiles, decode's has the most heads: where it fits, prefill's does
+            tiles(request, found, 1)  # the tile of decode has the most heads: if it fits, the one of prefill does
     except CapacityError:
         return None
     return found
 
 
 def _host_room(request: Request, found: Footprint) -> int:
-    """Host RAM that is left for KV; negative where there is too little for the rest."""
+    """Host memory that is left for KV; negative if the rest does not fit."""
     beside = found.device_bytes if request.hardware.is_host else found.host_overhead_bytes
     return request.host_bytes - beside

@@ -1,8 +1,8 @@
-"""The Plan: what fits, what it costs and why, before anything is loaded.
+"""Plans a job before anything is loaded: the fastest way that fits, what it costs, and why it was chosen.
 
-Candidates are chunks and streaming budgets from fixed lists; in what memory is left the first tokens stay resident. The
-plan is the fastest candidate that fits, so more memory can only help. Planning takes milliseconds: as a context grows,
-plan again; any plan gives the same tokens.
+Candidates are chunks and streaming budgets from fixed lists. Each keeps as many tokens resident as the rest of the
+memory holds. The plan is the fastest candidate that fits, so more memory never makes a plan slower. Planning takes
+milliseconds. Any plan gives the same tokens, so a job can be planned again when its context grows.
 """
 
 from __future__ import annotations
@@ -34,10 +34,18 @@ __all__ = ["Plan", "candidates", "make_plan"]
 class Plan:
     """One way to do a job, with its predicted bytes and seconds.
 
-    prefill, decode: the tiles (for the layer with the most KV). resident_tokens: for each layer of the model, the first
-    tokens of a row that also stay on the device, all KV heads; 0 where nothing is offloaded. streaming_bytes: the
-    engine's streaming_budget_bytes, for ring, tails and write-back; None where KV is read in place. kernel: the attention
-    kernel, where one is fixed.
+    Attributes:
+        request: The job.
+        chunk_tokens: Tokens of a prefill chunk.
+        prefill: The tile of prefill, for the layer with the most KV.
+        decode: The tile of decode, for the layer with the most KV.
+        resident_tokens: For each layer of the model, the first tokens of a row that stay on the device; 0 for layers
+            that are not offloaded.
+        streaming_budget_bytes: Bytes of ring, tails and write-back buffers; None if KV is read in place.
+        footprint: The bytes of each component.
+        prefill_cost: Seconds of prefill.
+        decode_cost: Seconds of one new token.
+        kernel: The attention kernel, if one is fixed.
     """
 
     request: Request
@@ -63,7 +71,7 @@ class Plan:
 
     @property
     def device_kv_budget_bytes(self) -> int:
-        """The engine's device_kv_budget_bytes: with it, each layer keeps its resident_tokens and no more."""
+        """The device budget of the engine, with which each layer keeps its resident_tokens and no more."""
         if self.streaming_budget_bytes is None:
             return self.footprint.device_kv_budget_bytes
         kept = tuple(self.resident_tokens[index] for index in self.request.shape.offloaded_layers)
@@ -71,18 +79,20 @@ class Plan:
 
     @property
     def is_all_resident(self) -> bool:
-        """Whether the device keeps all that the host holds: nothing is streamed, and there is no ring."""
+        """Whether all host tokens are on the device too, so that nothing is streamed and there is no ring."""
         return self.streaming_budget_bytes is not None and not self.footprint.ring_bytes
 
     @property
     def total_s(self) -> float:
-        """Seconds for the context and the new tokens."""
+        """Seconds of prefill and of all new tokens."""
         return self.prefill_cost.total_s + self.request.new_tokens * self.decode_cost.total_s
 
     def explain(self) -> list[str]:
-        """Why the plan is as it is: sentences for people."""
-        request, memory = self.request, self.footprint
-        kept_bytes, kv_bytes = memory.resident_bytes, memory.host_kv_bytes + memory.disk_kv_bytes
+        """Sentences that say what the plan does, and why."""
+        request = self.request
+        memory = self.footprint
+        kept_bytes = memory.resident_bytes
+        kv_bytes = memory.host_kv_bytes + memory.disk_kv_bytes
         token_bytes = request.shape.kv_bytes_per_token(request.element_bytes) * request.rows
         lines = [
             f"KV: {format_bytes(token_bytes)} a token, {format_bytes(kv_bytes)} for "
@@ -90,7 +100,7 @@ class Plan:
             + (f", {format_bytes(memory.disk_kv_bytes)} of it on disk." if memory.disk_kv_bytes else ".")
         ]
         if request.hardware.is_host:
-            lines.append("The host is the compute device: KV is read where it lies, nothing is copied.")
+            lines.append("The host is the compute device: KV is read in place, nothing is copied.")
         elif self.is_all_resident:
             lines.append("All of it stays on the device: nothing is streamed.")
         else:
@@ -105,7 +115,8 @@ class Plan:
                 )
             lines.append(f"Tiles of {_tile_text(self.prefill)}; of {_tile_text(self.decode)}.")
             if not memory.disk_kv_bytes:
-                machine, dtype = request.hardware, request.dtype
+                machine = request.hardware
+                dtype = request.dtype
                 hiding = max(hiding_chunk_tokens(layer, machine, dtype) for layer in request.layers)
                 lines.append(f"Chunks of {hiding:,} tokens or more hide the transfer behind attention.")
         lines.append(
@@ -119,12 +130,12 @@ class Plan:
 
     @property
     def resident_text(self) -> str:
-        """How many tokens of each offloaded layer are resident, for people."""
+        """The number of resident tokens of the offloaded layers, for people."""
         kept = {min(self.resident_tokens[i], self.request.context_tokens) for i in self.request.shape.offloaded_layers}
         return " to ".join(f"{tokens:,}" for tokens in sorted({min(kept), max(kept)}))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the choices, bytes and seconds."""
+        """The choices, bytes and seconds, for JSON."""
         return {
             "context_tokens": self.request.context_tokens,
             "hardware": self.request.hardware.name,
@@ -148,7 +159,12 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """The fastest plan that fits. Raises CapacityError with what would fit, UsageError for options out of range."""
+    """The fastest plan that fits.
+
+    Raises:
+        CapacityError: No plan fits. The message says what would.
+        UsageError: A fixed tile is out of range.
+    """
     best = min(candidates(request), key=lambda plan: plan.total_s, default=None)
     if best is None:
         raise refusal(request)
@@ -156,7 +172,7 @@ def make_plan(request: Request) -> Plan:
 
 
 def candidates(request: Request) -> Iterator[Plan]:
-    """Every plan that fits, small chunks and budgets first."""
+    """All plans that fit, those with small chunks and budgets first."""
     for chunk_tokens in chunks(request):
         for streaming_bytes in streaming_budgets(request):
             bare = fitting_footprint(request, chunk_tokens, streaming_bytes)
@@ -169,17 +185,21 @@ def candidates(request: Request) -> Iterator[Plan]:
 
 
 def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare: Footprint) -> Plan:
-    """The plan of one candidate that fits, with what stays resident beside its `bare` footprint."""
+    """The plan of one candidate that fits. `bare` is its footprint without resident tokens."""
     kept = resident(request, streaming_bytes, bare)
     footprint = fitting_footprint(request, chunk_tokens, streaming_bytes, kept)
-    assert footprint is not None, "what is resident has room beside the rest"
-    tokens, is_host = request.context_tokens, request.hardware.is_host
+    assert footprint is not None, "resident tokens fit beside the rest"
+    tokens = request.context_tokens
+    is_host = request.hardware.is_host
     is_all_resident = not is_host and footprint.ring_bytes == 0
-    prefill, decode = (tiles(request, bare, query_tokens) for query_tokens in (chunk_tokens, 1))
+    prefill = tiles(request, bare, chunk_tokens)
+    decode = tiles(request, bare, 1)
     if is_all_resident:
         heads = max(layer.kv_heads for layer in request.layers)
-        prefill = decode = TilePlan(heads, tokens, "all KV is resident: nothing is streamed")
-    # The newest tokens are in the tail, which does not stream either: all is all.
+        prefill = TilePlan(heads, tokens, "all KV is resident: nothing is streamed")
+        decode = prefill
+    # The newest tokens are in the tail, which is not streamed either: a layer whose host tokens are all resident
+    # streams nothing.
     on_device = tuple(max(tokens, n) if n >= host_kv_tokens(tokens) else n for n in kept)
     streamed_bytes = footprint.host_kv_bytes + footprint.disk_kv_bytes - footprint.resident_bytes
     schedule = Schedule(

@@ -1,4 +1,4 @@
-"""What is asked of the planner: a model, a machine, a context, and what the user fixes."""
+"""What the planner is asked: a model, a machine, a context, and what the user fixes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,31 @@ __all__ = ["Request"]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned. Bytes are what the job may use; device_bytes None is all of the device.
+    """A job to be planned.
 
-    chunk_tokens, heads_per_group, tile_tokens, device_kv_budget_bytes: fixed by the user, or None to choose.
-    host_kv_budget_bytes: of host RAM for KV, where that is less than there is room for; the rest lies on disk.
-    device_kv_budget_bytes bounds ring, tails, write-back and resident KV together, streaming_budget_bytes is the part
-    of it for all but resident KV. keeps_resident: whether the first tokens of each layer may stay on the device too.
-    prefetches_next_layer: whether a layer's first tile comes while the layer before computes, as our engine does it.
+    Attributes:
+        shape: The model.
+        hardware: The device that computes.
+        context_tokens: Tokens of the context.
+        host_bytes: Host memory that the job may use.
+        device_bytes: Device memory that the job may use; None for all of the device.
+        disk_bytes: Disk space that the job may use for KV.
+        host_kv_budget_bytes: Upper bound of KV in host memory; None for what is free. The rest is on disk.
+        new_tokens: Tokens of the answer.
+        rows: Rows of the batch.
+        dtype: Of KV and activations.
+        weight_bits: Bits of a stored weight; None for those of dtype.
+        chunk_tokens: Tokens of a prefill chunk; None to choose.
+        heads_per_group: KV heads that are streamed together; None to choose.
+        tile_tokens: Tokens that are streamed together; None to choose.
+        device_kv_budget_bytes: Upper bound of ring, tails, write-back buffers and resident KV; None for what is free.
+        streaming_budget_bytes: The part of it that is not for resident KV; None to choose.
+        prefetches_next_layer: Whether the first tile of a layer is copied while the layer before computes.
+        keeps_resident: Whether the first tokens of each layer may stay on the device.
+
+    Raises:
+        UsageError: A number is not positive.
+        UnsupportedError: The model has no full-attention layer.
     """
 
     shape: ModelShape
