@@ -1,0 +1,1 @@
+"""Attention kernels, and the exact merge of partial results."""

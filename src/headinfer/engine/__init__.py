@@ -1,0 +1,1 @@
+"""The streaming loop, the KV of each device, and the plan of a run."""

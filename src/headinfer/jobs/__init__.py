@@ -1,0 +1,1 @@
+"""The work of the commands generate, read and ask: check everything, then load the model, then run."""

@@ -1,0 +1,1 @@
+"""Sessions: caches that are saved to folders, and loaded from them."""

@@ -1,0 +1,1 @@
+"""Files, units, user folders, and the type of a K-V pair."""
