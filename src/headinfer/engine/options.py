@@ -1,4 +1,4 @@
-"""What a user can fix about a cache: memory budgets, tiles, kernels, and where KV lies."""
+"""What a user can fix about a cache: memory budgets, tiles, kernels, and where KV is stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RENAMED = {
 }
 _RENAMED_TRANSPORTS = {"none": "in_place", "early": "eager", "late": "lazy"}
 _TRANSPORTS = ("auto", "in_place", "eager", "lazy")
-# Where KV lies on one day says nothing about another day.
+# Where KV is stored may differ each time that a session is loaded.
 _NOT_IN_SESSIONS = ("host_kv_budget_bytes", "disk_tier")
 
 
@@ -124,7 +124,7 @@ class Options:
             raise UsageError(f"transport is {self.transport!r}: it must be one of {', '.join(_TRANSPORTS)}")
 
     def arithmetic(self) -> dict[str, Any]:
-        """The fields that a session keeps, for JSON: all but those that say where KV lies."""
+        """The fields that a session keeps, for JSON: all but those that say where KV is stored."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_SESSIONS}
 
 
