@@ -6,6 +6,7 @@ import json
 import typing
 
 import pytest
+from families import tiny_model
 
 import headinfer
 from headinfer import HeadCache, Options
@@ -53,6 +54,14 @@ def test_options_in_a_session_of_version_0_1_0_are_read():
 def test_options_survive_json():
     options = Options(device_kv_budget_bytes=2**28, rates=TileRates(link_bytes_per_s=1e9))
     assert Options(**known_fields(json.loads(json.dumps(options.arithmetic())))) == options
+
+
+@pytest.mark.parametrize("call", [headinfer.enable, lambda model, **options: HeadCache(model.config, **options)])
+def test_the_warning_points_at_the_user_s_line(call):
+    model = tiny_model("llama")
+    with pytest.warns(DeprecationWarning, match="device_kv_budget is deprecated") as warned:
+        call(model, device_kv_budget=2**28)
+    assert [one.filename for one in warned] == [__file__]
 
 
 def test_keywords_are_the_fields_of_options():

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 from headinfer.attention.backends import preferences
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
+from headinfer.utils.stacklevel import stacklevel_of_user
 
 __all__ = ["OptionFields", "Options", "current_names", "known_fields"]
 
@@ -101,7 +102,8 @@ class Options:
         for name, value in current_names(given).items():
             object.__setattr__(self, name, value)
         for name in given:
-            warnings.warn(f"{name} is deprecated: use {_RENAMED[name]}", DeprecationWarning, stacklevel=3)
+            message = f"{name} is deprecated: use {_RENAMED[name]}"
+            warnings.warn(message, DeprecationWarning, stacklevel=stacklevel_of_user())
         if isinstance(self.rates, dict):  # from JSON
             object.__setattr__(self, "rates", TileRates(**self.rates))
         self._check()

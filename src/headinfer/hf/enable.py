@@ -39,6 +39,7 @@ from headinfer.hf.layers import HeadLayer
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
+from headinfer.utils.stacklevel import stacklevel_of_user
 
 __all__ = ["Enabled", "check_model", "context_warning", "enable"]
 
@@ -169,7 +170,7 @@ class Enabled:
         warning = context_warning(tokens, self._shape) if self._warned_tokens else None
         if warning is not None:
             self._warned_tokens = 0
-            warnings.warn(warning, ContextLengthWarning, stacklevel=2)
+            warnings.warn(warning, ContextLengthWarning, stacklevel=stacklevel_of_user())
 
     def disable(self) -> None:
         """Restore the model. Calling it again does nothing."""
