@@ -272,8 +272,8 @@ def test_session_commands(headinfer, book, tmp_path):
 
 
 MISTAKES = {
-    "no such session": (["ask", "--session", "nobody", "When?"], "is no session"),
-    "a name that leads elsewhere": (["ask", "--session", "../mybook", "When?"], "is no name for a session"),
+    "no such session": (["ask", "--session", "nobody", "When?"], "is not a session"),
+    "a name that leads elsewhere": (["ask", "--session", "../mybook", "When?"], "is not a valid session name"),
     "an empty question": (["ask", "--session", "mybook", " "], "the question is empty"),
     "no new tokens": (["ask", "--session", "mybook", "--max-new-tokens", "0", "When?"], "must be a positive number"),
     "another model": (
@@ -296,7 +296,7 @@ MISTAKES = {
     "no text": (["read", MODEL, "--file", "EMPTY", "--session", "new"], "the document is empty"),
     "zero chunk": (["read", MODEL, "--file", "BOOK", "--session", "new", "--chunk-tokens", "0"], "positive number"),
     "nothing to remove": (["session", "rm", "nobody"], "there is no session"),
-    "nothing to verify": (["session", "verify", "nobody"], "is no session"),
+    "nothing to verify": (["session", "verify", "nobody"], "is not a session"),
     "no folder for an archive": (["session", "export", "mybook", "/no/such/folder/x.tar"], "cannot write"),
     "sessions in a file": (
         ["read", MODEL, "--file", "BOOK", "--session", "new", "--sessions", "BOOK"],
@@ -399,10 +399,10 @@ def test_a_reader_retries_if_a_writer_replaces_the_session(headinfer, book, tmp_
         opened(self, where, entry)
 
     monkeypatch.setattr(TensorFile, "__init__", meanwhile)
-    from headinfer.sessions.folder import at_rest
+    from headinfer.sessions.folder import read_consistently
     from headinfer.sessions.loader import saved_ids
 
-    assert at_rest(folder, lambda found: saved_ids(folder, found)).shape[1] > len(book.read_bytes())
+    assert read_consistently(folder, lambda found: saved_ids(folder, found)).shape[1] > len(book.read_bytes())
     next(folder.glob("end-*")).unlink()
     with pytest.raises(SessionError, match="cannot open"):
-        at_rest(folder, lambda found: saved_ids(folder, found))
+        read_consistently(folder, lambda found: saved_ids(folder, found))

@@ -245,13 +245,13 @@ def test_a_shared_prefix_replaces_no_foreign_file(command, kept, book, tmp_path,
     from headinfer.jobs import read as reading
 
     target = tmp_path / "sessions" / "second"
-    taken = reading.take_over
+    link_prefix = reading.link_prefix
 
     def meanwhile(*arguments):
         put(target, name, "mine.safetensors")
-        return taken(*arguments)
+        return link_prefix(*arguments)
 
-    monkeypatch.setattr(reading, "take_over", meanwhile)
+    monkeypatch.setattr(reading, "link_prefix", meanwhile)
     content = content_of(put(tmp_path / "the same", name, "mine.safetensors"))
     code, _, err = command("read", MODEL, "--file", book, "--session", "second")
     assert code == 2

@@ -338,8 +338,8 @@ def test_foreign_newer_and_damaged_manifests_are_errors(model, saved, change, me
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"end": {"name": "../../secret.safetensors", "nbytes": 1, "header": ""}}, "is no file of a session"),
-        ({"end": {"name": "/etc/passwd", "nbytes": 1, "header": ""}}, "is no file of a session"),
+        ({"end": {"name": "../../secret.safetensors", "nbytes": 1, "header": ""}}, "is not the name of a session"),
+        ({"end": {"name": "/etc/passwd", "nbytes": 1, "header": ""}}, "is not the name of a session"),
         ({"blocks": [{"tokens": 1}]}, "has other fields than version 1"),
         ({"rows": [[1]]}, "has other fields than version 1"),
         ({"surprise": 1}, "has other fields than version 1"),
@@ -393,7 +393,7 @@ def test_saving_an_unsupported_cache_is_an_error(model, enabled, saved, tmp_path
     "name", ["", ".", "..", "../x", "a/b", "/etc", "-x", ".hidden", "a\\b", "a\0b", "é", "x" * 101]
 )
 def test_names_of_sessions_cannot_leave_the_folder(tmp_path, name):
-    with pytest.raises(UsageError, match="is no name for a session"):
+    with pytest.raises(UsageError, match="is not a valid session name"):
         session_folder(tmp_path, name)
 
 

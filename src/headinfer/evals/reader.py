@@ -20,7 +20,7 @@ from headinfer.evals.tasks import Document, Question
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import enable
-from headinfer.jobs.prompts import document_ids, frame, pad_id
+from headinfer.jobs.prompts import document_ids, pad_id, surrounding_texts
 
 __all__ = ["HEAD_WISE", "STANDARD", "Answer", "Method", "Reader", "Reading"]
 
@@ -116,7 +116,7 @@ class Reader:
         head = list(document_ids(self.tokenizer, document.text, is_raw=self.is_raw))
         tails = []
         for question in document.questions:
-            _, after = frame(self.tokenizer, question.text, is_raw=self.is_raw)
+            _, after = surrounding_texts(self.tokenizer, question.text, is_raw=self.is_raw)
             tails.append(self.tokenizer(after + question.lead, add_special_tokens=False).input_ids)
         return head, tails
 

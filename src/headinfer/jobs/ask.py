@@ -19,11 +19,11 @@ from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.jobs.generate import Streamer, Summary, already_warned, checked_device
-from headinfer.jobs.prompts import frame, pad_id
+from headinfer.jobs.prompts import pad_id, surrounding_texts
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
-from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
+from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
 from headinfer.sessions.loader import kept_options, saved_ids
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
@@ -113,7 +113,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
             f"the session {folder} holds {manifest.tokens:,} of the document's {wanted:,} tokens: run the same "
             "`headinfer read` again, which goes on from there"
         )
-    if at_rest(folder, lambda found: saved_ids(folder, found)) is None:
+    if read_consistently(folder, lambda found: saved_ids(folder, found)) is None:
         raise SessionError(f"the session {folder} does not hold its token ids: save it with token_ids to ask it here")
     source = resolve(name)
     check_config(manifest.model, source.config, folder)
@@ -216,7 +216,7 @@ def ask(
                 on_text("\n")
             torch.manual_seed(job.seed)
             text = ("\n\n" if not answers else "\n") + question
-            _, after = frame(tokenizer, text, is_raw=about.get("raw", False), is_later=bool(answers))
+            _, after = surrounding_texts(tokenizer, text, is_raw=about.get("raw", False), is_later=bool(answers))
             tail = torch.tensor([tokenizer(after, add_special_tokens=False).input_ids], dtype=torch.long)
             summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
             summaries.append(summary)

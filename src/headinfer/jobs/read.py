@@ -24,11 +24,11 @@ from headinfer.jobs.prompts import document_ids
 from headinfer.plan.memory import free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
-from headinfer.sessions.folder import Lock, at_rest, check_unchanged, session_folder
+from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
 from headinfer.sessions.loader import saved_ids
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
-from headinfer.sessions.prefix import find_prefix, take_over
+from headinfer.sessions.prefix import find_prefix, link_prefix
 from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
 from headinfer.utils.units import format_bytes
@@ -227,7 +227,7 @@ def _asked_for(job: ReadJob) -> dict[str, Any]:
 
 def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
     """The number of tokens that the session holds. They must be the beginning of the document."""
-    held = at_rest(folder, lambda manifest: saved_ids(folder, manifest))
+    held = read_consistently(folder, lambda manifest: saved_ids(folder, manifest))
     if held is None or held.shape[0] != 1 or found.about.get("answers"):
         raise SessionError(f"the session {folder} holds more than a document's beginning: choose another name")
     common = min(held.shape[1], input_ids.shape[1])
@@ -299,10 +299,10 @@ def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable
         root = prepared.job.root
         whole_only = not all(type(layer) is HeadLayer for layer in HeadCache(model.config).layers)
         found = find_prefix(
-            root, fingerprint(model), prepared.input_ids[0], besides=prepared.job.name, whole_only=whole_only
+            root, fingerprint(model), prepared.input_ids[0], exclude=prepared.job.name, whole_only=whole_only
         )
         if found is not None:
-            take_over(root, found, prepared.folder, prepared.arithmetic, prepared.about)
+            link_prefix(root, found, prepared.folder, prepared.arithmetic, prepared.about)
             done = found.tokens
             origin = f"of the session {found.name}"
     if done:

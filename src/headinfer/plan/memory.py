@@ -62,21 +62,21 @@ def check_host_memory(
         kv_budget: bytes of KV that host memory may hold while a disk holds the rest; None without a disk tier.
 
     Raises:
-        CapacityError: they do not fit; the message says how many tokens do.
+        CapacityError: the data do not fit. The message says how many tokens would fit.
     """
-    room = available_host_bytes() if available is None else available
+    free_bytes = available_host_bytes() if available is None else available
     beside = f" and {format_bytes(other_bytes)} for {other_name}" if other_bytes else ""
-    if kv_budget is not None and min(kv_budget, tokens * token_bytes) + other_bytes > room:
+    if kv_budget is not None and min(kv_budget, tokens * token_bytes) + other_bytes > free_bytes:
         raise CapacityError(
-            f"a host KV budget of {format_bytes(kv_budget)}{beside} exceeds the {format_bytes(room)} of host memory "
-            "that are available: lower it"
+            f"a host KV budget of {format_bytes(kv_budget)}{beside} exceeds the {format_bytes(free_bytes)} of host "
+            "memory that are available: lower it"
         )
-    if kv_budget is not None or tokens * token_bytes + other_bytes <= room:
+    if kv_budget is not None or tokens * token_bytes + other_bytes <= free_bytes:
         return
-    fits = max(room - other_bytes, 0) // max(token_bytes, 1)
+    fits = max(free_bytes - other_bytes, 0) // max(token_bytes, 1)
     advice = f"at most {fits:,} tokens fit" if fits else "free some memory, or use a machine with more"
     advice += "; --host-kv-budget with --disk-tier keeps the rest on a disk"
     raise CapacityError(
         f"{tokens:,} tokens need {format_bytes(tokens * token_bytes)} of host memory for their KV cache{beside}, "
-        f"and {format_bytes(room)} are available: {advice}"
+        f"and {format_bytes(free_bytes)} are available: {advice}"
     )

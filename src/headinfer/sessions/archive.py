@@ -1,4 +1,4 @@
-"""A session as one file, to move it to another machine."""
+"""Exports a session to one tar file, to move it to another machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from headinfer.errors import CapacityError, HeadinferError, SessionError, UsageError
-from headinfer.sessions.folder import at_rest
+from headinfer.sessions.folder import read_consistently
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import own_files
 from headinfer.utils.files import FileEntry, Output, partial_path, remove, sync_folder
@@ -18,18 +18,19 @@ __all__ = ["export_session"]
 
 
 def export_session(folder: Path, archive: Path) -> None:
-    """Write a session's current checkpoint into an uncompressed tar file, the manifest last; whole or not at all.
+    """Write the current checkpoint of a session to an uncompressed tar file. The manifest is its last member.
 
-    It needs no lock: if a writer replaces the checkpoint meanwhile, the export begins again.
+    The archive appears whole or not at all. The export needs no lock: if a writer replaces the checkpoint meanwhile,
+    it begins again.
 
     Args:
-        folder: the session.
-        archive: the file to write. A file that exists and is not empty is never replaced.
+        folder: The session's folder.
+        archive: The file to write. A file that exists and is not empty is never replaced.
 
     Raises:
-        UsageError: the archive exists, its folder is not writable, or it would lie in a session's folder.
-        SessionError: there is no session in the folder, or it is damaged.
-        CapacityError: the system refuses to write.
+        UsageError: The archive exists, its folder is not writable, or its folder is that of a session.
+        SessionError: The folder holds no session, or the session is damaged.
+        CapacityError: The system refuses to write, for example because the disk is full.
     """
     output = Output(archive, is_ours=None)
     archive = archive.resolve()
@@ -37,19 +38,20 @@ def export_session(folder: Path, archive: Path) -> None:
         raise UsageError(f"cannot write an archive into {archive.parent}: it is a session's folder; choose another one")
     partial = partial_path(archive)
     try:
-        at_rest(folder, lambda manifest: _write(folder, manifest, partial))
+        read_consistently(folder, lambda manifest: _write(folder, manifest, partial))
         output.check()
         os.replace(partial, archive)
         sync_folder(archive.parent)
     except HeadinferError:
         raise
     except OSError as error:
-        raise CapacityError(f"cannot write {archive} ({error.strerror or error}): choose another place") from error
+        raise CapacityError(f"cannot write {archive} ({error.strerror or error}): name another file") from error
     finally:
         remove(partial)
 
 
 def _write(folder: Path, manifest: Manifest, partial: Path) -> None:
+    """Write the files that a manifest names, then the manifest, to a tar file, and sync it to the disk."""
     text = manifest.text().encode("utf-8")
     about = tarfile.TarInfo(f"{folder.name}/{MANIFEST}")
     about.size = len(text)
@@ -64,6 +66,11 @@ def _write(folder: Path, manifest: Manifest, partial: Path) -> None:
 
 
 def _add(tar: tarfile.TarFile, folder: Path, entry: FileEntry) -> None:
+    """Add a data file to an archive.
+
+    Raises:
+        SessionError: The file is missing or has another size than its entry.
+    """
     path = folder / entry.name
     try:
         data = open(path, "rb")  # noqa: SIM115  closed below

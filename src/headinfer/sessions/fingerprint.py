@@ -1,8 +1,9 @@
-"""Who a model and its tokenizer are, so that KV made by one is never read by another."""
+"""Fingerprints of models and tokenizers, so that no model reads the KV of another one."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ __all__ = [
 ]
 
 _SAMPLES = 4096
-# What says how the model is run or where it came from, not what it computes.
+# Fields of a config that do not affect what the model computes.
 _NOT_IDENTITY = (
     "_name_or_path",
     "architectures",
@@ -39,21 +40,27 @@ _NOT_IDENTITY = (
 
 
 def config_fingerprint(config: Any) -> dict[str, Any]:
-    """What the config alone says, rope settings included, as plain values for JSON."""
+    """Return the part of a model's fingerprint that its config determines, rope settings included, for JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     return {"config": _identity(plain)}
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """The config's, and architecture, dtype and weights of a loaded model.
+    """Return the fingerprint of a loaded model: config, architecture, dtype and a checksum of the weights.
 
-    weights: a checksum of up to 4,096 evenly spaced elements of each parameter, with names and shapes. Another
-    checkpoint or fine-tuning differs in them; single changed elements may not, so it is no proof against tampering.
+    The checksum covers up to 4,096 evenly spaced elements of each parameter, with its name, shape and dtype. Another
+    checkpoint or fine-tuning changes it. A change of single elements may not, so it is no protection against tampering.
+
+    Args:
+        model: The model. Parameters on the meta device count with name, shape and dtype only.
+
+    Returns:
+        The fingerprint as plain values for JSON.
     """
     whole = xxhash.xxh3_128()
     for name, parameter in sorted(model.named_parameters()):
         whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        if parameter.device.type != "meta":  # weights that an offloading library holds elsewhere
+        if parameter.device.type != "meta":  # without data: an offloading library holds them elsewhere
             flat = parameter.detach().reshape(-1)
             step = max(-(-flat.numel() // _SAMPLES), 1)
             whole.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy().data)
@@ -67,50 +74,86 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A checksum of what a tokenizer makes of texts: its vocabulary and rules, and its chat template."""
+    """Return a checksum of what determines a tokenizer's output: its vocabulary, its rules and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
     vocabulary = sorted(tokenizer.get_vocab().items())
     parts = [backend.to_str() if backend is not None else "", vocabulary, getattr(tokenizer, "chat_template", None)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode("utf-8"))
 
 
-def check_config(found: dict[str, Any], config: Any, where: object) -> None:
-    """Raise SessionError where KV of one config would be read by another; before weights are loaded."""
-    _compare(found, config_fingerprint(config), where)
+def check_config(saved: dict[str, Any], config: Any, folder: Path) -> None:
+    """Check, before any weights are loaded, that a session was made with a config.
+
+    Args:
+        saved: The fingerprint of the model in the session.
+        config: The config to compare.
+        folder: The session's folder, for the message.
+
+    Raises:
+        SessionError: The configs differ.
+    """
+    _compare(saved, config_fingerprint(config), folder)
 
 
-def check_fingerprint(found: dict[str, Any], model: torch.nn.Module, where: object) -> None:
-    """Raise SessionError where KV of one model would be read by another."""
-    _compare(found, fingerprint(model), where)
+def check_fingerprint(saved: dict[str, Any], model: torch.nn.Module, folder: Path) -> None:
+    """Check that a session was made with a model.
+
+    Args:
+        saved: The fingerprint of the model in the session.
+        model: The model to compare.
+        folder: The session's folder, for the message.
+
+    Raises:
+        SessionError: The models differ.
+    """
+    _compare(saved, fingerprint(model), folder)
 
 
-def check_tokenizer(found: str | None, tokenizer: Any, where: object) -> None:
-    """Raise SessionError where a text would become other tokens than those of the session. found: None is unknown."""
-    if found is not None and found != tokenizer_fingerprint(tokenizer):
+def check_tokenizer(saved: str | None, tokenizer: Any, folder: Path) -> None:
+    """Check that a session was made with a tokenizer.
+
+    Args:
+        saved: The fingerprint of the tokenizer in the session; None if it is unknown, which passes.
+        tokenizer: The tokenizer to compare.
+        folder: The session's folder, for the message.
+
+    Raises:
+        SessionError: The tokenizers or their chat templates differ.
+    """
+    if saved is not None and saved != tokenizer_fingerprint(tokenizer):
         raise SessionError(
-            f"the session {where} was made with another tokenizer or chat template: give it the model that read it, or "
-            "read the document again"
+            f"the session {folder} was made with another tokenizer or chat template: give it the model that read it, "
+            "or read the document again"
         )
 
 
-def _compare(found: Any, ours: dict[str, Any], where: object) -> None:
-    if difference := _difference(found, ours):
+def _compare(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    difference = _difference(saved, ours)
+    if difference:
         raise SessionError(
-            f"the session {where} was made with another model ({difference}): give it the model that read it, or read "
+            f"the session {folder} was made with another model ({difference}): give it the model that read it, or read "
             "the document again"
         )
 
 
-def _difference(found: Any, ours: Any, name: str = "") -> str:
-    """Where two fingerprints differ; empty where they do not. What only one of them has may be of another version."""
-    if isinstance(found, dict) and isinstance(ours, dict):
-        return next((text for key in ours if key in found and (text := _difference(found[key], ours[key], key))), "")
-    if found == ours:
+def _difference(saved: Any, ours: Any, name: str = "") -> str:
+    """Describe the first difference of two fingerprints; empty if there is none.
+
+    Keys that only one of them has are ignored, because another version may have written them.
+    """
+    if isinstance(saved, dict) and isinstance(ours, dict):
+        for key, value in ours.items():
+            difference = _difference(saved[key], value, key) if key in saved else ""
+            if difference:
+                return difference
         return ""
-    return "other weights" if name == "weights" else f"{name} is {found} there and {ours} here"
+    if saved == ours:
+        return ""
+    return "other weights" if name == "weights" else f"{name} is {saved} there and {ours} here"
 
 
 def _identity(value: Any) -> Any:
+    """Remove the fields in _NOT_IDENTITY from a config and from the dictionaries in it."""
     if isinstance(value, dict):
         return {key: _identity(item) for key, item in value.items() if key not in _NOT_IDENTITY}
     return value

@@ -1,4 +1,4 @@
-"""Where sessions lie, what they may be called, and the lock of the one that writes."""
+"""The folders of sessions: their names, consistent reading without a lock, removal, and the lock of the writer."""
 
 from __future__ import annotations
 
@@ -15,63 +15,91 @@ from headinfer.sessions.ownership import LOCK, LOCK_TEXT, check_no_foreign_files
 from headinfer.utils.files import partial_path, remove, sync_folder
 from headinfer.utils.user_folders import data_folder
 
-__all__ = ["Lock", "at_rest", "check_unchanged", "default_root", "remove_session", "session_folder", "session_names"]
+__all__ = [
+    "Lock",
+    "check_unchanged",
+    "default_root",
+    "read_consistently",
+    "remove_session",
+    "session_folder",
+    "session_names",
+]
 
 T = TypeVar("T")
 
-_ATTEMPTS = 100  # to lock a folder that other processes remove at the same time
+_LOCK_ATTEMPTS = 100  # other processes may remove the folder at the same time
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def default_root() -> Path:
-    """The folder of all sessions: $HEADINFER_SESSIONS, or sessions in headinfer's data folder of this user."""
-    if chosen := os.environ.get("HEADINFER_SESSIONS"):
-        return Path(chosen)
-    return data_folder() / "sessions"
+    """Return the folder of all sessions: $HEADINFER_SESSIONS, or `sessions` in this user's data folder of headinfer."""
+    chosen = os.environ.get("HEADINFER_SESSIONS")
+    return Path(chosen) if chosen else data_folder() / "sessions"
 
 
 def session_folder(root: Path, name: str) -> Path:
-    """The folder of a session, which need not be there. Raises UsageError for a name that could lead elsewhere."""
+    """Return the folder of a session, which need not exist.
+
+    Args:
+        root: The folder of all sessions.
+        name: The name of the session.
+
+    Raises:
+        UsageError: The name is not valid, for example because it leads out of the root. Or the folder is a symbolic
+            link.
+    """
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} is no name for a session: use letters, digits, dots, dashes and underscores, and begin with a "
-            "letter or digit"
+            f"{name!r} is not a valid session name: use letters, digits, dots, dashes and underscores, and begin with "
+            "a letter or digit"
         )
     folder = root / name
     if folder.is_symlink():
-        raise UsageError(f"{folder} is a link to another place: sessions are folders of their own")
+        raise UsageError(f"{folder} is a link, and a session must be a folder of its own: choose another name")
     return folder
 
 
 def session_names(root: Path) -> list[str]:
-    """All sessions of a root."""
+    """Return the sorted names of all sessions in a root."""
     if not root.is_dir():
         return []
     return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}") if _NAME.fullmatch(path.parent.name))
 
 
-def at_rest(folder: Path, look: Callable[[Manifest], T]) -> T:
-    """look() at the folder's checkpoint, which needs no lock: once more where a writer has replaced it meanwhile, and
-    removed a file of it. Raises SessionError as Manifest.read() and look() do.
+def read_consistently(folder: Path, read: Callable[[Manifest], T]) -> T:
+    """Read the current checkpoint of a session without a lock.
+
+    A writer may replace the checkpoint meanwhile and remove files of the old one. If reading fails for this reason, it
+    begins again with the new checkpoint.
+
+    Args:
+        folder: The session's folder.
+        read: Reads the files that a manifest names.
+
+    Returns:
+        What `read` returned.
+
+    Raises:
+        SessionError: There is no session, or `read` raised this error although the checkpoint did not change.
     """
     while True:
         manifest = Manifest.read(folder)
         try:
-            return look(manifest)
+            return read(manifest)
         except SessionError:
             if Manifest.read(folder).generation == manifest.generation:
                 raise
 
 
 def check_unchanged(folder: Path, generation: int) -> None:
-    """Check, with the lock held, that a session is as it was before the lock was taken.
+    """Check that a session has not changed since a decision was made without the lock. The lock must be held now.
 
     Args:
-        folder: the session's folder.
-        generation: that of the checkpoint that the folder had before; 0 if it had none.
+        folder: The session's folder.
+        generation: The generation of the checkpoint at that time; 0 if there was none.
 
     Raises:
-        SessionError: another process has written the session meanwhile.
+        SessionError: Another process has written the session meanwhile.
     """
     now = Manifest.read(folder).generation if (folder / MANIFEST).exists() else 0
     if now != generation:
@@ -79,14 +107,17 @@ def check_unchanged(folder: Path, generation: int) -> None:
 
 
 def remove_session(folder: Path) -> bool:
-    """Remove a session: the files that it wrote, its manifest first, then the folder.
+    """Remove a session: the manifest first, then the other files that the session wrote, then the folder.
+
+    Args:
+        folder: The session's folder.
 
     Returns:
-        Whether the folder is gone too. It stays if another program has put a file there meanwhile.
+        Whether the folder was removed too. It remains if another program has put a file there meanwhile.
 
     Raises:
-        SessionError: the folder is no session, holds files that no session wrote, or is being written. Nothing was
-            removed then.
+        SessionError: The folder holds no session or files that no session wrote, or another process is writing the
+            session. Nothing was removed.
     """
     if not own_files(folder):
         raise SessionError(f"there is no session {folder.name} in {folder.parent}: nothing was removed")
@@ -101,21 +132,21 @@ def remove_session(folder: Path) -> bool:
 
 
 class Lock:
-    """The right to write a session: one writer at a time, until release() or the end of the process.
+    """An exclusive lock on a session, for its one writer. The end of the process releases it too.
 
     Args:
-        folder: the session's folder; it is created if there is none.
+        folder: The session's folder. It is created if it does not exist.
 
     Raises:
-        SessionError: another process or writer holds the lock, the folder is not writable, or it holds files that no
-            session wrote. Nothing was written then.
+        SessionError: Another process or writer holds the lock, the folder is not writable, or it holds files that no
+            session wrote. Nothing was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._descriptor = -1
         check_no_foreign_files(folder)
         try:
-            for _ in range(_ATTEMPTS):
+            for _ in range(_LOCK_ATTEMPTS):
                 if not folder.is_dir():
                     folder.mkdir(parents=True, exist_ok=True)
                     sync_folder(folder.parent)
@@ -126,12 +157,12 @@ class Lock:
             raise
         except OSError as error:
             raise SessionError(f"cannot write into {folder} ({error.strerror}): choose another folder") from error
-        raise SessionError(f"cannot lock {folder}: its lock is removed again and again; choose another folder")
+        raise SessionError(f"cannot lock {folder}: other processes keep removing its lock; choose another folder")
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock. Calling it again has no effect."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)  # lets go of the lock
+            os.close(self._descriptor)  # releases the lock
             self._descriptor = -1
 
     def __enter__(self) -> Lock:
@@ -144,11 +175,14 @@ class Lock:
 
 
 def _open_locked(folder: Path) -> int:
-    """Open a folder's lock and lock it; -1 if its last holder has removed it, or the folder, meanwhile.
+    """Open the lock file of a folder and lock it.
+
+    Returns:
+        The file descriptor; -1 if the last holder has removed the lock file or the folder meanwhile.
 
     Raises:
-        SessionError: another process or writer holds the lock.
-        OSError: the file cannot be created or opened.
+        SessionError: Another process or writer holds the lock.
+        OSError: The file cannot be created or opened.
     """
     path = folder / LOCK
     try:
@@ -170,12 +204,12 @@ def _open_locked(folder: Path) -> int:
 
 
 def _create_lock(path: Path) -> None:
-    """Create a lock's file together with its text, so that a process that is killed never leaves an empty one."""
+    """Create a lock file together with its text, so that a killed process never leaves an empty one."""
     partial = partial_path(path)
     try:
         partial.write_bytes(LOCK_TEXT)
         os.link(partial, path)
-    except FileExistsError:  # another process was quicker
+    except FileExistsError:  # another process has created it meanwhile
         return
     except FileNotFoundError:
         raise
@@ -187,7 +221,7 @@ def _create_lock(path: Path) -> None:
 
 
 def _is_same(descriptor: int, path: Path) -> bool:
-    """Whether a path still leads to an open file."""
+    """Return whether a path still refers to an open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -195,9 +229,10 @@ def _is_same(descriptor: int, path: Path) -> bool:
 
 
 def _lock(descriptor: int) -> bool:
+    """Lock an open file exclusively; return False if another descriptor holds the lock."""
     try:
         import fcntl
-    except ImportError:  # no such locks on this system: then it is up to the user
+    except ImportError:  # this system has no such locks, so the user must prevent a second writer
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The state of cache layers that are not offloaded, as tensors for a file and plain values for a manifest."""
+"""Converts the fields of cache layers to tensors for a file and plain values for a manifest, and back."""
 
 from __future__ import annotations
 
@@ -10,24 +10,42 @@ from headinfer.errors import UnsupportedError
 
 __all__ = ["from_plain", "to_plain"]
 
-_ATOMS = (bool, int, float, str, type(None))
+_JSON_SCALARS = (bool, int, float, str, type(None))
 
 
 def to_plain(fields: dict[str, Any], prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The fields of a layer for JSON; their tensors go into `tensors` under names that begin with the prefix.
+    """Convert the fields of a layer to values for JSON. docs/session-format.md describes them under `layers`.
 
-    Raises UnsupportedError for a field of another kind.
+    Args:
+        fields: The fields by name: scalars, tensors, dtypes, devices, and dictionaries of these.
+        prefix: The beginning of the names of the layer's tensors.
+        tensors: The tensors of the fields are added to it, by name.
+
+    Returns:
+        The values by name. A tensor is represented by its name in `tensors`.
+
+    Raises:
+        UnsupportedError: A field has another type.
     """
     return {name: _to_plain(value, f"{prefix}.{name}", tensors) for name, value in fields.items()}
 
 
 def from_plain(plain: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-    """The fields that to_plain() was given, with their tensors on the device."""
+    """Restore the fields that to_plain() converted.
+
+    Args:
+        plain: What to_plain() returned.
+        tensors: The tensors by name.
+        device: The device of the layer. Tensors are moved to it, and it replaces the device fields.
+
+    Returns:
+        The fields by name.
+    """
     return {name: _from_plain(value, tensors, device) for name, value in plain.items()}
 
 
 def _to_plain(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, _ATOMS):
+    if isinstance(value, _JSON_SCALARS):
         return value
     if isinstance(value, torch.Tensor):
         tensors[name] = value
@@ -38,7 +56,7 @@ def _to_plain(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"device": True}
     if isinstance(value, dict) and all(isinstance(key, int | str) for key in value):
         return {"items": [[key, _to_plain(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
-    raise UnsupportedError(f"a cache layer holds a {type(value).__name__} ({name}), which no session can keep")
+    raise UnsupportedError(f"a cache layer holds a {type(value).__name__} ({name}), which cannot be saved in a session")
 
 
 def _from_plain(plain: Any, tensors: dict[str, torch.Tensor], device: torch.device) -> Any:

@@ -14,7 +14,7 @@ from headinfer.kv.stored import StoredSegment
 from headinfer.kv.tensor_file import TensorFile
 from headinfer.sessions.cache import Saved, SessionCache
 from headinfer.sessions.fingerprint import check_fingerprint
-from headinfer.sessions.folder import at_rest
+from headinfer.sessions.folder import read_consistently
 from headinfer.sessions.layer_state import from_plain
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.writer import TOKEN_IDS
@@ -53,7 +53,7 @@ def load_cache(
         _fill(cache, folder, manifest, device_of)
         return cache
 
-    return at_rest(folder, load)
+    return read_consistently(folder, load)
 
 
 def kept_options(manifest: Manifest) -> dict[str, Any]:

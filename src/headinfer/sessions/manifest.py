@@ -1,6 +1,6 @@
-"""The manifest of a session: what the folder holds, who made it, and how the arithmetic was fixed.
+"""The manifest of a session: its data files, the model that made it, and the options that fix its results.
 
-docs/session-format.md describes it for other programs.
+docs/session-format.md describes the manifest for other programs.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ import xxhash
 from headinfer.errors import SessionError
 from headinfer.utils.files import FileEntry, write_text
 
-__all__ = ["FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Manifest", "SegmentFile", "first_chain", "versions"]
+__all__ = ["DATA_FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Manifest", "SegmentFile", "first_chain", "versions"]
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "headinfer session", 1
-_NAMES_ON_DISK = {"segment_files": "blocks"}  # as version 1 of the format calls it
-FILE_NAME = re.compile(r"(block|end)-\d{6,}\.safetensors")
+FORMAT = "headinfer session"
+VERSION = 1
+# Version 1 of the format fixes two names that contain "block": the field `blocks` and the file names `block-NNNNNN`.
+# The code calls the same things segment files.
+_NAMES_ON_DISK = {"segment_files": "blocks"}
+DATA_FILE_NAME = re.compile(r"(block|end)-\d{6,}\.safetensors")
 
 
 @dataclass(frozen=True)
 class SegmentFile:
-    """K and V of consecutive tokens in all offloaded layers, in a file that is never written again.
+    """A file with K and V of consecutive tokens in all offloaded layers. It is written once.
 
-    chain: SHA-256 of the model and of all token ids to the block's end (see first_chain), empty where they are unknown.
-    Blocks with equal chains hold the KV of the same tokens after the same tokens.
+    Attributes:
+        file: Name, size and header checksum of the file.
+        tokens: The number of tokens.
+        chain: The SHA-256 of the model and of all token ids up to the end of the file (see first_chain()); empty if
+            they are unknown. Files with equal chains hold the KV of the same tokens after the same tokens.
     """
 
     file: FileEntry
@@ -44,10 +50,19 @@ class SegmentFile:
 class Manifest:
     """One checkpoint of a session.
 
-    rows: for each row of the batch its spans [block, first token, token after the last]. end: the file of what is newer
-    than the blocks: the tails, and the states of the layers that transformers keeps, whose plain values are in layers.
-    model: see hf/fingerprint.py. arithmetic: Options and chunk_tokens; the same give the same bits. about: the maker's
-    own facts.
+    Attributes:
+        generation: The number of the checkpoint, from 1.
+        tokens: The tokens of each row, those of its tail included.
+        model: The fingerprint of the model (fingerprint.py).
+        arithmetic: The fields of Options that fix the results, and chunk_tokens. Equal ones give the same bits.
+        segment_files: The segment files. The JSON calls this field `blocks`.
+        rows: For each row of the batch, its slices (index in segment_files, first token, token after the last one), in
+            the order of the text.
+        end: The file with what is newer than the segments: the tails, and the states of the layers that transformers
+            keeps.
+        layers: For each layer, the plain values of its state (layer_state.py). They refer to tensors in `end`.
+        about: Facts of the caller.
+        versions: The versions of headinfer, torch and transformers that wrote the checkpoint.
     """
 
     generation: int
@@ -63,40 +78,37 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all data files."""
+        """The size of all data files, in bytes."""
         return self.end.nbytes + sum(segment_file.file.nbytes for segment_file in self.segment_files)
 
     def files(self) -> list[FileEntry]:
-        """All data files."""
+        """Return the entries of all data files."""
         return [*(segment_file.file for segment_file in self.segment_files), self.end]
 
     def text(self) -> str:
-        """The content of the manifest's file."""
+        """Return the manifest as JSON, with its checksum."""
         fields = dataclasses.asdict(self)
         body = {"format": FORMAT, "version": VERSION}
         body |= {_NAMES_ON_DISK.get(name, name): value for name, value in fields.items()}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's manifest: at any instant the old one or this one is there, whole."""
+        """Replace the manifest of a folder. At any time the folder has the old manifest or this one, whole.
+
+        Raises:
+            CapacityError: The system refuses to write, for example because the disk is full.
+        """
         write_text(folder / MANIFEST, self.text())
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """The folder's manifest. Raises SessionError where there is none, or one that is damaged, foreign or newer."""
+        """Read and verify the manifest of a folder.
+
+        Raises:
+            SessionError: There is no manifest, or it is damaged, of another program, or of another version.
+        """
         path = folder / MANIFEST
-        try:
-            if path.exists() and not path.is_file():
-                raise SessionError(f"{path} is not a regular file: choose another folder")
-            body = json.loads(path.read_bytes())
-        except SessionError:
-            raise
-        except FileNotFoundError:
-            raise SessionError(f"{folder} is no session: it has no {MANIFEST}") from None
-        except OSError as error:
-            raise SessionError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise SessionError(f"{path} is damaged ({error}): read the document again to make it anew") from error
+        body = _read_json(path)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise SessionError(f"{path} is not a manifest of headinfer: choose another folder")
         if body.get("version") != VERSION:
@@ -108,28 +120,38 @@ class Manifest:
             raise SessionError(
                 f"{path} is damaged (its checksum is not right): read the document again to make it anew"
             )
-        del body["format"], body["version"]
+        del body["format"]
+        del body["version"]
         try:
-            body["segment_files"] = [
-                SegmentFile(FileEntry(**entry.pop("file")), **entry) for entry in body.pop("blocks")
-            ]
+            segment_files = body.pop(_NAMES_ON_DISK["segment_files"])
+            body["segment_files"] = [SegmentFile(FileEntry(**entry.pop("file")), **entry) for entry in segment_files]
             body["end"] = FileEntry(**body["end"])
             body["rows"] = [[(index, start, stop) for index, start, stop in row] for row in body["rows"]]
-            found = Manifest(**body)
+            manifest = Manifest(**body)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SessionError(f"{path} has other fields than version {VERSION} of the format: {error}") from error
-        if outside := [entry.name for entry in found.files() if not FILE_NAME.fullmatch(entry.name)]:
-            raise SessionError(f"{path} names {outside[0]!r}, which is no file of a session: do not use it")
-        return found
+        for entry in manifest.files():
+            if not DATA_FILE_NAME.fullmatch(entry.name):
+                raise SessionError(
+                    f"{path} names {entry.name!r}, which is not the name of a session's file: do not load this folder"
+                )
+        return manifest
 
 
 def first_chain(model: dict[str, Any]) -> hashlib._Hash:
-    """A chain before any token: update it with token ids as int64, least byte first."""
+    """Begin the chain of a row (see SegmentFile), before any token.
+
+    Args:
+        model: The fingerprint of the model.
+
+    Returns:
+        A hash to update with the token ids of the row, as little-endian int64.
+    """
     return hashlib.sha256(json.dumps(model, sort_keys=True, separators=(",", ":")).encode("utf-8"))
 
 
 def versions() -> dict[str, str]:
-    """The versions of headinfer, torch and transformers that are installed, for a manifest."""
+    """Return the installed versions of headinfer, torch and transformers, for a manifest."""
     found = {}
     for name in ("headinfer", "torch", "transformers"):
         try:
@@ -137,6 +159,26 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "a checkout"  # on PYTHONPATH, not installed
     return found
+
+
+def _read_json(path: Path) -> Any:
+    """Read the JSON of a manifest file.
+
+    Raises:
+        SessionError: The file is missing, unreadable, not a regular file, or not JSON.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise SessionError(f"{path} is not a regular file: choose another folder")
+        return json.loads(path.read_bytes())
+    except SessionError:
+        raise
+    except FileNotFoundError:
+        raise SessionError(f"{path.parent} is not a session: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise SessionError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SessionError(f"{path} is damaged ({error}): read the document again to make it anew") from error
 
 
 def _checksum(body: dict[str, Any]) -> str:

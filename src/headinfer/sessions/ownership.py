@@ -1,12 +1,14 @@
-"""Which files of a folder a session wrote. Only those are replaced or removed, and nothing is written beside others.
+"""Decides which files of a folder a session wrote. Only these are replaced or removed.
+
+A session is never written into a folder that holds files of other programs.
 
 A file belongs to a session if it is a regular file and one of these holds:
 
 - it is `manifest.json` (or `manifest.json.partial`) and its content says that it is a session's manifest;
 - the folder's manifest names it;
-- it is called as a data file is, and its header holds the checksums that only headinfer writes;
+- it has the name of a data file, and its header holds the checksums that only headinfer writes;
 - it is `lock` and holds LOCK_TEXT;
-- its name ends with PARTIAL_SUFFIX: a write was killed;
+- its name ends with PARTIAL_SUFFIX, so a write is under way or was killed;
 - it is empty, has one of these names, and another file of the folder belongs to a session.
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from headinfer.errors import SessionError
-from headinfer.sessions.manifest import FILE_NAME, FORMAT, MANIFEST, Manifest
+from headinfer.sessions.manifest import DATA_FILE_NAME, FORMAT, MANIFEST, Manifest
 from headinfer.utils.files import CHECKSUM_PREFIX, PARTIAL_SUFFIX, remove
 
 __all__ = [
@@ -35,24 +37,27 @@ __all__ = [
 
 LOCK = "lock"
 LOCK_TEXT = b"lock of a headinfer session\n"
-_MANIFESTS = (MANIFEST, MANIFEST + ".partial")  # the second one: left by a killed write of headinfer 0.1.0
+_MANIFESTS = (MANIFEST, MANIFEST + ".partial")  # a killed write of headinfer 0.1.0 leaves the second one
 _MANIFEST_START = f'{{\n "format": "{FORMAT}"'.encode()
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _SYSTEM_FILES = (".nfs*", ".fuse_hidden*", ".DS_Store", "._*", "Thumbs.db", "lost+found")
 
 
 def own_files(folder: Path) -> list[str]:
-    """The names of the files in a folder that a session provably wrote; empty if there is no such folder."""
+    """Return the names of the files in a folder that a session provably wrote; empty if the folder does not exist."""
     return _own_and_foreign(folder)[0]
 
 
 def check_no_foreign_files(folder: Path) -> None:
-    """Check that a session may be written to a folder: it does not exist, is empty, or holds a session's files only.
+    """Check that a session may be written to a folder: it does not exist, is empty, or holds only a session's files.
 
     Files that the system keeps in folders (_SYSTEM_FILES) do not count.
 
+    Args:
+        folder: The folder.
+
     Raises:
-        SessionError: the folder holds something else, or cannot be listed. Nothing was written or removed.
+        SessionError: The folder holds something else, or cannot be listed. Nothing was written or removed.
     """
     foreign = _own_and_foreign(folder)[1]
     if foreign:
@@ -67,11 +72,11 @@ def check_replaceable(path: Path, named: Collection[str]) -> None:
     """Check that a session's file may be written to a path.
 
     Args:
-        path: the file to write.
-        named: the data files that the folder's manifest names.
+        path: The file to write.
+        named: The data files that the folder's manifest names.
 
     Raises:
-        SessionError: a file of this name exists that no session wrote.
+        SessionError: A file of this name exists that no session wrote.
     """
     if os.path.lexists(path) and not _is_own(path, named) and not _is_empty(path):
         raise SessionError(
@@ -80,32 +85,42 @@ def check_replaceable(path: Path, named: Collection[str]) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of a session, whose lock is held.
+    """Replace the manifest of a session. The caller holds the session's lock.
+
+    Args:
+        folder: The session's folder.
+        manifest: The new manifest.
 
     Raises:
-        SessionError: the folder has a manifest of another program.
-        CapacityError: the system refuses to write, for example because the disk is full.
+        SessionError: The folder has a manifest of another program.
+        CapacityError: The system refuses to write, for example because the disk is full.
     """
     check_replaceable(folder / MANIFEST, named=())
     manifest.write(folder)
 
 
 def remove_unused(folder: Path, *, named: Collection[str], named_before: Collection[str]) -> None:
-    """Remove the data files that the last checkpoint needed and this one does not, and what killed writes left.
+    """Remove the data files that only the previous checkpoint needed, and the remains of killed writes.
+
+    The caller holds the session's lock.
 
     Args:
-        folder: a session, whose lock is held.
-        named: the files that its manifest names now.
-        named_before: the files that its manifest named before.
+        folder: The session's folder.
+        named: The data files that its manifest names now.
+        named_before: The data files that its manifest named before.
     """
     for path in folder.iterdir():
-        may_be_unused = path.name.endswith(PARTIAL_SUFFIX) or FILE_NAME.fullmatch(path.name)
+        may_be_unused = path.name.endswith(PARTIAL_SUFFIX) or DATA_FILE_NAME.fullmatch(path.name)
         if may_be_unused and path.name not in named and (_is_own(path, named_before) or _is_empty(path)):
             remove(path)
 
 
 def _own_and_foreign(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of a folder's own and foreign entries, without those of the system."""
+    """Return the names of the entries that a session wrote, and of all others but those of the system.
+
+    Raises:
+        SessionError: The folder cannot be listed.
+    """
     named = _named_by_manifest(folder)
     own: list[str] = []
     foreign: list[str] = []
@@ -125,19 +140,24 @@ def _own_and_foreign(folder: Path) -> tuple[list[str], list[str]]:
             empty.append(path.name)
         else:
             foreign.append(path.name)
-    (own if own else foreign).extend(empty)  # an earlier version's lock, and what a power cut left of a file
+    # headinfer 0.1.0 wrote an empty lock, and a power cut can leave an empty file.
+    if own:
+        own.extend(empty)
+    else:
+        foreign.extend(empty)
     return own, foreign
 
 
 def _named_by_manifest(folder: Path) -> set[str]:
+    """Return the data files that the manifest of a folder names; empty if there is no valid manifest."""
     try:
         return {entry.name for entry in Manifest.read(folder).files()}
-    except SessionError:  # there is none, or it is damaged or of another program: then each file speaks for itself
+    except SessionError:  # each file is then judged by its own content
         return set()
 
 
 def _is_own(path: Path, named: Collection[str]) -> bool:
-    """Whether a session wrote a file, judged by its name, its content and its folder's manifest."""
+    """Return whether a session wrote a file, judged by its name, its content and the files that a manifest names."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return False
@@ -147,16 +167,16 @@ def _is_own(path: Path, named: Collection[str]) -> bool:
             return path.stat().st_size == len(LOCK_TEXT) and path.read_bytes() == LOCK_TEXT
         if path.name in _MANIFESTS:
             return _is_manifest(path)
-        return FILE_NAME.fullmatch(path.name) is not None and _has_checksums(path)
-    except FileNotFoundError:  # the process that writes the session has renamed or removed it
+        return DATA_FILE_NAME.fullmatch(path.name) is not None and _has_checksums(path)
+    except FileNotFoundError:  # the writer of the session has renamed or removed it meanwhile
         return True
     except OSError:
         return False
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a file has a name that sessions use and holds nothing."""
-    has_name = path.name in (LOCK, *_MANIFESTS) or FILE_NAME.fullmatch(path.name) is not None
+    """Return whether a file is empty and has a name that sessions use."""
+    has_name = path.name in (LOCK, *_MANIFESTS) or DATA_FILE_NAME.fullmatch(path.name) is not None
     try:
         found = path.lstat()
     except OSError:
@@ -165,7 +185,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _is_manifest(path: Path) -> bool:
-    """Whether a file says that it is a session's manifest; a damaged one too, as long as its beginning is whole."""
+    """Return whether a file is a session's manifest. The beginning of a damaged one suffices."""
     data = path.read_bytes()
     if data.startswith(_MANIFEST_START):
         return True
@@ -177,7 +197,7 @@ def _is_manifest(path: Path) -> bool:
 
 
 def _has_checksums(path: Path) -> bool:
-    """Whether a file is a safetensors file with a checksum for each tensor (docs/session-format.md)."""
+    """Return whether a file is a safetensors file with a checksum for each tensor (docs/session-format.md)."""
     with open(path, "rb") as file:
         nbytes = int.from_bytes(file.read(8), "little")
         if nbytes > min(_MAX_HEADER_BYTES, path.stat().st_size):

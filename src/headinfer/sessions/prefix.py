@@ -1,4 +1,4 @@
-"""A new session takes over what an earlier one holds of the same beginning: its files get a second name, not a copy."""
+"""Shares the segment files of a common prefix between sessions, as hard links."""
 
 from __future__ import annotations
 
@@ -16,84 +16,118 @@ from headinfer.sessions.ownership import check_replaceable, remove_unused, write
 from headinfer.sessions.writer import TOKEN_IDS
 from headinfer.utils.files import FileEntry, link_or_copy, sync_folder
 
-__all__ = ["Prefix", "find_prefix", "take_over"]
+__all__ = ["Prefix", "find_prefix", "link_prefix"]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first blocks of a session, and its end too where is_whole."""
+    """The part of a session that is a prefix of a document.
+
+    Attributes:
+        name: The name of the session.
+        manifest: Its manifest.
+        segments: The number of its first segment files that belong to the prefix.
+        tokens: The tokens of the prefix.
+        is_whole: Whether the whole session is a prefix, so that its end file belongs to the prefix too.
+    """
 
     name: str
     manifest: Manifest
-    segment_files: int
+    segments: int
     tokens: int
     is_whole: bool
 
 
 def find_prefix(
-    root: Path, model: dict[str, Any], token_ids: torch.Tensor, *, besides: str, whole_only: bool
+    root: Path, model: dict[str, Any], token_ids: torch.Tensor, *, exclude: str, whole_only: bool
 ) -> Prefix | None:
     """Find the session with the longest common prefix with a document.
 
     Args:
-        root: the folder of all sessions.
-        model: the fingerprint of the model; sessions of other models do not count.
-        token_ids: [T] int64, the document.
-        besides: the name of the session that is to be written, which does not count.
-        whole_only: only a session that is a prefix as a whole counts, since layers of the model have a state that
-            cannot go back.
+        root: The folder of all sessions.
+        model: The fingerprint of the model. Sessions of other models do not count.
+        token_ids: The document, [T] int64.
+        exclude: The name of the session that will be written. It does not count.
+        whole_only: Only sessions that are a prefix as a whole count. A model needs this if some of its layers have a
+            state that cannot be cropped.
 
     Returns:
-        What the session holds of the prefix; None if no session has any.
+        The longest prefix; None if no session has any.
     """
     best: Prefix | None = None
     for name in session_names(root):
-        if name == besides:
+        if name == exclude:
             continue
         try:
-            found = _match(root, name, Manifest.read(root / name), model, token_ids)
+            prefix = _common_prefix(root, name, Manifest.read(root / name), model, token_ids)
         except SessionError:
-            continue  # damaged: of no use here, and `session list` says so
-        if found is None or (whole_only and not found.is_whole):
+            continue  # the session is damaged; `session list` reports it
+        if prefix is None or (whole_only and not prefix.is_whole):
             continue
-        if best is None or found.tokens > best.tokens:
-            best = found
+        if best is None or prefix.tokens > best.tokens:
+            best = prefix
     return best
 
 
-def _match(root: Path, name: str, manifest: Manifest, model: dict[str, Any], token_ids: torch.Tensor) -> Prefix | None:
+def _common_prefix(
+    root: Path, name: str, manifest: Manifest, model: dict[str, Any], token_ids: torch.Tensor
+) -> Prefix | None:
+    """Return the common prefix of a session and a document, in whole segment files; None if there is none.
+
+    Raises:
+        SessionError: The end file is missing or damaged.
+    """
     if manifest.model != model or len(manifest.rows) != 1:
         return None
-    chain, segment_files, tokens = first_chain(model), 0, 0
+    chain = first_chain(model)
+    segments = 0
+    tokens = 0
     for index, start, stop in manifest.rows[0]:
         segment_file = manifest.segment_files[index]
-        if (start, stop) != (0, segment_file.tokens) or index != segment_files or tokens + stop > token_ids.shape[0]:
+        if (start, stop) != (0, segment_file.tokens) or index != segments or tokens + stop > token_ids.shape[0]:
             break
         chain.update(token_ids[tokens : tokens + stop].contiguous().numpy().data)
         if chain.hexdigest() != segment_file.chain:
             break
-        segment_files, tokens = segment_files + 1, tokens + stop
-    if segment_files == len(manifest.rows[0]) and manifest.tokens <= token_ids.shape[0]:
+        segments += 1
+        tokens += stop
+    if segments == len(manifest.rows[0]) and manifest.tokens <= token_ids.shape[0]:
         end = TensorFile(root / name, manifest.end)
         if TOKEN_IDS in end.names() and torch.equal(end.read(TOKEN_IDS)[0], token_ids[tokens : manifest.tokens]):
-            return Prefix(name, manifest, segment_files, manifest.tokens, is_whole=True)
-    return Prefix(name, manifest, segment_files, tokens, is_whole=False) if segment_files else None
+            return Prefix(name, manifest, segments, manifest.tokens, is_whole=True)
+    return Prefix(name, manifest, segments, tokens, is_whole=False) if segments else None
 
 
-def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, Any], about: dict[str, Any]) -> None:
-    """Make `folder`, whose lock is held, a session that holds the prefix. Raises SessionError where it is gone."""
-    source, manifest = root / prefix.name, prefix.manifest
-    segment_files = manifest.segment_files[: prefix.segment_files]
+def link_prefix(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write a session that holds a prefix. Its segment files are hard links to those of the prefix.
+
+    The caller holds the lock of the new session. Files are copied if the file system has no hard links.
+
+    Args:
+        root: The folder of all sessions.
+        prefix: The prefix.
+        folder: The folder of the new session.
+        arithmetic: The options that fix the results, for the manifest.
+        about: Facts of the caller, for the manifest.
+
+    Raises:
+        SessionError: The session of the prefix was removed meanwhile or is damaged, or a file in the folder was not
+            written by a session.
+        CapacityError: The system refuses to write, for example because the disk is full.
+    """
+    source = root / prefix.name
+    manifest = prefix.manifest
+    segment_files = manifest.segment_files[: prefix.segments]
     try:
         for segment_file in segment_files:
             check_replaceable(folder / segment_file.file.name, named=())
             link_or_copy(source / segment_file.file.name, folder / segment_file.file.name)
-        end = _end(source, folder, manifest, is_whole=prefix.is_whole)
+        end = _write_end(source, folder, manifest, is_whole=prefix.is_whole)
     except FileNotFoundError as error:
-        raise SessionError(f"the session {source} was removed in this moment: run the same command again") from error
+        raise SessionError(f"the session {source} was removed meanwhile: run the same command again") from error
     sync_folder(folder)
     rows = [[(index, 0, segment_file.tokens) for index, segment_file in enumerate(segment_files)]]
-    taken = Manifest(
+    linked = Manifest(
         1,
         prefix.tokens,
         model=manifest.model,
@@ -105,12 +139,12 @@ def take_over(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, An
         about=about,
         versions=versions(),
     )
-    write_manifest(folder, taken)
-    remove_unused(folder, named={entry.name for entry in taken.files()}, named_before=())
+    write_manifest(folder, linked)
+    remove_unused(folder, named={entry.name for entry in linked.files()}, named_before=())
 
 
-def _end(source: Path, folder: Path, manifest: Manifest, *, is_whole: bool) -> FileEntry:
-    """The end of the source, or one without tokens."""
+def _write_end(source: Path, folder: Path, manifest: Manifest, *, is_whole: bool) -> FileEntry:
+    """Write the end file of a new session: that of the source, without tokens unless is_whole."""
     file = TensorFile(source, manifest.end)
     tensors = {name: file.read(name) for name in file.names()}
     if not is_whole:
