@@ -54,12 +54,12 @@ class Loop:
         ring=SlotRing,
         releases_early=False,
         waits_for_write_back=True,
-        expects=True,
+        prefetches=True,
     ):
         self.streams = streams
         self.releases_early = releases_early
         self.waits_for_write_back = waits_for_write_back
-        self.expects = expects
+        self.prefetches = prefetches
         self.ring = ring(slots, 2 * TOKENS * 4, CPU, ByteCounter(), streams)
         self.write = StagingWriter(TOKENS * 4, CPU, ByteCounter(), streams)
         self.start = {}
@@ -85,7 +85,7 @@ class Loop:
             for at, (_, values, _) in enumerate(tiles):
                 if at + 1 < len(tiles):
                     handles.append(self.fetch(tiles[at + 1], (layer, at + 1), self.ring.fetch))
-                elif self.expects:
+                elif self.prefetches:
                     self.fetch(self.host[following][0], (following, 0), self.ring.prefetch)
                 handle = handles.pop(0)
                 ((k, v),) = self.ring.wait(handle)
@@ -117,10 +117,10 @@ CASES = [(2, 1, 1, 3), (2, 2, 1, 3), (2, 2, 3, 2), (3, 1, 4, 3), (3, 2, 2, 2), (
 
 
 @pytest.mark.parametrize(("slots", "layers", "tiles", "passes"), CASES)
-@pytest.mark.parametrize("expects", [True, False])
-def test_every_order_gives_the_right_values(slots, layers, tiles, passes, expects):
+@pytest.mark.parametrize("prefetches", [True, False])
+def test_every_order_gives_the_right_values(slots, layers, tiles, passes, prefetches):
     streams = Recorded()
-    loop = run(streams, passes, slots=slots, layers=layers, tiles=tiles, expects=expects)
+    loop = run(streams, passes, slots=slots, layers=layers, tiles=tiles, prefetches=prefetches)
     states, complaints = explore(streams, loop.start)
     assert not complaints
     assert states > 200

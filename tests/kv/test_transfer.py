@@ -173,7 +173,7 @@ def test_eager_streams_show_a_slot_that_is_reused_too_early():
 
 
 @both_streams
-def test_an_expected_tile_is_fetched_once(kind):
+def test_a_prefetched_tile_is_fetched_once(kind):
     counter = ByteCounter()
     ring = SlotRing(2, 1024, CPU, counter, kind())
     tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(4)]

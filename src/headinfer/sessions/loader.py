@@ -57,7 +57,7 @@ def load_cache(
 
 
 def kept_options(manifest: Manifest) -> dict[str, Any]:
-    """The fields of Options that fix a session's results. Fields that only another version knows are left out."""
+    """The fields of Options that fix a session's results. Fields that this version does not have are left out."""
     return known_fields(manifest.arithmetic)
 
 
