@@ -18,8 +18,8 @@ from headinfer.attention.backends import BACKENDS, Problem, capability_of
 from headinfer.attention.problem import AMX
 from headinfer.hf.families import SUPPORTED_FAMILIES
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.numa import node_of
-from headinfer.kv.tiers import HostTier
 from headinfer.plan.memory import available_host_bytes
 from headinfer.utils.units import format_bytes
 

@@ -23,8 +23,8 @@ from headinfer.attention.state import AttentionState
 from headinfer.engine.streaming import AttentionSpec, attend_streaming
 from headinfer.errors import UsageError
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.layer_kv import LayerKV
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import WriteInPlace
 from headinfer.plan.tiles import TilePlan
 

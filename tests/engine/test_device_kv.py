@@ -16,7 +16,7 @@ from headinfer.engine.options import Options
 from headinfer.engine.streaming import AttentionSpec
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
-from headinfer.kv import numa, tiers
+from headinfer.kv import host_memory, numa
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.read_ahead import ReadAhead
 from headinfer.kv.transfer import SlotRing
@@ -204,8 +204,8 @@ def pageable(monkeypatch, allowed):
         count[0] += 1
         return "" if count[0] <= allowed else "the limit on locked memory is reached"
 
-    monkeypatch.setattr(tiers, "register", register)
-    monkeypatch.setattr(tiers, "_unpin", lambda pinned, address, device: pinned.discard(address))
+    monkeypatch.setattr(host_memory, "register", register)
+    monkeypatch.setattr(host_memory, "_unpin", lambda pinned, address, device: pinned.discard(address))
     make = device_kv.HostTier
     monkeypatch.setattr(device_kv, "HostTier", lambda counter, **_: make(counter, device=torch.device("cpu"), node=0))
 
@@ -238,8 +238,8 @@ def test_pages_are_unmapped_after_they_are_unpinned(monkeypatch):
         ranges = (line.split(maxsplit=1)[0].split("-") for line in maps.read_text().splitlines())
         return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
 
-    monkeypatch.setattr(tiers, "_unpin", lambda pinned, address, device: mapped.append(is_mapped(address)))
-    tier = tiers.HostTier(ByteCounter(), device=torch.device("cpu"))
+    monkeypatch.setattr(host_memory, "_unpin", lambda pinned, address, device: mapped.append(is_mapped(address)))
+    tier = host_memory.HostTier(ByteCounter(), device=torch.device("cpu"))
     tensor = tier.allocate((1 << 20,), torch.uint8)
     address = tensor.data_ptr()
     view = tensor[5:]
@@ -255,13 +255,13 @@ def test_pages_are_unmapped_after_they_are_unpinned(monkeypatch):
 def test_a_tier_reports_what_is_not_pinned(monkeypatch):
     pageable(monkeypatch, 1)
     counter = ByteCounter()
-    tier = tiers.HostTier(counter, device=torch.device("cpu"))
+    tier = host_memory.HostTier(counter, device=torch.device("cpu"))
     first = tier.allocate((3, 5), torch.float32)
     with pytest.warns(UserWarning, match="stays pageable"):
         second = tier.allocate((7,), torch.bfloat16)
     assert not tier.is_pageable(first)
     assert tier.is_pageable(second)
-    assert not tiers.HostTier(counter).is_pageable(second)
+    assert not host_memory.HostTier(counter).is_pageable(second)
     del first, second
     gc.collect()
     assert counter.host_bytes == 0

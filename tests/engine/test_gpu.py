@@ -17,7 +17,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
 from headinfer.engine.streaming import AttentionSpec
 from headinfer.hf.cache import HeadCache
-from headinfer.kv import tiers
+from headinfer.kv import host_memory
 from headinfer.kv.byte_counter import ByteCounter
 
 TOKEN_BYTES = 2 * 4 * 16 * 4  # one layer of make_model(): K and V of 4 heads of width 16 in float32
@@ -135,7 +135,7 @@ def test_a_loaded_session_gives_the_same_bits(llama, device, tmp_path):
 @on_devices
 def test_memory_that_cannot_be_pinned_is_used_too(llama, device, monkeypatch):
     if device == "cuda":
-        monkeypatch.setattr(tiers, "register", lambda address, nbytes, device: "refused, on purpose")
+        monkeypatch.setattr(host_memory, "register", lambda address, nbytes, device: "refused, on purpose")
     wanted = generate(llama, prompt(tokens=700))[0]
     model = make_model("llama").to(device)
     with warnings.catch_warnings():
@@ -148,9 +148,9 @@ def test_memory_that_cannot_be_pinned_is_used_too(llama, device, monkeypatch):
 @pytest.mark.gpu
 def test_a_failed_registration_leaves_no_cuda_error():
     device = torch.device("cuda", torch.cuda.current_device())
-    memory = tiers.HostTier(ByteCounter(), device=device).allocate((1 << 20,), torch.uint8)
+    memory = host_memory.HostTier(ByteCounter(), device=device).allocate((1 << 20,), torch.uint8)
     assert memory.is_pinned()
-    assert "refused" in tiers.register(memory.data_ptr(), memory.numel(), device), "the memory is already pinned"
+    assert "refused" in host_memory.register(memory.data_ptr(), memory.numel(), device), "the memory is already pinned"
     assert float(torch.ones(3, device=device).sum()) == 3.0
 
 

@@ -14,10 +14,10 @@ from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import streaming
 from headinfer.engine.streaming import AttentionSpec, attend_streaming, tiles_of
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.resident import LayerResidency, Residency
 from headinfer.kv.streams import open_streams
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
 from headinfer.plan.tiles import TilePlan

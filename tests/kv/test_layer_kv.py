@@ -18,8 +18,8 @@ from hypothesis.stateful import (
 
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import WriteInPlace
 
 UNIT = TAIL_UNIT_TOKENS

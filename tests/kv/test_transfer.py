@@ -14,9 +14,9 @@ from headinfer.engine.streaming import AttentionSpec, attend_streaming
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.streams import EagerStreams, LazyStreams
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
 from headinfer.plan.tiles import TilePlan

@@ -14,10 +14,10 @@ from headinfer.bench.measurement import Measurement
 from headinfer.bench.timing import median_s
 from headinfer.engine.machine import this_machine
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.numa import node_of
 from headinfer.kv.segments import Segment
 from headinfer.kv.streams import open_streams
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import SlotRing
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.tiles import RING_SLOTS, LayerWork, TilePlan, TileRates, choose_tiles, ring_slot_bytes

@@ -15,12 +15,12 @@ from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.numa import node_of
 from headinfer.kv.read_ahead import ReadAhead, read_slot_bytes
 from headinfer.kv.resident import LayerResidency, Residency
 from headinfer.kv.streams import Streams, Transport, open_streams
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import InPlace, Ring, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace, Writer
 from headinfer.plan.footprint import host_kv_tokens, write_back_bytes

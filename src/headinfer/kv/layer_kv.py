@@ -18,9 +18,9 @@ import torch
 
 from headinfer.errors import StateError
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.resident import LayerResidency
 from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRanges, clip, group, seal
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.write_back import Writer
 from headinfer.utils.tensors import Piece
 

@@ -13,9 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.slices import AnyPiece, DiskSlice, PageableSlice
 from headinfer.kv.streams import Streams
-from headinfer.kv.tiers import HostTier
 from headinfer.kv.transfer import Ring
 from headinfer.utils.tensors import Piece
 

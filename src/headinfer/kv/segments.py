@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from headinfer.kv.disk_file import DiskFile
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.slices import AnyPiece, DiskLocation, DiskSlice, PageableSlice
-from headinfer.kv.tiers import HostTier
 from headinfer.utils.tensors import Piece
 
 __all__ = ["ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]

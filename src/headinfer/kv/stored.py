@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from headinfer.kv.disk_file import DiskFile
+from headinfer.kv.host_memory import HostTier
 from headinfer.kv.segments import Segment
 from headinfer.kv.tensor_file import TensorFile
-from headinfer.kv.tiers import HostTier
 from headinfer.utils.tensors import Piece
 
 __all__ = ["StoredSegment"]
