@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import headinfer
 from headinfer.cli import main as cli
+from headinfer.engine import run_plan
 from headinfer.hf import parallel
 from headinfer.hf.ranks import Ranks
 from headinfer.jobs import generate as generation
@@ -35,7 +36,7 @@ def read(model, ids, cache):
 
 def families(folder):
     ranks = Ranks.from_environment()
-    with parallel.group(ranks):
+    with parallel.process_group(ranks):
         for path in sorted(folder.iterdir()):
             ids = load_file(path / "ids.safetensors")["ids"]
             model = parallel.load_shard(str(path), ranks, dtype=torch.float32).eval()
@@ -52,7 +53,7 @@ def command_line(ending, arguments):
     ranks = Ranks.from_environment()
     if ranks.rank == ranks.world - 1:
         if ending == "poor":
-            generation.available_host_bytes = lambda: 0
+            run_plan.available_host_bytes = lambda: 0
         else:
             run = generation.run
             generation.run = lambda prepared, on_text: run(prepared, on_text=on_text, on_forward=lambda _: os._exit(9))

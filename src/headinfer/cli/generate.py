@@ -140,8 +140,8 @@ def generate(
         )
         return generation.prepare(job, ranks)
 
-    with parallel.group(ranks):
-        prepared = parallel.together(ranks, check)
+    with parallel.process_group(ranks):
+        prepared = parallel.run_on_all_ranks(ranks, check)
         summary = _run(prepared, as_json=as_json) if ranks.is_first else generation.run(prepared, on_text=discard)
     if summary.interrupted:
         raise typer.Exit(130)

@@ -1,8 +1,10 @@
 """The attention and mask functions that enable() registers with transformers under the name "headinfer".
 
-Layers of a HeadCache arrive with tagged K and V and are streamed. All others (sliding windows, a DynamicCache, no
-cache at all) arrive with their whole K and V and go to transformers' sdpa, or, for soft caps and sinks, which
-sdpa does not know, to plain matrix products in float32.
+headinfer_attention() gets Q, K and V of every attention of an enabled model:
+
+- K and V that a HeadCache layer has tagged (layers.py) are those of the chunk. The layer's past is streamed.
+- Other K and V are complete: those of sliding windows, of a DynamicCache, or of a call without a cache. The function
+  calls transformers' sdpa, or uses matrix products in float32 if there is a soft cap or sinks, which sdpa lacks.
 """
 
 from __future__ import annotations
@@ -32,18 +34,27 @@ _LARGEST_MASK_BYTES = 2**31
 
 
 def register() -> None:
-    """Make the name known to transformers; harmless to repeat."""
+    """Register both functions with transformers. Calling it again does nothing."""
     AttentionInterface.register(NAME, headinfer_attention)
     AttentionMaskInterface.register(NAME, headinfer_mask)
 
 
 def visible_token_ranges(mask: torch.Tensor) -> list[TokenRanges]:
-    """For each row of a 2D mask [B, Tk] (True: seen) the half-open ranges of tokens that are seen."""
+    """The tokens that a padding mask lets each row see, as half-open ranges.
+
+    Args:
+        mask: [B, Tk], bool or integer. True or nonzero if the token is seen.
+
+    Returns:
+        For each row, its ranges (start, stop) in ascending order.
+    """
     edges = torch.nn.functional.pad(mask.bool().cpu().to(torch.int8), (1, 1)).diff(dim=1)
-    return [
-        list(zip((row == 1).nonzero().flatten().tolist(), (row == -1).nonzero().flatten().tolist(), strict=True))
-        for row in edges
-    ]
+    token_ranges: list[TokenRanges] = []
+    for row in edges:
+        starts = (row == 1).nonzero().flatten().tolist()
+        stops = (row == -1).nonzero().flatten().tolist()
+        token_ranges.append(list(zip(starts, stops, strict=True)))
+    return token_ranges
 
 
 def headinfer_mask(
@@ -58,10 +69,28 @@ def headinfer_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """None where the mask is plainly causal, a padding mask [B, 1, 1, Tk] with its token ranges, or sdpa's [B, 1, Tq, Tk].
+    """The mask function: transformers calls it once for each kind of layer before a forward pass.
 
-    The last serves windows and overlays, which stay with transformers' layers. A padding mask has four dims since
-    Gemma 4 slices the queries of its masks.
+    Args:
+        batch_size: B.
+        q_length: Tokens of the chunk, Tq.
+        kv_length: Tokens of the cache and the chunk, Tk.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        mask_function: Decides which key a query sees.
+        attention_mask: The padding mask [B, Tk] that the model was called with.
+        local_size: Tokens of a sliding window or an attention chunk.
+        allow_is_causal_skip: Whether the mask may be left out if it is causal.
+        **kwargs: Further arguments of transformers' mask functions.
+
+    Returns:
+        None if the mask is causal without padding. A padding mask [B, 1, 1, Tk], bool, with its token ranges as an
+        attribute, if it is causal with padding; it has four dims because Gemma 4 slices the queries of its masks. In
+        all other cases, such as sliding windows, sdpa's mask [B, 1, Tq, Tk].
+
+    Raises:
+        UnsupportedError: The mask [B, 1, Tq, Tk] would be too large.
+        StateError: The padding mask covers another number of tokens than the cache and the input have.
     """
     common = {
         "batch_size": batch_size,
@@ -76,8 +105,8 @@ def headinfer_mask(
     if local_size is not None or not allow_is_causal_skip or mask_function is not causal_mask_function:
         if batch_size * q_length * kv_length > _LARGEST_MASK_BYTES:
             raise UnsupportedError(
-                f"this model asks for an attention mask of {batch_size} x {q_length} x {kv_length} bytes: "
-                "use a smaller chunk_tokens"
+                f"this model needs an attention mask of {batch_size} x {q_length} x {kv_length} bytes, which is more "
+                f"than {_LARGEST_MASK_BYTES:,}: use a smaller chunk_tokens"
             )
         mask: torch.Tensor = sdpa_mask(**common, local_size=local_size, allow_is_causal_skip=False)
         return mask
@@ -85,8 +114,8 @@ def headinfer_mask(
     if padding is not None:
         if padding.shape[1] != kv_length:
             raise StateError(
-                f"the attention mask covers {padding.shape[1]} tokens and the cache and input have {kv_length}: "
-                "pass the mask of all tokens, old and new"
+                f"the attention mask covers {padding.shape[1]} tokens, but the cache and the input have {kv_length}: "
+                "pass a mask that covers all of them"
             )
         token_ranges = visible_token_ranges(padding)
         padding = padding[:, None, None, :]
@@ -107,28 +136,46 @@ def headinfer_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function: query [B, Hq, T, Dk]; key [B, Hkv, Tk, Dk] and value [B, Hkv, Tk, Dv].
+    """The attention function: transformers calls it for each attention of an enabled model.
 
-    Returns [B, T, Hq, Dv] and no attention weights.
+    Args:
+        module: The attention module.
+        query: [B, Hq, T, Dk].
+        key: [B, Hkv, Tk, Dk]. With a HeadCache layer these are the keys of the chunk only.
+        value: [B, Hkv, Tk, Dv].
+        attention_mask: What headinfer_mask() returned, or a mask of the model's own.
+        dropout: Must be 0.
+        scaling: Factor of the scores; None is Dk ** -0.5.
+        softcap: Soft cap c of the scores: tanh(score / c) * c. None applies no cap.
+        s_aux: Sinks [Hq], one more score per query head of a key with value 0 (gpt-oss).
+        **kwargs: Further arguments of the model, such as is_causal and sliding_window.
+
+    Returns:
+        The output [B, T, Hq, Dv], and None in place of attention weights.
+
+    Raises:
+        UnsupportedError: The module asks for something that headinfer does not compute exactly.
     """
-    tag, value_tag = getattr(key, "_headinfer", None), getattr(value, "_headinfer", None)
+    tag = getattr(key, "_headinfer", None)
+    value_tag = getattr(value, "_headinfer", None)
     if tag is not value_tag:
         raise UnsupportedError(
-            f"{type(module).__name__} changes K or V between the cache and the attention, so its KV cannot stay on the "
-            "host: use the model without headinfer"
+            f"{type(module).__name__} changes K or V between the cache and the attention, so its KV cannot be "
+            "offloaded: use the model without headinfer"
         )
     if dropout:
         raise UnsupportedError("attention dropout is on: headinfer is for inference, so call model.eval() first")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tag is None:
-        return _dense(module, query, key, value, attention_mask, scale, softcap, s_aux, **kwargs), None
+        return _dense_attention(module, query, key, value, attention_mask, scale, softcap, s_aux, **kwargs), None
     assert isinstance(tag, Tag)
     shares = tag.is_stored and getattr(module, "is_kv_shared_layer", False)
     _check_streamable(module, query, key, attention_mask, kwargs, shares=shares)
     token_ranges: Sequence[TokenRanges] | None = None
     if attention_mask is not None:
         token_ranges = getattr(attention_mask, "_headinfer_token_ranges", None)
-        token_ranges = visible_token_ranges(attention_mask.flatten(1)) if token_ranges is None else token_ranges
+        if token_ranges is None:
+            token_ranges = visible_token_ranges(attention_mask.flatten(1))
     spec = AttentionSpec(scale, softcap, s_aux, token_ranges)
     with torch.no_grad():
         if shares:
@@ -145,32 +192,48 @@ def _check_streamable(
     *,
     shares: bool,
 ) -> None:
-    """Raise UnsupportedError for what the loop would silently get wrong."""
+    """Raise UnsupportedError for everything that streaming would compute wrongly without notice.
+
+    shares: Whether the layer uses the K and V of an earlier layer. It may then have fewer queries than keys.
+    """
     name = type(module).__name__
-    causal = options.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
+    if not _is_causal(module, options):
         raise UnsupportedError(f"{name} is not causal: headinfer serves causal language models")
     if mask is not None and not _is_padding(mask):
         raise UnsupportedError(
-            f"{name} brings an attention mask of shape {tuple(mask.shape)} to a full-attention layer: headinfer serves "
-            "causal masks with padding (a 2D attention_mask)"
+            f"{name} uses an attention mask of shape {tuple(mask.shape)} in a full-attention layer, and headinfer "
+            "serves causal masks with padding only: pass a 2D attention_mask"
         )
     if options.get("sliding_window") is not None or options.get("position_bias") is not None:
-        raise UnsupportedError(f"{name} asks for a window or a position bias in a layer that its config calls full")
+        raise UnsupportedError(
+            f"{name} uses a window or a position bias in a layer that its config lists as full attention: use the "
+            "model without headinfer"
+        )
     if module.training:
         raise UnsupportedError("the model is in training mode: headinfer is for inference, so call model.eval() first")
     if options.get("output_attentions"):
-        raise UnsupportedError("output_attentions needs the whole attention matrix: headinfer never has it")
+        raise UnsupportedError(
+            "output_attentions needs the whole attention matrix, which headinfer never holds: leave it out"
+        )
     if query.shape[2] != key.shape[2] and not shares:
-        raise UnsupportedError(f"{name} attends with {query.shape[2]} queries to a chunk of {key.shape[2]} tokens")
+        raise UnsupportedError(
+            f"{name} has {query.shape[2]} queries for a chunk of {key.shape[2]} tokens, and headinfer needs one query "
+            "for each token: use the model without headinfer"
+        )
+
+
+def _is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:
+    """Whether an attention is causal: by the call's own option, or else by the module's attribute."""
+    causal = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _is_padding(mask: torch.Tensor) -> bool:
-    """Whether a mask says only which keys a row sees: [B, Tk] or [B, 1, 1, Tk] of bool or whole numbers."""
+    """Whether a mask is a padding mask: [B, Tk] or [B, 1, 1, Tk], bool or integer."""
     return not mask.is_floating_point() and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
 
 
-def _dense(
+def _dense_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -181,31 +244,31 @@ def _dense(
     sinks: torch.Tensor | None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention of a layer that brings its whole K and V; the oracle is transformers' eager attention."""
-    queries, keys = query.shape[2], key.shape[2]
+    """Attention on complete K and V. It gives the results of transformers' eager attention."""
+    queries = query.shape[2]
+    keys = key.shape[2]
     if mask is None or _is_padding(mask):
-        mask = mask.flatten(1) if mask is not None else None
-        causal = kwargs.get("is_causal")
-        if getattr(module, "is_causal", True) if causal is None else causal:
+        padding = mask.flatten(1)[:, None, None, :].bool() if mask is not None else None
+        mask = padding
+        if _is_causal(module, kwargs):
             positions = torch.arange(keys, device=query.device)
-            seen = positions[None, :] <= positions[keys - queries :, None]  # lower-right aligned
-            if mask is not None:
-                mask = seen & mask[:, None, None, :].bool()
+            seen = positions[None, :] <= positions[keys - queries :, None]  # the last query sees all keys
+            if padding is not None:
+                mask = seen & padding
             elif queries != keys:
                 mask = seen[None, None]
-        elif mask is not None:
-            mask = mask[:, None, None, :].bool()
     if softcap is None and sinks is None:
-        kwargs.pop("sliding_window", None)  # the mask has it
+        kwargs.pop("sliding_window", None)  # it is in the mask
         out: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **kwargs)[0]
     else:
-        out = _dense_eager(query, key, value, mask, scale, softcap, sinks)
+        out = _eager_attention(query, key, value, mask, scale, softcap, sinks)
     if mask is not None and mask.dtype == torch.bool:
-        out = out.masked_fill(~mask.any(dim=-1).transpose(1, 2).unsqueeze(-1), 0.0)  # rows that see no key
+        sees_no_key = ~mask.any(dim=-1)  # [B, 1, Tq]
+        out = out.masked_fill(sees_no_key.transpose(1, 2).unsqueeze(-1), 0.0)
     return out
 
 
-def _dense_eager(
+def _eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -214,9 +277,14 @@ def _dense_eager(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """softmax over [scores, sink] without the sink's column; scores capped. mask bool (True: seen) or additive."""
-    groups = query.shape[1] // key.shape[1]
-    k, v = key.float().repeat_interleave(groups, dim=1), value.float().repeat_interleave(groups, dim=1)
+    """Attention with a soft cap or sinks, by matrix products in float32. The output [B, T, Hq, Dv] is in query's dtype.
+
+    A sink is one more column of the scores, in the softmax only. A mask is bool (True: seen) or additive; None is
+    causal, with as many keys as queries.
+    """
+    group_queries = query.shape[1] // key.shape[1]
+    k = key.float().repeat_interleave(group_queries, dim=1)
+    v = value.float().repeat_interleave(group_queries, dim=1)
     scores = (query.float() @ k.mT) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -228,6 +296,7 @@ def _dense_eager(
     else:
         scores = scores + mask
     if sinks is not None:
-        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        sink_column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink_column], dim=-1)
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]
     return (weights @ v).to(query.dtype).transpose(1, 2).contiguous()

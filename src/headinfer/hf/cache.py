@@ -1,6 +1,6 @@
-"""HeadCache: a transformers Cache whose full-attention layers keep their KV per head in host memory (layers.py).
+"""HeadCache: a transformers Cache that keeps the KV of full-attention layers in host memory.
 
-Layers whose state does not grow with the context (sliding windows, linear attention) stay with transformers' classes.
+layers.py has the offloaded layers, engine/ decides what is on the device, and sessions/ saves and loads a cache.
 """
 
 from __future__ import annotations
@@ -42,7 +42,33 @@ __all__ = ["HeadCache", "Stats"]
 
 @dataclass(frozen=True)
 class Stats:
-    """Bytes and choices of a cache; device bytes are what the KV cache holds on the compute device."""
+    """Bytes that a cache holds and has moved, and what was chosen for its last forward pass.
+
+    Device figures are sums over the compute devices of the KV cache alone, without weights and activations.
+
+    Attributes:
+        tokens: Tokens of each row.
+        layers_offloaded: Number of full-attention layers, whose KV is in host memory.
+        layers_left_to_transformers: Number of layers that keep transformers' own cache.
+        device_kv_bytes: Bytes of KV on the device now: ring, tails, write-back buffers and resident tokens.
+        device_kv_peak_bytes: The largest device_kv_bytes so far.
+        device_ring_bytes: Bytes of the ring's slots, through which tiles are streamed.
+        device_tail_bytes: Bytes of the tails, which hold the newest tokens.
+        device_staging_bytes: Bytes of the write-back buffers.
+        device_resident_bytes: Bytes of the tokens that stay on the device.
+        host_kv_bytes: Bytes of host memory that are allocated for KV now.
+        host_kv_peak_bytes: The largest host_kv_bytes so far.
+        disk_kv_bytes: Bytes of KV in the disk tier now.
+        disk_to_host_bytes: Bytes that were read from the disk tier.
+        link_to_device_bytes: Bytes that were copied from the host to the device.
+        link_to_host_bytes: Bytes that were copied from the device to the host.
+        tail_moved_bytes: Bytes that were moved within tails on the device.
+        copies: Number of copies between host and device.
+        heads_per_group: KV heads that are streamed together; 0 before the first forward pass.
+        tile_tokens: Tokens that are streamed together; 0 before the first forward pass.
+        tile_reason: Why this tile was chosen.
+        attention_backends: Names of the attention backends that ran. As the option `backend` they repeat every choice.
+    """
 
     tokens: int
     layers_offloaded: int
@@ -70,26 +96,43 @@ class Stats:
 class HeadCache(Cache):  # type: ignore[misc]
     """A KV cache for `model(...)` and `model.generate(...)` of an enabled model.
 
-    Full-attention layers are kept per head on the host; layers whose state does not grow (sliding windows, chunked and
-    linear attention) stay with transformers' own classes. Raises UnsupportedError for a config whose layers this
-    version does not serve, and UsageError for options out of range.
+    Full-attention layers keep their KV in host memory. Layers whose state does not grow with the context (sliding
+    windows, chunked and linear attention) stay with transformers' own classes.
 
         with headinfer.enable(model):
             cache = HeadCache(model.config, device_kv_budget_bytes=256 * 2**20)
             model.generate(**inputs, past_key_values=cache)
+
+    Args:
+        config: The config of the model.
+        **options: Fields of `headinfer.Options`.
+
+    Attributes:
+        engine: What the offloaded layers share: options, memory and transfers.
+        attentions_per_forward: Number of full attentions in a forward pass. It is more than the number of offloaded
+            layers if layers share K and V.
+        copies: Number of equal rows of the batch that each row of the layers represents (copies.py).
+        model: A weak reference to the model that filled the cache: a call returns the model, or None.
+        saved: The session that the cache was saved to or loaded from.
+        run_plan: The last plan of a generate() or a forward pass with this cache.
+        token_ids: The token ids [rows, tokens] that load() found; int64.
+
+    Raises:
+        UnsupportedError: The config has a layer that is not served, or no full-attention layer.
+        UsageError: An option is out of range.
     """
 
     def __init__(self, config: PreTrainedConfig, **options: Unpack[OptionFields]) -> None:
-        """options: the fields of `headinfer.Options`."""
         check_version()
         chosen = Options(**options)
         layers = default_layers(config)
-        growing = [DynamicLayer, LinearAttentionAndFullAttentionLayer]
-        full = [index for index, layer in enumerate(layers) if type(layer) in growing]
+        full_attention = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        full = [index for index, layer in enumerate(layers) if type(layer) in full_attention]
         for layer in layers:
-            if type(layer) not in growing and not is_constant_size(layer):
+            if type(layer) not in full_attention and not is_constant_size(layer):
                 raise UnsupportedError(
-                    f"{config.model_type} has a layer of type {type(layer).__name__}, which this version does not serve"
+                    f"{config.model_type} has a cache layer of type {type(layer).__name__}, which this version does "
+                    "not serve: use the model without headinfer"
                 )
         if not full:
             raise UnsupportedError(
@@ -98,16 +141,18 @@ class HeadCache(Cache):  # type: ignore[misc]
             )
         self.engine = Engine(chosen, len(full))
         for index in full:
-            hybrid = isinstance(layers[index], LinearAttentionAndFullAttentionLayer)
-            states = layers[index].number_of_states if hybrid else 0
-            leads = index == full[0]
-            layers[index] = HybridHeadLayer(self.engine, leads, states) if hybrid else HeadLayer(self.engine, leads)
+            layer = layers[index]
+            is_first = index == full[0]
+            if isinstance(layer, LinearAttentionAndFullAttentionLayer):
+                layers[index] = HybridHeadLayer(self.engine, is_first, layer.number_of_states)
+            else:
+                layers[index] = HeadLayer(self.engine, is_first)
         self.attentions_per_forward = len(full) + shared_full_layers(config)
-        self.copies = 1  # rows that one row of the layers stands for: see copies.py
-        self.model: Callable[[], PreTrainedModel | None] = lambda: None  # who filled it: a weak reference
+        self.copies = 1
+        self.model: Callable[[], PreTrainedModel | None] = lambda: None
         self.saved: Saved | None = None
-        self.run_plan: RunPlan | None = None  # of the generate() or forward pass that it was last planned for
-        self.token_ids: torch.Tensor | None = None  # [rows, tokens]: those that load() found
+        self.run_plan: RunPlan | None = None
+        self.token_ids: torch.Tensor | None = None
         super().__init__(layers=layers)
 
     @property
@@ -116,10 +161,12 @@ class HeadCache(Cache):  # type: ignore[misc]
         return [layer for layer in self.layers if isinstance(layer, HeadLayer)]
 
     def stats(self) -> Stats:
-        """Bytes held and moved so far, and what was chosen for the last forward pass."""
-        host, plan, counters = self.engine.counter, self.engine.plan, self.engine.counters
+        """The bytes that the cache holds and has moved, and what was chosen for the last forward pass."""
+        host = self.engine.counter
+        plan = self.engine.plan
+        counters = self.engine.counters
 
-        def held(purpose: str) -> int:
+        def device_bytes(purpose: str) -> int:
             return sum(counter.device_bytes[purpose] for counter in counters)
 
         return Stats(
@@ -128,10 +175,10 @@ class HeadCache(Cache):  # type: ignore[misc]
             layers_left_to_transformers=len(self.layers) - len(self.head_layers),
             device_kv_bytes=sum(sum(counter.device_bytes.values()) for counter in counters),
             device_kv_peak_bytes=sum(counter.device_peak_bytes for counter in counters),
-            device_ring_bytes=held("ring"),
-            device_tail_bytes=held("tail"),
-            device_staging_bytes=held("staging"),
-            device_resident_bytes=held("resident"),
+            device_ring_bytes=device_bytes("ring"),
+            device_tail_bytes=device_bytes("tail"),
+            device_staging_bytes=device_bytes("staging"),
+            device_resident_bytes=device_bytes("resident"),
             host_kv_bytes=host.host_bytes,
             host_kv_peak_bytes=host.host_peak_bytes,
             disk_kv_bytes=host.disk_bytes,
@@ -147,48 +194,58 @@ class HeadCache(Cache):  # type: ignore[misc]
         )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -tokens_to_remove tokens; refused before it starts where a layer cannot."""
+        """Remove the newest tokens of every row.
+
+        Args:
+            tokens_to_remove: A negative number removes so many tokens. A positive number is the length to keep.
+
+        Raises:
+            StateError: A layer of transformers has dropped the older states that this needs. No layer is changed.
+        """
         for layer in self.layers:
-            if reason := uncroppable_reason(layer):
+            reason = uncroppable_reason(layer)
+            if reason:
                 raise StateError(f"cannot crop: {reason}")
         super().crop(tokens_to_remove)
 
     def separate(self) -> None:
-        """Give each of the rows that were equal so far a row of its own; they share what they hold."""
+        """Make each row `copies` rows, which share their segments, so that they can differ from here on."""
         if self.copies > 1:
-            copies, self.copies = self.copies, 1
-            if rows := self.head_layers[0].rows:
+            copies = self.copies
+            self.copies = 1
+            rows = self.head_layers[0].rows
+            if rows:
                 self.reorder_cache(torch.arange(rows).repeat_interleave(copies))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes row beam_idx[i]."""
+        """Replace each row i by row beam_idx[i]. beam_idx: [rows], int64."""
         self.separate()
-        super().reorder_cache(beam_idx.cpu())  # once, and not for each layer
+        super().reorder_cache(beam_idx.cpu())  # one copy to the host instead of one per layer
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row becomes `repeats` rows."""
+        """Replace each row by `repeats` rows, which share its segments."""
         self.separate()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows that an index tensor or bool mask names."""
+        """Keep the rows that a tensor of indices or a bool mask selects."""
         self.separate()
         super().batch_select_indices(indices)
 
     def reset(self) -> None:
-        """Forget everything and give the memory back."""
-        with torch.inference_mode():  # before 5.23 a layer of transformers clears what it may have made in this mode
+        """Empty the cache and free its memory."""
+        with torch.inference_mode():  # before 5.23, layers of transformers zero tensors that they may have made in it
             super().reset()
         self.copies = 1
 
     def forget_recorded_past(self) -> None:
-        """Between the chunks of one pass: layers that record their past (assisted decoding) keep their window only."""
+        """Cut transformers' layers that record their past (assisted decoding) to their window, between two chunks."""
         for layer in self.layers:
             if getattr(layer, "record_past", False) and not isinstance(layer, HeadLayer):
                 layer.crop(0)
 
     def fork(self) -> HeadCache:
-        """A second cache with the same content, which goes its own way; segments are shared, not copied."""
+        """Create an independent cache with the same content. Both share the segments, which are not copied."""
         twin = copy.copy(self)
         twin.layers = []
         for layer in self.layers:
@@ -218,7 +275,9 @@ class HeadCache(Cache):  # type: ignore[misc]
         """
         model = self.model()
         if model is None:
-            raise StateError("an enabled model must have filled the cache, and still be there, before it can be saved")
+            raise StateError(
+                "an enabled model must have filled the cache, and must still exist, before the cache can be saved"
+            )
         save_cache(self, Path(folder), model, token_ids, about)
 
     @classmethod
@@ -268,11 +327,11 @@ class HeadCache(Cache):  # type: ignore[misc]
         return created
 
     def checkpoint(self) -> list[dict[str, Any]]:
-        """What rollback() needs: the length of each offloaded layer, references and small copies for the others."""
+        """The state of each layer, for rollback(): the length of an offloaded layer, the fields of any other."""
         return [state_of(layer) for layer in self.layers]
 
     def rollback(self, checkpoint: list[dict[str, Any]]) -> None:
-        """Return every layer to what it was at the checkpoint, after an error in the middle of a forward pass."""
+        """Return every layer to the state at a checkpoint, after an error in a forward pass."""
         self.engine.abandon()
         for layer, before in zip(self.layers, checkpoint, strict=True):
             restore(layer, before)

@@ -1,7 +1,7 @@
-"""Cuts one long forward pass into chunks, where a caller reads a prompt at once: assisted decoding, or a bare call.
+"""Cuts a long forward pass into chunks: assisted decoding and bare calls of a model read a whole prompt at once.
 
-generate()'s own prefill_chunk_size does not serve these. Only the last logits may be asked for (logits_to_keep), since
-all of them would be larger than what chunks save.
+generate() itself cuts a prompt by its prefill_chunk_size, but not in these cases. A pass is cut only if it asks for the
+last logits alone (logits_to_keep), since the logits of all tokens would take more memory than chunks save.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 __all__ = ["chunks_of"]
 
-_FEW_TOKENS = 16  # such passes are never cut, and decode must not pay for a plan
-# How inputs over the tokens of one call are cut: name -> the dimension of its tokens.
+_UNCUT_TOKENS = 16  # passes up to this length are never cut, so that decode steps need no plan
+# The arguments that have an entry for each token of the pass, with the dimension of the tokens.
 _TOKEN_DIMS = {
     "input_ids": 1,
     "inputs_embeds": 1,
@@ -24,33 +24,44 @@ _TOKEN_DIMS = {
     "token_type_ids": 1,
     "mm_token_type_ids": 1,
 }
-_WHOLE_PASS = ("output_hidden_states", "output_attentions", "output_router_logits", "labels")
+# Arguments that ask for results of all tokens. A pass with one of them is not cut.
+_WANTS_ALL_TOKENS = ("output_hidden_states", "output_attentions", "output_router_logits", "labels")
 
 
 def chunks_of(inputs: dict[str, Any], chunk_tokens: Callable[[int], int]) -> Iterator[dict[str, Any]]:
-    """The calls that a forward pass becomes: one with the same arguments where it is short or can not be cut.
+    """Split a forward pass into the calls of its chunks.
 
-    inputs: the call's arguments by name. chunk_tokens: of a chunk, given how many tokens there are after the call;
-    asked for passes over more than 16 only. The last chunk has at least as many tokens as logits are asked for.
+    Args:
+        inputs: The arguments of the pass by name.
+        chunk_tokens: Returns the tokens of a chunk, given the length of the context after the pass. It is called only
+            for a pass that can be cut.
+
+    Yields:
+        The arguments of each call. The last call has at least as many tokens as logits are asked for. A pass that is
+        short or cannot be cut is one call with `inputs` itself.
     """
     tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
-    kept, mask = inputs.get("logits_to_keep", 0), inputs.get("attention_mask")
     total = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 0
-    if (
-        total <= _FEW_TOKENS
-        or not (isinstance(kept, int) and 1 <= kept <= total)
-        or not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
-        or any(inputs.get(name) for name in _WHOLE_PASS)
-    ):
+    wanted_logits = inputs.get("logits_to_keep", 0)
+    mask = inputs.get("attention_mask")
+    can_be_cut = (
+        total > _UNCUT_TOKENS
+        and isinstance(wanted_logits, int)
+        and 1 <= wanted_logits <= total
+        and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
+        and not any(inputs.get(name) for name in _WANTS_ALL_TOKENS)
+    )
+    if not can_be_cut:
         yield inputs
         return
     past = inputs.get("past_key_values")
-    size = chunk_tokens(total + (past.get_seq_length() if past is not None else 0))
+    past_tokens = past.get_seq_length() if past is not None else 0
+    size = chunk_tokens(past_tokens + total)
     if total <= size:
         yield inputs
         return
-    last = min(total - kept, (total - 1) // size * size)
-    edges = [*range(0, last, size), last, total]
+    last_start = min(total - wanted_logits, (total - 1) // size * size)
+    edges = [*range(0, last_start, size), last_start, total]
     for start, stop in itertools.pairwise(edges):
         part = dict(inputs)
         for name, dim in _TOKEN_DIMS.items():

@@ -1,4 +1,4 @@
-"""Every difference between transformers versions, and every private name of transformers that we use."""
+"""transformers' private names, and functions for what differs between its versions. Other files need neither."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ __all__ = [
     "default_layers",
     "flash_attention_mask",
     "is_constant_size",
+    "is_unsupported_cache",
     "last_logits_only",
     "layer_device",
     "sdpa_attention_forward",
@@ -62,14 +63,17 @@ __all__ = [
     "shared_full_layers",
     "takes_attention_interface",
     "tensor_parallel_plan",
-    "unfit_cache",
 ]
 
 _OLDEST = "5.17"
 
 
 def check_version() -> None:
-    """Raise UnsupportedError where transformers is older than what the seam was built on."""
+    """Check that transformers is not too old.
+
+    Raises:
+        UnsupportedError: It is.
+    """
     if Version(transformers.__version__) < Version(_OLDEST):
         raise UnsupportedError(
             f"transformers {transformers.__version__} is installed: headinfer needs {_OLDEST} or newer"
@@ -77,12 +81,15 @@ def check_version() -> None:
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
-    """Arguments of a forward pass of which only the last token's logits are wanted; none for models without them."""
+    """The arguments with which a forward pass computes the last token's logits only.
+
+    Empty if the model has no such argument.
+    """
     return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
 
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:
-    """Where a decoder layer computes: its own weights' device, for a model that device_map spread over several."""
+    """The device on which a decoder layer computes, also if device_map spreads the model over several devices."""
     layers = getattr(model.get_decoder(), "layers", None)
     weight = next(layers[index].parameters(), None) if layers is not None and index < len(layers) else None
     device: torch.device = model.device if weight is None or weight.device.type == "meta" else weight.device
@@ -90,33 +97,34 @@ def layer_device(model: PreTrainedModel, index: int) -> torch.device:
 
 
 def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
-    """The CUDA devices that compute its layers: one, or those that device_map spread it over."""
+    """The CUDA devices that compute the layers of a model: several if device_map spreads it over them."""
     devices = getattr(model, "hf_device_map", None) or {"": model.device}
-    names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in devices.values()}  # others are "cpu", "disk"
+    names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in devices.values()}  # may be "cpu" or "disk"
     return [torch.device(name) for name in sorted(names) if name.startswith("cuda")]
 
 
 def default_layers(config: PreTrainedConfig) -> list[Any]:
-    """The cache layers that transformers itself would use for this model, empty, one per decoder layer."""
+    """The empty cache layers that transformers itself would use for a model."""
     return list(DynamicCache(config=config).layers)
 
 
 def is_constant_size(layer: object) -> bool:
-    """Whether a cache layer's state does not grow with the context, or it has none: transformers keeps those."""
+    """Whether a cache layer has no state, or a state that does not grow with the context, such as a window."""
     constant = (
         DynamicSlidingWindowLayer,
         LinearAttentionLayer,
         LinearAttentionAndSlidingWindowAttentionLayer,
-        getattr(cache_utils, "DummyLayer", None),  # not before 5.18: layers without a cache have no entry at all
+        getattr(cache_utils, "DummyLayer", None),  # from 5.18 on, for layers without a cache
     )
     return type(layer) in constant
 
 
 def shared_full_layers(config: PreTrainedConfig) -> int:
-    """How many full-attention layers use the K and V of an earlier one (Gemma 3n and 4) and have no cache."""
+    """Number of full-attention layers that use the K and V of an earlier layer, without a cache (Gemma 3n and 4)."""
     text = config.get_text_config(decoder=True)
-    modes, kinds = getattr(text, "kv_sharing_modes", None), getattr(text, "layer_types", None)
-    if modes is None and kinds is not None:  # older versions say how many of the last layers
+    modes = getattr(text, "kv_sharing_modes", None)
+    kinds = getattr(text, "layer_types", None)
+    if modes is None and kinds is not None:  # older versions have the number of the last layers that share
         count = getattr(text, "num_kv_shared_layers", None) or 0
         modes = ["reuse" if index >= len(kinds) - count else None for index in range(len(kinds))]
     if modes is None or kinds is None:
@@ -125,15 +133,15 @@ def shared_full_layers(config: PreTrainedConfig) -> int:
 
 
 def takes_attention_interface(model: PreTrainedModel) -> bool:
-    """Whether the model's attention calls the interface; set_attn_implementation only warns where it does not."""
+    """Whether a model calls transformers' attention interface. If not, set_attn_implementation() only warns."""
     return bool(model._can_set_attn_implementation())
 
 
 def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
-    """How transformers splits the model over processes: styles by the names of modules; empty where it cannot."""
+    """How transformers shards a model: a style for each module by name; empty if it cannot shard the model."""
     return getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
 
 
-def unfit_cache(cache: object) -> bool:
-    """Whether a cache can not work under headinfer's attention: fixed-size, quantised or encoder-decoder."""
+def is_unsupported_cache(cache: object) -> bool:
+    """Whether a cache does not work with headinfer's attention: one of fixed size, quantized, or encoder-decoder."""
     return isinstance(cache, StaticCache | QuantizedCache | EncoderDecoderCache)

@@ -1,8 +1,8 @@
-"""Rows that are copies of each other are read once, until they differ.
+"""Computes equal rows of a batch once, for beam search and num_return_sequences.
 
-generate() repeats the prompt for every beam and every sequence to return, before it reads it. Here the cache holds one
-of each group of equal rows, the model runs on one, and its logits are repeated; at the first call whose rows differ,
-the cache's rows are repeated by table, so that they go on sharing the prompt's segments.
+generate() repeats the prompt for each beam and each returned sequence before the model reads it. While these rows are
+equal, the model runs on one of them (distinct_rows()) and its logits are repeated (repeat_logits()). At the first call
+whose rows differ, HeadCache.separate() gives each its own row, which shares the segments of the prompt.
 """
 
 from __future__ import annotations
@@ -11,31 +11,39 @@ from typing import Any
 
 import torch
 
-__all__ = ["one_of_each", "repeat_logits"]
+__all__ = ["distinct_rows", "repeat_logits"]
 
+# Outputs that repeat_logits() does not repeat.
 _OTHER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def one_of_each(inputs: dict[str, Any], config: Any, copies: int) -> dict[str, Any] | None:
-    """The call with one of each `copies` adjacent rows; None where they differ, or more than logits is asked for.
+def distinct_rows(inputs: dict[str, Any], config: Any, copies: int) -> dict[str, Any] | None:
+    """Take one row of each group of equal rows of a forward pass.
 
-    inputs: the call's arguments by name; its batch is the first dimension of input_ids or inputs_embeds.
+    Args:
+        inputs: The arguments of the pass by name. The batch is the first dimension of input_ids or inputs_embeds.
+        config: The config of the model.
+        copies: Rows of a group. They are adjacent.
+
+    Returns:
+        The arguments with one row of each group. None if the rows of a group differ, or if the pass asks for outputs
+        other than logits.
     """
     if any(inputs.get(name) or getattr(config, name, False) for name in _OTHER_OUTPUTS):
         return None
     tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     if tokens is None or tokens.shape[0] % copies:
         return None
-    one = dict(inputs)
+    distinct = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[0] == tokens.shape[0]:
-            one[name] = value[::copies]
-            if not torch.equal(one[name].repeat_interleave(copies, dim=0), value):
+            distinct[name] = value[::copies]
+            if not torch.equal(distinct[name].repeat_interleave(copies, dim=0), value):
                 return None
-    return one
+    return distinct
 
 
 def repeat_logits(output: Any, copies: int) -> Any:
-    """A model's output, its logits [B, T, V] repeated for the rows that were left out."""
+    """Repeat each row of a model's logits [B, T, V], in place of the rows that were left out. Changes the output."""
     output.logits = output.logits.repeat_interleave(copies, dim=0)
     return output

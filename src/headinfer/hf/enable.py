@@ -29,11 +29,11 @@ from headinfer.hf.compat import (
     PreTrainedModel,
     check_version,
     cuda_devices,
+    is_unsupported_cache,
     layer_device,
     takes_attention_interface,
-    unfit_cache,
 )
-from headinfer.hf.copies import one_of_each, repeat_logits
+from headinfer.hf.copies import distinct_rows, repeat_logits
 from headinfer.hf.families import check_family
 from headinfer.hf.layers import HeadLayer
 from headinfer.kv.byte_counter import ByteCounter
@@ -200,18 +200,18 @@ class Enabled:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
             cache = inputs.get("past_key_values")
-            if unfit_cache(cache):
-                raise _unfit(type(cache).__name__)
+            if is_unsupported_cache(cache):
+                raise _unsupported_cache(type(cache).__name__)
             if not isinstance(cache, HeadCache):
                 return forward(*args, **kwargs)
             copies = cache.copies
             if copies > 1:
-                one = one_of_each(inputs, self.model.config, copies)
-                if one is None:
+                distinct = distinct_rows(inputs, self.model.config, copies)
+                if distinct is None:
                     cache.separate()
                     copies = 1
                 else:
-                    inputs = one
+                    inputs = distinct
             self._warn_about(cache.get_seq_length() + _tokens_of(inputs))
             result = self._guarded_chunks(forward, inputs, cache)
             return repeat_logits(result, copies) if copies > 1 else result
@@ -261,10 +261,10 @@ class Enabled:
     ) -> None:
         """Called by generate() to get its cache. generation_config is the call's own copy."""
         cache = model_kwargs.get("past_key_values")
-        if unfit_cache(cache):
-            raise _unfit(type(cache).__name__)
+        if is_unsupported_cache(cache):
+            raise _unsupported_cache(type(cache).__name__)
         if generation_config.cache_implementation not in _OUR_CACHES:
-            raise _unfit(f"cache_implementation={generation_config.cache_implementation!r}")
+            raise _unsupported_cache(f"cache_implementation={generation_config.cache_implementation!r}")
         if isinstance(cache, HeadCache) and cache.get_seq_length() and mode == GenerationMode.ASSISTED_GENERATION:
             raise UnsupportedError(
                 f"the cache holds {cache.get_seq_length()} tokens, and transformers' assisted decoding would read them "
@@ -305,7 +305,7 @@ def _tokens_of(inputs: dict[str, Any]) -> int:
     return 0
 
 
-def _unfit(what: str) -> UnsupportedError:
+def _unsupported_cache(what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what} cannot work with headinfer, which keeps its own KV cache: leave it out, or pass a HeadCache"
     )

@@ -1,4 +1,7 @@
-"""Which model families are served: each was compared with transformers' own results (docs/models.md)."""
+"""The model families that are served, and those that are refused with the reason.
+
+Each served family was compared with transformers' own results. docs/models.md is generated from these lists.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from headinfer.hf.compat import PreTrainedConfig
 
 __all__ = ["REFUSED", "SUPPORTED_FAMILIES", "check_family"]
 
-# transformers' model_type of the text model. Each has a parity test on a tiny config: tests/hf/test_families.py.
+# The model_type of the text model in transformers. tests/hf/test_families.py compares each with transformers.
 SUPPORTED_FAMILIES = (
     "afmoe", "apertus", "arcee", "aria_text", "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1",
     "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo", "gemma", "gemma2", "gemma3_text",
@@ -21,35 +24,40 @@ SUPPORTED_FAMILIES = (
     "vaultgemma",
 )  # fmt: skip
 
-# Models with more than text, verified for text; what images bring to the masks is refused when it comes.
+# Multimodal models that are served with text only. A pass with images is refused because of its masks.
 _COMPOSITES = ("gemma3", "gemma4", "llama4", "qwen3_5", "qwen3_5_moe")
 
 _COMPRESSED = "it caches compressed latents and expands them to all heads after the cache"
-_CHUNKS = "transformers itself gives other results for it when the prompt is read in chunks"
+_CHUNKS = "transformers itself gives other results for it if the prompt is read in chunks"
 _CHANGES = "it changes K or V between the cache and the attention"
 REFUSED = {
     "bamba": _CHUNKS,
     "deepseek_v2": _COMPRESSED,
     "deepseek_v3": _COMPRESSED,
     "diffllama": _CHANGES,
-    "doge": "it brings an attention mask of its own to layers with full attention",
+    "doge": "it uses an attention mask of its own in full-attention layers",
     "jamba": _CHUNKS,
     "jetmoe": _CHANGES,
-    "minimax": "it insists on a cache class of its own",
+    "minimax": "it requires a cache class of its own",
 }
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedError where the model's family is not served exactly, with the reason."""
-    own, text = config.model_type, config.get_text_config(decoder=True).model_type
-    if text in SUPPORTED_FAMILIES and own in (text, *_COMPOSITES):
+    """Check that the family of a model is served exactly.
+
+    Raises:
+        UnsupportedError: It is not. The message says why.
+    """
+    family = config.model_type
+    text = config.get_text_config(decoder=True).model_type
+    if text in SUPPORTED_FAMILIES and family in (text, *_COMPOSITES):
         return
     reason = REFUSED.get(text)
     if reason is not None:
         raise UnsupportedError(
-            f"the model family {own} can not be served exactly, since {reason}: use transformers alone"
+            f"the model family {family} cannot be served exactly, since {reason}: use transformers alone"
         )
     raise UnsupportedError(
-        f"the model family {own} is not verified yet: docs/models.md and `headinfer info` list the "
+        f"the model family {family} is not verified yet: docs/models.md and `headinfer info` list the "
         f"{len(SUPPORTED_FAMILIES)} that are"
     )

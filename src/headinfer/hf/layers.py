@@ -1,7 +1,9 @@
-"""The layers of a HeadCache: HeadLayer for full attention, and what is the same for all kinds of layers.
+"""The layers of a HeadCache: HeadLayer for full attention, HybridHeadLayer for full and linear attention.
 
-`update()` does not return the whole K and V, as transformers' own layers do. It returns the chunk's K and V,
-tagged with the layer; the attention function "headinfer" (attention.py) reads the tag and streams the rest.
+The update() of transformers' own layers returns the complete K and V. A HeadLayer returns those of the chunk, tagged
+with the layer. The attention function (attention.py) reads the tag and calls attend(), which streams the past.
+
+state_of(), restore() and uncroppable_reason() serve layers of any class, transformers' own included.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ __all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "uncrop
 
 @dataclass
 class Tag:
-    """What update() leaves on the K and V that it returns, for the attention function to find.
+    """The attribute that update() sets on the K and V of a chunk, for the attention function.
 
-    past_tokens: the layer's length before the chunk. is_stored: the chunk has been attended to and kept; what comes
-    again with the same K and V is a layer that shares them.
+    Attributes:
+        layer: The layer that was updated.
+        past_tokens: Tokens of the layer before the chunk.
+        is_stored: Whether the chunk has been appended to the layer's KV. A later attention with the same K and V then
+            belongs to a layer that shares them.
     """
 
     layer: HeadLayer
@@ -40,21 +45,31 @@ class Tag:
 
 
 class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One full-attention layer of a HeadCache."""
+    """A full-attention layer of a HeadCache.
+
+    Args:
+        engine: The engine of the cache.
+        is_first: Whether this is the first offloaded layer, with whose attention a forward pass begins.
+
+    Attributes:
+        layer_kv: The KV of the layer; None before the first chunk.
+        pending: The tag of a chunk whose attention has not run yet.
+    """
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, engine: Engine, leads: bool) -> None:
-        """leads: this is the first offloaded layer, whose update begins a forward pass."""
+    def __init__(self, engine: Engine, is_first: bool) -> None:
         super().__init__()
-        self.engine, self.leads = engine, leads
+        self.engine = engine
+        self.leads = is_first  # sessions keep this attribute under this name
         self.layer_kv: LayerKV | None = None
         self.pending: Tag | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Create the store with the batch, heads, dims, dtype and device of the first chunk."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        """Create the layer's KV, with the batch, heads, dims, dtype and device of the first chunk."""
+        self.dtype = key_states.dtype
+        self.device = key_states.device
         self.layer_kv = self.engine.new_layer_kv(key_states, value_states)
         self.is_initialized = True
 
@@ -62,20 +77,39 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tag the chunk's K [B, Hkv, T, Dk] and V [B, Hkv, T, Dv] and return them; attend() stores them."""
+        """Tag the K and V of a chunk. attend() appends them to the layer's KV later.
+
+        Args:
+            key_states: [B, Hkv, T, Dk].
+            value_states: [B, Hkv, T, Dv].
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            The same two tensors.
+
+        Raises:
+            StateError: The attention of the previous update has not run, or the batch has another number of rows.
+        """
         if self.engine.awaiting is not None:
             raise StateError(
-                "a HeadCache layer was updated and its attention never ran through headinfer: enable the model with "
-                "headinfer.enable(model) before you pass it a HeadCache (or, if it is enabled, this model changes "
-                "K and V on the way and cannot be served)"
+                "the attention of a HeadCache layer did not run through headinfer: call headinfer.enable(model) before "
+                "you pass the model a HeadCache (an enabled model that changes K and V before the attention cannot be "
+                "served)"
             )
         if self.layer_kv is None:
             self.lazy_initialization(key_states, value_states)
         assert self.layer_kv is not None
         if key_states.shape[0] != self.layer_kv.rows:
-            raise StateError(f"the cache holds {self.layer_kv.rows} rows and the model was given {key_states.shape[0]}")
-        self.pending = self.engine.awaiting = Tag(self, self.layer_kv.tokens)
-        key_states._headinfer = value_states._headinfer = self.pending  # type: ignore[attr-defined]
+            raise StateError(
+                f"the cache holds {self.layer_kv.rows} rows, but the model was given {key_states.shape[0]}: pass as "
+                "many rows as the cache holds, or an empty cache"
+            )
+        tag = Tag(self, self.layer_kv.tokens)
+        self.pending = tag
+        self.engine.awaiting = tag
+        key_states._headinfer = tag  # type: ignore[attr-defined]
+        value_states._headinfer = tag  # type: ignore[attr-defined]
         return key_states, value_states
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -91,7 +125,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
             [B, T, Hq, Dv].
         """
         if self.pending is None or self.layer_kv is None:
-            raise StateError("the attention of a HeadCache layer ran twice, or without an update before it")
+            raise StateError("the attention of a HeadCache layer ran without an update: each needs one of its own")
         if self.leads:
             self.engine.begin(self.layer_kv, q.shape[1], q.shape[2])
         out = self.engine.attend(q, k, v, self.layer_kv, spec)
@@ -133,108 +167,133 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.layer_kv.tokens if self.layer_kv is not None else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask covers: all tokens, from the first."""
+        """Number of keys that a mask covers, and the position of the first one: all tokens, from position 0."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """-1: there is no limit."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """No limit (the name that older versions use)."""
+        """-1: there is no limit. This is the name in older versions of transformers."""
         return -1
 
     def reset(self) -> None:
-        """Forget everything and give the memory back."""
+        """Empty the layer and free its memory."""
         if self.layer_kv is not None:
             self.layer_kv.close()
             self.engine.drop_prefetched()
         if self.pending is not None:
             self.engine.awaiting = None
-        self.layer_kv, self.pending, self.is_initialized = None, None, False
+        self.layer_kv = None
+        self.pending = None
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -tokens_to_remove tokens (a negative number); a positive number is the length to keep."""
-        if self.layer_kv is not None:
-            length = self.layer_kv.tokens
-            self.layer_kv.crop(
-                max(length + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, length)
-            )
+        """Remove the newest tokens: a negative number is how many, a positive number is the length to keep."""
+        if self.layer_kv is None:
+            return
+        length = self.layer_kv.tokens
+        if tokens_to_remove <= 0:
+            self.layer_kv.crop(max(length + tokens_to_remove, 0))
+        else:
+            self.layer_kv.crop(min(tokens_to_remove, length))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes row beam_idx[i]: table entries move, segments do not."""
+        """Replace each row i by row beam_idx[i]. beam_idx: [rows], int64. Segments are shared, not copied."""
         if self.layer_kv is not None:
             self.layer_kv.select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row becomes `repeats` rows that share its segments."""
+        """Replace each row by `repeats` rows, which share its segments."""
         if self.layer_kv is not None:
-            self.layer_kv.select_rows([row for row in range(self.layer_kv.rows) for _ in range(repeats)])
+            self.layer_kv.select_rows(torch.arange(self.layer_kv.rows).repeat_interleave(repeats).tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows that an index tensor or bool mask names."""
+        """Keep the rows that a tensor of indices or a bool mask selects."""
         if self.layer_kv is not None:
             self.layer_kv.select_rows(torch.arange(self.layer_kv.rows)[indices.cpu()].tolist())
 
     def offload(self) -> None:
-        """Nothing to do: the KV lies on the host."""
+        """Do nothing. The KV is in host memory already."""
 
     def prefetch(self) -> None:
-        """Nothing to do: the ring fetches what is needed."""
+        """Do nothing. The ring fetches what is needed."""
 
 
 class HybridHeadLayer(HeadLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
-    """A layer with full attention, kept on the host, and a linear-attention state, which does not grow (Falcon-H1)."""
+    """A layer with full attention, whose KV is offloaded, and linear attention, whose state does not grow (Falcon-H1).
 
-    def __init__(self, engine: Engine, leads: bool, number_of_states: int) -> None:
+    Args:
+        engine: The engine of the cache.
+        is_first: Whether this is the first offloaded layer.
+        number_of_states: Number of linear-attention states, as transformers' layer has it.
+    """
+
+    def __init__(self, engine: Engine, is_first: bool, number_of_states: int) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        HeadLayer.__init__(self, engine, leads)
+        HeadLayer.__init__(self, engine, is_first)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """As far as the linear state is."""
+        """Whether the linear-attention state can be cropped. The KV always can."""
         return bool(LinearAttentionLayer.is_croppable.fget(self))
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """K and V come as two positional arguments, linear states by name: transformers' own convention."""
-        (HeadLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+        """Create the layer's KV from positional arguments, or the linear-attention state from keyword arguments.
+
+        transformers calls it in these two ways.
+        """
+        if args:
+            HeadLayer.lazy_initialization(self, *args, **kwargs)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the layer and free its memory."""
         HeadLayer.reset(self)
         LinearAttentionLayer.reset(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -tokens_to_remove tokens."""
+        """Remove the newest tokens: a negative number is how many, a positive number is the length to keep."""
         LinearAttentionLayer.crop(self, tokens_to_remove)
         HeadLayer.crop(self, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes row beam_idx[i]."""
+        """Replace each row i by row beam_idx[i]. beam_idx: [rows], int64."""
         HeadLayer.reorder_cache(self, beam_idx)
         LinearAttentionLayer.reorder_cache(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row becomes `repeats` rows."""
+        """Replace each row by `repeats` rows."""
         self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows that an index tensor or bool mask names."""
+        """Keep the rows that a tensor of indices or a bool mask selects."""
         self.reorder_cache(torch.arange(self.rows)[indices.cpu()])
 
 
-def state_of(layer: Any) -> dict[str, Any]:
-    """What restore() needs to bring a layer back: its length where it is offloaded, else its fields.
+_NOT_IN_STATE = ("engine", "layer_kv", "pending")
 
-    Linear-attention states are written in place by transformers, so they are copied; windows are replaced, not written.
+
+def state_of(layer: Any) -> dict[str, Any]:
+    """The state of a cache layer of any class, for restore().
+
+    transformers writes linear-attention states in place, so these are copied. It replaces the tensors of windows, so
+    references to them suffice.
+
+    Returns:
+        "fields", the layer's attributes by name without the offloaded KV, and "tokens", the length of the offloaded
+        KV; 0 if the layer has none.
     """
-    fields = {name: _copied(value) for name, value in layer.__dict__.items() if name not in _NOT_STATE}
-    return {"fields": fields, "tokens": layer.layer_kv.tokens if isinstance(layer, HeadLayer) and layer.layer_kv else 0}
+    fields = {name: _copied(value) for name, value in layer.__dict__.items() if name not in _NOT_IN_STATE}
+    layer_kv = layer.layer_kv if isinstance(layer, HeadLayer) else None
+    return {"fields": fields, "tokens": layer_kv.tokens if layer_kv is not None else 0}
 
 
 def restore(layer: Any, state: dict[str, Any]) -> None:
-    """Make a layer what it was when `state` was taken."""
-    kept = {name: value for name, value in layer.__dict__.items() if name in _NOT_STATE}
+    """Return a layer to a state that state_of() took. Offloaded KV is cropped to its length at that time."""
+    kept = {name: value for name, value in layer.__dict__.items() if name in _NOT_IN_STATE}
     layer.__dict__.clear()
     layer.__dict__.update(state["fields"])
     layer.__dict__.update(kept)
@@ -245,23 +304,21 @@ def restore(layer: Any, state: dict[str, Any]) -> None:
 
 
 def uncroppable_reason(layer: Any) -> str:
-    """Why a layer cannot give up its newest tokens; empty where it can."""
+    """Why the newest tokens of a layer cannot be removed; empty if they can."""
     advice = "call activate_past_recording() on the cache before generating"
     if isinstance(layer, DynamicSlidingWindowLayer):
         if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
-            return f"a sliding-window layer has dropped the tokens before its last {layer.sliding_window}; {advice}"
+            return f"a sliding-window layer keeps only its last {layer.sliding_window} tokens, so {advice}"
     elif isinstance(layer, LinearAttentionCacheLayerMixin):
         if any(layer.is_recurrent_states_initialized.values()):
-            return "a linear-attention layer keeps one running state, which cannot go back; fork() the cache instead"
+            return "a linear-attention layer keeps only its newest state, so keep a fork() of the cache instead"
         if any(layer.is_conv_states_initialized.values()) and not layer.record_past:
-            return f"a convolution layer has dropped its older states; {advice}"
+            return f"a convolution layer keeps only its newest states, so {advice}"
     return ""
 
 
-_NOT_STATE = ("engine", "layer_kv", "pending")  # of a HeadLayer: shared, or brought back by length
-
-
 def _copied(value: Any) -> Any:
+    """A copy of a dict and of the tensors in it; any other value itself."""
     if not isinstance(value, dict):
         return value
     return {key: item.clone() if isinstance(item, torch.Tensor) else item for key, item in value.items()}

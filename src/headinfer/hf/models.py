@@ -1,10 +1,12 @@
-"""What MODEL means on the command line: a local folder, a hub name, `embedded`, or `random:NAME?layers=2&...`.
+"""Finds and loads the model that a MODEL argument names.
 
-`embedded` is the small model that ships with headinfer (see src/headinfer/embedded).
+    FOLDER, HUB_NAME            a model that transformers can load
+    embedded                    the small model that ships with headinfer (src/headinfer/embedded)
+    random:NAME?layers=2&...    a model with the shape of a well-known one and random weights
 
-Random models have a well-known model's shape and seeded random weights, so that any shape can be run on any
-machine without a download. They read and write bytes (a tokenizer of 256 bytes and 3 special tokens), and their
-vocabulary is that small unless `vocab=` says otherwise.
+Random models run any shape on any machine without a download. The query changes whole numbers of the config, by the
+names of _SHORT_NAMES or those of the config. Their tokenizer has 256 bytes and 3 special tokens, and their vocabulary
+has this size unless `vocab=` sets another one.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
 from headinfer.hf.families import check_family
 
-__all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "resolve"]
+__all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "first_line", "resolve"]
 
 _PREFIX = "random:"
 _SHORT_NAMES = {
@@ -40,9 +42,19 @@ _SHORT_NAMES = {
 }
 
 
-def _llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, context: int, **more: Any) -> Any:
-    names = (*(_SHORT_NAMES[name] for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "context")),)
-    return dict(zip(names, (layers, hidden, intermediate, heads, kv_heads, context), strict=True), **more)
+def _llama(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, context: int, **more: Any
+) -> dict[str, Any]:
+    """Fields of a config that names them as Llama does, and further fields."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": context,
+        **more,
+    }
 
 
 RANDOM_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,10 +67,14 @@ RANDOM_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-4b": ("gemma3_text", _llama(34, 2560, 10240, 8, 4, 131072, head_dim=256, sliding_window=1024)),
     "tiny-llama": ("llama", _llama(4, 256, 512, 8, 4, 1048576)),
 }
+"""The shapes of random models by name: the family and the fields of its config."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes: ids 0 to 255 are the bytes, then <|bos|>, <|eos|> and <|pad|>; any text round-trips."""
+    """Create a tokenizer of bytes: ids 0 to 255 for bytes, then <|bos|>, <|eos|> and <|pad|>.
+
+    Decoding the ids of any text gives the text.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,53 +86,78 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, with its config; nothing heavy is loaded yet."""
+    """A model that can be loaded. Only its config is in memory.
+
+    Attributes:
+        name: The folder, the hub name, or the MODEL argument of a random model.
+        config: The config of the model.
+        is_random: Whether the weights are random.
+    """
 
     name: str
     config: PreTrainedConfig
     is_random: bool
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """Load the tokenizer of the model.
+
+        Raises:
+            UsageError: The model has none that can be loaded.
+        """
         if self.is_random:
             return byte_tokenizer()
         try:
             return AutoTokenizer.from_pretrained(self.name)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{self.name} has no usable tokenizer: {_first_line(error)}") from error
+            raise UsageError(f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}") from error
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights in a dtype, counted on the meta device."""
+        """Bytes of the weights in a dtype. They are counted on the meta device, without memory."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         return sum(math.prod(p.shape) * p.element_size() for p in model.parameters())
 
     def load(self, *, dtype: torch.dtype, device: str, seed: int) -> PreTrainedModel:
-        """The model in eval mode on a device. Random weights depend on the seed only."""
+        """Load the model in eval mode.
+
+        Args:
+            dtype: The dtype of the weights.
+            device: The device, such as "cpu" or "cuda:0".
+            seed: The seed of random weights, which depend on nothing else.
+
+        Raises:
+            UsageError: The model cannot be loaded.
+        """
         if self.is_random:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).to(device)
         else:
-            disable_progress_bar()  # its bar is for files that come over a network
+            disable_progress_bar()  # transformers shows one for local files too
             try:
                 model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype).to(device)
             except (OSError, ValueError) as error:
-                raise UsageError(f"{self.name} can not be loaded: {_first_line(error)}") from error
+                raise UsageError(f"{self.name} cannot be loaded: {first_line(error)}") from error
         return model.eval()
 
 
 def resolve(spec: str) -> ModelSource:
-    """Read the config that a MODEL argument names and check that headinfer serves it.
+    """Read the config of the model that a MODEL argument names, and check that headinfer serves it.
 
-    Raises UsageError where there is no such model, UnsupportedError where its family or layers are not served.
+    Args:
+        spec: The argument: a folder, a hub name, `embedded`, or `random:NAME?layers=2&...`.
+
+    Raises:
+        UsageError: There is no such model, or a field of a random model is out of range.
+        UnsupportedError: The family or a layer of the model is not served.
     """
-    source = _random(spec) if spec.startswith(_PREFIX) else _stored(spec)
+    source = _random_source(spec) if spec.startswith(_PREFIX) else _stored_source(spec)
     check_family(source.config)
-    HeadCache(source.config)
+    HeadCache(source.config)  # raises if a layer is not served
     return source
 
 
-def _random(spec: str) -> ModelSource:
+def _random_source(spec: str) -> ModelSource:
+    """The model of `random:NAME?layers=2&...`."""
     name, _, query = spec.removeprefix(_PREFIX).partition("?")
     if name not in RANDOM_CONFIGS:
         raise UsageError(f"there is no built-in config {name!r}: choose one of {', '.join(RANDOM_CONFIGS)}")
@@ -130,36 +171,44 @@ def _random(spec: str) -> ModelSource:
         if value < 1:
             raise UsageError(f"{spec}: {key}={text} must be positive")
         changes[_SHORT_NAMES.get(key, key)] = value
-    own = AutoConfig.for_model(family).to_dict()
-    whole = {key for key, value in own.items() if value is None or type(value) is int}
-    if unknown := [key for key in changes if key not in whole]:
+    defaults = AutoConfig.for_model(family).to_dict()
+    whole_numbers = {key for key, value in defaults.items() if value is None or type(value) is int}
+    unknown = [key for key in changes if key not in whole_numbers]
+    if unknown:
         raise UsageError(
-            f"{spec}: {family} has no field {unknown[0]} for a whole number: use {', '.join(_SHORT_NAMES)} or a "
-            "config field"
+            f"{spec}: the config of {family} has no field {unknown[0]} that is a whole number: use "
+            f"{', '.join(_SHORT_NAMES)} or the name of such a field"
         )
-    # The tokenizer knows the special tokens; a small vocabulary may not have them.
+    # The family's default ids of special tokens may be outside a small vocabulary. The tokenizer has its own.
     chosen = {**fields, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **changes}
-    hidden, heads, kv_heads = (chosen[_SHORT_NAMES[name]] for name in ("hidden", "heads", "kv_heads"))
+    hidden = chosen["hidden_size"]
+    heads = chosen["num_attention_heads"]
+    kv_heads = chosen["num_key_value_heads"]
     if heads % kv_heads or hidden % heads or (hidden // heads) % 2:
-        raise UsageError(f"{spec}: hidden {hidden} must be an even multiple of heads {heads}, and heads of kv_heads")
+        raise UsageError(
+            f"{spec}: hidden={hidden} must be an even multiple of heads={heads}, and heads a multiple of "
+            f"kv_heads={kv_heads}"
+        )
     return ModelSource(spec, AutoConfig.for_model(family, **chosen), is_random=True)
 
 
-def _stored(spec: str) -> ModelSource:
+def _stored_source(spec: str) -> ModelSource:
+    """The model of a folder, a hub name or `embedded`."""
     if spec == EMBEDDED:
         spec = str(embedded_model())
     folder = Path(spec)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise UsageError(f"{spec} is no model folder: it has no config.json")
+        raise UsageError(f"{spec} is not a model folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(spec)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"there is no model {spec!r}: it is no local folder, and the hub does not give it ({_first_line(error)}); "
-            f"try a folder, a hub name, or {_PREFIX}{next(iter(RANDOM_CONFIGS))}?layers=2"
+            f"there is no model {spec!r}: it is not a local folder, and the hub does not provide it "
+            f"({first_line(error)}), so try a folder, a hub name, or {_PREFIX}{next(iter(RANDOM_CONFIGS))}?layers=2"
         ) from error
     return ModelSource(spec, config, is_random=False)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

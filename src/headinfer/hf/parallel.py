@@ -1,7 +1,8 @@
-"""Several processes, one model: transformers' tensor parallel plan splits the heads, each rank offloads its own.
+"""Tensor parallelism over several processes: each rank offloads the KV heads that it computes.
 
-There is no engine of our own here. transformers shards the weights (`DistributedConfig`) and sums the partial
-results; a rank's attention sees its KV heads only, so its HeadCache holds, and its link moves, a share of the KV.
+transformers shards the weights (`DistributedConfig`) and sums the partial results. The attention of a rank has only its
+own KV heads, so the rank's HeadCache holds and moves only their KV. This module checks that a model can be sharded,
+loads a shard, connects the ranks, and ends all of them if one fails.
 """
 
 from __future__ import annotations
@@ -19,40 +20,62 @@ from transformers import AutoModelForCausalLM
 
 from headinfer.errors import HeadinferError, StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import DistributedConfig, PreTrainedConfig, PreTrainedModel, tensor_parallel_plan
+from headinfer.hf.models import first_line
 from headinfer.hf.ranks import Ranks
 from headinfer.plan.model_shape import ModelShape
 
 __all__ = [
-    "_NOT_SHARDED",
-    "all_of",
     "check_shards",
-    "group",
+    "gather_from_ranks",
     "load_random_shard",
     "load_shard",
+    "process_group",
     "rank_device",
-    "together",
+    "run_on_all_ranks",
 ]
 
-_TIMEOUT = timedelta(hours=2)  # ranks load at different speeds; a rank that ends is noticed by torchrun at once
+_TIMEOUT = timedelta(hours=2)  # ranks may load at different speeds; torchrun notices a rank that ends at once
 _Result = TypeVar("_Result")
-# Families whose logits transformers' own sharded model gets wrong (test_parallel.py shows it).
+# Families for which transformers' own sharded model gives wrong logits.
 _NOT_SHARDED = ("gemma3n_text",)
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def rank_device(ranks: Ranks, device: str) -> str:
-    """The device of this rank: the GPU of its local rank, or the CPU. Raises UsageError where it has none."""
+    """The device of this rank: the GPU with the number of its local rank, or the CPU if there is no GPU.
+
+    Args:
+        ranks: This rank.
+        device: The device that the user asked for. "auto", or the kind of device that the rank gets anyway.
+
+    Raises:
+        UsageError: The user asked for another device, or there are fewer GPUs than ranks on this host.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device not in ("auto", "cuda" if gpus else "cpu"):
-        raise UsageError(f"--device {device}: under torchrun each rank takes the device of its own, so leave it out")
+        raise UsageError(
+            f"--device {device} cannot be used under torchrun, where each rank has a device of its own: leave it out"
+        )
     if gpus and ranks.local_rank >= gpus:
-        raise UsageError(f"{ranks.local_world} ranks and {gpus} CUDA devices on this host: start one rank per device")
+        raise UsageError(
+            f"there are {ranks.local_world} ranks and {gpus} CUDA devices on this host: start one rank per device"
+        )
     return f"cuda:{ranks.local_rank}" if gpus else "cpu"
 
 
 def check_shards(config: PreTrainedConfig, shape: ModelShape, ranks: Ranks) -> None:
-    """Raise UnsupportedError, before anything is loaded, where the model does not split over the ranks."""
-    plan, family = tensor_parallel_plan(config), config.get_text_config(decoder=True).model_type
+    """Check that a model can be sharded over the ranks, before it is loaded.
+
+    Args:
+        config: The config of the model.
+        shape: The shape of the whole model.
+        ranks: This rank.
+
+    Raises:
+        UnsupportedError: transformers cannot shard the model exactly, or its KV heads do not split over the ranks.
+    """
+    plan = tensor_parallel_plan(config)
+    family = config.get_text_config(decoder=True).model_type
     if family in _NOT_SHARDED:
         raise UnsupportedError(
             f"transformers itself gives other results for {family} over several ranks: run it in one process"
@@ -71,8 +94,13 @@ def check_shards(config: PreTrainedConfig, shape: ModelShape, ranks: Ranks) -> N
 
 
 @contextmanager
-def group(ranks: Ranks) -> Iterator[None]:
-    """The process group of all ranks, left in order at the end; nothing for one process."""
+def process_group(ranks: Ranks) -> Iterator[None]:
+    """Connect all ranks, and disconnect them at the end. Does nothing if there is only one process.
+
+    Raises:
+        UsageError: The ranks cannot connect to each other.
+        StateError: Another rank has ended.
+    """
     if ranks.world == 1:
         yield
         return
@@ -82,32 +110,39 @@ def group(ranks: Ranks) -> Iterator[None]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the {ranks.world} ranks do not reach each other: {_first_line(error)}") from error
+        raise UsageError(f"the {ranks.world} ranks cannot connect to each other: {first_line(error)}") from error
     try:
         yield
     except HeadinferError:
         raise
     except RuntimeError as error:
         if _is_lost_connection(error):
-            raise StateError("another rank has ended, so this one ends too: see what that one says") from error
+            raise StateError("another rank has ended, so this one ends too: see the message of that rank") from error
         raise
     dist.destroy_process_group()
 
 
-def together(ranks: Ranks, work: Callable[[], _Result]) -> _Result:
-    """Do the same work, without collectives, on all ranks; where it fails on any, it fails on all, and one says so.
+def run_on_all_ranks(ranks: Ranks, work: Callable[[], _Result]) -> _Result:
+    """Do the same work on all ranks. If it fails on one of them, all ranks end, with one message.
 
-    The first rank raises the error, with the ranks that it concerns unless that is all of them; the others exit with
-    2 and say nothing.
+    Args:
+        ranks: This rank.
+        work: The work. It must not communicate with other ranks.
+
+    Raises:
+        HeadinferError: On the first rank only: the error of the first rank that failed. The message names that rank,
+            unless all ranks failed in the same way.
+        SystemExit: On all other ranks, with status 2.
     """
     if ranks.world == 1:
         return work()
-    result, error = None, None
+    result: _Result | None = None
+    error: HeadinferError | None = None
     try:
         result = work()
     except HeadinferError as caught:
         error = caught
-    outcomes = all_of(ranks, None if error is None else (type(error), str(error)))
+    outcomes = gather_from_ranks(ranks, None if error is None else (type(error), str(error)))
     failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         assert result is not None
@@ -115,14 +150,15 @@ def together(ranks: Ranks, work: Callable[[], _Result]) -> _Result:
     dist.destroy_process_group()
     if not ranks.is_first:
         raise SystemExit(2)
-    (_, (kind, message)), same = failed[0], {outcome for _, outcome in failed}
-    if len(failed) < ranks.world or len(same) > 1:
-        message = f"rank {failed[0][0]} of {ranks.world}: {message}"
+    first_failed, (kind, message) = failed[0]
+    different = {outcome for _, outcome in failed}
+    if len(failed) < ranks.world or len(different) > 1:
+        message = f"rank {first_failed} of {ranks.world}: {message}"
     raise kind(message)
 
 
-def all_of(ranks: Ranks, value: _Result) -> list[_Result]:
-    """The value of every rank, in their order, on every rank."""
+def gather_from_ranks(ranks: Ranks, value: _Result) -> list[_Result]:
+    """Give every rank the values of all ranks, in the order of the ranks."""
     if ranks.world == 1:
         return [value]
     values: list[Any] = [None] * ranks.world
@@ -131,36 +167,46 @@ def all_of(ranks: Ranks, value: _Result) -> list[_Result]:
 
 
 def load_shard(name: str, ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedModel:
-    """This rank's shard of a stored model, on the rank's device."""
+    """Load this rank's shard of a model onto the rank's device.
+
+    Args:
+        name: The folder or the hub name of the model.
+        ranks: This rank.
+        dtype: The dtype of the weights.
+    """
     distributed = DistributedConfig(tp_size=ranks.world, tp_plan="auto")
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, distributed_config=distributed)
 
 
 def load_random_shard(make: Callable[[], PreTrainedModel], ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedModel:
-    """This rank's shard of a model that `make` builds; one rank of each host writes it to a temporary folder.
+    """Load this rank's shard of a model that exists nowhere on disk.
 
-    Not by save_pretrained(), which writes on the first rank only, whatever the host.
+    The first rank of each host writes the whole model to a temporary folder, and all ranks of the host load from it.
+
+    Args:
+        make: Creates the whole model.
+        ranks: This rank.
+        dtype: The dtype of the weights.
     """
-    with tempfile.TemporaryDirectory(prefix="headinfer-") as own:
-        folders = all_of(ranks, (own, ranks.local_rank))
-        folder = next(folders[rank][0] for rank in range(ranks.rank, -1, -1) if folders[rank][1] == 0)
+    with tempfile.TemporaryDirectory(prefix="headinfer-") as own_folder:
+        folders = gather_from_ranks(ranks, (own_folder, ranks.local_rank))
+        first_on_host = next(rank for rank in range(ranks.rank, -1, -1) if folders[rank][1] == 0)
+        folder = folders[first_on_host][0]
         if ranks.local_rank == 0:
             model = make()
+            # model.save_pretrained() would write on rank 0 only, and so on one host only.
             model.config.save_pretrained(folder)
             save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
             del model
         dist.barrier()
         model = load_shard(folder, ranks, dtype=dtype)
-        dist.barrier()  # the others have read it
+        dist.barrier()  # the folder is removed only when all ranks have loaded
     return model
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that another rank has ended."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
         words in text for words in ("connection closed by peer", "connection reset by peer", "broken pipe")
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""Which of the processes that torchrun started this is; one alone where nothing started several."""
+"""The rank of this process among those that torchrun started. A process on its own is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ __all__ = ["Ranks"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: `rank` of `world` in all, `local_rank` of `local_world` on this host."""
+    """The rank of this process, and the number of processes.
+
+    Attributes:
+        rank: The rank among all processes, from 0.
+        world: Number of processes on all hosts.
+        local_rank: The rank among the processes on this host, from 0.
+        local_world: Number of processes on this host.
+    """
 
     rank: int = 0
     world: int = 1
@@ -22,7 +29,14 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """What torchrun says in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; UsageError where that is no place."""
+        """Read the environment variables that torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+
+        Args:
+            environment: The environment variables.
+
+        Raises:
+            UsageError: WORLD_SIZE names several processes, and another variable is missing or is not a number.
+        """
         if environment.get("WORLD_SIZE", "1") == "1":
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -37,7 +51,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this is rank 0, which writes the output of all ranks."""
         return self.rank == 0
 
     def __str__(self) -> str:

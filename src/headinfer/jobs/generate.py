@@ -22,7 +22,7 @@ from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.hf.parallel import all_of, check_shards, load_random_shard, load_shard, rank_device
+from headinfer.hf.parallel import check_shards, gather_from_ranks, load_random_shard, load_shard, rank_device
 from headinfer.hf.ranks import Ranks
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
@@ -309,7 +309,7 @@ def run(
     summary.stats = cache.stats()
     summary.tokens_read = min(summary.stats.tokens, summary.tokens_in)
     if prepared.ranks.world > 1 and not summary.interrupted:
-        summary.rank_stats = all_of(prepared.ranks, summary.stats)
+        summary.rank_stats = gather_from_ranks(prepared.ranks, summary.stats)
     return summary
 
 
