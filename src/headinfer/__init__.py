@@ -1,4 +1,4 @@
-"""Exact LLM inference over very long contexts on one small GPU: the KV cache lives in host RAM, per attention head.
+"""Exact LLM inference over very long contexts on one small GPU: the KV cache is stored in host RAM, per attention head.
 
 with headinfer.enable(model):
     model.generate(**inputs)
@@ -57,7 +57,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: `headinfer plan` needs neither torch nor transformers."""
+    """Import a public name when it is first used, since `headinfer plan` needs neither torch nor transformers."""
     for module, names in _HOMES.items():
         if name in names:
             globals()[name] = value = getattr(importlib.import_module(module), name)

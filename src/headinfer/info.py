@@ -100,7 +100,7 @@ def accelerator(device: torch.device) -> dict[str, Any]:
 
 
 def driver_version(path: Path = _DRIVER) -> str:
-    """The version of the NVIDIA driver, from the file of its kernel module; "unknown" if it cannot be read."""
+    """Return the version of the NVIDIA driver, from the file of its kernel module; "unknown" if it cannot be read."""
     try:
         words = path.read_text(encoding="utf-8").splitlines()[0].split()
     except (OSError, IndexError):
@@ -109,7 +109,7 @@ def driver_version(path: Path = _DRIVER) -> str:
 
 
 def _backend(backend: Any) -> dict[str, str]:
-    """Name, device and summary of an attention backend, and whether it serves a typical problem here."""
+    """Return name, device and summary of an attention backend, and whether it serves a typical problem here."""
     device_type = "cpu" if backend.device_type == "any" else backend.device_type
     dtype = torch.float32 if backend.name == "cuda-efficient" else torch.bfloat16
     if device_type == "cuda" and not torch.cuda.is_available():
@@ -142,7 +142,7 @@ def _cuda_device(index: int) -> dict[str, Any]:
 
 
 def pinning(device: torch.device) -> str:
-    """Whether the system pins host memory for a CUDA device: "yes", or "no" with the reason and the replacement."""
+    """Return "yes" if the system pins host memory for a CUDA device, else "no" with the reason and what happens."""
     tier = HostTier(ByteCounter(), device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the returned text says the same
@@ -153,7 +153,7 @@ def pinning(device: torch.device) -> str:
 
 
 def _cpu_capability() -> str:
-    """The widest vector instructions that torch uses, and AMX if the CPU has it."""
+    """Return the widest vector instructions that torch uses, and AMX if the CPU has it."""
     vectors = torch.backends.cpu.get_cpu_capability()
     return f"{vectors} and AMX" if capability_of(torch.device("cpu")) == AMX else vectors
 

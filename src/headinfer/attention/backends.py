@@ -198,7 +198,7 @@ class Rule:
     capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 0))
 
     def matches(self, problem: Problem) -> bool:
-        """Whether the row applies to a problem."""
+        """Return whether the row applies to a problem."""
         lowest, end = self.capability
         return (
             self.device_type == problem.device_type

@@ -202,7 +202,7 @@ def cudnn_refuses(problem: Problem) -> str | None:
 
 @functools.cache
 def _has_cudnn() -> bool:
-    """Whether torch can call cuDNN; True without a CUDA device, so that choices depend on shapes only there."""
+    """Return whether torch can call cuDNN; True without a CUDA device, so that choices depend on shapes only there."""
     return torch.version.hip is None and (not torch.cuda.is_available() or torch.backends.cudnn.is_available())
 
 

@@ -21,14 +21,14 @@ _MAX_BLOCK_SCORES = 2**24  # bounds the memory for scores if there are many quer
 
 
 def _block_tokens(rows: int) -> int:
-    """The number of keys to compute scores for at a time; rows are the query rows of all heads."""
+    """Return the number of keys to compute scores for at a time; rows are the query rows of all heads."""
     return min(_MAX_BLOCK_TOKENS, max(_MAX_BLOCK_SCORES // rows, _MIN_BLOCK_TOKENS))
 
 
 def _attend_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None, hidden: torch.Tensor | None
 ) -> AttentionState:
-    """q [..., Tq, Dk], k [..., Tk, Dk], v [..., Tk, Dv]; hidden [Tq, Tk] is True if the query does not see the key."""
+    """Attend to k [..., Tk, Dk], v [..., Tk, Dv] with q [..., Tq, Dk]; hidden [Tq, Tk] marks the keys not seen."""
     scores = (q.float() @ k.float().mT) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -29,8 +29,8 @@ class Problem:
         device_type: the type of the tensors' device, "cpu" or "cuda".
         dtype: the dtype of q, k and v.
         query_rows: N, the query rows per KV head in attend_full(); 0 stands for attend_causal().
-        key_dim: Dk, the head dim of q and k.
-        value_dim: Dv, the head dim of v.
+        key_dim: dk, the head dim of q and k.
+        value_dim: dv, the head dim of v.
         softcap: whether the scores are capped.
         capability: the compute capability of a CUDA device, AMX for a CPU that has it, (0, 0) if unknown or none.
         key_tokens: T, the number of keys; 0 if unknown.

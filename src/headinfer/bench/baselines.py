@@ -145,14 +145,14 @@ class _Baselines:
         self._near_s = max(pass_s - self._kv / job.rates.link_bytes_per_s, 0.0) if tokens == 1 else pass_s
 
     def whole_past(self, name: str, group: int) -> Baseline:
-        """The whole past of `group` KV heads in each slot of the ring."""
+        """Return the whole past of `group` KV heads in each slot of the ring."""
         heads = self._job.shape.layers[self._job.shape.offloaded_layers[0]].kv_heads
         budget = ring_budget_bytes(self._job, group * self._layer_bytes // heads)
         options = {"device_kv_budget_bytes": budget, "streaming_budget_bytes": budget, "heads_per_group": group}
         return self._head_wise(name, budget, self._pass_s, tile_tokens=self._past.tokens, **options)
 
     def resident(self) -> Baseline:
-        """All KV on the device."""
+        """Return headinfer with all KV on the device."""
         floor = self._job.sizes.floor_bytes
         # Every layer's part of the budget holds all of its KV and a unit more, even if layers share one layer's KV.
         each = self._layer_bytes + self._layer_bytes // self._past.tokens * RESIDENT_UNIT_TOKENS
@@ -161,7 +161,7 @@ class _Baselines:
         return self._head_wise("resident store", floor + held_layers * each, self._near_s + self._kv_near_s, **options)
 
     def what_is_free(self) -> Baseline:
-        """As much KV on the device as its free memory holds."""
+        """Return headinfer with as much KV on the device as its free memory holds."""
         free = self._job.free_device_bytes()
         budget = free - free // _ACTIVATION_SHARE
         if self._past.is_simulation or self.resident().device_bytes <= budget:
@@ -173,7 +173,7 @@ class _Baselines:
         return self._head_wise("what is free", budget, self._pass_s, **options)
 
     def dynamic_cache(self) -> Baseline:
-        """transformers' cache on the device. It copies its KV in each pass."""
+        """Return transformers' cache on the device. It copies its KV in each pass."""
         return Baseline(
             "DynamicCache",
             self._kv + 2 * self._layer_bytes,
@@ -183,7 +183,7 @@ class _Baselines:
         )
 
     def offloaded_cache(self) -> Baseline:
-        """transformers' offloaded cache. It moves its KV over the link in both directions."""
+        """Return transformers' offloaded cache. It moves its KV over the link in both directions."""
         rates = self._job.rates
         over_link_s = self._kv / min(rates.link_bytes_per_s, rates.back_bytes_per_s)
         copies = 3 if self._tokens > 1 else 2
@@ -198,7 +198,7 @@ class _Baselines:
         )
 
     def _head_wise(self, name: str, device_bytes: int, seconds: float, **options: Any) -> Baseline:
-        """headinfer's engine with other options."""
+        """Return headinfer's engine with other options."""
         room_tokens = self._tokens if self._tokens > 1 else 0
 
         def opened() -> Runner:

@@ -36,7 +36,7 @@ def load_model(sizes: CpuSizes) -> Any:
 
 
 def kv_bytes(config: Any, tokens: int) -> int:
-    """Bytes of K and V of `tokens` tokens in all layers of that model, in bfloat16."""
+    """Return the bytes of K and V of `tokens` tokens in all layers of that model, in bfloat16."""
     return int(2 * 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
 
 
@@ -48,7 +48,7 @@ def forward_and_crop(model: Any, cache: Any, tokens: int = 1, mask: torch.Tensor
 
 
 def _noise(config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Seeded K and V [1, Hkv, T, D] in chunks of `tokens` tokens in all; all whole chunks are the same tensors."""
+    """Return seeded K and V [1, Hkv, T, D] of `tokens` tokens, in chunks. All whole chunks are the same tensors."""
     torch.manual_seed(1)
     shape = (1, config.num_key_value_heads, min(tokens, _NOISE_TOKENS), config.head_dim)
     k, v = (torch.randn(shape, dtype=dtype) for _ in range(2))

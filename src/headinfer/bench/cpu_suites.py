@@ -43,7 +43,7 @@ def decode(job: CpuJob) -> list[Measurement]:
 
 
 def _decode_calls(model: Any, ours_model: Any, tokens: int) -> dict[str, Call]:
-    """A token after a past: by headinfer, by DynamicCache, and by DynamicCache with a mask, which packs its queries."""
+    """Return the decode passes to compare: headinfer, DynamicCache, and DynamicCache with a mask (packed queries)."""
     dynamic = DynamicCache(config=model.config)
     fill_dynamic(dynamic, model.config, tokens)
     ours = HeadCache(model.config, expected_tokens=tokens + 1)
@@ -170,7 +170,7 @@ def memory(job: CpuJob) -> list[Measurement]:
 
 @torch.inference_mode()
 def _memory_growth(sizes: CpuSizes) -> tuple[int, int, int]:
-    """Peaks of memory above that of the loaded model. The cache does not know its final length.
+    """Return peaks of memory above that of the loaded model. The final length is not given to the cache.
 
     Returns:
         Bytes of the peak while a cache grows and a chunk is read at its end, bytes of the peak while a chunk is read

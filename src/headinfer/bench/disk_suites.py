@@ -87,7 +87,7 @@ def _beside_prefill(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
 
 
 def _chunks(model: Any, sizes: CpuSizes, work: Path, *, writes: bool) -> Call:
-    """A prefill of some chunks at an offset, with or without a checkpoint after each."""
+    """Return a prefill of some chunks at an offset, with or without a checkpoint after each."""
     ids = torch.full((1, sizes.chunk_tokens * sizes.chunks), 7)
     opened: dict[str, Any] = {}
 
@@ -145,7 +145,7 @@ def _ask(sizes: CpuSizes, root: Path, nbytes: int) -> list[Measurement]:
 
 
 def _first_token(root: Path) -> dict[str, float]:
-    """Seconds of the parts of an answer, and their sum.
+    """Return the seconds of the parts of an answer, and their sum.
 
     Two questions are asked. The second one needs no KV from the disk, so the excess of the first one is its reading.
     """

@@ -102,7 +102,7 @@ def _error(job: GpuJob, backend: Backend, rows: int) -> float:
 
 
 def _noise(job: GpuJob, heads: int, rows: int, keys: int) -> list[torch.Tensor]:
-    """q [heads, rows, D] and k, v [heads, keys, D], seeded, with the model's D."""
+    """Return q [heads, rows, D] and k, v [heads, keys, D], seeded, with the model's D."""
     dim = job.shape.layers[0].key_dim
     generator = torch.Generator(job.device).manual_seed(0)
     return [

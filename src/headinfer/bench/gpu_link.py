@@ -63,20 +63,20 @@ def _matrix_flops_per_s(job: GpuJob) -> float:
 
 
 def _device_bytes_per_s(job: GpuJob) -> float:
-    """Bytes read and bytes written per second."""
+    """Return the bytes read and bytes written per second."""
     source, target = (torch.ones(max(job.sizes.copy_bytes), dtype=torch.uint8, device=job.device) for _ in range(2))
     return 2 * source.numel() / _copy_s(job, target, source)
 
 
 def _link_bytes_per_s(job: GpuJob) -> tuple[float, float]:
-    """Bytes per second to the device and to the host, from and to pinned memory."""
+    """Return the bytes per second to the device and to the host, from and to pinned memory."""
     device = torch.ones(max(job.sizes.copy_bytes), dtype=torch.uint8, device=job.device)
     host = host_tier(job).allocate((device.numel(),), torch.uint8)
     return device.numel() / _copy_s(job, device, host), device.numel() / _copy_s(job, host, device)
 
 
 def link_copy(job: GpuJob) -> tuple[int, Callable[[], object]]:
-    """Return a number of bytes, and a function that copies so many from pinned memory to the device."""
+    """Return a number of bytes, and a function that copies that many from pinned memory to the device."""
     nbytes = max(job.sizes.copy_bytes)
     host = host_tier(job).allocate((nbytes,), torch.uint8)
     device = torch.empty(nbytes, dtype=torch.uint8, device=job.device)
@@ -122,12 +122,12 @@ def _copies(job: GpuJob, nbytes: int) -> list[Measurement]:
 
 
 def _copy_s(job: GpuJob, target: torch.Tensor, source: torch.Tensor) -> float:
-    """Seconds of a copy."""
+    """Return the seconds of a copy."""
     return median_s(lambda: target.copy_(source, non_blocking=True), job.timed)
 
 
 def _both_ways(job: GpuJob, device: torch.Tensor, host: torch.Tensor) -> dict[str, float]:
-    """Bytes per second of each direction while both run: what each has copied when the first one has ended.
+    """Return the bytes per second of each direction while both run: what each has copied when the first one has ended.
 
     On a CPU the copies run one after the other.
     """

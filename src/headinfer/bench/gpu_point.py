@@ -40,7 +40,7 @@ class Point:
 
     @property
     def note(self) -> str:
-        """What a reader must know of the figures of this point."""
+        """A note for readers of this point's figures; empty if there is nothing to note."""
         held = format_bytes(self.past.host_bytes)
         return f"simulation: all layers read one layer's KV ({held})" if self.past.is_simulation else ""
 

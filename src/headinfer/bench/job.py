@@ -85,7 +85,7 @@ class Job:
         gc.collect()
 
     def facts(self) -> dict[str, Any]:
-        """What the JSON of a result says about the run, beside the machine."""
+        """Return the facts about the run for the JSON of a result, without the machine."""
         return {"model": self._sizes.model, "dtype": str(self._sizes.dtype).removeprefix("torch.")}
 
 
@@ -141,7 +141,7 @@ class GpuJob(Job):
                 torch.cuda.set_per_process_memory_fraction(min(gpu_memory_bytes / total, 1.0), device)
 
     def facts(self) -> dict[str, Any]:
-        """What the JSON of a result says about the run, beside the machine."""
+        """Return the facts about the run for the JSON of a result, without the machine."""
         return {
             "gpu_memory_bytes": self.gpu_memory_bytes,
             **super().facts(),
@@ -166,15 +166,15 @@ class GpuJob(Job):
         return ModelShape.from_config(resolve(self.sizes.model).config)
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of K and V of `tokens` tokens in all layers."""
+        """Return the bytes of K and V of `tokens` tokens in all layers."""
         return tokens * self.shape.kv_bytes_per_token(self.sizes.dtype.itemsize)
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """Options of a HeadCache for this device: on a CPU the "eager" transport, so that there is a ring."""
+        """Return options of a HeadCache for this device: on a CPU the "eager" transport, so that there is a ring."""
         return more if self.is_cuda else {"transport": "eager", **more}
 
     def chunk_tokens(self) -> int:
-        """Tokens of a prefill chunk whose arithmetic takes half as long again as the copies of its KV.
+        """Return the tokens of a prefill chunk that computes for 1.5 times as long as its KV is copied.
 
         T >= 1.5 F e / (2 G W), with F FLOP/s and W bytes per second of the link as measured in this run, e bytes of an
         element, and G query heads a KV head. The result is a multiple of 256 that fits one segment.
@@ -188,13 +188,13 @@ class GpuJob(Job):
         return min(math.ceil(needed / 256) * 256, _MOST_CHUNK_TOKENS)
 
     def flops(self, past_tokens: int, tokens: int) -> float:
-        """Floating-point operations of a pass of `tokens` tokens after a past: matrices and causal attention."""
+        """Return the floating-point operations of a pass after a past: matrices and causal attention."""
         pairs = tokens * (past_tokens + (tokens + 1) / 2)
         active = sum(layer.active_weights or layer.weights for layer in self.shape.layers)
         return 2 * active * tokens + sum(layer.flops_per_pair for layer in self.shape.layers) * pairs
 
     def pass_s(self, past_tokens: int, tokens: int) -> float:
-        """About the seconds of such a pass if only arithmetic, the device's memory and the link bound it."""
+        """Estimate the seconds of such a pass if only arithmetic, the device's memory and the link bound it."""
         weights_s = self.shape.weights * self.sizes.dtype.itemsize / self.rates.device_bytes_per_s
         link_s = self.kv_bytes(past_tokens) / self.rates.link_bytes_per_s
         return max(self.flops(past_tokens, tokens) / (_KERNEL_SHARE * self.rates.flops_per_s), link_s) + weights_s
@@ -220,20 +220,20 @@ class GpuJob(Job):
         return torch.cuda.stream(queue), stamp
 
     def between_s(self, first: Any, second: Any) -> float:
-        """Seconds between two time stamps; call synchronize() before."""
+        """Return the seconds between two time stamps; call synchronize() before."""
         return float(first.elapsed_time(second)) / 1000 if self.is_cuda else second - first
 
     # -- memory ----------------------------------------------------------------------------------------------
 
     def free_device_bytes(self) -> int:
-        """Bytes of device memory for KV: what is free for this process, less a reserve."""
+        """Return the bytes of device memory for KV: what is free for this process, less a reserve."""
         if not self.is_cuda:
             free = available_host_bytes()
             return min(free, self.gpu_memory_bytes) if self.gpu_memory_bytes is not None else free
         return max(free_device_bytes(self.device) - _SPARE_DEVICE_BYTES, 0)
 
     def peak_device_bytes(self) -> int:
-        """The peak of all tensors on the device, weights included, since reset_peak(); 0 on a CPU."""
+        """Return the peak of all tensors on the device, weights included, since reset_peak(); 0 on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.is_cuda else 0
 
     def reset_peak(self) -> None:
@@ -242,7 +242,7 @@ class GpuJob(Job):
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def is_simulated(self, tokens: int) -> bool:
-        """Whether the KV of `tokens` tokens exceeds host memory, so that all layers read the KV of one layer."""
+        """Return whether the KV of `tokens` tokens exceeds host memory, so that all layers read the KV of one layer."""
         most = self.sizes.real_kv_bytes
         return self.kv_bytes(tokens) > (_REAL_KV_SHARE * available_host_bytes() if most is None else most)
 

@@ -60,7 +60,7 @@ class Measurement:
 
 
 def goal_reached(goal: str, value: float) -> bool | None:
-    """Whether a value reaches a goal such as ">= 92 %" or "<= 1.03 x"; None if the goal is empty."""
+    """Return whether a value reaches a goal such as ">= 92 %" or "<= 1.03 x"; None if the goal is empty."""
     if not goal:
         return None
     comparison, bound = goal.split()[:2]
@@ -68,7 +68,7 @@ def goal_reached(goal: str, value: float) -> bool | None:
 
 
 def shown(value: float | None, unit: str) -> str:
-    """A figure for people: 12 ms/token, 25.3 GB/s, 256 MiB, 1.03 x; a dash if there is none."""
+    """Return a figure for people: 12 ms/token, 25.3 GB/s, 256 MiB, 1.03 x; a dash if there is none."""
     if value is None:
         return "-"
     if unit == "bytes":
@@ -79,5 +79,5 @@ def shown(value: float | None, unit: str) -> str:
 
 
 def context_label(tokens: int) -> str:
-    """The point of a context length, such as "64K tokens"."""
+    """Return the point of a context length, such as "64K tokens"."""
     return f"{format_tokens(tokens)} tokens"

@@ -23,7 +23,7 @@ _NOISE_TOKENS = 16_384
 
 
 def noise(job: GpuJob, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeded K and V [1, Hkv, tokens, D] of one layer on the job's device, in its dtype."""
+    """Return seeded K and V [1, Hkv, tokens, D] of one layer on the job's device, in its dtype."""
     config = job.model.config
     shape = (1, config.num_key_value_heads, tokens, config.head_dim)
     generator = torch.Generator(job.device).manual_seed(1)
@@ -96,6 +96,6 @@ class Past:
 
 
 def _copied(part: SegmentSlice, copies: dict[int, Segment]) -> SegmentSlice:
-    """The same slice of a shallow copy of its segment. `copies` holds the copies that were made."""
+    """Return the same slice of a shallow copy of its segment. `copies` holds the copies that were made."""
     segment = copies.setdefault(id(part.segment), copy.copy(part.segment))
     return SegmentSlice(segment, part.start, part.stop)

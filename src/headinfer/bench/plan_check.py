@@ -81,7 +81,7 @@ def _shape_of(model: Any) -> ModelShape:
 
 @torch.inference_mode()
 def _seconds(case: PlanCase, model: Any, machine: Hardware) -> Measurement:
-    """Seconds of a case whose KV is read in place."""
+    """Return the seconds of a case whose KV is read in place."""
     shape = _shape_of(model)
     schedule = Schedule(chunk_tokens=max(case.chunk_tokens, 1))
     more = (schedule, str(case.dtype).removeprefix("torch."), 8 * case.dtype.itemsize)
@@ -111,7 +111,7 @@ def _seconds(case: PlanCase, model: Any, machine: Hardware) -> Measurement:
 
 @torch.inference_mode()
 def _bytes(case: PlanCase, model: Any, *, in_place: bool) -> list[Measurement]:
-    """Bytes that are held after the last token of a case."""
+    """Return the bytes that are held after the last token of a case."""
     options: dict[str, Any] = {}
     if not in_place:
         options = {"transport": "eager", "device_kv_budget_bytes": _RING_BUDGET_BYTES}

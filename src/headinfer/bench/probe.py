@@ -42,8 +42,7 @@ def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | 
     Args:
         device: the device to measure.
         on_stage: called with a line of progress before each stage.
-        folder: the disk of this folder is measured, by a temporary file of 256 MiB; None: the system's folder for
-            temporary files.
+        folder: where a temporary file of 256 MiB measures the disk. None takes the system's folder for temporary files.
     """
     base = this_machine(device)
     on_stage("host memory ...")
@@ -94,7 +93,7 @@ def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | 
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of the seconds of a few calls, with the work that they queue on the device."""
+    """Return the median of the seconds of a few calls, with the work that they queue on the device."""
     return median_s(call, device_timer(device), rounds=_ROUNDS)
 
 
@@ -104,7 +103,7 @@ def _dram_bytes_per_s() -> float:
 
 
 def _copy_bytes_per_s(source: torch.device | None, target: torch.device | None, touched: int = 1) -> float:
-    """Bytes per second of one large copy.
+    """Return the bytes per second of one large copy.
 
     Args:
         source: the device that is read; None: pinned host memory.
@@ -126,7 +125,7 @@ def _copy_bytes_per_s(source: torch.device | None, target: torch.device | None, 
 
 
 def _disk_bytes_per_s(folder: Path | None) -> tuple[float, float]:
-    """Bytes per second that are read from and written to one file in order, past the page cache if the system can."""
+    """Return the bytes per second of sequential reads and writes, without the page cache if the system allows it."""
     part = os.urandom(1 << 22)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
 
@@ -152,14 +151,14 @@ def _noise(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 
 def _matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of a chunk and a weight matrix."""
+    """Return the FLOP/s of the product of a chunk and a weight matrix."""
     x = _noise(_CHUNK_TOKENS, _HIDDEN, dtype=dtype, device=device)
     w = _noise(_HIDDEN, _HIDDEN, dtype=dtype, device=device)
     return 2 * _CHUNK_TOKENS * _HIDDEN**2 / _seconds(lambda: torch.nn.functional.linear(x, w), device)
 
 
 def _weight_bytes_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes per second of the MLP's matrices, which exceed any cache, in their product with one token."""
+    """Return the bytes per second of the MLP's matrices, which exceed any cache, in their product with one token."""
     up, down = (torch.ones(2, *shape, dtype=dtype, device=device) for shape in ((_WIDTH, _HIDDEN), (_HIDDEN, _WIDTH)))
     x, wide = (_noise(1, width, dtype=dtype, device=device) for width in (_HIDDEN, _WIDTH))
 
@@ -173,7 +172,7 @@ def _weight_bytes_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _attention_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a chunk's queries on past keys, by the kernel that the engine chooses."""
+    """Return the FLOP/s of a chunk's queries on past keys, by the kernel that the engine chooses."""
     rows = _GROUP * _CHUNK_TOKENS
     q = _noise(_HEADS, rows, _DIM, dtype=dtype, device=device)
     k, v = (_noise(_HEADS, _PAST_TOKENS, _DIM, dtype=dtype, device=device) for _ in range(2))
@@ -182,7 +181,7 @@ def _attention_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _kv_bytes_per_s(device: torch.device) -> float:
-    """Bytes of KV per second that one token's queries read, in bfloat16, or in float16 on a GPU without bfloat16."""
+    """Return the bytes of KV per second that decode reads, in bfloat16, or in float16 on a GPU without bfloat16."""
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if has_bfloat16 else torch.float16
     q = _noise(_HEADS, _GROUP, _DIM, dtype=dtype, device=device)
@@ -192,7 +191,7 @@ def _kv_bytes_per_s(device: torch.device) -> float:
 
 
 def _launch_s(device: torch.device) -> float:
-    """Host seconds to queue one small kernel, called through modules as in a model."""
+    """Return host seconds to queue one small kernel, called through modules as in a model."""
     x = torch.ones(1, 64, device=device)
     block = torch.nn.Sequential(*(torch.nn.Linear(64, 64), torch.nn.SiLU()) * 50).to(device)
     with torch.inference_mode():

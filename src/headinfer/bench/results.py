@@ -75,7 +75,7 @@ def result_paths(job: Job, output: Path) -> tuple[Path, ...]:
 
 
 def is_result_json(path: Path) -> bool:
-    """Whether a file is the JSON of an earlier `headinfer bench`: an object with its command and its measurements.
+    """Return whether a file is the JSON of an earlier `headinfer bench`, with its command and its measurements.
 
     The first CPU results have their measurements under "measures".
     """
@@ -84,7 +84,7 @@ def is_result_json(path: Path) -> bool:
 
 
 def is_result_markdown(path: Path) -> bool:
-    """Whether a file begins as result_markdown() does for a GPU."""
+    """Return whether a file begins with the heading that result_markdown() writes for a GPU."""
     with open(path, "rb") as file:
         return file.read(len(_GPU_HEADING)) == _GPU_HEADING.encode()
 
@@ -128,7 +128,7 @@ def result_markdown(job: Job, measurements: Sequence[Measurement], arguments: Se
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table of cells by column. A column without any text is left out."""
+    """Return a Markdown table of cells by column. A column without any text is left out."""
     columns = [name for name in rows[0] if any(cells[name] for cells in rows)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {' | '.join(cells[name] for name in columns)} |" for cells in rows]
@@ -136,7 +136,7 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _cells(measurement: Measurement) -> dict[str, str]:
-    """The cells of a row in the Markdown by the headers of their columns."""
+    """Return the cells of a row in the Markdown by the headers of their columns."""
     device_kv = measurement.device_kv_bytes
     return {
         "point": measurement.point,
@@ -151,7 +151,7 @@ def _cells(measurement: Measurement) -> dict[str, str]:
 
 
 def _verdict(measurements: Sequence[Measurement]) -> str:
-    """How many goals are reached, and a line for each one that is missed."""
+    """Return how many goals are reached, and a line for each one that is missed."""
     goals = [measurement for measurement in measurements if measurement.reached is not None]
     missed = [measurement for measurement in goals if not measurement.reached]
     lines = [f"{len(goals) - len(missed)} of {len(goals)} goals are reached."]

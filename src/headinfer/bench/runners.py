@@ -18,13 +18,13 @@ __all__ = ["HeadRunner", "Runner", "TransformersRunner"]
 
 
 class Runner(Turn, Protocol):
-    """One way of holding the past; each turn is a forward pass of the same tokens at its end."""
+    """A model with a past in a cache. Each turn is a forward pass of the same tokens at the end of the past."""
 
     def kv_bytes(self) -> int:
-        """Peak bytes of KV on the device."""
+        """Return the peak bytes of KV on the device."""
 
     def facts(self) -> dict[str, Any]:
-        """Details of the last pass, for JSON."""
+        """Return details of the last pass, for JSON."""
 
 
 class HeadRunner:
@@ -55,11 +55,11 @@ class HeadRunner:
         self.cache.crop(-self.tokens)
 
     def kv_bytes(self) -> int:
-        """Peak bytes of KV on the device."""
+        """Return the peak bytes of KV on the device."""
         return self.cache.stats().device_kv_peak_bytes
 
     def facts(self) -> dict[str, Any]:
-        """What was chosen for the last pass."""
+        """Return the choices for the last pass."""
         stats = self.cache.stats()
         return {
             "heads_per_group": stats.heads_per_group,
@@ -119,11 +119,11 @@ class TransformersRunner:
         self._prefetch_first_layer()
 
     def kv_bytes(self) -> int:
-        """Bytes of KV on the device; of an offloaded cache two layers, since one is read while the next one comes."""
+        """Return the bytes of KV on the device. An offloaded cache has two layers there: it prefetches one."""
         layers = self.cache.layers
         sizes = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
         return 2 * max(sizes) if self.offloaded else sum(sizes)
 
     def facts(self) -> dict[str, Any]:
-        """All layers have KV of their own, whatever headinfer's read."""
+        """Return that each layer has its own KV, also if the layers of headinfer's past share it."""
         return {"simulation": False}

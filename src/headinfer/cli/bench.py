@@ -175,7 +175,7 @@ def _footnotes(rows: Sequence[Measurement], width: int) -> list[str]:
 
 
 def _suite_table(suite: str, rows: Sequence[Measurement], footnotes: Sequence[str]) -> Table:
-    """A table of one suite. A column without any text is left out.
+    """Return a table of one suite. A column without any text is left out.
 
     Args:
         suite: the name of the suite.
@@ -197,7 +197,7 @@ def _suite_table(suite: str, rows: Sequence[Measurement], footnotes: Sequence[st
 
 
 def _cells(measurement: Measurement, footnotes: Sequence[str]) -> dict[str, str]:
-    """The cells of a row in the terminal by the headers of their columns."""
+    """Return the cells of a row in the terminal by the headers of their columns."""
     from headinfer.bench.measurement import shown
 
     device_kv = measurement.device_kv_bytes

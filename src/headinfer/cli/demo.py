@@ -76,7 +76,7 @@ def _introduce(document: Document, tokens: int) -> None:
 
 
 def _print_answers() -> OnText:
-    """A function that prints each question, then its answer as it is generated."""
+    """Return a function that prints each question, then its answer as it is generated."""
     asked: set[str] = set()
 
     def show_piece(question: Question, text: str) -> None:
@@ -115,7 +115,7 @@ def _answer_seconds(reading: Reading) -> float:
 
 
 def _marked(question: Question, answer: Answer) -> str:
-    """The number in an answer, marked if it is wrong."""
+    """Return the number in an answer, marked if it is wrong."""
     found = re.search(r"\d+", answer.text)
     number = found.group() if found else answer.text.strip()[:20]
     return number if question.score(answer.text, question.references) == 1.0 else f"{number} (wrong)"

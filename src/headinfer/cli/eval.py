@@ -222,7 +222,7 @@ class _Evaluation:
         self._results.command = shlex.join(["headinfer", *sys.argv[1:]])
 
     def check_memory(self, tokens: int) -> None:
-        """Raise CapacityError if a context of so many tokens does not fit this machine."""
+        """Raise CapacityError if a context of `tokens` tokens does not fit this machine."""
         import torch
 
         from headinfer.engine.options import Options
@@ -232,7 +232,7 @@ class _Evaluation:
         plan_run(RunRequest(self._shape, torch.device(self._device), self._dtype, tokens, options))
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Return the number of tokens of a text."""
         return len(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def run(self, documents: Iterable[Document], document_tokens: Sequence[int], *, compare: bool) -> Results:

@@ -150,7 +150,7 @@ def generate(
 def _sampling(
     temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float | None
 ) -> dict[str, Any]:
-    """The sampling options of transformers' generate()."""
+    """Return the sampling options of transformers' generate()."""
     sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if temperature > 0:

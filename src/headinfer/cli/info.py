@@ -43,6 +43,6 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pinning(gpu: dict[str, Any]) -> str:
-    """Whether host memory is pinned for a GPU, and on which NUMA node."""
+    """Return whether host memory is pinned for a GPU, and on which NUMA node."""
     node = "" if gpu["numa_node"] is None else f", on NUMA node {gpu['numa_node']} if it has enough free memory"
     return f"{gpu['pinned_host_memory']} ({gpu['name']}{node})"

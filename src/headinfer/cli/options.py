@@ -87,12 +87,12 @@ SessionsFolder = Annotated[
 
 
 def bytes_or_none(size: str | None) -> int | None:
-    """Bytes of a size such as 256MiB; None if the option is not given. Raises UsageError for anything else."""
+    """Return the bytes of a size such as 256MiB; None if the option is not given. Raise UsageError otherwise."""
     return parse_bytes(size) if size is not None else None
 
 
 def kv_options(device_kv_budget: str | None, host_kv_budget: str | None, disk_tier: Path | None) -> dict[str, Any]:
-    """The fields of Options that say where KV is stored, from the options of a command.
+    """Return the fields of Options that set where KV is stored, from the options of a command.
 
     Raises:
         UsageError: a budget is not a size.

@@ -79,7 +79,7 @@ def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -
 
 
 def _is_plot(path: Path) -> bool:
-    """Whether draw() wrote a file, which then contains the creator's name."""
+    """Return whether draw() wrote a file, which then contains the creator's name."""
     if path.stat().st_size > _MAX_PLOT_BYTES:
         return False
     data = path.read_bytes()

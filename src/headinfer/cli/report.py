@@ -33,7 +33,7 @@ __all__ = [
 
 
 def _new_progress() -> Progress:
-    """A progress display on stderr. Its tasks have a field `shown`, the text beside the bar."""
+    """Return a progress display on stderr. Its tasks have a field `shown`, the text beside the bar."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -225,7 +225,7 @@ def columns_table(
 
 
 def summary_row(number: int, summary: Summary) -> tuple[str, str, str, str]:
-    """One question's number, time to first token, tokens per second and peak of KV on the device."""
+    """Return one question's number, time to first token, tokens per second and peak of KV on the device."""
     return (
         str(number),
         _seconds(summary.first_token_s),
@@ -235,7 +235,7 @@ def summary_row(number: int, summary: Summary) -> tuple[str, str, str, str]:
 
 
 def summary_table(summary: Summary) -> Table:
-    """The table that ends a generation: tokens, times and bytes."""
+    """Return the table that ends a generation: tokens, times and bytes."""
     stats = summary.stats
     rows: list[tuple[str, object]] = [
         ("tokens read", f"{summary.tokens_read:,} of {summary.tokens_in:,}"),
@@ -257,7 +257,7 @@ def summary_table(summary: Summary) -> Table:
 
 
 def hardware_table(found: Hardware) -> Table:
-    """The rates that a probe has measured."""
+    """Return the rates that a probe has measured."""
     rates = {
         "host memory, read": found.dram_bytes_per_s,
         "KV, read by decode's attention": found.kv_bytes_per_s or 0.0,

@@ -134,7 +134,7 @@ def export(
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    """What `session list` and `session info` tell about a session."""
+    """Return the facts about a session that `session list` and `session info` show."""
     return {
         "tokens": manifest.tokens,
         "document_tokens": _document_tokens(manifest),

@@ -48,9 +48,9 @@ class PassShape:
     """What a forward pass asks of its attention.
 
     Attributes:
-        query_heads: Query heads of the layer.
-        query_tokens: Tokens of the chunk.
-        row_copies: Rows that each row will become during the pass or soon after; each needs a tail (hf/copies.py).
+        query_heads: query heads of the layer.
+        query_tokens: tokens of the chunk.
+        row_copies: rows that each row will become during the pass or soon after; each needs a tail (hf/copies.py).
     """
 
     query_heads: int = 1
@@ -59,7 +59,7 @@ class PassShape:
 
 
 def default_budget_bytes(device: torch.device) -> int:
-    """The KV budget of a CUDA device if the user gives none: what is free, less a reserve for activations."""
+    """Return the KV budget of a CUDA device if the user gives none: what is free, less a reserve for activations."""
     total = torch.cuda.get_device_properties(device).total_memory
     reserve = max(total // _RESERVE_SHARE, _LEAST_RESERVE_BYTES)
     return max(free_device_bytes(device) - reserve, DEFAULT_BUDGET_BYTES)
@@ -69,14 +69,14 @@ class DeviceKV:
     """The KV of the layers of one cache that are on one device.
 
     Args:
-        device: The device.
-        transport: How KV reaches the device.
-        options: The options of the cache.
-        rates: The rates that tiles are chosen for.
-        layers: Number of offloaded layers on this device.
-        all_layers: Number of offloaded layers on all devices.
-        counter: Counts device bytes and copies.
-        host_counter: Counts host bytes, for all devices.
+        device: the device.
+        transport: how KV reaches the device.
+        options: the options of the cache.
+        rates: the rates that tiles are chosen for.
+        layers: number of offloaded layers on this device.
+        all_layers: number of offloaded layers on all devices.
+        counter: counts device bytes and copies.
+        host_counter: counts host bytes, for all devices.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class DeviceKV:
         return sum(self.counter.device_bytes.values())
 
     def new_layer_kv(self, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
-        """The empty KV of a layer, with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
+        """Return an empty LayerKV with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         residency = None
         if self.residency is not None:
             layer_bytes = self.residency.room_bytes // self.layers
@@ -148,18 +148,18 @@ class DeviceKV:
         )
 
     def _host_room_bytes(self) -> int:
-        """Host memory that is free, or holds KV of this cache already."""
+        """Return host memory that is free, or holds KV of this cache already."""
         return available_host_bytes() + self.tier.counter.host_bytes
 
     def begin(self, layer_kv: LayerKV, shape: PassShape) -> None:
         """Fit the ring to the budget and choose the tile, before the first attention of a forward pass.
 
         Args:
-            layer_kv: The KV of the layer that attends first.
-            shape: What the pass asks for.
+            layer_kv: the KV of the layer that attends first.
+            shape: what the pass asks for.
 
         Raises:
-            CapacityError: The budget does not hold a ring, also if no token stays resident.
+            CapacityError: the budget does not hold a ring, also if no token stays resident.
         """
         # There is one tail more than there are layers, since reordering rows copies a tail. Forks have tails too.
         held = self.counter.device_bytes
@@ -184,7 +184,7 @@ class DeviceKV:
             self._begin_streaming(layer_kv, shape, taken)
 
     def can_fetch(self, layer_kv: LayerKV) -> bool:
-        """Whether the host part of a layer can be fetched with the current ring. If not, begin() must be called."""
+        """Return whether the current ring can fetch the host part of a layer. If not, begin() must be called."""
         if self.streams is None or layer_kv.is_all_resident:
             return True
         return self._has_slots and not self._is_outdated()
@@ -214,7 +214,7 @@ class DeviceKV:
         self.streaming_budget_bytes = self.device_kv_budget_bytes - room_bytes
 
     def _is_outdated(self) -> bool:
-        """Whether pinning host memory has failed since the ring was made."""
+        """Return whether pinning host memory has failed since the ring was made."""
         return bool(self.tier.pin_refusal) and not isinstance(self.ring, ReadAhead)
 
     @property

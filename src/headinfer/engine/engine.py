@@ -30,18 +30,18 @@ class Engine:
     """Creates the KV of a cache's layers and runs their attention.
 
     Args:
-        options: The options of the cache.
-        layers: Number of offloaded layers. Their tails count against the budget from the start.
+        options: the options of the cache.
+        layers: number of offloaded layers. Their tails count against the budget from the start.
 
     Attributes:
-        layers_on: Number of offloaded layers by device, if it is known before the first pass.
-        counter: Counts the bytes of the host and of the first device.
-        devices: The KV of each device.
-        awaiting: The chunk that a layer was updated with and whose attention has not run yet.
-        backends_used: Names of the attention backends that have run.
-        row_copies: Rows that each row will become during the pass or soon after (hf/copies.py).
-        attentions: Attentions that ran since the start of the forward pass.
-        disk: The disk tier, if there is one.
+        layers_on: number of offloaded layers by device, if it is known before the first pass.
+        counter: counts the bytes of the host and of the first device.
+        devices: the KV of each device.
+        awaiting: the chunk that a layer was updated with and whose attention has not run yet.
+        backends_used: names of the attention backends that have run.
+        row_copies: rows that each row will become during the pass or soon after (hf/copies.py).
+        attentions: attentions that ran since the start of the forward pass.
+        disk: the disk tier, if there is one.
     """
 
     def __init__(self, options: Options, layers: int) -> None:
@@ -70,16 +70,16 @@ class Engine:
         return [kv.counter for kv in self.devices.values()] or [self.counter]
 
     def new_layer_kv(self, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
-        """The empty KV of a layer, with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
+        """Return an empty LayerKV with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         return self._device_kv(k, v).new_layer_kv(k, v)
 
     def begin(self, layer_kv: LayerKV, query_heads: int, query_tokens: int) -> None:
         """Begin a forward pass, before the attention of its first offloaded layer.
 
         Args:
-            layer_kv: The KV of that layer.
-            query_heads: Query heads of that layer.
-            query_tokens: Tokens of the chunk.
+            layer_kv: the KV of that layer.
+            query_heads: query heads of that layer.
+            query_tokens: tokens of the chunk.
         """
         self._layer_order.begin_pass()
         self._shape = PassShape(query_heads, query_tokens, self.row_copies)
@@ -87,7 +87,7 @@ class Engine:
         self._begin_on(layer_kv)
 
     def _begin_on(self, layer_kv: LayerKV) -> DeviceKV:
-        """The KV of the layer's device, which begins the pass with its first layer there."""
+        """Return the KV of the layer's device, which begins the pass with its first layer there."""
         device = self._device_of(layer_kv)
         kv = self.devices[device]
         if device not in self._begun or not kv.can_fetch(layer_kv):
@@ -104,7 +104,7 @@ class Engine:
         spec: AttentionSpec,
         past_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Attention of a chunk on the tokens before it and on itself; see attend_streaming()."""
+        """Compute attention of a chunk on the tokens before it and on itself; see attend_streaming()."""
         self.attentions += 1
         layer_kv.promote()
         kv = self._begin_on(layer_kv)
@@ -125,7 +125,7 @@ class Engine:
         )
 
     def _following(self, layer_kv: LayerKV, token_ranges: Sequence[TokenRanges] | None) -> Iterable[Tile]:
-        """Tiles to prefetch: the first ones of the next layer on this device.
+        """Return the tiles to prefetch: the first ones of the next layer on this device.
 
         After the last layer this is the first layer, for the next token. Nothing is prefetched then for the next
         chunk of a prompt, which may use other tiles, and for padded rows, in which other tokens are hidden.
@@ -152,7 +152,7 @@ class Engine:
             kv.write.settle()
 
     def segment_tier(self, layer_kv: LayerKV) -> HostTier | None:
-        """The host memory that segments of a session must be copied to; None if they can be read as they are mapped."""
+        """Return the host memory to copy segments of a session to; None if they can be read as they are mapped."""
         kv = self.devices[self._device_of(layer_kv)]
         is_needed = kv.transport == "cuda" or (self.disk is not None and kv.transport != "in_place")
         return kv.tier if is_needed else None
@@ -175,11 +175,11 @@ class Engine:
                 kv.ring.drop_prefetched()
 
     def _device_of(self, tensors: LayerKV | torch.Tensor) -> torch.device:
-        """The device of a layer's KV, or of a tensor. Tests override it."""
+        """Return the device of a layer's KV, or of a tensor. Tests override it."""
         return tensors.device
 
     def _device_kv(self, k: torch.Tensor, v: torch.Tensor) -> DeviceKV:
-        """The KV of the device of k and v. It is created with the first layer of that device."""
+        """Return the KV of the device of k and v. It is created with the first layer of that device."""
         device = self._device_of(k)
         if device in self.devices:
             return self.devices[device]
@@ -227,7 +227,7 @@ class Engine:
         kv.tier.make_room = self.disk.make_room
 
     def _write_back_done(self) -> Callable[[], None]:
-        """A function that returns, on any thread, when all write-backs queued so far have reached host memory."""
+        """Return a function that waits, on any thread, until the write-backs queued so far are in host memory."""
         waits = [kv.streams.write_back_done() for kv in self.devices.values() if kv.streams is not None]
 
         def wait_for_all() -> None:
@@ -253,8 +253,8 @@ class _LayerOrder:
         """Note that a layer attends, and predict the next wanted layer.
 
         Args:
-            layer_kv: The layer that attends now.
-            is_wanted: Tells whether a layer counts.
+            layer_kv: the layer that attends now.
+            is_wanted: tells whether a layer counts.
 
         Returns:
             The KV of the next wanted layer, None if this pass differs from the previous one, and whether that layer

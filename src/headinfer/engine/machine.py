@@ -22,14 +22,14 @@ _MULTIPROCESSOR_FLOPS_PER_S = 1e12  # tensor cores in a half type: about those o
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a device, under which its probe is stored."""
+    """Return the name of a device, under which its probe is stored."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"this CPU, {psutil.cpu_count(logical=False) or psutil.cpu_count() or 1} cores"
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Bytes of a CUDA device that this process can still allocate.
+    """Return the bytes of a CUDA device that this process can still allocate.
 
     These are the bytes that no process uses and those that torch has cached, within the share that torch may use
     (torch.cuda.set_per_process_memory_fraction).
@@ -43,7 +43,7 @@ def free_device_bytes(device: torch.device) -> int:
 
 
 def this_machine(device: torch.device) -> Hardware:
-    """The probed, listed or guessed rates of a device of this machine, and its memory."""
+    """Return the probed, listed or guessed rates of a device of this machine, and its memory."""
     name = device_name(device)
     if probe_path().is_file():
         probed = Hardware.load(probe_path())

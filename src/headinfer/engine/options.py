@@ -1,4 +1,4 @@
-"""What a user can fix about a cache: memory budgets, tiles, kernels, and where KV is stored."""
+"""The options of a cache: memory budgets, tiles, kernels, and where KV is stored."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ class OptionFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """What a user can fix about a cache. None leaves a choice to the engine.
+    """The options of a cache. None leaves a choice to the engine.
 
     The same options give the same tiles, merges and kernels, and so the same bits on one machine.
 
     Attributes:
-        device_kv_budget_bytes: Upper bound of KV bytes on each device, at any context length: resident tokens, ring,
+        device_kv_budget_bytes: upper bound of KV bytes on each device, at any context length: resident tokens, ring,
             tails and write-back buffers. None takes what is free on the device, less a reserve.
-        streaming_budget_bytes: The part of the device budget for ring, tails and write-back buffers. The rest keeps
+        streaming_budget_bytes: the part of the device budget for ring, tails and write-back buffers. The rest keeps
             the first tokens resident. None is 256 MiB.
         heads_per_group: KV heads that are streamed together.
-        tile_tokens: Tokens that are streamed together.
-        backend: Attention backends to try first, separated by commas. See `headinfer info`.
-        transport: How KV reaches the device. "auto" streams through a ring on CUDA, and reads segments in place on a
+        tile_tokens: tokens that are streamed together.
+        backend: attention backends to try first, separated by commas. See `headinfer info`.
+        transport: how KV reaches the device. "auto" streams through a ring on CUDA, and reads segments in place on a
             CPU. "in_place" always reads in place. "eager" and "lazy" use the ring on a CPU, for tests
             (kv/streams.py).
-        expected_tokens: The final length of the context; 0 if it is unknown.
-        rates: The rates that tiles are chosen for. None takes those of the machine.
-        host_kv_budget_bytes: Upper bound of KV bytes in host memory. It needs disk_tier.
-        disk_tier: The folder for KV beyond the host budget. It needs host_kv_budget_bytes.
+        expected_tokens: the final length of the context; 0 if it is unknown.
+        rates: the rates that tiles are chosen for. None takes those of the machine.
+        host_kv_budget_bytes: upper bound of KV bytes in host memory. It needs disk_tier.
+        disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.
 
     Raises:
-        UsageError: A value is out of range, or a backend is unknown.
+        UsageError: a value is out of range, or a backend is unknown.
     """
 
     device_kv_budget_bytes: int | None = None
@@ -126,21 +126,21 @@ class Options:
             raise UsageError(f"transport is {self.transport!r}: it must be one of {', '.join(_TRANSPORTS)}")
 
     def arithmetic(self) -> dict[str, Any]:
-        """The fields that a session keeps, for JSON: all but those that say where KV is stored."""
+        """Return the fields that a session keeps, for JSON: all but those that say where KV is stored."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_SESSIONS}
 
 
 def known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of Options among those of a JSON object, under their current names.
+    """Return the fields of Options among those of a JSON object, under their current names.
 
-    Fields that only another version of headinfer knows are left out.
+    Fields that this version does not have are left out.
     """
     known = {field.name for field in dataclasses.fields(Options)}
     return {name: value for name, value in current_names(fields).items() if name in known}
 
 
 def current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object of an earlier version of headinfer, such as a session's, with the current names of options."""
+    """Return a JSON object of an earlier version, such as a session's, with the current names of options."""
     current = {_RENAMED.get(name, name): value for name, value in fields.items()}
     if "transport" in current:
         current["transport"] = _RENAMED_TRANSPORTS.get(current["transport"], current["transport"])

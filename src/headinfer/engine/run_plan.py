@@ -35,19 +35,19 @@ class RunRequest:
     """A run to be planned.
 
     Attributes:
-        shape: The model, or this rank's share of it.
-        device: The device that computes.
-        dtype: Of weights and KV.
-        context_tokens: Tokens of the prompt and the answer.
-        options: The user's options.
-        chunk_tokens: Tokens of a prefill chunk; None is planned.
-        rows: Rows of the batch.
-        ranks_on_host: Number of processes that share the host's memory.
-        keeps_resident: Whether tokens may stay on the device.
-        is_loaded: Whether the weights are in memory already.
-        held_device_bytes: Device bytes of KV of this context that exist already.
-        held_host_bytes: Host bytes of KV of this context that exist already.
-        host_weight_bytes: Weights that will be loaded into host memory; None if the check of host memory is left to
+        shape: the model, or this rank's share of it.
+        device: the device that computes.
+        dtype: the dtype of weights and KV.
+        context_tokens: tokens of the prompt and the answer.
+        options: the user's options.
+        chunk_tokens: tokens of a prefill chunk; None is planned.
+        rows: rows of the batch.
+        ranks_on_host: number of processes that share the host's memory.
+        keeps_resident: whether tokens may stay on the device.
+        is_loaded: whether the weights are in memory already.
+        held_device_bytes: device bytes of KV of this context that exist already.
+        held_host_bytes: host bytes of KV of this context that exist already.
+        host_weight_bytes: weights that will be loaded into host memory; None if the check of host memory is left to
             the planner.
     """
 
@@ -76,8 +76,8 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
-        plan: The plan, with its predictions.
-        options: The options of the cache: the user's, with what they leave open taken from the plan. With them a run
+        plan: the plan, with its predictions.
+        options: the options of the cache: the user's, with what they leave open taken from the plan. With them a run
             repeats the same arithmetic.
     """
 
@@ -96,8 +96,8 @@ def plan_run(run: RunRequest) -> RunPlan:
     What the device has free beside weights, activations and a reserve (Hardware.overhead_bytes) is for KV.
 
     Raises:
-        CapacityError: The run does not fit. The message says what would fit.
-        UsageError: An option is out of range for the model, or the folder of the disk tier is not writable.
+        CapacityError: the run does not fit. The message says what would fit.
+        UsageError: an option is out of range for the model, or the folder of the disk tier is not writable.
     """
     options = run.options
     if run.host_weight_bytes is not None:
@@ -116,7 +116,7 @@ def plan_run(run: RunRequest) -> RunPlan:
 
 
 def engine_options(options: Options, plan: Plan) -> Options:
-    """The user's options, with what they leave open taken from a plan."""
+    """Return the user's options, with what they leave open taken from a plan."""
     machine = plan.request.hardware
     if machine.is_host:
         return options  # segments are read in place; a ring on a CPU, for tests, has its own defaults
@@ -129,12 +129,12 @@ def engine_options(options: Options, plan: Plan) -> Options:
 
 
 def tightest(devices: Iterable[torch.device]) -> torch.device | None:
-    """The CUDA device with the least free memory. The plan of a model on several devices must fit it."""
+    """Return the CUDA device with the least free memory. The plan of a model on several devices must fit it."""
     return min(devices, key=free_device_bytes, default=None)
 
 
 def _planner_request(run: RunRequest) -> Request:
-    """The request to the planner: this machine, with the memory that is free now."""
+    """Return the request to the planner: this machine, with the memory that is free now."""
     options = run.options
     machine = this_machine(run.device)
     name = run.dtype_name
@@ -177,8 +177,8 @@ def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
     """Choose the tiles of the last chunk of a prefill and of a decode step, as the engine will.
 
     Raises:
-        CapacityError: The device budget holds no ring, or a slot holds no tile.
-        UsageError: A fixed tile is out of range for the model.
+        CapacityError: the device budget holds no ring, or a slot holds no tile.
+        UsageError: a fixed tile is out of range for the model.
     """
     element_bytes = run.dtype.itemsize
     layer = run.shape.layers[run.shape.offloaded_layers[0]]

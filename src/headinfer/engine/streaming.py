@@ -47,10 +47,10 @@ class AttentionSpec:
     """What a model asks of an attention, beside Q, K and V.
 
     Attributes:
-        scale: Factor of the scores.
-        softcap: Soft cap c of the scores: tanh(score / c) * c. None applies no cap.
-        sinks: One more score per query head, [Hq], of a key with value 0 (gpt-oss).
-        token_ranges: For each row of the batch, the half-open ranges of tokens that are seen, over the past and the
+        scale: factor of the scores.
+        softcap: soft cap c of the scores: tanh(score / c) * c. None applies no cap.
+        sinks: one more score per query head, [Hq], of a key with value 0 (gpt-oss).
+        token_ranges: for each row of the batch, the half-open ranges of tokens that are seen, over the past and the
             chunk. None sees all tokens.
     """
 
@@ -65,11 +65,11 @@ class Tile:
     """Some tokens of one head group, for the rows that share them.
 
     Attributes:
-        rows: The rows of the batch.
-        pieces: What must be fetched; empty for a resident tile.
-        after: Events of the write-back of these pieces.
-        key: Equal for tiles of the same tokens of the same segments, as long as their content is the same.
-        resident: Pieces that are on the device.
+        rows: the rows of the batch.
+        pieces: what must be fetched; empty for a resident tile.
+        after: events of the write-back of these pieces.
+        key: equal for tiles of the same tokens of the same segments, as long as their content is the same.
+        resident: pieces that are on the device.
     """
 
     rows: tuple[int, ...]
@@ -84,14 +84,14 @@ class LayerPass:
     """The attention of one layer in one forward pass.
 
     Attributes:
-        q: Queries [B, Hq, T, Dk], contiguous.
-        k: Keys of the chunk [B, Hkv, T, Dk].
-        v: Values of the chunk [B, Hkv, T, Dv].
-        layer_kv: The KV of the tokens before.
-        spec: What the model asks for.
-        past_tokens: How many of these tokens are attended to.
-        backend: Attention backends to try first.
-        used: Collects the names of the backends that ran.
+        q: queries [B, Hq, T, Dk], contiguous.
+        k: keys of the chunk [B, Hkv, T, Dk].
+        v: values of the chunk [B, Hkv, T, Dv].
+        layer_kv: the KV of the tokens before.
+        spec: what the model asks for.
+        past_tokens: how many of these tokens are attended to.
+        backend: attention backends to try first.
+        used: collects the names of the backends that ran.
     """
 
     q: torch.Tensor
@@ -114,11 +114,11 @@ class LayerPass:
         return self.q.shape[1] // self.k.shape[1]
 
     def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
-        """What a kernel must do.
+        """Return the problem that a kernel must solve.
 
         Args:
-            query_rows: Query rows per KV head; 0 for the chunk on itself.
-            key_tokens: Tokens of one piece of keys; 0 for several pieces, or any number.
+            query_rows: query rows per KV head; 0 for the chunk on itself.
+            key_tokens: tokens of one piece of keys; 0 for several pieces, or any number.
         """
         device = self.q.device
         return Problem(
@@ -134,13 +134,13 @@ class LayerPass:
         )
 
     def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
-        """The backend for a problem. Its name is added to `used`."""
+        """Return the backend for a problem. Its name is added to `used`."""
         backend = self.choice(query_rows, key_tokens)
         self.used.add(backend.name)
         return backend
 
     def choice(self, query_rows: int, key_tokens: int) -> Backend:
-        """The backend for a problem."""
+        """Return the backend for a problem."""
         return choose(self.problem(query_rows, key_tokens), self.backend)
 
 
@@ -158,20 +158,20 @@ def attend_streaming(
     used: set[str] | None = None,
     following: Iterable[Tile] = (),
 ) -> torch.Tensor:
-    """Causal attention of a chunk on the tokens before it and on itself.
+    """Compute causal attention of a chunk on the tokens before it and on itself.
 
     Args:
         q: [B, Hq, T, Dk].
         k: [B, Hkv, T, Dk].
         v: [B, Hkv, T, Dv].
-        layer_kv: The KV of the tokens before.
-        spec: What the model asks for.
-        plan: The shape of the tiles.
-        ring: Brings tiles to the device. None reads the segments in place.
-        past_tokens: How many of the tokens before are attended to; None for all.
-        backend: Attention backends to try first, separated by commas.
-        used: Collects the names of the backends that ran.
-        following: The first tiles of the layer that runs next. The ring prefetches them.
+        layer_kv: the KV of the tokens before.
+        spec: what the model asks for.
+        plan: the shape of the tiles.
+        ring: brings tiles to the device. None reads the segments in place.
+        past_tokens: how many of the tokens before are attended to; None for all.
+        backend: attention backends to try first, separated by commas.
+        used: collects the names of the backends that ran.
+        following: the first tiles of the layer that runs next. The ring prefetches them.
 
     Returns:
         [B, T, Hq, Dv] in q's dtype. Query rows that see no key give 0.
@@ -242,15 +242,15 @@ def _head_groups(kv_heads: int, heads_per_group: int) -> list[slice]:
 def tiles_of(
     layer_kv: LayerKV, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
 ) -> Iterator[Tile]:
-    """The host segments of a head group as tiles.
+    """Return the host segments of a head group as tiles.
 
     Resident tokens are one tile. The plan cuts the others.
 
     Args:
-        layer_kv: The KV of the layer.
-        heads: The KV heads of the group.
-        plan: The shape of the tiles.
-        token_ranges: For each row, the ranges of tokens that are seen; None for all.
+        layer_kv: the KV of the layer.
+        heads: the KV heads of the group.
+        plan: the shape of the tiles.
+        token_ranges: for each row, the ranges of tokens that are seen; None for all.
     """
     for shared in layer_kv.shared_prefixes(token_ranges):
         resident, streamed = _split_by_residency(shared)
@@ -275,7 +275,7 @@ def tiles_of(
 
 
 def _tile_tokens(plan: TilePlan, tokens: int) -> int:
-    """The length of the tiles that `tokens` tokens are cut into. The last tile may be shorter."""
+    """Return the length of the tiles that `tokens` tokens are cut into. The last tile may be shorter."""
     if not plan.is_even or not tokens:
         return plan.tile_tokens
     tiles = -(-tokens // plan.tile_tokens)
@@ -284,7 +284,7 @@ def _tile_tokens(plan: TilePlan, tokens: int) -> int:
 
 
 def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
-    """The slices, or parts of them, that are on the device, and those that are on the host only."""
+    """Return the slices, or parts of them, that are on the device, and those that are on the host only."""
     resident: list[SegmentSlice] = []
     streamed: list[SegmentSlice] = []
     for part in shared.slices:
@@ -297,7 +297,7 @@ def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[
 
 
 def _joined(slices: Sequence[SegmentSlice], heads: slice) -> Iterator[Piece]:
-    """Resident slices as pieces. Neighbours in a resident buffer become one piece."""
+    """Return resident slices as pieces. Neighbours in a resident buffer become one piece."""
     buffer: ResidentBuffer | None = None
     begin = 0
     end = 0
@@ -314,7 +314,7 @@ def _joined(slices: Sequence[SegmentSlice], heads: slice) -> Iterator[Piece]:
 
 
 def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
-    """A tile that must be fetched."""
+    """Return a tile that must be fetched."""
     pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
     events = [part.segment.write_done for part in slices if part.segment.write_done is not None]
     key = tuple((part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices)
@@ -322,7 +322,7 @@ def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -
 
 
 def _calls(layer: LayerPass, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
-    """The pieces, split into kernel calls: one call, or blocks of BLOCK_TOKENS for a kernel that wants them."""
+    """Return the pieces, split into kernel calls: one call, or blocks of BLOCK_TOKENS for a kernel that wants them."""
     query_rows = rows * layer.group_queries * layer.q.shape[2]
     if layer.is_decode or layer.choice(query_rows, BLOCK_TOKENS[0]) is layer.choice(query_rows, 0):
         yield pieces
@@ -342,11 +342,11 @@ def _attend_tile(
     """Merge attention on pieces that some rows share into the state of a head group.
 
     Args:
-        layer: The layer's attention.
-        heads: The KV heads of the group.
+        layer: the layer's attention.
+        heads: the KV heads of the group.
         state: [B, h * G, T, Dv]; None if nothing was seen yet.
-        rows: The rows that share the pieces.
-        pieces: Keys and values [h, T, D].
+        rows: the rows that share the pieces.
+        pieces: keys and values [h, T, D].
     """
     kv_heads = heads.stop - heads.start
     group = layer.group_queries
@@ -370,7 +370,7 @@ def _attend_tile(
 
 
 def _empty(layer: LayerPass, heads: slice) -> AttentionState:
-    """The state of a head group that has seen no key."""
+    """Return the state of a head group that has seen no key."""
     rows, _, tokens, _ = layer.q.shape
     shape = (rows, (heads.stop - heads.start) * layer.group_queries, tokens)
     return AttentionState.empty(shape, layer.v.shape[3], layer.q.device)
@@ -379,7 +379,7 @@ def _empty(layer: LayerPass, heads: slice) -> AttentionState:
 def _own_state(
     layer: LayerPass, heads: slice, past_ranges: Sequence[TokenRanges] | None
 ) -> tuple[AttentionState | None, dict[int, tuple[Piece, ...]]]:
-    """The chunk on itself, and what else is on the device: the tail of each row.
+    """Attend to the KV that is on the device anyway: the chunk itself and the tail of each row.
 
     A chunk of one token is returned as a piece too.
 

@@ -61,7 +61,7 @@ def save_heatmap(results: Results, path: Path) -> None:
 
 
 def is_heatmap(path: Path) -> bool:
-    """Whether a file was written by `save_heatmap()`."""
+    """Return whether a file was written by `save_heatmap()`."""
     with open(path, "rb") as file:
         start = file.read(4096)
     return start.startswith(_PNG) and b"tEXtCreator\0" + _CREATOR.encode() in start

@@ -87,7 +87,7 @@ def random_words(
 
 
 def is_held_out(word: str) -> bool:
-    """Whether a word is held out from training. A checksum of the word selects one in eight."""
+    """Return whether a word is held out from training. A checksum of the word selects one in eight."""
     return zlib.crc32(word.encode()) % _HELD_OUT_INTERVAL == 0
 
 

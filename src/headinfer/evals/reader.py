@@ -207,7 +207,7 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
         self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers with each piece of text."""
+        """Receive a piece of text from transformers."""
         self._on_text(text + "\n" if stream_end else text)
 
 

@@ -135,7 +135,7 @@ class Niah:
 
 
 def _variable_tracking(setting: Setting) -> Build:
-    """The task vt: a chain of assignments in noise, after one worked example."""
+    """Return the task vt: a chain of assignments in noise, after one worked example."""
     rng = setting.rng("chain")
     task = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 
@@ -173,7 +173,7 @@ def _variable_tracking(setting: Setting) -> Build:
 
 
 def _common_words(setting: Setting) -> Build:
-    """The task cwe: the ten most common words of a numbered list, after one worked example."""
+    """Return the task cwe: the ten most common words of a numbered list, after one worked example."""
     rng = setting.rng("words")
     task = (
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
@@ -204,7 +204,7 @@ def _common_words(setting: Setting) -> Build:
 
 
 def _frequent_words(setting: Setting) -> Build:
-    """The task fwe: the three most frequent of made-up words. Counts fall with the square of the rank (a zeta law)."""
+    """Return the task fwe: the three most frequent of made-up words. Counts fall with rank squared (a zeta law)."""
     rng = setting.rng("vocabulary")
     vocabulary = []
     for _ in range(max(setting.max_tokens // 50, 8)):
@@ -301,7 +301,7 @@ def _draw(kind: str, rng: random.Random) -> str:
 
 
 def _words(count: int) -> list[str]:
-    """At least `count` words; pairs of words if there are not enough single ones."""
+    """Return at least `count` words; pairs of words if there are not enough single ones."""
     nouns, adjectives, verbs = _word_lists()
     single = sorted({*nouns, *adjectives, *verbs})
     if count <= len(single):
@@ -311,7 +311,7 @@ def _words(count: int) -> list[str]:
 
 @functools.cache
 def _word_lists() -> tuple[list[str], list[str], list[str]]:
-    """Nouns, adjectives and verbs, in a fixed order."""
+    """Return nouns, adjectives and verbs, in a fixed order."""
     try:
         from wonderwords import RandomWord
     except ImportError as error:

@@ -86,7 +86,7 @@ class Results:
         return Output(self.path, is_ours=lambda path: read_json_object(path).get("about") == self.about)
 
     def has(self, document: Document, method: Method) -> bool:
-        """Whether every question of a document has been answered with a method."""
+        """Return whether every question of a document has been answered with a method."""
         done = {(record["key"], record["method"]) for record in self.records}
         return all((_key(document, question), method) in done for question in document.questions)
 

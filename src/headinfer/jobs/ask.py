@@ -39,16 +39,16 @@ class AskJob:
     """Questions to a session.
 
     Attributes:
-        name: The name of the session.
-        root: The folder of all sessions.
-        questions: The questions.
-        model: Where the model is; None takes what the session says.
-        max_new_tokens: Tokens of an answer, at most.
+        name: the name of the session.
+        root: the folder of all sessions.
+        questions: the questions.
+        model: where the model is; None takes the model of the session.
+        max_new_tokens: tokens of an answer, at most.
         device: auto, cpu, cuda or cuda:N.
-        seed: Of sampling.
-        keep: Whether questions and answers are added to the session, as context of later questions.
+        seed: of sampling.
+        keep: whether questions and answers are added to the session, as context of later questions.
         sampling: Options of generate() itself.
-        options: Fields of Options that replace the session's.
+        options: fields of Options that replace the session's.
     """
 
     name: str
@@ -68,14 +68,14 @@ class PreparedAsk:
     """An AskJob that has passed all checks. No weights are loaded.
 
     Attributes:
-        job: The job.
-        folder: The folder of the session.
-        manifest: Its checkpoint.
-        source: The model.
-        tokenizer: The model's tokenizer.
-        device: The device that computes.
-        slow: What will take long, and why.
-        warnings: What else the user should know before the run.
+        job: the job.
+        folder: the folder of the session.
+        manifest: its checkpoint.
+        source: the model.
+        tokenizer: the model's tokenizer.
+        device: the device that computes.
+        slow: what will take long, and why.
+        warnings: what else the user should know before the run.
     """
 
     job: AskJob
@@ -92,9 +92,9 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     """Check questions, session and memory. No weights are loaded.
 
     Raises:
-        UsageError: An argument cannot be right.
-        SessionError: There is no such session, it is not read to its end, it is damaged, or of another model.
-        CapacityError: The session's KV does not fit this machine.
+        UsageError: an argument is invalid.
+        SessionError: there is no such session, it is not read to its end, it is damaged, or of another model.
+        CapacityError: the session's KV does not fit this machine.
     """
     folder = session_folder(job.root, job.name)
     if not job.questions or not all(question.strip() for question in job.questions):
@@ -127,10 +127,10 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
 
 
 def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> list[str]:
-    """Sentences that say what will take long.
+    """Return sentences that say what will take long.
 
     Raises:
-        CapacityError: Host memory or the disk tier does not hold the session's KV.
+        CapacityError: host memory or the disk tier does not hold the session's KV.
     """
     dtype = getattr(torch, manifest.model["dtype"])
     weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
@@ -183,9 +183,9 @@ def ask(
     answers are appended to the document and written to the session. Ctrl-C ends the current answer and the job.
 
     Args:
-        prepared: The job.
-        on_text: Called with each part of an answer as it is written.
-        on_loaded: Called with the cache when the session is loaded.
+        prepared: the job.
+        on_text: called with each part of an answer as it is written.
+        on_loaded: called with the cache when the session is loaded.
 
     Returns:
         A summary for each question that was asked.
@@ -258,13 +258,13 @@ def _answer(
     """Generate an answer.
 
     Args:
-        model: The enabled model.
-        tokenizer: Its tokenizer.
-        cache: Holds the KV of the first tokens of the prompt.
+        model: the enabled model.
+        tokenizer: its tokenizer.
+        cache: holds the KV of the first tokens of the prompt.
         prompt_ids: [1, T] int64.
-        job: The job.
-        summary: Gets tokens, times and bytes.
-        on_text: Called with each part of the answer.
+        job: the job.
+        summary: gets tokens, times and bytes.
+        on_text: called with each part of the answer.
 
     Returns:
         The ids [1, T + n] of the prompt and the answer.

@@ -48,18 +48,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Job:
-    """What `headinfer generate` is asked to do.
+    """The options of `headinfer generate`.
 
     Attributes:
-        model: A local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
-        document: A text to read before the prompt.
-        prompt: The question.
-        max_new_tokens: Tokens to write, at most.
-        chunk_tokens: Tokens of a prefill chunk; None is planned.
+        model: a local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
+        document: a text to read before the prompt.
+        prompt: the question.
+        max_new_tokens: tokens to write, at most.
+        chunk_tokens: tokens of a prefill chunk; None is planned.
         dtype: auto, or one of DTYPES.
         device: auto, cpu, cuda or cuda:N.
-        seed: For sampling and random weights.
-        raw: Whether the model's chat template is left out.
+        seed: the seed of sampling and random weights.
+        raw: whether the model's chat template is left out.
         sampling: Options of generate() itself.
         options: Options of the cache; what they leave open is planned.
     """
@@ -82,15 +82,15 @@ class Prepared:
     """A job that has passed all checks. Only its tokenizer and config are loaded.
 
     Attributes:
-        job: The job.
-        source: The model.
-        tokenizer: The model's tokenizer.
-        input_ids: The prompt [1, T], int64.
-        dtype: Of weights and KV.
-        device: The device that computes.
-        warnings: What the user should know before the run.
-        run_plan: What the run will do.
-        ranks: This process among those that share the model.
+        job: the job.
+        source: the model.
+        tokenizer: the model's tokenizer.
+        input_ids: the prompt [1, T], int64.
+        dtype: the dtype of weights and KV.
+        device: the device that computes.
+        warnings: what the user should know before the run.
+        run_plan: what the run will do.
+        ranks: this process among those that share the model.
     """
 
     job: Job
@@ -119,21 +119,21 @@ class Summary:
     """What a job did.
 
     Attributes:
-        model: The model, as the user named it.
-        text: The answer.
-        tokens_in: Tokens of the prompt.
-        tokens_read: Tokens of the prompt that were read.
-        tokens_out: Tokens that were written.
-        token_ids: These tokens.
-        first_token_s: Seconds to the first of them, from the start of reading.
-        total_s: Seconds in all.
-        interrupted: Whether Ctrl-C ended the job. The other fields say what was done so far.
-        ranks: Number of processes that shared the model.
-        plan: The predictions of the plan, and why it was chosen.
+        model: the model, as the user named it.
+        text: the answer.
+        tokens_in: tokens of the prompt.
+        tokens_read: tokens of the prompt that were read.
+        tokens_out: tokens that were written.
+        token_ids: these tokens.
+        first_token_s: seconds to the first of them, from the start of reading.
+        total_s: seconds in all.
+        interrupted: whether Ctrl-C ended the job. The other fields say what was done so far.
+        ranks: number of processes that shared the model.
+        plan: the predictions of the plan, and why it was chosen.
         options: Options of `enable()` that repeat the arithmetic of the run.
-        warnings: What the user was told before the run.
-        stats: Bytes and choices of this process.
-        rank_stats: Those of all ranks, if several processes shared the model and none was interrupted.
+        warnings: what the user was told before the run.
+        stats: bytes and choices of this process.
+        rank_stats: those of all ranks, if several processes shared the model and none was interrupted.
     """
 
     model: str
@@ -160,7 +160,7 @@ class Summary:
         return (self.tokens_out - 1) / (self.total_s - self.first_token_s)
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """Return all fields, for JSON."""
         return {**dataclasses.asdict(self), "decode_tokens_per_s": self.decode_tokens_per_s}
 
 
@@ -168,7 +168,7 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-        UsageError: The file cannot be read, or is not UTF-8.
+        UsageError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -178,10 +178,10 @@ def read_text(path: Path) -> str:
 
 
 def checked_device(name: str) -> str:
-    """The device that a --device option names. auto is CUDA if there is any.
+    """Return the device that a --device option names. auto is CUDA if there is any.
 
     Raises:
-        UsageError: There is no such device.
+        UsageError: there is no such device.
     """
     device = name
     if name == "auto":
@@ -194,12 +194,12 @@ def checked_device(name: str) -> str:
 
 
 def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:
-    """The dtype that a --dtype option names.
+    """Return the dtype that a --dtype option names.
 
     auto is the checkpoint's dtype. Random models run in float32 on the CPU and in bfloat16 elsewhere.
 
     Raises:
-        UsageError: The name is unknown.
+        UsageError: the name is unknown.
     """
     if name not in ("auto", *DTYPES):
         raise UsageError(f"dtype {name}: choose auto, {', '.join(DTYPES)}")
@@ -216,13 +216,13 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     """Check a job against the model and this machine, and plan it. No weights are loaded.
 
     Args:
-        job: The job.
-        ranks: This process among those that share the model. Its share of the heads is checked.
+        job: the job.
+        ranks: this process among those that share the model. Its share of the heads is checked.
 
     Raises:
-        UsageError: An argument cannot be right.
-        UnsupportedError: The model is not served.
-        CapacityError: The job does not fit this machine.
+        UsageError: an argument is invalid.
+        UnsupportedError: the model is not served.
+        CapacityError: the job does not fit this machine.
     """
     for name in ("max_new_tokens", "chunk_tokens"):
         value = getattr(job, name)
@@ -271,9 +271,9 @@ def run(
     Ctrl-C ends the generation and returns the summary so far, with `interrupted` set.
 
     Args:
-        prepared: The job.
-        on_text: Called with each part of the answer as it is written.
-        on_forward: Called with the cache after each chunk and each token.
+        prepared: the job.
+        on_text: called with each part of the answer as it is written.
+        on_forward: called with the cache after each chunk and each token.
     """
     job = prepared.job
     run_plan = prepared.run_plan
@@ -322,7 +322,7 @@ def already_warned() -> Iterator[None]:
 
 
 def _load(prepared: Prepared) -> PreTrainedModel:
-    """The model, or this rank's shard of it."""
+    """Return the model, or this rank's shard of it."""
     source = prepared.source
     ranks = prepared.ranks
     dtype = prepared.dtype
@@ -341,13 +341,13 @@ class Streamer(BaseStreamer):  # type: ignore[misc]
     """Passes text on as soon as its characters are complete, and notes tokens and times in a Summary.
 
     transformers' TextStreamer decodes everything since the last newline again for each token. This one decodes a
-    window of a few tokens: a tokenizer needs only the neighbours of a token to know its spaces and bytes.
+    window of a few tokens: a tokenizer needs only the neighbours of a token to decode its spaces and bytes.
 
     Args:
-        tokenizer: The model's tokenizer.
-        on_text: Called with each part of the text.
-        summary: Gets the tokens and times.
-        start: The time, by time.perf_counter(), from which first_token_s counts.
+        tokenizer: the model's tokenizer.
+        on_text: called with each part of the text.
+        summary: gets the tokens and times.
+        start: the time, by time.perf_counter(), from which first_token_s counts.
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], summary: Summary, start: float) -> None:
@@ -394,7 +394,7 @@ class Streamer(BaseStreamer):  # type: ignore[misc]
 
 
 def _encode(job: Job, tokenizer: Any) -> torch.Tensor:
-    """Token ids [1, T]: the document first, then the question, in the model's chat template if it has one."""
+    """Return token ids [1, T]: the document first, then the question, in the model's chat template if it has one."""
     text = "\n\n".join(part for part in (job.document, job.prompt) if part)
     if not job.raw and getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(

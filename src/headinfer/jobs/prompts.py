@@ -15,10 +15,10 @@ def surrounding_texts(tokenizer: Any, question: str, *, is_raw: bool, is_later: 
     """Return the texts before and after a document in a prompt with a question about it.
 
     Args:
-        tokenizer: The tokenizer. Its chat template is used if it has one.
-        question: The question, with the blank lines before it.
-        is_raw: Whether the chat template is ignored.
-        is_later: Whether an earlier question was answered before. The second text then follows that answer.
+        tokenizer: the tokenizer. Its chat template is used if it has one.
+        question: the question, with the blank lines before it.
+        is_raw: whether the chat template is ignored.
+        is_later: whether an earlier question was answered before. The second text then follows that answer.
 
     Returns:
         The text before the document and the text after it.
@@ -39,9 +39,9 @@ def document_ids(tokenizer: Any, document: str, *, is_raw: bool) -> Sequence[int
     """Return the token ids of a document and the text before it. A question can follow them.
 
     Args:
-        tokenizer: The tokenizer. Its chat template is used if it has one.
-        document: The document.
-        is_raw: Whether the chat template is ignored.
+        tokenizer: the tokenizer. Its chat template is used if it has one.
+        document: the document.
+        is_raw: whether the chat template is ignored.
     """
     is_chat = not is_raw and getattr(tokenizer, "chat_template", None)
     before, _ = surrounding_texts(tokenizer, "", is_raw=is_raw)

@@ -43,15 +43,15 @@ class ReadJob:
     """A document to read into a session.
 
     Attributes:
-        model: A local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
-        document: The text.
-        name: The name of the session.
-        root: The folder of all sessions.
-        chunk_tokens: Tokens of a prefill chunk; None is planned.
+        model: a local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
+        document: the text.
+        name: the name of the session.
+        root: the folder of all sessions.
+        chunk_tokens: tokens of a prefill chunk; None is planned.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda or cuda:N.
-        seed: Of random weights.
-        raw: Whether the model's chat template is left out.
+        seed: the seed of random weights.
+        raw: whether the model's chat template is left out.
         options: Options of the cache; what they leave open is planned.
     """
 
@@ -72,18 +72,18 @@ class PreparedRead:
     """A ReadJob that has passed all checks. No weights are loaded.
 
     Attributes:
-        job: The job.
-        source: The model.
-        folder: The folder of the session.
-        input_ids: The document [1, T], int64.
-        dtype: Of weights and KV.
-        device: The device that computes.
+        job: the job.
+        source: the model.
+        folder: the folder of the session.
+        input_ids: the document [1, T], int64.
+        dtype: the dtype of weights and KV.
+        device: the device that computes.
         arithmetic: Options of the cache and chunk_tokens, which fix the results; for the manifest.
-        about: Facts about the document, for the manifest.
-        shape: The shape of the model.
-        done: Tokens that the session holds already.
-        generation: The checkpoint that holds them; 0 if there is none.
-        warnings: What the user should know before the run.
+        about: facts about the document, for the manifest.
+        shape: the shape of the model.
+        done: tokens that the session holds already.
+        generation: the checkpoint that holds them; 0 if there is none.
+        warnings: what the user should know before the run.
     """
 
     job: ReadJob
@@ -105,14 +105,14 @@ class ReadResult:
     """What a ReadJob did.
 
     Attributes:
-        session: The name of the session.
-        folder: Its folder.
-        tokens: Tokens that the session holds.
-        document_tokens: Tokens of the document.
-        resumed_at: Tokens that were not read again.
-        seconds: Seconds of reading.
-        disk_bytes: Bytes of the session's data files.
-        interrupted: Whether Ctrl-C ended the job.
+        session: the name of the session.
+        folder: its folder.
+        tokens: tokens that the session holds.
+        document_tokens: tokens of the document.
+        resumed_at: tokens that were not read again.
+        seconds: seconds of reading.
+        disk_bytes: bytes of the session's data files.
+        interrupted: whether Ctrl-C ended the job.
     """
 
     session: str
@@ -129,10 +129,10 @@ def prepare_read(job: ReadJob) -> PreparedRead:
     """Check a document against the model, this machine and what the session holds. No weights are loaded.
 
     Raises:
-        UsageError: An argument cannot be right, or differs from what the session was begun with.
-        UnsupportedError: The model is not served.
-        CapacityError: The document does not fit this machine, or the disk.
-        SessionError: The session holds another text, is of another model, or is damaged.
+        UsageError: an argument is invalid, or differs from what the session was begun with.
+        UnsupportedError: the model is not served.
+        CapacityError: the document does not fit this machine, or the disk.
+        SessionError: the session holds another text, is of another model, or is damaged.
     """
     folder = session_folder(job.root, job.name)
     check_folder(job.root, "keep sessions")
@@ -217,7 +217,7 @@ def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
 
 
 def _asked_for(job: ReadJob) -> dict[str, Any]:
-    """The options that fix the results, as the user gave them. The plan may have chosen other values."""
+    """Return the options that fix the results, as the user gave them. The plan may have chosen other values."""
     return {
         "chunk_tokens": job.chunk_tokens,
         "device_kv_budget_bytes": job.options.device_kv_budget_bytes,
@@ -226,7 +226,7 @@ def _asked_for(job: ReadJob) -> dict[str, Any]:
 
 
 def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
-    """The number of tokens that the session holds. They must be the beginning of the document."""
+    """Return the number of tokens that the session holds. They must be the beginning of the document."""
     held = read_consistently(folder, lambda manifest: saved_ids(folder, manifest))
     if held is None or held.shape[0] != 1 or found.about.get("answers"):
         raise SessionError(f"the session {folder} holds more than a document's beginning: choose another name")
@@ -260,9 +260,9 @@ def read(
     If another session holds the same beginning, its files are used. Ctrl-C keeps all chunks that were read.
 
     Args:
-        prepared: The job.
-        on_forward: Called with the cache after each chunk.
-        on_resumed: Called with the number of tokens that need not be read, and where they come from.
+        prepared: the job.
+        on_forward: called with the cache after each chunk.
+        on_resumed: called with the number of tokens that need not be read, and where they come from.
     """
     job = prepared.job
     folder = prepared.folder
@@ -292,7 +292,7 @@ def read(
 
 
 def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable[[int, str], None]) -> int:
-    """The number of tokens that need not be read: of this session, or of another one with the same beginning."""
+    """Return the number of tokens that need not be read: of this session, or of another one with the same beginning."""
     done = prepared.done
     origin = "of this session"
     if not done:

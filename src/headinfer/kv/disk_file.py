@@ -1,4 +1,4 @@
-"""A file without a name that KV is moved to if host memory is short."""
+"""An unnamed file for KV that is moved out of host memory."""
 
 from __future__ import annotations
 

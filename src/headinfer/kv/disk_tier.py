@@ -100,7 +100,7 @@ class DiskTier:
             self._collect()
 
     def _staying_bytes(self) -> int:
-        """Bytes of host memory that no move will free."""
+        """Return the bytes of host memory that no move will free."""
         return self.counter.host_bytes - sum(move.nbytes for move in self._moves)
 
     def _begin_move(self) -> bool:

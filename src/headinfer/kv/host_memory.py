@@ -118,7 +118,7 @@ class HostTier:
         return self.allocate((nbytes,), torch.uint8)
 
     def is_pageable(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor from allocate() should be pinned, but is not."""
+        """Return whether a tensor from allocate() should be pinned, but is not."""
         return self.device is not None and tensor.untyped_storage().data_ptr() not in self._pinned
 
 

@@ -41,15 +41,15 @@ class LayerKV:
     New tokens come as k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] on the compute device.
 
     Args:
-        k: Gives the batch, heads, dim, dtype and device; it may have no tokens.
-        v: Likewise.
-        tier: Allocates host memory.
-        counter: Counts the bytes of the tail.
-        write: Writes new tokens to the host.
-        expected_tokens: The final length; 0 if it is unknown.
-        on_full: Called with segments that are never written again. Segments are smaller if it is given.
-        residency: The resident memory of the layer, if it has any.
-        reserves: Whether host memory for the expected length is allocated with the first tokens. Pinning makes the
+        k: gives the batch, heads, dim, dtype and device; it may have no tokens.
+        v: likewise.
+        tier: allocates host memory.
+        counter: counts the bytes of the tail.
+        write: writes new tokens to the host.
+        expected_tokens: the final length; 0 if it is unknown.
+        on_full: called with segments that are never written again. Segments are smaller if it is given.
+        residency: the resident memory of the layer, if it has any.
+        reserves: whether host memory for the expected length is allocated with the first tokens. Pinning makes the
             device wait, so it is done once.
     """
 
@@ -101,10 +101,10 @@ class LayerKV:
         return self.host_tokens + self.tail_tokens
 
     def shared_prefixes(self, token_ranges: Sequence[TokenRanges] | None = None) -> list[SharedPrefix]:
-        """The host part, grouped by the rows that share it, in the order of the tokens.
+        """Return the host part, grouped by the rows that share it, in the order of the tokens.
 
         Args:
-            token_ranges: For each row, the ranges of tokens that are seen; None for all.
+            token_ranges: for each row, the ranges of tokens that are seen; None for all.
         """
         if token_ranges is None:
             if self._whole_prefixes is None:
@@ -113,7 +113,7 @@ class LayerKV:
         return group([clip(table, ranges) for table, ranges in zip(self._tables, token_ranges, strict=True)])
 
     def tail(self, row: int, token_ranges: TokenRanges | None = None) -> list[Piece]:
-        """The tail of a row as views k [Hkv, T, Dk] and v [Hkv, T, Dv], one pair for each range that is seen."""
+        """Return the tail of a row as views k [Hkv, T, Dk] and v [Hkv, T, Dv], one pair for each range that is seen."""
         if self.tail_tokens == 0:
             return []
         found = []
@@ -125,7 +125,7 @@ class LayerKV:
         return found
 
     def dense(self) -> Piece:
-        """A copy of everything in host memory: k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv]. For tests."""
+        """Return a copy of everything in host memory: k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv]. For tests."""
         self.write.settle()
         rows_k = []
         rows_v = []
@@ -140,13 +140,13 @@ class LayerKV:
         return torch.stack(rows_k), torch.stack(rows_v)
 
     def saved_tables(self) -> list[list[SegmentSlice]]:
-        """The tables of all rows. Their segments are sealed: they are never written again."""
+        """Return the tables of all rows. Their segments are sealed: they are never written again."""
         for table in self._tables:
             seal(table)
         return [list(table) for table in self._tables]
 
     def tails(self) -> Piece:
-        """The tails of all rows as views k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
+        """Return the tails of all rows as views k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         return self._tail_k[:, :, : self.tail_tokens], self._tail_v[:, :, : self.tail_tokens]
 
     def restore(self, tables: Sequence[list[SegmentSlice]], tail_k: torch.Tensor, tail_v: torch.Tensor) -> None:
@@ -231,7 +231,7 @@ class LayerKV:
     # -- rows ------------------------------------------------------------------------------------------------
 
     def select_rows(self, indices: Sequence[int]) -> None:
-        """Row i becomes what row indices[i] was. The number of rows may change.
+        """Replace each row i by row indices[i]. The number of rows may change.
 
         Table entries are copied, segments are not. Tails are copied, and counted, unless nothing changes.
         """
@@ -255,7 +255,7 @@ class LayerKV:
         self._whole_prefixes = None
 
     def fork(self) -> LayerKV:
-        """A second LayerKV with the same content. Segments are shared, the tail is copied."""
+        """Return a second LayerKV with the same content. Segments are shared, the tail is copied."""
         twin = LayerKV(
             self._tail_k[:, :, :0],
             self._tail_v[:, :, :0],
@@ -300,7 +300,7 @@ class LayerKV:
         self._tail_count.set(self.tail_bytes)
 
     def _with_room(self, table: list[SegmentSlice], tokens: int) -> list[SegmentSlice]:
-        """The table with slices for `tokens` more tokens, which are not written yet."""
+        """Return the table with slices for `tokens` more tokens, which are not written yet."""
         table = list(table)
         while tokens:
             last = table[-1] if table else None
@@ -327,7 +327,7 @@ class LayerKV:
         return self._allocate(tokens)
 
     def _expected_sizes(self, tokens: int) -> list[int]:
-        """The sizes of the segments of a row up to the expected length; the first one has `tokens` tokens."""
+        """Return the sizes of the segments of a row up to the expected length; the first one has `tokens` tokens."""
         written = (self.expected_tokens // TAIL_UNIT_TOKENS - 1) * TAIL_UNIT_TOKENS  # the rest stays in the tail
         sizes = [tokens]
         while sum(sizes) < written:
@@ -339,7 +339,7 @@ class LayerKV:
         return Segment(self.tier, self.heads, tokens, self.key_dim, self.value_dim, self.dtype)
 
     def _next_segment_tokens(self, table: list[SegmentSlice], tokens: int) -> int:
-        """The size of a row's next segment, which gets at least `tokens` tokens.
+        """Return the size of a row's next segment, which gets at least `tokens` tokens.
 
         It reaches the expected length, if that is known. Otherwise it is small at first and after a fork, and grows
         with the row up to 16K tokens.
@@ -378,7 +378,7 @@ class LayerKV:
 
 
 def first_of(token_ranges: Sequence[TokenRanges] | None, tokens: int, rows: int) -> list[TokenRanges]:
-    """The parts of each row's token ranges within the first `tokens` tokens. None stands for all tokens."""
+    """Return the parts of each row's token ranges within the first `tokens` tokens. None stands for all tokens."""
     whole = token_ranges if token_ranges is not None else [[(0, tokens)]] * rows
     return [[(start, min(stop, tokens)) for start, stop in ranges if start < tokens] for ranges in whole]
 

@@ -27,10 +27,10 @@ class Residency:
     """The memory for resident KV on one device, shared by its layers.
 
     Args:
-        room_bytes: Upper bound of resident bytes.
-        device: The device.
-        counter: Counts the bytes.
-        streams: The queues of the device.
+        room_bytes: upper bound of resident bytes.
+        device: the device.
+        counter: counts the bytes.
+        streams: the queues of the device.
     """
 
     def __init__(self, room_bytes: int, device: torch.device, counter: ByteCounter, streams: Streams) -> None:
@@ -49,7 +49,7 @@ class Residency:
         """Allocate a buffer for k [heads, tokens, key_dim] and v [heads, tokens, value_dim].
 
         Returns:
-            The buffer, or None if it exceeds the room or the device is out of memory.
+            The buffer, or None if it exceeds `room_bytes` or the device is out of memory.
         """
         nbytes = heads * tokens * (key_dim + value_dim) * dtype.itemsize
         if self.held_bytes + nbytes > self.room_bytes:
@@ -68,7 +68,7 @@ class Residency:
         return buffer
 
     def shrink(self, room_bytes: int) -> None:
-        """Reduce the room, and drop the newest buffers that exceed it. Their tokens stream from the host again."""
+        """Reduce `room_bytes`, and drop the newest buffers that exceed it. Their tokens stream from the host again."""
         self.room_bytes = room_bytes
         while self.held_bytes > room_bytes:
             buffer = self._buffers.pop()()
@@ -84,9 +84,9 @@ class LayerResidency:
     """The part of a device's resident memory that one layer may use.
 
     Attributes:
-        pool: The memory of the device.
-        nbytes: Upper bound of the layer's resident bytes.
-        host_tokens: Tokens that a row of the layer will have on the host at its expected length; 0 if unknown.
+        pool: the memory of the device.
+        nbytes: upper bound of the layer's resident bytes.
+        host_tokens: tokens that a row of the layer will have on the host at its expected length; 0 if unknown.
     """
 
     pool: Residency
@@ -94,17 +94,17 @@ class LayerResidency:
     host_tokens: int
 
     def most_tokens(self, token_bytes: int, rows: int) -> int:
-        """The most resident tokens of a row."""
+        """Return the most resident tokens of a row."""
         return self.nbytes // (token_bytes * rows) // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
 
     def assign(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:
         """Make the first tokens of a segment resident, as many as the limits allow.
 
         Args:
-            segment: A segment without resident tokens.
-            start: The position of its first token in the row.
-            before: The previous segment of the row. Only tokens that follow resident tokens become resident.
-            rows: Rows of the batch.
+            segment: a segment without resident tokens.
+            start: the position of its first token in the row.
+            before: the previous segment of the row. Only tokens that follow resident tokens become resident.
+            rows: rows of the batch.
 
         Returns:
             Whether any token became resident.
@@ -156,7 +156,7 @@ class LayerResidency:
 
 
 def _buffer_with_room(before: Segment | None, tokens: int) -> ResidentBuffer | None:
-    """The buffer of the previous segment, if the segment is the last one in it and `tokens` more tokens fit."""
+    """Return the buffer of the previous segment, if the segment is the last one in it and `tokens` more tokens fit."""
     if before is None or before.resident_buffer is None:
         return None
     buffer = before.resident_buffer

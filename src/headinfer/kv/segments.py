@@ -28,13 +28,13 @@ class Segment:
     memory has a budget, a full segment may move to a disk (disk_tier.py).
 
     Attributes:
-        tokens: The number of tokens that it can hold.
-        sealed: Whether it is never written again, for example because two rows share it.
-        location: Where it is stored on a disk; None while it is in host memory.
-        is_pageable: Whether it should be pinned and is not. Devices copy from pinned memory only.
-        resident_buffer: The device memory that holds its first resident_tokens too, from resident_start on.
-        write_done: The event of the last write to it.
-        version: Incremented by crop(), after which tokens may be written again. It invalidates prefetched copies.
+        tokens: the number of tokens that it can hold.
+        sealed: whether it is never written again, for example because two rows share it.
+        location: where it is stored on a disk; None while it is in host memory.
+        is_pageable: whether it should be pinned and is not. Devices copy from pinned memory only.
+        resident_buffer: the device memory that holds its first resident_tokens too, from resident_start on.
+        write_done: the event of the last write to it.
+        version: incremented by crop(), after which tokens may be written again. It invalidates prefetched copies.
     """
 
     location: DiskLocation | None = None
@@ -67,7 +67,7 @@ class Segment:
         return self._pair[1]
 
     def piece(self, heads: slice, start: int, stop: int) -> AnyPiece:
-        """Some heads of the tokens [start, stop), to be read."""
+        """Return some heads of the tokens [start, stop), to be read."""
         if self.location is not None:
             return DiskSlice(self.location, heads.start, heads.stop, start, stop)
         k = self.k[heads, start:stop]
@@ -75,7 +75,7 @@ class Segment:
         return PageableSlice(k, v) if self.is_pageable else (k, v)
 
     def resident(self, heads: slice, start: int, stop: int) -> Piece:
-        """Some heads of the resident tokens [start, stop), in device memory."""
+        """Return some heads of the resident tokens [start, stop), in device memory."""
         assert self.resident_buffer is not None
         tokens = slice(self.resident_start + start, self.resident_start + stop)
         return self.resident_buffer.k[heads, tokens], self.resident_buffer.v[heads, tokens]
@@ -84,7 +84,7 @@ class Segment:
         """Write new tokens to the resident part, as far as it reaches.
 
         Args:
-            start: The first token.
+            start: the first token.
             k: [Hkv, T, Dk] on the device.
             v: [Hkv, T, Dv] on the device.
         """
@@ -94,7 +94,7 @@ class Segment:
                 own.copy_(new[:, :tokens])
 
     def dense(self) -> Piece:
-        """K and V in host memory. A segment on a disk is read into new memory."""
+        """Return K and V in host memory. A segment on a disk is read into new memory."""
         if self.location is None:
             return self.k, self.v
         whole = DiskSlice(self.location, 0, self.location.heads, 0, self.tokens)
@@ -103,7 +103,7 @@ class Segment:
         return piece
 
     def bytes(self) -> memoryview:
-        """The bytes of the segment in host memory."""
+        """Return the bytes of the segment in host memory."""
         data: memoryview = self._memory.view(torch.uint8).reshape(-1).numpy().data
         return data
 
@@ -174,7 +174,7 @@ def seal(table: list[SegmentSlice]) -> None:
 
 
 def clip(table: list[SegmentSlice], token_ranges: TokenRanges) -> list[SegmentSlice]:
-    """The parts of a row's slices that are in the token ranges."""
+    """Return the parts of a row's slices that are in the token ranges."""
     clipped = []
     at = 0
     for part in table:

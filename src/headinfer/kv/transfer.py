@@ -171,7 +171,7 @@ class SlotRing:
         return handle
 
     def _tile_in(self, slot: int, pieces: Sequence[Piece]) -> Piece:
-        """Lay out one piece in a slot, K before V, that has room for all tokens of some pieces.
+        """Lay out one piece in a slot, K before V. It can hold all tokens of some pieces.
 
         The stride between heads is that of a tile that fills the slot, whatever the length of this tile. So kernels
         that make a plan for each stride and length see few different strides.

@@ -64,7 +64,7 @@ class Baseline:
         return self._footprint(tokens, self.heads_per_group or 1)
 
     def fits(self, tokens: int) -> bool:
-        """Whether the method fits the device and host RAM at a context."""
+        """Return whether the method fits the device and host RAM at a context."""
         found = self.footprint(tokens)
         if self.request.hardware.is_host:
             return found.device_bytes + found.host_bytes <= self.request.host_bytes

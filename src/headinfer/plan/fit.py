@@ -46,7 +46,7 @@ _LONGEST_TOKENS = 2**36
 
 
 def chunks(request: Request) -> list[int]:
-    """Candidates for the tokens of a chunk, the smallest first. None is longer than needed to hold the context."""
+    """Return candidates for the tokens of a chunk, in ascending order, none longer than the context needs."""
     if request.chunk_tokens is not None:
         return [request.chunk_tokens]
     most = HOST_CHUNK_TOKENS if request.hardware.is_host else CHUNK_TOKENS[-1]
@@ -55,7 +55,7 @@ def chunks(request: Request) -> list[int]:
 
 
 def streaming_budgets(request: Request) -> list[int | None]:
-    """Candidates for the bytes of ring, tails and write-back buffers. None stands for KV that is read in place.
+    """Return candidates for the bytes of ring, tails and write-back buffers. None stands for KV that is read in place.
 
     A ring is planned for also if all KV is resident, since a conversation may outgrow its plan.
     """
@@ -73,13 +73,13 @@ def streaming_budgets(request: Request) -> list[int | None]:
 def fitting_footprint(
     request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
 ) -> Footprint | None:
-    """The footprint of a candidate.
+    """Return the footprint of a candidate.
 
     Args:
-        request: The job.
-        chunk_tokens: Tokens of a chunk.
-        streaming_bytes: Bytes of ring, tails and write-back buffers; None if KV is read in place.
-        resident: Resident tokens of each offloaded layer; None for none.
+        request: the job.
+        chunk_tokens: tokens of a chunk.
+        streaming_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
+        resident: resident tokens of each offloaded layer; None for none.
 
     Returns:
         The footprint, or None if it exceeds a budget.
@@ -99,7 +99,7 @@ def fitting_footprint(
 
 
 def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
-    """The tile of a forward pass at the end of the context, for the layer with the most KV.
+    """Return the tile of a forward pass at the end of the context, for the layer with the most KV.
 
     Raises:
         CapacityError, UsageError: As choose_tiles().
@@ -118,14 +118,14 @@ def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
 
 
 def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> tuple[int, ...]:
-    """The resident tokens of each offloaded layer: as many as the free memory holds.
+    """Return the resident tokens of each offloaded layer: as many as the free memory holds.
 
     All layers get the same bytes, since the transfer of a layer is hidden by its own attention.
 
     Args:
-        request: The job.
-        streaming_bytes: Bytes of ring, tails and write-back buffers; None if KV is read in place.
-        bare: The footprint without resident tokens.
+        request: the job.
+        streaming_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
+        bare: the footprint without resident tokens.
     """
     if streaming_bytes is None or not request.keeps_resident:
         return (0,) * len(request.layers)
@@ -137,7 +137,7 @@ def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> 
 
 
 def resident_room_bytes(request: Request, tokens: tuple[int, ...]) -> int:
-    """The fewest bytes of resident memory with which each layer keeps so many tokens.
+    """Return the fewest bytes of resident memory with which each layer keeps its number of tokens.
 
     Each layer has an equal part, so the layer that needs the most decides.
     """
@@ -152,12 +152,13 @@ def _resident(request: Request, room_bytes: int) -> tuple[int, ...]:
 
 
 def _token_bytes(request: Request) -> list[int]:
-    """Bytes of K and V of one token of all rows, for each offloaded layer."""
+    """Return the bytes of K and V of one token of all rows, for each offloaded layer."""
     return [layer.kv_bytes_per_token(request.element_bytes) * request.rows for layer in request.layers]
 
 
 def longest_context(request: Request) -> int:
-    """The longest context that fits with the other fields of the request, to 1 in 16,384 tokens; 0 if none fits."""
+    """Return the longest context that fits with the other fields of the request, exact to one part in 16,384; 0
+    if none fits."""
 
     def fits(tokens: int) -> bool:
         return _fits(dataclasses.replace(request, context_tokens=tokens))
@@ -180,7 +181,7 @@ def _fits(request: Request) -> bool:
 
 
 def refusal(request: Request) -> CapacityError:
-    """The error for a job of which no candidate fits. It says why, and what would fit."""
+    """Return the error for a job of which no candidate fits. It says why, and what would fit."""
     machine = "this machine" if request.hardware.is_host else f"the {request.hardware.name}"
     room = request.room_bytes
     overhead = request.hardware.overhead_bytes
@@ -234,7 +235,7 @@ def refusal(request: Request) -> CapacityError:
 def _footprint(
     request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
 ) -> Footprint | None:
-    """The footprint of a candidate with all KV in host memory; None if a ring slot does not hold a tile."""
+    """Return the footprint of a candidate with all KV in host memory; None if a ring slot does not hold a tile."""
     is_host = request.hardware.is_host
     try:
         found = streaming_footprint(
@@ -257,6 +258,6 @@ def _footprint(
 
 
 def _host_room(request: Request, found: Footprint) -> int:
-    """Host memory that is left for KV; negative if the rest does not fit."""
+    """Return host memory that is left for KV; negative if the rest does not fit."""
     beside = found.device_bytes if request.hardware.is_host else found.host_overhead_bytes
     return request.host_bytes - beside

@@ -50,7 +50,7 @@ class Footprint:
         resident_bytes: KV that stays on the device; it is written through to host RAM as well.
         ring_bytes: the ring that streams KV to the device.
         tail_bytes: the newest tokens of all layers, on the device.
-        spare_tail_bytes: room for one more tail, since reordering rows copies a tail.
+        spare_tail_bytes: memory for one more tail, since reordering rows copies a tail.
         staging_bytes: the two write-back buffers.
         local_bytes: KV and states of the layers without full attention, on the device.
         host_kv_bytes: KV in host RAM.

@@ -276,7 +276,7 @@ def find_hardware(name: str) -> Hardware:
 
 
 def is_probe(path: Path) -> bool:
-    """Whether `headinfer probe` of any version wrote a file."""
+    """Return whether `headinfer probe` of any version wrote a file."""
     return str(read_json_object(path).get("source", "")).startswith("headinfer probe")
 
 

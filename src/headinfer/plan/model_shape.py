@@ -46,7 +46,7 @@ class LayerShape:
         window_tokens: tokens that a sliding or chunked layer sees; 0 for the whole context.
         shares_kv: whether the layer reads the K and V of an earlier layer.
         state_elements: elements of a linear layer's constant state, for each row.
-        score_dims: Dk + Dv of a query head if the cache holds something else; 0 otherwise. MLA caches its latents as
+        score_dims: dk + Dv of a query head if the cache holds something else; 0 otherwise. MLA caches its latents as
             one head with key_dim + value_dim elements.
         weights: weights of the matrices.
         active_weights: weights of the matrices that one token is multiplied with.
@@ -393,7 +393,7 @@ def _mlp(get: _Get, family: str, index: int, shares_kv: bool) -> tuple[int, int,
 
 
 def _is_sparse(get: _Get, family: str, index: int) -> bool:
-    """Whether a layer of a mixture-of-experts model has experts."""
+    """Return whether a layer of a mixture-of-experts model has experts."""
     if family == "llama4_text":
         step = int(get("interleave_moe_layer_step", 1))
         return index in get("moe_layers", range(step - 1, index + 1, step))

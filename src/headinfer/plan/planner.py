@@ -35,17 +35,17 @@ class Plan:
     """One way to do a job, with its predicted bytes and seconds.
 
     Attributes:
-        request: The job.
-        chunk_tokens: Tokens of a prefill chunk.
-        prefill: The tile of prefill, for the layer with the most KV.
-        decode: The tile of decode, for the layer with the most KV.
-        resident_tokens: For each layer of the model, the first tokens of a row that stay on the device; 0 for layers
+        request: the job.
+        chunk_tokens: tokens of a prefill chunk.
+        prefill: the tile of prefill, for the layer with the most KV.
+        decode: the tile of decode, for the layer with the most KV.
+        resident_tokens: for each layer of the model, the first tokens of a row that stay on the device; 0 for layers
             that are not offloaded.
-        streaming_budget_bytes: Bytes of ring, tails and write-back buffers; None if KV is read in place.
-        footprint: The bytes of each component.
-        prefill_cost: Seconds of prefill.
-        decode_cost: Seconds of one new token.
-        kernel: The attention kernel, if one is fixed.
+        streaming_budget_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
+        footprint: the bytes of each component.
+        prefill_cost: seconds of prefill.
+        decode_cost: seconds of one new token.
+        kernel: the attention kernel, if one is fixed.
     """
 
     request: Request
@@ -88,7 +88,7 @@ class Plan:
         return self.prefill_cost.total_s + self.request.new_tokens * self.decode_cost.total_s
 
     def explain(self) -> list[str]:
-        """Sentences that say what the plan does, and why."""
+        """Return sentences that say what the plan does, and why."""
         request = self.request
         memory = self.footprint
         kept_bytes = memory.resident_bytes
@@ -135,7 +135,7 @@ class Plan:
         return " to ".join(f"{tokens:,}" for tokens in sorted({min(kept), max(kept)}))
 
     def as_dict(self) -> dict[str, Any]:
-        """The choices, bytes and seconds, for JSON."""
+        """Return the choices, bytes and seconds, for JSON."""
         return {
             "context_tokens": self.request.context_tokens,
             "hardware": self.request.hardware.name,
@@ -159,11 +159,11 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """The fastest plan that fits.
+    """Return the fastest plan that fits.
 
     Raises:
-        CapacityError: No plan fits. The message says what would.
-        UsageError: A fixed tile is out of range.
+        CapacityError: no plan fits. The message says what would.
+        UsageError: a fixed tile is out of range.
     """
     best = min(candidates(request), key=lambda plan: plan.total_s, default=None)
     if best is None:
@@ -172,7 +172,7 @@ def make_plan(request: Request) -> Plan:
 
 
 def candidates(request: Request) -> Iterator[Plan]:
-    """All plans that fit, those with small chunks and budgets first."""
+    """Return all plans that fit, those with small chunks and budgets first."""
     for chunk_tokens in chunks(request):
         for streaming_bytes in streaming_budgets(request):
             bare = fitting_footprint(request, chunk_tokens, streaming_bytes)
@@ -185,7 +185,7 @@ def candidates(request: Request) -> Iterator[Plan]:
 
 
 def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare: Footprint) -> Plan:
-    """The plan of one candidate that fits. `bare` is its footprint without resident tokens."""
+    """Return the plan of one candidate that fits. `bare` is its footprint without resident tokens."""
     kept = resident(request, streaming_bytes, bare)
     footprint = fitting_footprint(request, chunk_tokens, streaming_bytes, kept)
     assert footprint is not None, "resident tokens fit beside the rest"

@@ -1,4 +1,4 @@
-"""What the planner is asked: a model, a machine, a context, and what the user fixes."""
+"""The input of the planner: a model, a machine, a context, and the options that the user sets."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ class Request:
     """A job to be planned.
 
     Attributes:
-        shape: The model.
-        hardware: The device that computes.
-        context_tokens: Tokens of the context.
-        host_bytes: Host memory that the job may use.
-        device_bytes: Device memory that the job may use; None for all of the device.
-        disk_bytes: Disk space that the job may use for KV.
-        host_kv_budget_bytes: Upper bound of KV in host memory; None for what is free. The rest is on disk.
-        new_tokens: Tokens of the answer.
-        rows: Rows of the batch.
-        dtype: Of KV and activations.
-        weight_bits: Bits of a stored weight; None for those of dtype.
-        chunk_tokens: Tokens of a prefill chunk; None to choose.
+        shape: the model.
+        hardware: the device that computes.
+        context_tokens: tokens of the context.
+        host_bytes: host memory that the job may use.
+        device_bytes: device memory that the job may use; None for all of the device.
+        disk_bytes: disk space that the job may use for KV.
+        host_kv_budget_bytes: upper bound of KV in host memory; None for what is free. The rest is on disk.
+        new_tokens: tokens of the answer.
+        rows: rows of the batch.
+        dtype: the dtype of KV and activations.
+        weight_bits: bits of a stored weight; None for those of dtype.
+        chunk_tokens: tokens of a prefill chunk; None to choose.
         heads_per_group: KV heads that are streamed together; None to choose.
-        tile_tokens: Tokens that are streamed together; None to choose.
-        device_kv_budget_bytes: Upper bound of ring, tails, write-back buffers and resident KV; None for what is free.
-        streaming_budget_bytes: The part of it that is not for resident KV; None to choose.
-        prefetches_next_layer: Whether the first tile of a layer is copied while the layer before computes.
-        keeps_resident: Whether the first tokens of each layer may stay on the device.
+        tile_tokens: tokens that are streamed together; None to choose.
+        device_kv_budget_bytes: upper bound of ring, tails, write-back buffers and resident KV; None for what is free.
+        streaming_budget_bytes: the part of it that is not for resident KV; None to choose.
+        prefetches_next_layer: whether the first tile of a layer is copied while the layer before computes.
+        keeps_resident: whether the first tokens of each layer may stay on the device.
 
     Raises:
-        UsageError: A number is not positive.
-        UnsupportedError: The model has no full-attention layer.
+        UsageError: a number is not positive.
+        UnsupportedError: the model has no full-attention layer.
     """
 
     shape: ModelShape

@@ -60,10 +60,10 @@ class TileRates:
 
     Attributes:
         flops_per_s: FLOP/s of attention in a half type.
-        device_bytes_per_s: Bytes per second of device memory.
-        link_bytes_per_s: Bytes per second from host to device.
-        launch_s: Seconds of the host to queue one kernel or copy.
-        multiprocessors: Number of streaming multiprocessors, which a kernel must fill.
+        device_bytes_per_s: bytes per second of device memory.
+        link_bytes_per_s: bytes per second from host to device.
+        launch_s: seconds of the host to queue one kernel or copy.
+        multiprocessors: number of streaming multiprocessors, which a kernel must fill.
     """
 
     flops_per_s: float = 140e12
@@ -78,13 +78,13 @@ class LayerWork:
     """The attention of one layer in one forward pass, as far as it decides the shape of tiles.
 
     Attributes:
-        kv_heads: Number of KV heads.
-        group_queries: Query heads per KV head.
-        head_token_bytes: Bytes of K and V of one token of one head.
-        element_bytes: Bytes of one element of K and V.
-        rows: Rows of the batch.
-        query_tokens: Tokens of the chunk.
-        past_tokens: Tokens before the chunk.
+        kv_heads: number of KV heads.
+        group_queries: query heads per KV head.
+        head_token_bytes: bytes of K and V of one token of one head.
+        element_bytes: bytes of one element of K and V.
+        rows: rows of the batch.
+        query_tokens: tokens of the chunk.
+        past_tokens: tokens before the chunk.
     """
 
     kv_heads: int
@@ -99,7 +99,7 @@ class LayerWork:
     def of_layer(
         cls, layer: LayerShape, element_bytes: int, *, rows: int, query_tokens: int, past_tokens: int
     ) -> LayerWork:
-        """The work of a layer with this shape."""
+        """Return the work of a layer with this shape."""
         return cls(
             kv_heads=layer.kv_heads,
             group_queries=layer.query_heads // layer.kv_heads,
@@ -127,7 +127,7 @@ class FixedTile:
 
     Attributes:
         heads_per_group: KV heads that are streamed together.
-        tile_tokens: Tokens that are streamed together.
+        tile_tokens: tokens that are streamed together.
     """
 
     heads_per_group: int | None = None
@@ -140,9 +140,9 @@ class TilePlan:
 
     Attributes:
         heads_per_group: KV heads of a tile.
-        tile_tokens: Tokens of a tile, at most.
-        why: Why this shape was chosen, for people.
-        is_even: Whether a past is cut into tiles of about equal length. In prefill a short last tile is computed
+        tile_tokens: tokens of a tile, at most.
+        why: why this shape was chosen, for people.
+        is_even: whether a past is cut into tiles of about equal length. In prefill a short last tile is computed
             before the first tile of the next head group has arrived. Decode waits for the link in any case.
     """
 
@@ -153,14 +153,14 @@ class TilePlan:
 
 
 def ring_slot_bytes(budget_bytes: int, fixed_bytes: int) -> int:
-    """Bytes of one ring slot.
+    """Return the bytes of one ring slot.
 
     Args:
-        budget_bytes: The streaming budget.
-        fixed_bytes: The part of it that tails and write-back buffers take.
+        budget_bytes: the streaming budget.
+        fixed_bytes: the part of it that tails and write-back buffers take.
 
     Raises:
-        CapacityError: Nothing is left for the ring.
+        CapacityError: nothing is left for the ring.
     """
     slot = (budget_bytes - fixed_bytes) // RING_SLOTS // _ALIGN_BYTES * _ALIGN_BYTES
     if slot <= 0:
@@ -183,14 +183,14 @@ def choose_tiles(
     heads only.)
 
     Args:
-        work: The attention of the layer.
-        slot_bytes: Bytes of a ring slot; None if segments are read in place.
-        rates: The machine's rates; None takes the defaults of TileRates.
-        fixed: What the user fixes.
+        work: the attention of the layer.
+        slot_bytes: bytes of a ring slot; None if segments are read in place.
+        rates: the machine's rates; None takes the defaults of TileRates.
+        fixed: what the user fixes.
 
     Raises:
-        UsageError: A fixed number is out of range.
-        CapacityError: A slot does not hold a tile.
+        UsageError: a fixed number is out of range.
+        CapacityError: a slot does not hold a tile.
     """
     rates = rates or TileRates()
     fixed = fixed or FixedTile()
@@ -224,7 +224,7 @@ def _check_fixed(fixed: FixedTile, work: LayerWork) -> None:
 def _candidates(
     work: LayerWork, slot_bytes: int, heads_to_try: list[int], tile_tokens: int | None, rates: TileRates
 ) -> list[tuple[int, int]]:
-    """The shapes (heads, tokens) that fit a slot, in the order in which they are preferred."""
+    """Return the shapes (heads, tokens) that fit a slot, in the order in which they are preferred."""
     past = max(work.past_tokens, 1)
     needed = min(tile_tokens if tile_tokens is not None else _SMALLEST_TILE_TOKENS, past)
     longest = {heads: min(slot_bytes // (heads * work.head_token_bytes), past) for heads in heads_to_try}
@@ -244,7 +244,7 @@ def _candidates(
 
 
 def _preference(work: LayerWork, rates: TileRates) -> Callable[[int], tuple[bool, int]]:
-    """A sort key for numbers of heads: in prefill the fewest that fill the device, otherwise the most."""
+    """Return a sort key for numbers of heads: in prefill the fewest that fill the device, otherwise the most."""
 
     def key(heads: int) -> tuple[bool, int]:
         query_heads = work.rows * heads * work.group_queries
@@ -255,22 +255,22 @@ def _preference(work: LayerWork, rates: TileRates) -> Callable[[int], tuple[bool
 
 
 def filled_share(rates: TileRates, query_heads: int, query_tokens: int) -> float:
-    """The share of the device that attention in prefill keeps busy: two blocks of queries fill a multiprocessor."""
+    """Return the share of the device that prefill keeps busy. Two blocks of queries fill a multiprocessor."""
     return min(1.0, query_heads * math.ceil(query_tokens / _QUERY_BLOCK) / (2 * rates.multiprocessors))
 
 
 def layer_seconds(work: LayerWork, rates: TileRates, heads: int, tile_tokens: int) -> float:
-    """Seconds of one layer's attention on a streamed past, as far as the shape of its tiles changes them.
+    """Return the seconds of one layer's attention on a streamed past, as far as the shape of its tiles changes them.
 
     Computing and merging, copying, and queueing run at the same time, so the longest of them counts. The copy of the
     first tile is added for the first layer of a pass only; in other layers it runs while the layer before computes.
     Few heads leave a part of the device idle in prefill. Short tiles are merged more often.
 
     Args:
-        work: The attention of the layer.
-        rates: The machine's rates.
+        work: the attention of the layer.
+        rates: the machine's rates.
         heads: KV heads of a tile.
-        tile_tokens: Tokens of a tile.
+        tile_tokens: tokens of a tile.
     """
     past = max(work.past_tokens, 1)
     passes = -(-past // tile_tokens)

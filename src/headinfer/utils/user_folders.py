@@ -11,10 +11,10 @@ _APPLICATION = "headinfer"
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be made again: $XDG_CACHE_HOME/headinfer, or ~/.cache/headinfer."""
+    """Return the folder for files that can be made again: $XDG_CACHE_HOME/headinfer, or ~/.cache/headinfer."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _APPLICATION
 
 
 def data_folder() -> Path:
-    """The folder for files to keep: $XDG_DATA_HOME/headinfer, or ~/.local/share/headinfer."""
+    """Return the folder for files to keep: $XDG_DATA_HOME/headinfer, or ~/.local/share/headinfer."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / _APPLICATION
