@@ -125,5 +125,5 @@ class TransformersRunner:
         return 2 * max(sizes) if self.offloaded else sum(sizes)
 
     def facts(self) -> dict[str, Any]:
-        """Return that each layer has its own KV, also if the layers of headinfer's past share it."""
+        """Return the facts for JSON: each layer has KV of its own."""
         return {"simulation": False}

@@ -40,7 +40,7 @@ def register() -> None:
 
 
 def visible_token_ranges(mask: torch.Tensor) -> list[TokenRanges]:
-    """The tokens that a padding mask lets each row see, as half-open ranges.
+    """Return the tokens that a padding mask lets each row see, as half-open ranges.
 
     Args:
         mask: [B, Tk], bool or integer. True or nonzero if the token is seen.
@@ -69,19 +69,19 @@ def headinfer_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask function: transformers calls it once for each kind of layer before a forward pass.
+    """Make a mask. transformers calls this function once for each kind of layer before a forward pass.
 
     Args:
         batch_size: B.
-        q_length: Tokens of the chunk, Tq.
-        kv_length: Tokens of the cache and the chunk, Tk.
-        q_offset: Position of the first query.
-        kv_offset: Position of the first key.
-        mask_function: Decides which key a query sees.
-        attention_mask: The padding mask [B, Tk] that the model was called with.
-        local_size: Tokens of a sliding window or an attention chunk.
-        allow_is_causal_skip: Whether the mask may be left out if it is causal.
-        **kwargs: Further arguments of transformers' mask functions.
+        q_length: tokens of the chunk, Tq.
+        kv_length: tokens of the cache and the chunk, Tk.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
+        mask_function: decides which key a query sees.
+        attention_mask: the padding mask [B, Tk] that the model was called with.
+        local_size: tokens of a sliding window or an attention chunk.
+        allow_is_causal_skip: whether the mask may be left out if it is causal.
+        **kwargs: further arguments of transformers' mask functions.
 
     Returns:
         None if the mask is causal without padding. A padding mask [B, 1, 1, Tk], bool, with its token ranges as an
@@ -89,8 +89,8 @@ def headinfer_mask(
         all other cases, such as sliding windows, sdpa's mask [B, 1, Tq, Tk].
 
     Raises:
-        UnsupportedError: The mask [B, 1, Tq, Tk] would be too large.
-        StateError: The padding mask covers another number of tokens than the cache and the input have.
+        UnsupportedError: the mask [B, 1, Tq, Tk] would be too large.
+        StateError: the padding mask covers another number of tokens than the cache and the input have.
     """
     common = {
         "batch_size": batch_size,
@@ -136,25 +136,25 @@ def headinfer_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function: transformers calls it for each attention of an enabled model.
+    """Compute attention. transformers calls this function for each attention of an enabled model.
 
     Args:
-        module: The attention module.
+        module: the attention module.
         query: [B, Hq, T, Dk].
         key: [B, Hkv, Tk, Dk]. With a HeadCache layer these are the keys of the chunk only.
         value: [B, Hkv, Tk, Dv].
-        attention_mask: What headinfer_mask() returned, or a mask of the model's own.
-        dropout: Must be 0.
-        scaling: Factor of the scores; None is Dk ** -0.5.
-        softcap: Soft cap c of the scores: tanh(score / c) * c. None applies no cap.
-        s_aux: Sinks [Hq], one more score per query head of a key with value 0 (gpt-oss).
-        **kwargs: Further arguments of the model, such as is_causal and sliding_window.
+        attention_mask: what headinfer_mask() returned, or a mask of the model's own.
+        dropout: must be 0.
+        scaling: factor of the scores; None is Dk ** -0.5.
+        softcap: soft cap c of the scores: tanh(score / c) * c. None applies no cap.
+        s_aux: sinks [Hq], one more score per query head of a key with value 0 (gpt-oss).
+        **kwargs: further arguments of the model, such as is_causal and sliding_window.
 
     Returns:
         The output [B, T, Hq, Dv], and None in place of attention weights.
 
     Raises:
-        UnsupportedError: The module asks for something that headinfer does not compute exactly.
+        UnsupportedError: the module asks for something that headinfer does not compute exactly.
     """
     tag = getattr(key, "_headinfer", None)
     value_tag = getattr(value, "_headinfer", None)
@@ -223,13 +223,13 @@ def _check_streamable(
 
 
 def _is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:
-    """Whether an attention is causal: by the call's own option, or else by the module's attribute."""
+    """Return whether an attention is causal: by the call's own option, or else by the module's attribute."""
     causal = options.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _is_padding(mask: torch.Tensor) -> bool:
-    """Whether a mask is a padding mask: [B, Tk] or [B, 1, 1, Tk], bool or integer."""
+    """Return whether a mask is a padding mask: [B, Tk] or [B, 1, 1, Tk], bool or integer."""
     return not mask.is_floating_point() and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
 
 
@@ -244,7 +244,7 @@ def _dense_attention(
     sinks: torch.Tensor | None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention on complete K and V. It gives the results of transformers' eager attention."""
+    """Compute attention on complete K and V. It gives the results of transformers' eager attention."""
     queries = query.shape[2]
     keys = key.shape[2]
     if mask is None or _is_padding(mask):
@@ -277,7 +277,7 @@ def _eager_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with a soft cap or sinks, by matrix products in float32. The output [B, T, Hq, Dv] is in query's dtype.
+    """Compute attention with a soft cap or sinks, in float32. The output [B, T, Hq, Dv] has the dtype of query.
 
     A sink is one more column of the scores, in the softmax only. A mask is bool (True: seen) or additive; None is
     causal, with as many keys as queries.

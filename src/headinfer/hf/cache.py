@@ -47,27 +47,27 @@ class Stats:
     Device figures are sums over the compute devices of the KV cache alone, without weights and activations.
 
     Attributes:
-        tokens: Tokens of each row.
-        layers_offloaded: Number of full-attention layers, whose KV is in host memory.
-        layers_left_to_transformers: Number of layers that keep transformers' own cache.
-        device_kv_bytes: Bytes of KV on the device now: ring, tails, write-back buffers and resident tokens.
-        device_kv_peak_bytes: The largest device_kv_bytes so far.
-        device_ring_bytes: Bytes of the ring's slots, through which tiles are streamed.
-        device_tail_bytes: Bytes of the tails, which hold the newest tokens.
-        device_staging_bytes: Bytes of the write-back buffers.
-        device_resident_bytes: Bytes of the tokens that stay on the device.
-        host_kv_bytes: Bytes of host memory that are allocated for KV now.
-        host_kv_peak_bytes: The largest host_kv_bytes so far.
-        disk_kv_bytes: Bytes of KV in the disk tier now.
-        disk_to_host_bytes: Bytes that were read from the disk tier.
-        link_to_device_bytes: Bytes that were copied from the host to the device.
-        link_to_host_bytes: Bytes that were copied from the device to the host.
-        tail_moved_bytes: Bytes that were moved within tails on the device.
-        copies: Number of copies between host and device.
+        tokens: tokens of each row.
+        layers_offloaded: number of full-attention layers, whose KV is in host memory.
+        layers_left_to_transformers: number of layers that keep transformers' own cache.
+        device_kv_bytes: bytes of KV on the device now: ring, tails, write-back buffers and resident tokens.
+        device_kv_peak_bytes: the largest device_kv_bytes so far.
+        device_ring_bytes: bytes of the ring's slots, through which tiles are streamed.
+        device_tail_bytes: bytes of the tails, which hold the newest tokens.
+        device_staging_bytes: bytes of the write-back buffers.
+        device_resident_bytes: bytes of the tokens that stay on the device.
+        host_kv_bytes: bytes of host memory that are allocated for KV now.
+        host_kv_peak_bytes: the largest host_kv_bytes so far.
+        disk_kv_bytes: bytes of KV in the disk tier now.
+        disk_to_host_bytes: bytes that were read from the disk tier.
+        link_to_device_bytes: bytes that were copied from the host to the device.
+        link_to_host_bytes: bytes that were copied from the device to the host.
+        tail_moved_bytes: bytes that were moved within tails on the device.
+        copies: number of copies between host and device.
         heads_per_group: KV heads that are streamed together; 0 before the first forward pass.
-        tile_tokens: Tokens that are streamed together; 0 before the first forward pass.
-        tile_reason: Why this tile was chosen.
-        attention_backends: Names of the attention backends that ran. As the option `backend` they repeat every choice.
+        tile_tokens: tokens that are streamed together; 0 before the first forward pass.
+        tile_reason: why this tile was chosen.
+        attention_backends: names of the attention backends that ran. As the option `backend` they repeat every choice.
     """
 
     tokens: int
@@ -104,22 +104,22 @@ class HeadCache(Cache):  # type: ignore[misc]
             model.generate(**inputs, past_key_values=cache)
 
     Args:
-        config: The config of the model.
-        **options: Fields of `headinfer.Options`.
+        config: the config of the model.
+        **options: fields of `headinfer.Options`.
 
     Attributes:
-        engine: What the offloaded layers share: options, memory and transfers.
-        attentions_per_forward: Number of full attentions in a forward pass. It is more than the number of offloaded
+        engine: what the offloaded layers share: options, memory and transfers.
+        attentions_per_forward: number of full attentions in a forward pass. It is more than the number of offloaded
             layers if layers share K and V.
-        copies: Number of equal rows of the batch that each row of the layers represents (copies.py).
-        model: A weak reference to the model that filled the cache: a call returns the model, or None.
-        saved: The session that the cache was saved to or loaded from.
-        run_plan: The last plan of a generate() or a forward pass with this cache.
-        token_ids: The token ids [rows, tokens] that load() found; int64.
+        copies: number of equal rows of the batch that each row of the layers represents (copies.py).
+        model: a weak reference to the model that filled the cache: a call returns the model, or None.
+        saved: the session that the cache was saved to or loaded from.
+        run_plan: the last plan of a generate() or a forward pass with this cache.
+        token_ids: the token ids [rows, tokens] that load() found; int64.
 
     Raises:
-        UnsupportedError: The config has a layer that is not served, or no full-attention layer.
-        UsageError: An option is out of range.
+        UnsupportedError: the config has a layer that is not served, or no full-attention layer.
+        UsageError: an option is out of range.
     """
 
     def __init__(self, config: PreTrainedConfig, **options: Unpack[OptionFields]) -> None:
@@ -161,7 +161,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         return [layer for layer in self.layers if isinstance(layer, HeadLayer)]
 
     def stats(self) -> Stats:
-        """The bytes that the cache holds and has moved, and what was chosen for the last forward pass."""
+        """Return the bytes that the cache holds and has moved, and what was chosen for the last forward pass."""
         host = self.engine.counter
         plan = self.engine.plan
         counters = self.engine.counters
@@ -197,10 +197,10 @@ class HeadCache(Cache):  # type: ignore[misc]
         """Remove the newest tokens of every row.
 
         Args:
-            tokens_to_remove: A negative number removes so many tokens. A positive number is the length to keep.
+            tokens_to_remove: a negative number removes that many tokens. A positive number is the length to keep.
 
         Raises:
-            StateError: A layer of transformers has dropped the older states that this needs. No layer is changed.
+            StateError: a layer of transformers has dropped the older states that this needs. No layer is changed.
         """
         for layer in self.layers:
             reason = uncroppable_reason(layer)
@@ -238,7 +238,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             super().reset()
         self.copies = 1
 
-    def forget_recorded_past(self) -> None:
+    def crop_recorded_past(self) -> None:
         """Cut transformers' layers that record their past (assisted decoding) to their window, between two chunks."""
         for layer in self.layers:
             if getattr(layer, "record_past", False) and not isinstance(layer, HeadLayer):
@@ -263,15 +263,15 @@ class HeadCache(Cache):  # type: ignore[misc]
         """Save the cache to a folder. Saving again writes only what is new.
 
         Args:
-            folder: A folder that does not exist, is empty, or holds the session that the cache goes on from.
-            token_ids: The ids [rows, tokens] of all tokens in the cache, or more. load() gives them back.
-            about: Facts of the caller, for JSON.
+            folder: a folder that does not exist, is empty, or holds the session that the cache goes on from.
+            token_ids: the ids [rows, tokens] of all tokens in the cache, or more. load() gives them back.
+            about: facts of the caller, for JSON.
 
         Raises:
-            SessionError: The folder holds another session or files that no session wrote, or another process writes
+            SessionError: the folder holds another session or files that no session wrote, or another process writes
                 it.
-            CapacityError: The disk is full. The checkpoint before is still there.
-            StateError: No enabled model has filled the cache, or it no longer exists.
+            CapacityError: the disk is full. The checkpoint before is still there.
+            StateError: no enabled model has filled the cache, or it no longer exists.
         """
         model = self.model()
         if model is None:
@@ -285,16 +285,16 @@ class HeadCache(Cache):  # type: ignore[misc]
         """Load a cache that save() wrote. K and V are read from the folder when they are first needed.
 
         Args:
-            folder: The session's folder.
-            model: The model that made the session.
-            **options: Fields of `headinfer.Options` to change. Without any, the same machine computes the same bits
+            folder: the session's folder.
+            model: the model that made the session.
+            **options: fields of `headinfer.Options` to change. Without any, the same machine computes the same bits
                 as the cache that was saved.
 
         Returns:
             The cache. Its `token_ids` are those that save() was given.
 
         Raises:
-            SessionError: There is no session, it is damaged, or another model made it.
+            SessionError: there is no session, it is damaged, or another model made it.
         """
 
         def new_cache(kept: dict[str, Any]) -> HeadCache:
@@ -305,12 +305,12 @@ class HeadCache(Cache):  # type: ignore[misc]
         return load_cache(Path(folder), model, new_cache, lambda index: layer_device(model, index))
 
     def layer_kvs(self) -> dict[int, LayerKV]:
-        """The KV of each offloaded layer that has any, by the layer's index."""
+        """Return the KV of each offloaded layer that has any, by the layer's index."""
         offloaded = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, HeadLayer)}
         return {index: layer.layer_kv for index, layer in offloaded.items() if layer.layer_kv is not None}
 
     def layer_fields(self) -> list[dict[str, Any]]:
-        """The state of every layer but its offloaded KV, as attributes by name."""
+        """Return the state of every layer but its offloaded KV, as attributes by name."""
         return [state_of(layer)["fields"] for layer in self.layers]
 
     def restore_fields(self, index: int, fields: dict[str, Any]) -> None:
@@ -327,7 +327,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         return created
 
     def checkpoint(self) -> list[dict[str, Any]]:
-        """The state of each layer, for rollback(): the length of an offloaded layer, the fields of any other."""
+        """Return the state of each layer, for rollback(): the length of an offloaded layer, the fields of any other."""
         return [state_of(layer) for layer in self.layers]
 
     def rollback(self, checkpoint: list[dict[str, Any]]) -> None:

@@ -32,8 +32,8 @@ def chunks_of(inputs: dict[str, Any], chunk_tokens: Callable[[int], int]) -> Ite
     """Split a forward pass into the calls of its chunks.
 
     Args:
-        inputs: The arguments of the pass by name.
-        chunk_tokens: Returns the tokens of a chunk, given the length of the context after the pass. It is called only
+        inputs: the arguments of the pass by name.
+        chunk_tokens: returns the tokens of a chunk, given the length of the context after the pass. It is called only
             for a pass that can be cut.
 
     Yields:

@@ -72,7 +72,7 @@ def check_version() -> None:
     """Check that transformers is not too old.
 
     Raises:
-        UnsupportedError: It is.
+        UnsupportedError: it is.
     """
     if Version(transformers.__version__) < Version(_OLDEST):
         raise UnsupportedError(
@@ -81,7 +81,7 @@ def check_version() -> None:
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
-    """The arguments with which a forward pass computes the last token's logits only.
+    """Return the arguments with which a forward pass computes the last token's logits only.
 
     Empty if the model has no such argument.
     """
@@ -89,7 +89,7 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
 
 
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:
-    """The device on which a decoder layer computes, also if device_map spreads the model over several devices."""
+    """Return the device that a decoder layer computes on, also if device_map spreads the model over several."""
     layers = getattr(model.get_decoder(), "layers", None)
     weight = next(layers[index].parameters(), None) if layers is not None and index < len(layers) else None
     device: torch.device = model.device if weight is None or weight.device.type == "meta" else weight.device
@@ -97,19 +97,19 @@ def layer_device(model: PreTrainedModel, index: int) -> torch.device:
 
 
 def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
-    """The CUDA devices that compute the layers of a model: several if device_map spreads it over them."""
+    """Return the CUDA devices that compute the layers of a model: several if device_map spreads it over them."""
     devices = getattr(model, "hf_device_map", None) or {"": model.device}
     names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in devices.values()}  # may be "cpu" or "disk"
     return [torch.device(name) for name in sorted(names) if name.startswith("cuda")]
 
 
 def default_layers(config: PreTrainedConfig) -> list[Any]:
-    """The empty cache layers that transformers itself would use for a model."""
+    """Return the empty cache layers that transformers itself would use for a model."""
     return list(DynamicCache(config=config).layers)
 
 
 def is_constant_size(layer: object) -> bool:
-    """Whether a cache layer has no state, or a state that does not grow with the context, such as a window."""
+    """Return whether a cache layer has no state, or a state that does not grow with the context, such as a window."""
     constant = (
         DynamicSlidingWindowLayer,
         LinearAttentionLayer,
@@ -120,7 +120,7 @@ def is_constant_size(layer: object) -> bool:
 
 
 def shared_full_layers(config: PreTrainedConfig) -> int:
-    """Number of full-attention layers that use the K and V of an earlier layer, without a cache (Gemma 3n and 4)."""
+    """Return the number of full-attention layers that use the K and V of an earlier layer (Gemma 3n and 4)."""
     text = config.get_text_config(decoder=True)
     modes = getattr(text, "kv_sharing_modes", None)
     kinds = getattr(text, "layer_types", None)
@@ -133,15 +133,15 @@ def shared_full_layers(config: PreTrainedConfig) -> int:
 
 
 def takes_attention_interface(model: PreTrainedModel) -> bool:
-    """Whether a model calls transformers' attention interface. If not, set_attn_implementation() only warns."""
+    """Return whether a model calls transformers' attention interface. If not, set_attn_implementation() only warns."""
     return bool(model._can_set_attn_implementation())
 
 
 def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
-    """How transformers shards a model: a style for each module by name; empty if it cannot shard the model."""
+    """Return how transformers shards a model: a style for each module by name; empty if it cannot shard it."""
     return getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
 
 
 def is_unsupported_cache(cache: object) -> bool:
-    """Whether a cache does not work with headinfer's attention: one of fixed size, quantized, or encoder-decoder."""
+    """Return whether headinfer's attention cannot use a cache: fixed-size, quantized and encoder-decoder ones."""
     return isinstance(cache, StaticCache | QuantizedCache | EncoderDecoderCache)

@@ -21,9 +21,9 @@ def distinct_rows(inputs: dict[str, Any], config: Any, copies: int) -> dict[str,
     """Take one row of each group of equal rows of a forward pass.
 
     Args:
-        inputs: The arguments of the pass by name. The batch is the first dimension of input_ids or inputs_embeds.
-        config: The config of the model.
-        copies: Rows of a group. They are adjacent.
+        inputs: the arguments of the pass by name. The batch is the first dimension of input_ids or inputs_embeds.
+        config: the config of the model.
+        copies: rows of a group. They are adjacent.
 
     Returns:
         The arguments with one row of each group. None if the rows of a group differ, or if the pass asks for outputs

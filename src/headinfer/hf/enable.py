@@ -51,7 +51,7 @@ def check_model(model: PreTrainedModel) -> None:
     """Check that a model is served exactly. The model is not changed.
 
     Raises:
-        UnsupportedError: It is not. The message says why.
+        UnsupportedError: it is not. The message says why.
     """
     check_version()
     if not isinstance(model, PreTrainedModel) or not takes_attention_interface(model):
@@ -65,7 +65,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def context_warning(tokens: int, shape: ModelShape) -> str | None:
-    """A warning if a context is longer than what a model was made for; None if it is not, or if that is unknown."""
+    """Return a warning if a context is longer than a model was made for; None if it is not, or if that is unknown."""
     if not shape.max_context_tokens or tokens <= shape.max_context_tokens:
         return None
     return (
@@ -77,14 +77,14 @@ class Enabled:
     """A model with headinfer enabled. disable(), or leaving the `with` block, undoes it.
 
     Args:
-        model: The model.
-        chunk_tokens: Tokens of a prefill chunk; None is planned.
-        options: The options of the caches that it makes.
-        on_forward: Called with the cache after each forward pass.
+        model: the model.
+        chunk_tokens: tokens of a prefill chunk; None is planned.
+        options: the options of the caches that it makes.
+        on_forward: called with the cache after each forward pass.
 
     Attributes:
-        last_cache: The cache of the last forward pass.
-        plan: The last plan; None before the first one, or if no plan fits the free memory.
+        last_cache: the cache of the last forward pass.
+        plan: the last plan; None before the first one, or if no plan fits the free memory.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class Enabled:
         """Create an empty cache to pass as past_key_values. What the options leave open is planned.
 
         Args:
-            expected_tokens: The final length of the context; 0 if it is unknown.
-            rows: Rows of the batch.
+            expected_tokens: the final length of the context; 0 if it is unknown.
+            rows: rows of the batch.
         """
         planned = self._plan(expected_tokens, rows)
         options = planned.options if planned is not None else self.options
@@ -152,7 +152,7 @@ class Enabled:
         return planned
 
     def _chunk(self, tokens: int, rows: int, cache: HeadCache | None = None) -> int:
-        """Tokens of a prefill chunk, for a context that will have `tokens` tokens.
+        """Return the tokens of a prefill chunk, for a context that will have `tokens` tokens.
 
         A plan is made once for each generate(), and again only if the context outgrows it.
         """
@@ -233,7 +233,7 @@ class Enabled:
             for chunk in chunks_of(inputs, chunk_tokens):
                 if result is not None:
                     self._after_forward(cache)
-                    cache.forget_recorded_past()
+                    cache.crop_recorded_past()
                 result = self._one_chunk(forward, chunk, cache)
         except BaseException:
             cache.rollback(before)
@@ -259,7 +259,7 @@ class Enabled:
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """Called by generate() to get its cache. generation_config is the call's own copy."""
+        """Make the cache of generate(), which calls this. generation_config is the call's own copy."""
         cache = model_kwargs.get("past_key_values")
         if is_unsupported_cache(cache):
             raise _unsupported_cache(type(cache).__name__)
@@ -293,12 +293,12 @@ class Enabled:
 
 
 def _covers(plan: Plan, tokens: int, rows: int) -> bool:
-    """Whether a plan is for at least so many tokens and rows."""
+    """Return whether a plan is for at least this number of tokens and rows."""
     return tokens <= plan.request.context_tokens and rows <= plan.request.rows
 
 
 def _tokens_of(inputs: dict[str, Any]) -> int:
-    """Tokens of a forward pass, by its arguments."""
+    """Return the number of tokens of a forward pass."""
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
             return int(inputs[name].shape[1])
@@ -328,17 +328,17 @@ def enable(
             model.generate(**inputs)
 
     Args:
-        model: The model. Its classes are not patched.
-        chunk_tokens: Tokens of a prefill chunk.
-        on_forward: Called with the cache after each forward pass, for progress displays.
-        **options: Fields of `headinfer.Options`.
+        model: the model. Its classes are not patched.
+        chunk_tokens: tokens of a prefill chunk.
+        on_forward: called with the cache after each forward pass, for progress displays.
+        **options: fields of `headinfer.Options`.
 
     Returns:
         A context manager that disables headinfer on exit. It also has disable().
 
     Raises:
-        UnsupportedError: The model is not served exactly.
-        UsageError: An option is out of range.
+        UnsupportedError: the model is not served exactly.
+        UsageError: an option is out of range.
         StateError: headinfer is already enabled on the model.
         In each case the model is unchanged.
     """

@@ -46,7 +46,7 @@ def check_family(config: PreTrainedConfig) -> None:
     """Check that the family of a model is served exactly.
 
     Raises:
-        UnsupportedError: It is not. The message says why.
+        UnsupportedError: it is not. The message says why.
     """
     family = config.model_type
     text = config.get_text_config(decoder=True).model_type

@@ -33,9 +33,9 @@ class Tag:
     """The attribute that update() sets on the K and V of a chunk, for the attention function.
 
     Attributes:
-        layer: The layer that was updated.
-        past_tokens: Tokens of the layer before the chunk.
-        is_stored: Whether the chunk has been appended to the layer's KV. A later attention with the same K and V then
+        layer: the layer that was updated.
+        past_tokens: tokens of the layer before the chunk.
+        is_stored: whether the chunk has been appended to the layer's KV. A later attention with the same K and V then
             belongs to a layer that shares them.
     """
 
@@ -48,12 +48,12 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     """A full-attention layer of a HeadCache.
 
     Args:
-        engine: The engine of the cache.
-        is_first: Whether this is the first offloaded layer, with whose attention a forward pass begins.
+        engine: the engine of the cache.
+        is_first: whether this is the first offloaded layer, with whose attention a forward pass begins.
 
     Attributes:
-        layer_kv: The KV of the layer; None before the first chunk.
-        pending: The tag of a chunk whose attention has not run yet.
+        layer_kv: the KV of the layer; None before the first chunk.
+        pending: the tag of a chunk whose attention has not run yet.
     """
 
     is_croppable = True
@@ -82,14 +82,14 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         Args:
             key_states: [B, Hkv, T, Dk].
             value_states: [B, Hkv, T, Dv].
-            *args: Ignored.
-            **kwargs: Ignored.
+            *args: ignored.
+            **kwargs: ignored.
 
         Returns:
             The same two tensors.
 
         Raises:
-            StateError: The attention of the previous update has not run, or the batch has another number of rows.
+            StateError: the attention of the previous update has not run, or the batch has another number of rows.
         """
         if self.engine.awaiting is not None:
             raise StateError(
@@ -113,13 +113,13 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         return key_states, value_states
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-        """Attention of the chunk on all tokens up to it. Then the chunk is appended to the layer's KV.
+        """Attend from the chunk to all tokens up to it, then append the chunk to the layer's KV.
 
         Args:
             q: [B, Hq, T, Dk].
             k: [B, Hkv, T, Dk], as update() returned it.
             v: [B, Hkv, T, Dv], as update() returned it.
-            spec: What the model asks for.
+            spec: what the model asks for.
 
         Returns:
             [B, T, Hq, Dv].
@@ -138,15 +138,15 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     def attend_shared(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, past_tokens: int
     ) -> torch.Tensor:
-        """Attention of another layer that shares this layer's K and V, which contain the chunk already.
+        """Compute attention of another layer that shares this layer's K and V, which contain the chunk already.
 
         Args:
             q: [B, Hq, T, Dk]. T may be fewer tokens than the chunk has, its last ones (Gemma 4). The earlier tokens
                 of the chunk are past tokens then.
-            k: The chunk's keys [B, Hkv, Tk, Dk].
-            v: The chunk's values [B, Hkv, Tk, Dv].
-            spec: What the model asks for.
-            past_tokens: Tokens before the chunk.
+            k: the chunk's keys [B, Hkv, Tk, Dk].
+            v: the chunk's values [B, Hkv, Tk, Dv].
+            spec: what the model asks for.
+            past_tokens: tokens before the chunk.
 
         Returns:
             [B, T, Hq, Dv].
@@ -163,19 +163,19 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.layer_kv.rows if self.layer_kv is not None else 0
 
     def get_seq_length(self) -> int:
-        """Tokens of each row."""
+        """Return the number of tokens of each row."""
         return self.layer_kv.tokens if self.layer_kv is not None else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that a mask covers, and the position of the first one: all tokens, from position 0."""
+        """Return the number of keys that a mask covers, and the position of the first one: all tokens, from 0."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: there is no limit."""
+        """Return -1: there is no limit."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """-1: there is no limit. This is the name in older versions of transformers."""
+        """Return -1: there is no limit. This is the name in older versions of transformers."""
         return -1
 
     def reset(self) -> None:
@@ -225,9 +225,9 @@ class HybridHeadLayer(HeadLayer, LinearAttentionAndFullAttentionLayer):  # type:
     """A layer with full attention, whose KV is offloaded, and linear attention, whose state does not grow (Falcon-H1).
 
     Args:
-        engine: The engine of the cache.
-        is_first: Whether this is the first offloaded layer.
-        number_of_states: Number of linear-attention states, as transformers' layer has it.
+        engine: the engine of the cache.
+        is_first: whether this is the first offloaded layer.
+        number_of_states: number of linear-attention states, as transformers' layer has it.
     """
 
     def __init__(self, engine: Engine, is_first: bool, number_of_states: int) -> None:
@@ -277,7 +277,7 @@ _NOT_IN_STATE = ("engine", "layer_kv", "pending")
 
 
 def state_of(layer: Any) -> dict[str, Any]:
-    """The state of a cache layer of any class, for restore().
+    """Return the state of a cache layer of any class, for restore().
 
     transformers writes linear-attention states in place, so these are copied. It replaces the tensors of windows, so
     references to them suffice.
@@ -304,7 +304,7 @@ def restore(layer: Any, state: dict[str, Any]) -> None:
 
 
 def uncroppable_reason(layer: Any) -> str:
-    """Why the newest tokens of a layer cannot be removed; empty if they can."""
+    """Return why the newest tokens of a layer cannot be removed; empty if they can."""
     advice = "call activate_past_recording() on the cache before generating"
     if isinstance(layer, DynamicSlidingWindowLayer):
         if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
@@ -318,7 +318,7 @@ def uncroppable_reason(layer: Any) -> str:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a dict and of the tensors in it; any other value itself."""
+    """Return a copy of a dict and of the tensors in it; any other value itself."""
     if not isinstance(value, dict):
         return value
     return {key: item.clone() if isinstance(item, torch.Tensor) else item for key, item in value.items()}

@@ -45,7 +45,7 @@ _SHORT_NAMES = {
 def _llama(
     layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, context: int, **more: Any
 ) -> dict[str, Any]:
-    """Fields of a config that names them as Llama does, and further fields."""
+    """Return fields of a config that names them as Llama does, and further fields."""
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -89,9 +89,9 @@ class ModelSource:
     """A model that can be loaded. Only its config is in memory.
 
     Attributes:
-        name: The folder, the hub name, or the MODEL argument of a random model.
-        config: The config of the model.
-        is_random: Whether the weights are random.
+        name: the folder, the hub name, or the MODEL argument of a random model.
+        config: the config of the model.
+        is_random: whether the weights are random.
     """
 
     name: str
@@ -102,7 +102,7 @@ class ModelSource:
         """Load the tokenizer of the model.
 
         Raises:
-            UsageError: The model has none that can be loaded.
+            UsageError: the model has none that can be loaded.
         """
         if self.is_random:
             return byte_tokenizer()
@@ -112,7 +112,7 @@ class ModelSource:
             raise UsageError(f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}") from error
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights in a dtype. They are counted on the meta device, without memory."""
+        """Return the bytes of the weights in a dtype. They are counted on the meta device, without memory."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         return sum(math.prod(p.shape) * p.element_size() for p in model.parameters())
@@ -121,12 +121,12 @@ class ModelSource:
         """Load the model in eval mode.
 
         Args:
-            dtype: The dtype of the weights.
-            device: The device, such as "cpu" or "cuda:0".
-            seed: The seed of random weights, which depend on nothing else.
+            dtype: the dtype of the weights.
+            device: the device, such as "cpu" or "cuda:0".
+            seed: the seed of random weights, which depend on nothing else.
 
         Raises:
-            UsageError: The model cannot be loaded.
+            UsageError: the model cannot be loaded.
         """
         if self.is_random:
             torch.manual_seed(seed)
@@ -144,11 +144,11 @@ def resolve(spec: str) -> ModelSource:
     """Read the config of the model that a MODEL argument names, and check that headinfer serves it.
 
     Args:
-        spec: The argument: a folder, a hub name, `embedded`, or `random:NAME?layers=2&...`.
+        spec: the argument: a folder, a hub name, `embedded`, or `random:NAME?layers=2&...`.
 
     Raises:
-        UsageError: There is no such model, or a field of a random model is out of range.
-        UnsupportedError: The family or a layer of the model is not served.
+        UsageError: there is no such model, or a field of a random model is out of range.
+        UnsupportedError: the family or a layer of the model is not served.
     """
     source = _random_source(spec) if spec.startswith(_PREFIX) else _stored_source(spec)
     check_family(source.config)
@@ -157,7 +157,7 @@ def resolve(spec: str) -> ModelSource:
 
 
 def _random_source(spec: str) -> ModelSource:
-    """The model of `random:NAME?layers=2&...`."""
+    """Return the model of `random:NAME?layers=2&...`."""
     name, _, query = spec.removeprefix(_PREFIX).partition("?")
     if name not in RANDOM_CONFIGS:
         raise UsageError(f"there is no built-in config {name!r}: choose one of {', '.join(RANDOM_CONFIGS)}")
@@ -193,7 +193,7 @@ def _random_source(spec: str) -> ModelSource:
 
 
 def _stored_source(spec: str) -> ModelSource:
-    """The model of a folder, a hub name or `embedded`."""
+    """Return the model of a folder, a hub name or `embedded`."""
     if spec == EMBEDDED:
         spec = str(embedded_model())
     folder = Path(spec)
@@ -210,5 +210,5 @@ def _stored_source(spec: str) -> ModelSource:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its class if it has none."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -42,14 +42,14 @@ _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def rank_device(ranks: Ranks, device: str) -> str:
-    """The device of this rank: the GPU with the number of its local rank, or the CPU if there is no GPU.
+    """Return the device of this rank: the GPU with the number of its local rank, or the CPU if there is no GPU.
 
     Args:
-        ranks: This rank.
-        device: The device that the user asked for. "auto", or the kind of device that the rank gets anyway.
+        ranks: this rank.
+        device: the device that the user asked for. "auto", or the kind of device that the rank gets anyway.
 
     Raises:
-        UsageError: The user asked for another device, or there are fewer GPUs than ranks on this host.
+        UsageError: the user asked for another device, or there are fewer GPUs than ranks on this host.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device not in ("auto", "cuda" if gpus else "cpu"):
@@ -67,9 +67,9 @@ def check_shards(config: PreTrainedConfig, shape: ModelShape, ranks: Ranks) -> N
     """Check that a model can be sharded over the ranks, before it is loaded.
 
     Args:
-        config: The config of the model.
-        shape: The shape of the whole model.
-        ranks: This rank.
+        config: the config of the model.
+        shape: the shape of the whole model.
+        ranks: this rank.
 
     Raises:
         UnsupportedError: transformers cannot shard the model exactly, or its KV heads do not split over the ranks.
@@ -95,11 +95,11 @@ def check_shards(config: PreTrainedConfig, shape: ModelShape, ranks: Ranks) -> N
 
 @contextmanager
 def process_group(ranks: Ranks) -> Iterator[None]:
-    """Connect all ranks, and disconnect them at the end. Does nothing if there is only one process.
+    """Connect all ranks, and disconnect them at the end. Do nothing if there is only one process.
 
     Raises:
-        UsageError: The ranks cannot connect to each other.
-        StateError: Another rank has ended.
+        UsageError: the ranks cannot connect to each other.
+        StateError: another rank has ended.
     """
     if ranks.world == 1:
         yield
@@ -126,13 +126,13 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], _Result]) -> _Result:
     """Do the same work on all ranks. If it fails on one of them, all ranks end, with one message.
 
     Args:
-        ranks: This rank.
-        work: The work. It must not communicate with other ranks.
+        ranks: this rank.
+        work: the work. It must not communicate with other ranks.
 
     Raises:
-        HeadinferError: On the first rank only: the error of the first rank that failed. The message names that rank,
+        HeadinferError: on the first rank only: the error of the first rank that failed. The message names that rank,
             unless all ranks failed in the same way.
-        SystemExit: On all other ranks, with status 2.
+        SystemExit: on all other ranks, with status 2.
     """
     if ranks.world == 1:
         return work()
@@ -170,9 +170,9 @@ def load_shard(name: str, ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedMode
     """Load this rank's shard of a model onto the rank's device.
 
     Args:
-        name: The folder or the hub name of the model.
-        ranks: This rank.
-        dtype: The dtype of the weights.
+        name: the folder or the hub name of the model.
+        ranks: this rank.
+        dtype: the dtype of the weights.
     """
     distributed = DistributedConfig(tp_size=ranks.world, tp_plan="auto")
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, distributed_config=distributed)
@@ -184,9 +184,9 @@ def load_random_shard(make: Callable[[], PreTrainedModel], ranks: Ranks, *, dtyp
     The first rank of each host writes the whole model to a temporary folder, and all ranks of the host load from it.
 
     Args:
-        make: Creates the whole model.
-        ranks: This rank.
-        dtype: The dtype of the weights.
+        make: creates the whole model.
+        ranks: this rank.
+        dtype: the dtype of the weights.
     """
     with tempfile.TemporaryDirectory(prefix="headinfer-") as own_folder:
         folders = gather_from_ranks(ranks, (own_folder, ranks.local_rank))
@@ -205,7 +205,7 @@ def load_random_shard(make: Callable[[], PreTrainedModel], ranks: Ranks, *, dtyp
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error of torch.distributed says that another rank has ended."""
+    """Return whether an error of torch.distributed says that another rank has ended."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
         words in text for words in ("connection closed by peer", "connection reset by peer", "broken pipe")

@@ -16,10 +16,10 @@ class Ranks:
     """The rank of this process, and the number of processes.
 
     Attributes:
-        rank: The rank among all processes, from 0.
-        world: Number of processes on all hosts.
-        local_rank: The rank among the processes on this host, from 0.
-        local_world: Number of processes on this host.
+        rank: the rank among all processes, from 0.
+        world: number of processes on all hosts.
+        local_rank: the rank among the processes on this host, from 0.
+        local_world: number of processes on this host.
     """
 
     rank: int = 0
@@ -32,7 +32,7 @@ class Ranks:
         """Read the environment variables that torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 
         Args:
-            environment: The environment variables.
+            environment: the environment variables.
 
         Raises:
             UsageError: WORLD_SIZE names several processes, and another variable is missing or is not a number.

@@ -127,7 +127,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
 
 
 def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> list[str]:
-    """Return sentences that say what will take long.
+    """Return warnings about what will take long.
 
     Raises:
         CapacityError: host memory or the disk tier does not hold the session's KV.

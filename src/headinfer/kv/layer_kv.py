@@ -42,7 +42,7 @@ class LayerKV:
 
     Args:
         k: gives the batch, heads, dim, dtype and device; it may have no tokens.
-        v: likewise.
+        v: gives the dim of V.
         tier: allocates host memory.
         counter: counts the bytes of the tail.
         write: writes new tokens to the host.

@@ -94,7 +94,7 @@ class LayerResidency:
     host_tokens: int
 
     def most_tokens(self, token_bytes: int, rows: int) -> int:
-        """Return the most resident tokens of a row."""
+        """Return the maximum number of resident tokens of a row."""
         return self.nbytes // (token_bytes * rows) // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
 
     def assign(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:

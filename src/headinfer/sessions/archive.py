@@ -24,13 +24,13 @@ def export_session(folder: Path, archive: Path) -> None:
     it begins again.
 
     Args:
-        folder: The session's folder.
-        archive: The file to write. A file that exists and is not empty is never replaced.
+        folder: the session's folder.
+        archive: the file to write. A file that exists and is not empty is never replaced.
 
     Raises:
-        UsageError: The archive exists, its folder is not writable, or its folder is that of a session.
-        SessionError: The folder holds no session, or the session is damaged.
-        CapacityError: The system refuses to write, for example because the disk is full.
+        UsageError: the archive exists, its folder is not writable, or its folder is that of a session.
+        SessionError: the folder holds no session, or the session is damaged.
+        CapacityError: the system refuses to write, for example because the disk is full.
     """
     output = Output(archive, is_ours=None)
     archive = archive.resolve()
@@ -69,7 +69,7 @@ def _add(tar: tarfile.TarFile, folder: Path, entry: FileEntry) -> None:
     """Add a data file to an archive.
 
     Raises:
-        SessionError: The file is missing or has another size than its entry.
+        SessionError: the file is missing or has another size than its entry.
     """
     path = folder / entry.name
     try:

@@ -23,10 +23,10 @@ class Saved:
     """The session that a cache was saved to or loaded from.
 
     Attributes:
-        folder: The session's folder.
-        generation: The checkpoint that the cache goes on from; 0 if none was written.
-        next_number: The number of the next segment file.
-        written: The file of each segment of the first offloaded layer. The segments of the other layers are in the
+        folder: the session's folder.
+        generation: the checkpoint that the cache goes on from; 0 if none was written.
+        next_number: the number of the next segment file.
+        written: the file of each segment of the first offloaded layer. The segments of the other layers are in the
             same file.
     """
 
@@ -36,7 +36,7 @@ class Saved:
     written: WeakKeyDictionary[Segment, SegmentFile] = field(default_factory=WeakKeyDictionary)
 
     def copy(self) -> Saved:
-        """A copy for a fork of the cache, which may be saved to another folder."""
+        """Return a copy for a fork of the cache, which may be saved to another folder."""
         return dataclasses.replace(self, written=WeakKeyDictionary(self.written))
 
 
@@ -44,9 +44,9 @@ class SessionCache(Protocol):
     """A cache that can be saved and loaded.
 
     Attributes:
-        engine: The engine that its offloaded layers share.
-        saved: The session that it belongs to, if any.
-        token_ids: The token ids [rows, tokens] that were loaded with it; int64.
+        engine: the engine that its offloaded layers share.
+        saved: the session that it belongs to, if any.
+        token_ids: the token ids [rows, tokens] that were loaded with it; int64.
     """
 
     engine: Engine
@@ -54,10 +54,10 @@ class SessionCache(Protocol):
     token_ids: torch.Tensor | None
 
     def layer_kvs(self) -> dict[int, LayerKV]:
-        """The KV of each offloaded layer that has any, by the layer's index."""
+        """Return the KV of each offloaded layer that has any, by the layer's index."""
 
     def layer_fields(self) -> list[dict[str, Any]]:
-        """The state of every layer but its offloaded KV, as attributes by name."""
+        """Return the state of every layer but its offloaded KV, as attributes by name."""
 
     def restore_fields(self, index: int, fields: dict[str, Any]) -> None:
         """Set the attributes of a layer that layer_fields() gave."""

@@ -52,7 +52,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     checkpoint or fine-tuning changes it. A change of single elements may not, so it is no protection against tampering.
 
     Args:
-        model: The model. Parameters on the meta device count with name, shape and dtype only.
+        model: the model. Parameters on the meta device count with name, shape and dtype only.
 
     Returns:
         The fingerprint as plain values for JSON.
@@ -85,12 +85,12 @@ def check_config(saved: dict[str, Any], config: Any, folder: Path) -> None:
     """Check, before any weights are loaded, that a session was made with a config.
 
     Args:
-        saved: The fingerprint of the model in the session.
-        config: The config to compare.
-        folder: The session's folder, for the message.
+        saved: the fingerprint of the model in the session.
+        config: the config to compare.
+        folder: the session's folder, for the message.
 
     Raises:
-        SessionError: The configs differ.
+        SessionError: the configs differ.
     """
     _compare(saved, config_fingerprint(config), folder)
 
@@ -99,12 +99,12 @@ def check_fingerprint(saved: dict[str, Any], model: torch.nn.Module, folder: Pat
     """Check that a session was made with a model.
 
     Args:
-        saved: The fingerprint of the model in the session.
-        model: The model to compare.
-        folder: The session's folder, for the message.
+        saved: the fingerprint of the model in the session.
+        model: the model to compare.
+        folder: the session's folder, for the message.
 
     Raises:
-        SessionError: The models differ.
+        SessionError: the models differ.
     """
     _compare(saved, fingerprint(model), folder)
 
@@ -113,12 +113,12 @@ def check_tokenizer(saved: str | None, tokenizer: Any, folder: Path) -> None:
     """Check that a session was made with a tokenizer.
 
     Args:
-        saved: The fingerprint of the tokenizer in the session; None if it is unknown, which passes.
-        tokenizer: The tokenizer to compare.
-        folder: The session's folder, for the message.
+        saved: the fingerprint of the tokenizer in the session; None if it is unknown, which passes.
+        tokenizer: the tokenizer to compare.
+        folder: the session's folder, for the message.
 
     Raises:
-        SessionError: The tokenizers or their chat templates differ.
+        SessionError: the tokenizers or their chat templates differ.
     """
     if saved is not None and saved != tokenizer_fingerprint(tokenizer):
         raise SessionError(

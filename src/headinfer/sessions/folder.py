@@ -41,11 +41,11 @@ def session_folder(root: Path, name: str) -> Path:
     """Return the folder of a session, which need not exist.
 
     Args:
-        root: The folder of all sessions.
-        name: The name of the session.
+        root: the folder of all sessions.
+        name: the name of the session.
 
     Raises:
-        UsageError: The name is not valid, for example because it leads out of the root. Or the folder is a symbolic
+        UsageError: the name is not valid, for example because it leads out of the root. Or the folder is a symbolic
             link.
     """
     if not _NAME.fullmatch(name):
@@ -73,14 +73,14 @@ def read_consistently(folder: Path, read: Callable[[Manifest], T]) -> T:
     begins again with the new checkpoint.
 
     Args:
-        folder: The session's folder.
-        read: Reads the files that a manifest names.
+        folder: the session's folder.
+        read: reads the files that a manifest names.
 
     Returns:
         What `read` returned.
 
     Raises:
-        SessionError: There is no session, or `read` raised this error although the checkpoint did not change.
+        SessionError: there is no session, or `read` raised this error although the checkpoint did not change.
     """
     while True:
         manifest = Manifest.read(folder)
@@ -95,11 +95,11 @@ def check_unchanged(folder: Path, generation: int) -> None:
     """Check that a session has not changed since a decision was made without the lock. The lock must be held now.
 
     Args:
-        folder: The session's folder.
-        generation: The generation of the checkpoint at that time; 0 if there was none.
+        folder: the session's folder.
+        generation: the generation of the checkpoint at that time; 0 if there was none.
 
     Raises:
-        SessionError: Another process has written the session meanwhile.
+        SessionError: another process has written the session meanwhile.
     """
     now = Manifest.read(folder).generation if (folder / MANIFEST).exists() else 0
     if now != generation:
@@ -110,13 +110,13 @@ def remove_session(folder: Path) -> bool:
     """Remove a session: the manifest first, then the other files that the session wrote, then the folder.
 
     Args:
-        folder: The session's folder.
+        folder: the session's folder.
 
     Returns:
         Whether the folder was removed too. It remains if another program has put a file there meanwhile.
 
     Raises:
-        SessionError: The folder holds no session or files that no session wrote, or another process is writing the
+        SessionError: the folder holds no session or files that no session wrote, or another process is writing the
             session. Nothing was removed.
     """
     if not own_files(folder):
@@ -135,10 +135,10 @@ class Lock:
     """An exclusive lock on a session, for its one writer. The end of the process releases it too.
 
     Args:
-        folder: The session's folder. It is created if it does not exist.
+        folder: the session's folder. It is created if it does not exist.
 
     Raises:
-        SessionError: Another process or writer holds the lock, the folder is not writable, or it holds files that no
+        SessionError: another process or writer holds the lock, the folder is not writable, or it holds files that no
             session wrote. Nothing was written.
     """
 
@@ -181,8 +181,8 @@ def _open_locked(folder: Path) -> int:
         The file descriptor; -1 if the last holder has removed the lock file or the folder meanwhile.
 
     Raises:
-        SessionError: Another process or writer holds the lock.
-        OSError: The file cannot be created or opened.
+        SessionError: another process or writer holds the lock.
+        OSError: the file cannot be created or opened.
     """
     path = folder / LOCK
     try:

@@ -17,15 +17,15 @@ def to_plain(fields: dict[str, Any], prefix: str, tensors: dict[str, torch.Tenso
     """Convert the fields of a layer to values for JSON. docs/session-format.md describes them under `layers`.
 
     Args:
-        fields: The fields by name: scalars, tensors, dtypes, devices, and dictionaries of these.
-        prefix: The beginning of the names of the layer's tensors.
-        tensors: The tensors of the fields are added to it, by name.
+        fields: the fields by name: scalars, tensors, dtypes, devices, and dictionaries of these.
+        prefix: the beginning of the names of the layer's tensors.
+        tensors: the tensors of the fields are added to it, by name.
 
     Returns:
         The values by name. A tensor is represented by its name in `tensors`.
 
     Raises:
-        UnsupportedError: A field has another type.
+        UnsupportedError: a field has another type.
     """
     return {name: _to_plain(value, f"{prefix}.{name}", tensors) for name, value in fields.items()}
 
@@ -34,9 +34,9 @@ def from_plain(plain: dict[str, Any], tensors: dict[str, torch.Tensor], device: 
     """Restore the fields that to_plain() converted.
 
     Args:
-        plain: What to_plain() returned.
-        tensors: The tensors by name.
-        device: The device of the layer. Tensors are moved to it, and it replaces the device fields.
+        plain: what to_plain() returned.
+        tensors: the tensors by name.
+        device: the device of the layer. Tensors are moved to it, and it replaces the device fields.
 
     Returns:
         The fields by name.

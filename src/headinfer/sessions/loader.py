@@ -35,16 +35,16 @@ def load_cache(
     If a writer replaces the checkpoint meanwhile, loading begins again.
 
     Args:
-        folder: The session's folder.
-        model: The model that made the session.
-        new_cache: Makes an empty cache; it gets the fields of Options that the session keeps.
-        device_of: The device of a layer, by its index.
+        folder: the session's folder.
+        model: the model that made the session.
+        new_cache: makes an empty cache; it gets the fields of Options that the session keeps.
+        device_of: the device of a layer, by its index.
 
     Returns:
         The cache. Its `token_ids` are those that save_cache() was given.
 
     Raises:
-        SessionError: There is no session, it is damaged, or another model made it.
+        SessionError: there is no session, it is damaged, or another model made it.
     """
 
     def load(manifest: Manifest) -> Cache:
@@ -57,15 +57,15 @@ def load_cache(
 
 
 def kept_options(manifest: Manifest) -> dict[str, Any]:
-    """The fields of Options that fix a session's results. Fields that this version does not have are left out."""
+    """Return the fields of Options that fix a session's results, without those that this version does not have."""
     return known_fields(manifest.arithmetic)
 
 
 def saved_ids(folder: Path, manifest: Manifest) -> torch.Tensor | None:
-    """The token ids [rows, tokens] that a session keeps, int64; None if it keeps none.
+    """Return the token ids [rows, tokens] that a session keeps, int64; None if it keeps none.
 
     Raises:
-        SessionError: A file is missing or damaged.
+        SessionError: a file is missing or damaged.
     """
     files = [TensorFile(folder, segment_file.file) for segment_file in manifest.segment_files]
     return _token_ids(manifest, files, TensorFile(folder, manifest.end))
@@ -113,6 +113,6 @@ def _token_ids(manifest: Manifest, files: list[TensorFile], end: TensorFile) -> 
 
 
 def _next_number(manifest: Manifest) -> int:
-    """The number after the highest one in the names of the segment files."""
+    """Return the number after the highest one in the names of the segment files."""
     numbers = [int(segment_file.file.name[6:12]) for segment_file in manifest.segment_files]
     return max(numbers, default=-1) + 1

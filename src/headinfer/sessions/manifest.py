@@ -35,9 +35,9 @@ class SegmentFile:
     """A file with K and V of consecutive tokens in all offloaded layers. It is written once.
 
     Attributes:
-        file: Name, size and header checksum of the file.
-        tokens: The number of tokens.
-        chain: The SHA-256 of the model and of all token ids up to the end of the file (see first_chain()); empty if
+        file: name, size and header checksum of the file.
+        tokens: the number of tokens.
+        chain: the SHA-256 of the model and of all token ids up to the end of the file (see first_chain()); empty if
             they are unknown. Files with equal chains hold the KV of the same tokens after the same tokens.
     """
 
@@ -51,18 +51,18 @@ class Manifest:
     """One checkpoint of a session.
 
     Attributes:
-        generation: The number of the checkpoint, from 1.
-        tokens: The tokens of each row, those of its tail included.
-        model: The fingerprint of the model (fingerprint.py).
-        arithmetic: The fields of Options that fix the results, and chunk_tokens. Equal ones give the same bits.
-        segment_files: The segment files. The JSON calls this field `blocks`.
-        rows: For each row of the batch, its slices (index in segment_files, first token, token after the last one), in
+        generation: the number of the checkpoint, from 1.
+        tokens: the tokens of each row, those of its tail included.
+        model: the fingerprint of the model (fingerprint.py).
+        arithmetic: the fields of Options that fix the results, and chunk_tokens. Equal ones give the same bits.
+        segment_files: the segment files. The JSON calls this field `blocks`.
+        rows: for each row of the batch, its slices (index in segment_files, first token, token after the last one), in
             the order of the text.
-        end: The file with what is newer than the segments: the tails, and the states of the layers that transformers
+        end: the file with what is newer than the segments: the tails, and the states of the layers that transformers
             keeps.
-        layers: For each layer, the plain values of its state (layer_state.py). They refer to tensors in `end`.
-        about: Facts of the caller.
-        versions: The versions of headinfer, torch and transformers that wrote the checkpoint.
+        layers: for each layer, the plain values of its state (layer_state.py). They refer to tensors in `end`.
+        about: facts of the caller.
+        versions: the versions of headinfer, torch and transformers that wrote the checkpoint.
     """
 
     generation: int
@@ -96,7 +96,7 @@ class Manifest:
         """Replace the manifest of a folder. At any time the folder has the old manifest or this one, whole.
 
         Raises:
-            CapacityError: The system refuses to write, for example because the disk is full.
+            CapacityError: the system refuses to write, for example because the disk is full.
         """
         write_text(folder / MANIFEST, self.text())
 
@@ -105,7 +105,7 @@ class Manifest:
         """Read and verify the manifest of a folder.
 
         Raises:
-            SessionError: There is no manifest, or it is damaged, of another program, or of another version.
+            SessionError: there is no manifest, or it is damaged, of another program, or of another version.
         """
         path = folder / MANIFEST
         body = _read_json(path)
@@ -142,7 +142,7 @@ def first_chain(model: dict[str, Any]) -> hashlib._Hash:
     """Begin the chain of a row (see SegmentFile), before any token.
 
     Args:
-        model: The fingerprint of the model.
+        model: the fingerprint of the model.
 
     Returns:
         A hash to update with the token ids of the row, as little-endian int64.
@@ -165,7 +165,7 @@ def _read_json(path: Path) -> Any:
     """Read the JSON of a manifest file.
 
     Raises:
-        SessionError: The file is missing, unreadable, not a regular file, or not JSON.
+        SessionError: the file is missing, unreadable, not a regular file, or not JSON.
     """
     try:
         if path.exists() and not path.is_file():

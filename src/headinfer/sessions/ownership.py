@@ -54,10 +54,10 @@ def check_no_foreign_files(folder: Path) -> None:
     Files that the system keeps in folders (_SYSTEM_FILES) do not count.
 
     Args:
-        folder: The folder.
+        folder: the folder.
 
     Raises:
-        SessionError: The folder holds something else, or cannot be listed. Nothing was written or removed.
+        SessionError: the folder holds something else, or cannot be listed. Nothing was written or removed.
     """
     foreign = _own_and_foreign(folder)[1]
     if foreign:
@@ -72,11 +72,11 @@ def check_replaceable(path: Path, named: Collection[str]) -> None:
     """Check that a session's file may be written to a path.
 
     Args:
-        path: The file to write.
-        named: The data files that the folder's manifest names.
+        path: the file to write.
+        named: the data files that the folder's manifest names.
 
     Raises:
-        SessionError: A file of this name exists that no session wrote.
+        SessionError: a file of this name exists that no session wrote.
     """
     if os.path.lexists(path) and not _is_own(path, named) and not _is_empty(path):
         raise SessionError(
@@ -88,12 +88,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of a session. The caller holds the session's lock.
 
     Args:
-        folder: The session's folder.
-        manifest: The new manifest.
+        folder: the session's folder.
+        manifest: the new manifest.
 
     Raises:
-        SessionError: The folder has a manifest of another program.
-        CapacityError: The system refuses to write, for example because the disk is full.
+        SessionError: the folder has a manifest of another program.
+        CapacityError: the system refuses to write, for example because the disk is full.
     """
     check_replaceable(folder / MANIFEST, named=())
     manifest.write(folder)
@@ -105,9 +105,9 @@ def remove_unused(folder: Path, *, named: Collection[str], named_before: Collect
     The caller holds the session's lock.
 
     Args:
-        folder: The session's folder.
-        named: The data files that its manifest names now.
-        named_before: The data files that its manifest named before.
+        folder: the session's folder.
+        named: the data files that its manifest names now.
+        named_before: the data files that its manifest named before.
     """
     for path in folder.iterdir():
         may_be_unused = path.name.endswith(PARTIAL_SUFFIX) or DATA_FILE_NAME.fullmatch(path.name)
@@ -119,7 +119,7 @@ def _own_and_foreign(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the entries that a session wrote, and of all others but those of the system.
 
     Raises:
-        SessionError: The folder cannot be listed.
+        SessionError: the folder cannot be listed.
     """
     named = _named_by_manifest(folder)
     own: list[str] = []

@@ -24,11 +24,11 @@ class Prefix:
     """The part of a session that is a prefix of a document.
 
     Attributes:
-        name: The name of the session.
-        manifest: Its manifest.
-        segments: The number of its first segment files that belong to the prefix.
-        tokens: The tokens of the prefix.
-        is_whole: Whether the whole session is a prefix, so that its end file belongs to the prefix too.
+        name: the name of the session.
+        manifest: its manifest.
+        segments: the number of its first segment files that belong to the prefix.
+        tokens: the tokens of the prefix.
+        is_whole: whether the whole session is a prefix, so that its end file belongs to the prefix too.
     """
 
     name: str
@@ -44,11 +44,11 @@ def find_prefix(
     """Find the session with the longest common prefix with a document.
 
     Args:
-        root: The folder of all sessions.
-        model: The fingerprint of the model. Sessions of other models do not count.
-        token_ids: The document, [T] int64.
-        exclude: The name of the session that will be written. It does not count.
-        whole_only: Only sessions that are a prefix as a whole count. A model needs this if some of its layers have a
+        root: the folder of all sessions.
+        model: the fingerprint of the model. Sessions of other models do not count.
+        token_ids: the document, [T] int64.
+        exclude: the name of the session that will be written. It does not count.
+        whole_only: only sessions that are a prefix as a whole count. A model needs this if some of its layers have a
             state that cannot be cropped.
 
     Returns:
@@ -75,7 +75,7 @@ def _common_prefix(
     """Return the common prefix of a session and a document, in whole segment files; None if there is none.
 
     Raises:
-        SessionError: The end file is missing or damaged.
+        SessionError: the end file is missing or damaged.
     """
     if manifest.model != model or len(manifest.rows) != 1:
         return None
@@ -104,16 +104,16 @@ def link_prefix(root: Path, prefix: Prefix, folder: Path, arithmetic: dict[str, 
     The caller holds the lock of the new session. Files are copied if the file system has no hard links.
 
     Args:
-        root: The folder of all sessions.
-        prefix: The prefix.
-        folder: The folder of the new session.
-        arithmetic: The options that fix the results, for the manifest.
-        about: Facts of the caller, for the manifest.
+        root: the folder of all sessions.
+        prefix: the prefix.
+        folder: the folder of the new session.
+        arithmetic: the options that fix the results, for the manifest.
+        about: facts of the caller, for the manifest.
 
     Raises:
-        SessionError: The session of the prefix was removed meanwhile or is damaged, or a file in the folder was not
+        SessionError: the session of the prefix was removed meanwhile or is damaged, or a file in the folder was not
             written by a session.
-        CapacityError: The system refuses to write, for example because the disk is full.
+        CapacityError: the system refuses to write, for example because the disk is full.
     """
     source = root / prefix.name
     manifest = prefix.manifest

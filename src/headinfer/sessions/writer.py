@@ -46,16 +46,16 @@ def save_cache(
     """Save a cache to a folder. Saving again writes only what is new.
 
     Args:
-        cache: The cache; its model must have read something.
-        folder: A folder that does not exist, is empty, or holds the session that the cache goes on from.
-        model: The model that filled the cache. Its fingerprint is kept.
-        token_ids: The ids [rows, tokens] of all tokens in the cache, or more; int64. load_cache() gives them back.
-        about: Facts of the caller, for JSON.
+        cache: the cache; its model must have read something.
+        folder: a folder that does not exist, is empty, or holds the session that the cache goes on from.
+        model: the model that filled the cache. Its fingerprint is kept.
+        token_ids: the ids [rows, tokens] of all tokens in the cache, or more; int64. load_cache() gives them back.
+        about: facts of the caller, for JSON.
 
     Raises:
-        SessionError: The folder holds another session or files that no session wrote, or another process writes it.
-        CapacityError: The disk is full. The checkpoint before is still there.
-        StateError: The cache is empty.
+        SessionError: the folder holds another session or files that no session wrote, or another process writes it.
+        CapacityError: the disk is full. The checkpoint before is still there.
+        StateError: the cache is empty.
         UsageError: token_ids has another shape than the cache.
     """
     with SessionWriter(folder, model, cache.engine.options.arithmetic(), dict(about or {})) as writer:
@@ -67,12 +67,12 @@ class _Snapshot:
     """A cache at one moment: references to what will not change any more, copies of the rest.
 
     Attributes:
-        tokens: Tokens of each row.
-        tables: For each row, the slices of the first offloaded layer.
-        segments: The tensors of each segment that is not on disk yet, by name.
-        chains: The chain of each of these segments, if token ids are known (see manifest.first_chain()).
-        end: The tensors of the end file, by name.
-        layers: The plain values of each layer's state.
+        tokens: tokens of each row.
+        tables: for each row, the slices of the first offloaded layer.
+        segments: the tensors of each segment that is not on disk yet, by name.
+        chains: the chain of each of these segments, if token ids are known (see manifest.first_chain()).
+        end: the tensors of the end file, by name.
+        layers: the plain values of each layer's state.
     """
 
     tokens: int
@@ -87,14 +87,14 @@ class SessionWriter:
     """Writes checkpoints of a cache in a thread, while the model computes what follows.
 
     Args:
-        folder: The session's folder.
-        model: The model that fills the cache.
-        arithmetic: The options that fix the results, for the manifest.
-        about: Facts of the caller, for the manifest.
-        lock: The folder's lock, if the caller holds it. Otherwise the writer takes it, and releases it in close().
+        folder: the session's folder.
+        model: the model that fills the cache.
+        arithmetic: the options that fix the results, for the manifest.
+        about: facts of the caller, for the manifest.
+        lock: the folder's lock, if the caller holds it. Otherwise the writer takes it, and releases it in close().
 
     Raises:
-        SessionError: Another writer holds the lock, or the folder holds a file that no session wrote.
+        SessionError: another writer holds the lock, or the folder holds a file that no session wrote.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class SessionWriter:
         The call waits for the checkpoint before, and raises the error of its thread if it failed.
 
         Args:
-            cache: The cache.
-            token_ids: The ids [rows, tokens] of all tokens in the cache, or more.
+            cache: the cache.
+            token_ids: the ids [rows, tokens] of all tokens in the cache, or more.
 
         Raises:
-            SessionError: The folder holds a session that the cache does not go on from.
-            StateError: The cache is empty.
+            SessionError: the folder holds a session that the cache does not go on from.
+            StateError: the cache is empty.
         """
         self.finish()
         saved = cache.saved
@@ -261,6 +261,6 @@ def _snapshot(cache: SessionCache, saved: Saved, model: dict[str, Any], token_id
 
 
 def _tensors_of(part: SegmentSlice) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of a segment, up to the end of its slice."""
+    """Return K and V of a segment, up to the end of its slice."""
     k, v = part.segment.dense()
     return k[:, : part.stop], v[:, : part.stop]
