@@ -62,7 +62,7 @@ def test_every_third_party_has_a_contract():
         (
             "kv/transfer.py",
             "from headinfer.kv import layer_kv",
-            "The ring and the KV of a layer do not know each other",
+            "The ring and the KV of a layer do not import each other",
         ),
         ("attention/state.py", "from headinfer.attention import triton_kernels", "triton"),
         ("attention/cuda.py", "import triton.language as tl", "triton"),

@@ -385,7 +385,7 @@ def test_native_converts_the_smallest_half_precision_numbers_exactly():
     [
         (3, 7, (64, 64), (17, 2047, 1, 5000, 1024)),
         (3, 7, (48, 32), (17, 2047, 1, 5000, 1024)),
-        (8, 32, (128, 128), (40,) * 17),  # so many partial results that several threads merge them
+        (8, 32, (128, 128), (40,) * 17),  # enough partial results for several threads to merge
     ],
 )
 def test_native_gives_the_same_bits_for_any_number_of_threads(dtype, heads, rows, dims, sizes):

@@ -53,7 +53,7 @@ def test_a_tile_fits_its_slot_and_keeps_what_was_fixed(problem, data):
     fixed_tokens = data.draw(st.one_of(st.none(), st.integers(1, 100_000)))
     try:
         plan = choose_tiles(**problem, heads_per_group=fixed_heads, tile_tokens=fixed_tokens)
-    except CapacityError:  # refused only where the fewest heads that it may take have no room for a tile worth the name
+    except CapacityError:  # refused only if a slot is too small for a tile of the fewest heads
         wanted = fixed_tokens if fixed_tokens is not None else 16
         assert not fits(problem, fixed_heads or 1, min(wanted, max(problem["past_tokens"], 1)))
         return

@@ -104,7 +104,19 @@ class Engine:
         spec: AttentionSpec,
         past_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Compute attention of a chunk on the tokens before it and on itself; see attend_streaming()."""
+        """Compute attention of a chunk on the tokens before it and on itself; see attend_streaming().
+
+        Args:
+            q: [B, Hq, T, Dk].
+            k: [B, Hkv, T, Dk].
+            v: [B, Hkv, T, Dv].
+            layer_kv: the KV of the tokens before.
+            spec: what the model asks for.
+            past_tokens: how many of the tokens before are attended to; None for all.
+
+        Returns:
+            [B, T, Hq, Dv] in q's dtype.
+        """
         self.attentions += 1
         layer_kv.promote()
         kv = self._begin_on(layer_kv)

@@ -194,7 +194,13 @@ def _check_streamable(
 ) -> None:
     """Raise UnsupportedError for everything that streaming would compute wrongly without notice.
 
-    shares: Whether the layer uses the K and V of an earlier layer. It may then have fewer queries than keys.
+    Args:
+        module: the attention module.
+        query: [B, Hq, T, Dk].
+        key: the keys of the chunk [B, Hkv, Tk, Dk].
+        mask: the attention mask, if there is one.
+        options: the other arguments of the call.
+        shares: whether the layer uses the K and V of an earlier layer. It may then have fewer queries than keys.
     """
     name = type(module).__name__
     if not _is_causal(module, options):

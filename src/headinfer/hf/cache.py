@@ -218,7 +218,7 @@ class HeadCache(Cache):  # type: ignore[misc]
                 self.reorder_cache(torch.arange(rows).repeat_interleave(copies))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Replace each row i by row beam_idx[i]. beam_idx: [rows], int64."""
+        """Replace each row i by row beam_idx[i]; beam_idx is [rows], int64."""
         self.separate()
         super().reorder_cache(beam_idx.cpu())  # one copy to the host instead of one per layer
 

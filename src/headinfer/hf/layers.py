@@ -200,7 +200,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
             self.layer_kv.crop(min(tokens_to_remove, length))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Replace each row i by row beam_idx[i]. beam_idx: [rows], int64. Segments are shared, not copied."""
+        """Replace each row i by row beam_idx[i]; beam_idx is [rows], int64. Segments are shared, not copied."""
         if self.layer_kv is not None:
             self.layer_kv.select_rows(beam_idx.tolist())
 
@@ -260,7 +260,7 @@ class HybridHeadLayer(HeadLayer, LinearAttentionAndFullAttentionLayer):  # type:
         HeadLayer.crop(self, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Replace each row i by row beam_idx[i]. beam_idx: [rows], int64."""
+        """Replace each row i by row beam_idx[i]; beam_idx is [rows], int64."""
         HeadLayer.reorder_cache(self, beam_idx)
         LinearAttentionLayer.reorder_cache(self, beam_idx)
 

@@ -149,7 +149,10 @@ class SessionWriter:
     def _write(self, snapshot: _Snapshot, saved: Saved, named_before: set[str]) -> None:
         """Write new segment files, then the end file, then the manifest. Only then remove unused files.
 
-        named_before: The files that the manifest of the checkpoint before names.
+        Args:
+            snapshot: the state to write.
+            saved: the session that the cache belongs to.
+            named_before: the files that the manifest of the previous checkpoint names.
         """
 
         def write(name: str, tensors: dict[str, torch.Tensor]) -> FileEntry:
