@@ -357,6 +357,7 @@ def test_other_weights_are_an_error_after_loading(headinfer, book):
 
 
 def test_slow_reading_is_announced(headinfer, book, monkeypatch):
+    from headinfer.engine import run_plan
     from headinfer.jobs import ask as asking
 
     read(headinfer, book)
@@ -368,7 +369,7 @@ def test_slow_reading_is_announced(headinfer, book, monkeypatch):
         return dataclasses.replace(machine(device), disk_read_bytes_per_s=1e5)
 
     monkeypatch.setattr(asking, "this_machine", slow)
-    monkeypatch.setattr(asking, "available_host_bytes", lambda: 700_000)
+    monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 700_000)
     code, _, err = headinfer("ask", "--session", "mybook", "--max-new-tokens", 2, "When?")
     assert code == 0
     assert "the first token waits for" in err

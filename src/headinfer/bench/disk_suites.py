@@ -236,15 +236,15 @@ def _chunk_with_tier(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
     for cache in (in_memory, on_disk):
         fill_head_wise(cache, model.config, past)
     calls = {
-        "far": Call(lambda: forward_and_crop(model, on_disk, sizes.chunk_tokens)),
-        "near": Call(lambda: forward_and_crop(model, in_memory, sizes.chunk_tokens)),
+        "on_disk": Call(lambda: forward_and_crop(model, on_disk, sizes.chunk_tokens)),
+        "in_memory": Call(lambda: forward_and_crop(model, in_memory, sizes.chunk_tokens)),
     }
     rounds = in_turns(calls, sizes.chunks)
     return Measurement(
         "disk-tier",
         f"{sizes.chunk_tokens:,} tokens after {context_label(past)}",
         f"{OURS}'s time with KV on disk / in memory",
-        rounds.ratio("far", "near"),
+        rounds.ratio("on_disk", "in_memory"),
         "x",
         details=rounds.medians(),
     )

@@ -1,21 +1,23 @@
 """The plan of a run on this machine, with the memory that is free now.
 
 A RunPlan is what travels from the command line or enable() to the engine: the user's options, the plan that was made
-with them, and the options of the cache that follow from both. plan_run() is the only place that checks whether a run
-fits.
+with them, and the options of the cache that follow from both. This module alone checks whether a run fits: plan_run()
+for a new context, check_saved_kv() for one that a session holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from headinfer.engine.machine import free_device_bytes, this_machine
 from headinfer.engine.options import Options
+from headinfer.errors import CapacityError
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
 from headinfer.plan.footprint import weight_bytes, write_back_bytes
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
@@ -24,8 +26,9 @@ from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, FixedTile, LayerWork, choose_tiles, ring_slot_bytes
 from headinfer.utils.files import check_folder
+from headinfer.utils.units import format_bytes
 
-__all__ = ["RunPlan", "RunRequest", "engine_options", "plan_run", "tightest"]
+__all__ = ["RunPlan", "RunRequest", "check_saved_kv", "engine_options", "plan_run", "tightest"]
 
 _HOST_OVERHEAD_BYTES = 256 * 2**20  # beside weights and KV, for a process that is running already
 
@@ -49,6 +52,8 @@ class RunRequest:
         held_host_bytes: host bytes of KV of this context that exist already.
         host_weight_bytes: weights that will be loaded into host memory; None if the check of host memory is left to
             the planner.
+        session_root: the folder of sessions, if the context is saved to one.
+        saved_tokens: tokens of the context that the session holds already.
     """
 
     shape: ModelShape
@@ -64,6 +69,8 @@ class RunRequest:
     held_device_bytes: int = 0
     held_host_bytes: int = 0
     host_weight_bytes: int | None = None
+    session_root: Path | None = None
+    saved_tokens: int = 0
 
     @property
     def dtype_name(self) -> str:
@@ -109,10 +116,60 @@ def plan_run(run: RunRequest) -> RunPlan:
             kv_budget=options.host_kv_budget_bytes,
         )
     plan = make_plan(_planner_request(run))
+    _check_session_disk(run)
     chosen = engine_options(options, plan)
     if not run.is_loaded:
         _check_tiles(run, chosen, plan.chunk_tokens)
     return RunPlan(plan, chosen)
+
+
+def check_saved_kv(tokens: int, nbytes: int, weight_bytes: int, options: Mapping[str, Any], *, is_mapped: bool) -> int:
+    """Check that the KV of a session fits this machine.
+
+    Args:
+        tokens: tokens of the session.
+        nbytes: bytes of its data files.
+        weight_bytes: weights that will be loaded into host memory.
+        options: the fields of Options that replace those of the session.
+        is_mapped: whether KV can be read where it is mapped, so that host memory need not hold all of it.
+
+    Returns:
+        The bytes of KV that host memory will hold.
+
+    Raises:
+        CapacityError: host memory or the disk tier does not hold the KV.
+        UsageError: the folder of the disk tier is not writable.
+    """
+    budget_bytes = options.get("host_kv_budget_bytes")
+    free_bytes = available_host_bytes()
+    if budget_bytes is not None or not is_mapped:
+        token_bytes = -(-nbytes // tokens)
+        check_host_memory(tokens, token_bytes, weight_bytes, available=free_bytes, kv_budget=budget_bytes)
+    if budget_bytes is not None and options.get("disk_tier") is not None:
+        folder = Path(options["disk_tier"])
+        check_folder(folder, "keep KV")
+        free_disk = free_disk_bytes(folder)
+        over_bytes = nbytes - budget_bytes
+        if over_bytes > free_disk:
+            raise CapacityError(
+                f"{format_bytes(over_bytes)} of KV exceed the host budget and {folder} has {format_bytes(free_disk)} "
+                "free: raise --host-kv-budget, or name another folder with --disk-tier"
+            )
+    kept_bytes = min(free_bytes - weight_bytes, nbytes if budget_bytes is None else budget_bytes)
+    return max(kept_bytes, 0)
+
+
+def _check_session_disk(run: RunRequest) -> None:
+    """Check that the disk holds what a session will write."""
+    if run.session_root is None:
+        return
+    nbytes = (run.context_tokens - run.saved_tokens) * run.shape.kv_bytes_per_token(run.dtype.itemsize)
+    free_bytes = free_disk_bytes(run.session_root)
+    if nbytes > free_bytes:
+        raise CapacityError(
+            f"the session needs {format_bytes(nbytes)} on disk and {run.session_root} has {format_bytes(free_bytes)} "
+            "free: choose another folder with --sessions, or a shorter document"
+        )
 
 
 def engine_options(options: Options, plan: Plan) -> Options:

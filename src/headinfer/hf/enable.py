@@ -36,6 +36,7 @@ from headinfer.hf.compat import (
 from headinfer.hf.copies import distinct_rows, repeat_logits
 from headinfer.hf.families import check_family
 from headinfer.hf.layers import HeadLayer
+from headinfer.hf.rollback import rollback_on_error
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
@@ -227,17 +228,13 @@ class Enabled:
             offloaded = (index for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer))
             engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
         chunk_tokens = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
-        before = cache.checkpoint()
         result = None
-        try:
+        with rollback_on_error(cache):
             for chunk in chunks_of(inputs, chunk_tokens):
                 if result is not None:
                     self._after_forward(cache)
                     cache.crop_recorded_past()
                 result = self._one_chunk(forward, chunk, cache)
-        except BaseException:
-            cache.rollback(before)
-            raise
         self._after_forward(cache)
         return result
 

@@ -14,13 +14,13 @@ import torch
 from headinfer.attention import native
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import current_names
-from headinfer.errors import CapacityError, SessionError, UsageError
+from headinfer.engine.run_plan import check_saved_kv
+from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.jobs.generate import Streamer, Summary, already_warned, checked_device
 from headinfer.jobs.prompts import pad_id, surrounding_texts
-from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -28,7 +28,6 @@ from headinfer.sessions.loader import kept_options, saved_ids
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.writer import SessionWriter
-from headinfer.utils.files import check_folder
 from headinfer.utils.units import format_bytes
 
 __all__ = ["AskJob", "PreparedAsk", "ask", "prepare_ask"]
@@ -134,14 +133,7 @@ def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> 
     """
     dtype = getattr(torch, manifest.model["dtype"])
     weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
-    budget_bytes = job.options.get("host_kv_budget_bytes")
-    free_bytes = available_host_bytes()
-    token_bytes = -(-manifest.nbytes // manifest.tokens)
-    if device != "cpu" or budget_bytes is not None:  # otherwise the system reads again what does not stay in memory
-        check_host_memory(manifest.tokens, token_bytes, weight_bytes, available=free_bytes, kv_budget=budget_bytes)
-    tier = job.options.get("disk_tier")
-    if budget_bytes is not None and tier is not None:
-        _check_tier(Path(tier), manifest.nbytes - budget_bytes)
+    kept_bytes = check_saved_kv(manifest.tokens, manifest.nbytes, weight_bytes, job.options, is_mapped=device == "cpu")
     disk_bytes_per_s = this_machine(torch.device(device)).disk_read_bytes_per_s
     first_s = manifest.nbytes / disk_bytes_per_s
     lines = []
@@ -150,8 +142,6 @@ def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> 
             f"the first token waits for {format_bytes(manifest.nbytes)} from the disk, unless the system still holds "
             f"them in memory: about {first_s:,.0f} s at {disk_bytes_per_s / 1e9:.1f} GB/s"
         )
-    kept_bytes = min(free_bytes - weight_bytes, manifest.nbytes if budget_bytes is None else budget_bytes)
-    kept_bytes = max(kept_bytes, 0)
     if kept_bytes < manifest.nbytes:
         again_bytes = manifest.nbytes - kept_bytes
         lines.append(
@@ -159,16 +149,6 @@ def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> 
             f"memory hold the rest: about {again_bytes / disk_bytes_per_s:,.1f} s a token"
         )
     return lines
-
-
-def _check_tier(folder: Path, nbytes: int) -> None:
-    check_folder(folder, "keep KV")
-    free = free_disk_bytes(folder)
-    if nbytes > free:
-        raise CapacityError(
-            f"{format_bytes(nbytes)} of KV exceed the host budget and {folder} has {format_bytes(free)} free: raise "
-            "--host-kv-budget, or name another folder with --disk-tier"
-        )
 
 
 def ask(

@@ -13,7 +13,7 @@ import torch
 from headinfer.attention import native
 from headinfer.engine.options import Options, current_names
 from headinfer.engine.run_plan import RunRequest, plan_run
-from headinfer.errors import CapacityError, SessionError, UsageError
+from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import context_warning, enable
@@ -21,7 +21,6 @@ from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.jobs.generate import already_warned, checked_device, chosen_dtype
 from headinfer.jobs.prompts import document_ids
-from headinfer.plan.memory import free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -31,7 +30,6 @@ from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.prefix import find_prefix, link_prefix
 from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
-from headinfer.utils.units import format_bytes
 
 __all__ = ["PreparedRead", "ReadJob", "ReadResult", "prepare_read", "read"]
 
@@ -165,10 +163,11 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         context_tokens=tokens,
         options=job.options,
         chunk_tokens=job.chunk_tokens,
+        session_root=job.root,
+        saved_tokens=done,
         keeps_resident=False,  # the free memory may differ when reading resumes, and the bits must not
     )
     run_plan = plan_run(request)
-    _check_disk(job.root, (tokens - done) * shape.kv_bytes_per_token(dtype.itemsize))
     asked_for = _asked_for(job)
     if found is not None:
         arithmetic = current_names(found.arithmetic)
@@ -238,15 +237,6 @@ def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
             "what both begin with is taken from there"
         )
     return held.shape[1]
-
-
-def _check_disk(root: Path, nbytes: int) -> None:
-    free = free_disk_bytes(root)
-    if nbytes > free:
-        raise CapacityError(
-            f"the session needs {format_bytes(nbytes)} on disk and {root} has {format_bytes(free)} free: choose "
-            "another folder with --sessions, or a shorter document"
-        )
 
 
 def read(

@@ -1,0 +1,28 @@
+"""Restores a cache after an error or Ctrl-C in the middle of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from headinfer.hf.cache import HeadCache
+
+__all__ = ["rollback_on_error"]
+
+
+@contextmanager
+def rollback_on_error(cache: HeadCache) -> Iterator[None]:
+    """Restore a cache if the block ends with an exception, KeyboardInterrupt included, and raise the exception again.
+
+    A forward pass appends to one layer after another. After an exception, some layers would have the chunk and others
+    not. Every layer returns to its state before the block; for an offloaded layer this is its length.
+
+    Args:
+        cache: the cache that the block fills.
+    """
+    before = cache.checkpoint()
+    try:
+        yield
+    except BaseException:
+        cache.rollback(before)
+        raise
