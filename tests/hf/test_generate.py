@@ -333,6 +333,7 @@ def fill_with_one_segment(cache, tokens):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("transport", ["in_place", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_next"])
+@pytest.mark.filterwarnings("ignore::headinfer.ContextLengthWarning")  # the contexts are as long as the test needs
 def test_no_tensor_is_as_large_as_the_cache_or_its_mask(family, transport, padded):
     model = tiny_model(family, num_hidden_layers=2, layer_types=LAYERS.get(family), num_kv_shared_layers=0)
     chunk = 40
