@@ -102,7 +102,7 @@ class Enabled:
         self.last_cache: HeadCache | None = None
         self.plan: Plan | None = None
         self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
-        self._warned_tokens = self._shape.max_context_tokens
+        self._has_warned = False
         self._attention_before = model.config._attn_implementation
         self._forward_before = model.__dict__.get("forward")
         register()
@@ -168,9 +168,9 @@ class Enabled:
 
     def _warn_about(self, tokens: int) -> None:
         """Warn once if a context is longer than what the model was made for."""
-        warning = context_warning(tokens, self._shape) if self._warned_tokens else None
-        if warning is not None:
-            self._warned_tokens = 0
+        warning = context_warning(tokens, self._shape)
+        if warning is not None and not self._has_warned:
+            self._has_warned = True
             warnings.warn(warning, ContextLengthWarning, stacklevel=stacklevel_of_user())
 
     def disable(self) -> None:
