@@ -1,16 +1,20 @@
-"""Names of options: the current ones, and those of version 0.1.0."""
+"""Options: their names and types, and the types that public functions take."""
 
 import dataclasses
 import inspect
 import json
 import typing
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from families import tiny_model
 
 import headinfer
 from headinfer import HeadCache, Options
 from headinfer.engine.options import OptionFields, current_names, known_fields
+from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
 
 OLD = {
@@ -65,10 +69,111 @@ def test_the_warning_points_at_the_user_s_line(call):
 
 
 def test_keywords_are_the_fields_of_options():
-    """enable() and HeadCache() take what Options takes: the typed dictionary repeats its fields for type checkers."""
+    """enable() and HeadCache() take what Options takes: the typed dictionary repeats its fields for type checkers.
+
+    Bytes and tokens may be texts there, which Options converts to numbers, and a folder may be a path.
+    """
     fields = {field.name: field.type for field in dataclasses.fields(Options)}
-    assert OptionFields.__annotations__.keys() == fields.keys()
-    assert {name: kind.__forward_arg__ for name, kind in OptionFields.__annotations__.items()} == fields
+    as_text = {name for name in fields if name.endswith(("_bytes", "_tokens"))}
+    given = {name: kind.replace("int", "int | str") if name in as_text else kind for name, kind in fields.items()}
+    given["disk_tier"] = "str | PathLike[str] | None"
+    assert {name: kind.__forward_arg__ for name, kind in OptionFields.__annotations__.items()} == given
     for called in (headinfer.enable, HeadCache.__init__):
         assert typing.get_type_hints(called)["options"] == typing.Unpack[OptionFields]
         assert inspect.signature(called).parameters["options"].kind == inspect.Parameter.VAR_KEYWORD
+
+
+UNDERSTOOD = [
+    ({"device_kv_budget_bytes": "256MiB"}, {"device_kv_budget_bytes": 2**28}),
+    ({"device_kv_budget_bytes": 256.0}, {"device_kv_budget_bytes": 256}),
+    ({"streaming_budget_bytes": "1GiB"}, {"streaming_budget_bytes": 2**30}),
+    ({"tile_tokens": "4K", "expected_tokens": "1M"}, {"tile_tokens": 4096, "expected_tokens": 2**20}),
+    ({"heads_per_group": np.int32(2)}, {"heads_per_group": 2}),
+    ({"host_kv_budget_bytes": "1GB", "disk_tier": Path("a")}, {"host_kv_budget_bytes": 10**9, "disk_tier": "a"}),
+    ({"rates": {"launch_s": 1e-5}}, {"rates": TileRates(launch_s=1e-5)}),
+]
+
+
+@pytest.mark.parametrize(("given", "fields"), UNDERSTOOD)
+def test_values_of_other_types_are_understood(given, fields):
+    options = Options(**given)
+    for name, value in fields.items():
+        assert getattr(options, name) == value
+        assert type(getattr(options, name)) is type(value)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Options)])
+@pytest.mark.parametrize("value", [True, 1.5, -1, [], b"x", 2**70, "\0", object()], ids=repr)
+def test_a_value_of_another_type_is_refused_with_its_name(name, value):
+    other = {"host_kv_budget_bytes": {"disk_tier": "x"}, "disk_tier": {"host_kv_budget_bytes": 1}}.get(name, {})
+    with pytest.raises(UsageError, match=name):
+        Options(**{name: value, **other})
+
+
+def test_none_is_refused_if_a_field_has_another_default():
+    for name in ("expected_tokens", "transport"):
+        with pytest.raises(UsageError, match=f"{name} is None"):
+            Options(**{name: None})
+
+
+def test_public_functions_take_the_same_values():
+    model = tiny_model("llama")
+    with headinfer.enable(model, chunk_tokens="1K", device_kv_budget_bytes="64MiB") as enabled:
+        assert enabled.chunk_tokens == 1024
+        cache = enabled.new_cache(np.int64(100), rows=1.0)
+        assert cache.engine.options.expected_tokens == 100
+    assert HeadCache(model.config, device_kv_budget_bytes="1MiB").engine.options.device_kv_budget_bytes == 2**20
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda model, cache: headinfer.enable(model, chunk_tokens=True), "chunk_tokens"),
+        (lambda model, cache: headinfer.enable(model, chunk_tokens="many"), "chunk_tokens"),
+        (lambda model, cache: headinfer.enable(model, on_forward="print"), "on_forward"),
+        (lambda model, cache: headinfer.enable(model, device_kv_budget_bytes="much"), "device_kv_budget_bytes"),
+        (lambda model, cache: cache.crop("x"), "tokens_to_remove"),
+        (lambda model, cache: cache.crop(None), "tokens_to_remove"),
+        (lambda model, cache: cache.reorder_cache("x"), "beam_idx"),
+        (lambda model, cache: cache.reorder_cache([[0]]), "beam_idx"),
+        (lambda model, cache: cache.batch_repeat_interleave(0), "repeats"),
+        (lambda model, cache: cache.batch_select_indices(None), "indices"),
+        (lambda model, cache: cache.save(None), "folder"),
+        (lambda model, cache: cache.save("x", token_ids="text"), "token_ids"),
+        (lambda model, cache: cache.save("x", token_ids=[[1], [2, 3]]), "token_ids"),
+        (lambda model, cache: cache.save("x", about=[1]), "about"),
+        (lambda model, cache: cache.save("x", about={"a": model}), "about"),
+        (lambda model, cache: HeadCache.load(None, model), "folder"),
+        (lambda model, cache: HeadCache.load("x", "model"), "model"),
+        (lambda model, cache: HeadCache(model), "config"),
+        (lambda model, cache: HeadCache(None), "config"),
+    ],
+)
+def test_public_functions_refuse_other_types_with_the_argument_s_name(call, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    with headinfer.enable(model), torch.inference_mode():
+        cache = model(input_ids=torch.arange(9)[None], past_key_values=HeadCache(model.config)).past_key_values
+    with pytest.raises(UsageError, match=rf"^{name}\b"):
+        call(model, cache)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ids", [list(range(9)), [list(range(9))], np.arange(9)], ids=["flat list", "list", "array"])
+def test_token_ids_may_be_lists_and_of_one_row(ids, tmp_path):
+    model = tiny_model("llama")
+    with headinfer.enable(model), torch.inference_mode():
+        cache = model(input_ids=torch.arange(9)[None], past_key_values=HeadCache(model.config)).past_key_values
+    cache.save(tmp_path / "s", ids)
+    assert HeadCache.load(tmp_path / "s", model).token_ids.tolist() == [list(range(9))]
+
+
+def test_rows_may_be_chosen_by_lists():
+    model = tiny_model("llama")
+    with headinfer.enable(model), torch.inference_mode():
+        cache = model(input_ids=torch.arange(18).view(2, 9), past_key_values=HeadCache(model.config)).past_key_values
+    cache.reorder_cache([1, 0])
+    cache.batch_select_indices([True, False])
+    assert cache.head_layers[0].rows == 1
+    cache.batch_repeat_interleave(np.int64(3))
+    assert cache.head_layers[0].rows == 3

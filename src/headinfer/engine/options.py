@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal, TypedDict
+from functools import partial
+from os import PathLike
+from typing import Any, Literal, TypedDict, cast
 
 from headinfer.attention.backends import preferences
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
 from headinfer.utils.stacklevel import stacklevel_of_user
+from headinfer.utils.values import byte_count, choice, optional, path_text, shown, token_count, whole_number
 
 __all__ = ["OptionFields", "Options", "current_names", "known_fields"]
 
@@ -29,23 +32,52 @@ _NOT_IN_SESSIONS = ("host_kv_budget_bytes", "disk_tier")
 
 
 class OptionFields(TypedDict, total=False):
-    """The fields of Options, as keywords of `headinfer.enable()` and `headinfer.HeadCache()`."""
+    """The fields of Options, as keywords of `headinfer.enable()` and `headinfer.HeadCache()`.
 
-    device_kv_budget_bytes: int | None
-    streaming_budget_bytes: int | None
+    Bytes and tokens may be texts with a unit.
+    """
+
+    device_kv_budget_bytes: int | str | None
+    streaming_budget_bytes: int | str | None
     heads_per_group: int | None
-    tile_tokens: int | None
+    tile_tokens: int | str | None
     backend: str | None
     transport: Literal["auto", "in_place", "eager", "lazy"]
-    expected_tokens: int
+    expected_tokens: int | str
     rates: TileRates | None
-    host_kv_budget_bytes: int | None
-    disk_tier: str | None
+    host_kv_budget_bytes: int | str | None
+    disk_tier: str | PathLike[str] | None
+
+
+def _rates(value: Any, name: str) -> TileRates:
+    if isinstance(value, Mapping):  # from JSON
+        try:
+            return TileRates(**value)
+        except TypeError as error:
+            raise UsageError(f"{name} has other fields than TileRates: {error}") from error
+    if not isinstance(value, TileRates):
+        raise UsageError(f"{name} is {shown(value)}: it must be a TileRates")
+    return value
+
+
+def _backend(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {shown(value)}: it must be names of attention backends, separated by commas")
+    preferences(value)  # raises if a name is unknown
+    return value
+
+
+def _option(convert: Callable[[Any, str], Any], default: Any = None) -> Any:
+    """Declare a field of Options. `convert` gets the given value and the name of the field; None stays None."""
+    return dataclasses.field(default=default, metadata={"convert": optional(convert) if default is None else convert})
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of a cache. None leaves a choice to the engine.
+
+    Bytes and tokens are whole numbers, or texts with a unit, such as "256MiB" and "4K" (1K tokens are 1,024 tokens).
+    The fields hold whole numbers.
 
     The same options give the same tiles, merges and kernels, and so the same bits on one machine.
 
@@ -66,19 +98,19 @@ class Options:
         disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.
 
     Raises:
-        UsageError: a value is out of range, or a backend is unknown.
+        UsageError: a value is of another type or out of range, or a backend is unknown. The message names the field.
     """
 
-    device_kv_budget_bytes: int | None = None
-    streaming_budget_bytes: int | None = None
-    heads_per_group: int | None = None
-    tile_tokens: int | None = None
-    backend: str | None = None
-    transport: Literal["auto", "in_place", "eager", "lazy"] = "auto"
-    expected_tokens: int = 0
-    rates: TileRates | None = None
-    host_kv_budget_bytes: int | None = None
-    disk_tier: str | None = None
+    device_kv_budget_bytes: int | None = _option(byte_count)
+    streaming_budget_bytes: int | None = _option(byte_count)
+    heads_per_group: int | None = _option(whole_number)
+    tile_tokens: int | None = _option(token_count)
+    backend: str | None = _option(_backend)
+    transport: Literal["auto", "in_place", "eager", "lazy"] = _option(partial(choice, choices=_TRANSPORTS), "auto")
+    expected_tokens: int = _option(partial(token_count, low=0), 0)
+    rates: TileRates | None = _option(_rates)  # noqa: RUF009  a field, not a TileRates
+    host_kv_budget_bytes: int | None = _option(byte_count)
+    disk_tier: str | None = _option(path_text)
     # Deprecated names.
     device_kv_budget: InitVar[int | None] = None
     streaming_budget: InitVar[int | None] = None
@@ -104,26 +136,18 @@ class Options:
         for name in given:
             message = f"{name} is deprecated: use {_RENAMED[name]}"
             warnings.warn(message, DeprecationWarning, stacklevel=stacklevel_of_user())
-        if isinstance(self.rates, dict):  # from JSON
-            object.__setattr__(self, "rates", TileRates(**self.rates))
-        self._check()
-
-    def _check(self) -> None:
-        budgets = ("device_kv_budget_bytes", "streaming_budget_bytes", "host_kv_budget_bytes")
-        for name in (*budgets, "heads_per_group", "tile_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: it must be a positive number")
-        if self.expected_tokens < 0:
-            raise UsageError(f"expected_tokens is {self.expected_tokens}: it must not be negative")
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, field.metadata["convert"](getattr(self, field.name), field.name))
         if (self.host_kv_budget_bytes is None) != (self.disk_tier is None):
             raise UsageError(
                 "host_kv_budget_bytes and disk_tier go together: the first is the KV in host memory, the second the "
                 "folder for the rest"
             )
-        preferences(self.backend)  # raises if a name is unknown
-        if self.transport not in _TRANSPORTS:
-            raise UsageError(f"transport is {self.transport!r}: it must be one of {', '.join(_TRANSPORTS)}")
+
+    @classmethod
+    def from_fields(cls, fields: OptionFields) -> Options:
+        """Make options of the keywords that `headinfer.enable()` or `headinfer.HeadCache()` was given."""
+        return cls(**cast("dict[str, Any]", fields))
 
     def arithmetic(self) -> dict[str, Any]:
         """Return the fields that a session keeps, for JSON: all but those that say where KV is stored."""

@@ -18,7 +18,7 @@ from headinfer.attention.backends import recorded
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import OptionFields, Options
 from headinfer.engine.run_plan import RunPlan
-from headinfer.errors import StateError, UnsupportedError
+from headinfer.errors import StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import (
     Cache,
     DynamicLayer,
@@ -36,6 +36,8 @@ from headinfer.kv.layer_kv import LayerKV
 from headinfer.sessions.cache import Saved
 from headinfer.sessions.loader import load_cache
 from headinfer.sessions.writer import save_cache
+from headinfer.utils.tensors import integer_tensor
+from headinfer.utils.values import json_object, path_text, shown, whole_number
 
 __all__ = ["HeadCache", "Stats"]
 
@@ -124,7 +126,9 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def __init__(self, config: PreTrainedConfig, **options: Unpack[OptionFields]) -> None:
         check_version()
-        chosen = Options(**options)
+        chosen = Options.from_fields(options)
+        if not isinstance(config, PreTrainedConfig):
+            raise UsageError(f"config is {shown(config)}: it must be the config of a model, such as model.config")
         layers = default_layers(config)
         full_attention = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         full = [index for index, layer in enumerate(layers) if type(layer) in full_attention]
@@ -200,8 +204,10 @@ class HeadCache(Cache):  # type: ignore[misc]
             tokens_to_remove: a negative number removes that many tokens. A positive number is the length to keep.
 
         Raises:
+            UsageError: it is not a whole number.
             StateError: a layer of transformers has dropped the older states that this needs. No layer is changed.
         """
+        tokens_to_remove = whole_number(tokens_to_remove, "tokens_to_remove", low=-(2**63))
         for layer in self.layers:
             reason = uncroppable_reason(layer)
             if reason:
@@ -219,18 +225,21 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace each row i by row beam_idx[i]; beam_idx is [rows], int64."""
+        rows = integer_tensor(beam_idx, "beam_idx", (1,))
         self.separate()
-        super().reorder_cache(beam_idx.cpu())  # one copy to the host instead of one per layer
+        super().reorder_cache(rows.cpu())  # one copy to the host instead of one per layer
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Replace each row by `repeats` rows, which share its segments."""
+        count = whole_number(repeats, "repeats")
         self.separate()
-        super().batch_repeat_interleave(repeats)
+        super().batch_repeat_interleave(count)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that a tensor of indices or a bool mask selects."""
+        selected = integer_tensor(indices, "indices", (1,), allows_mask=True)
         self.separate()
-        super().batch_select_indices(indices)
+        super().batch_select_indices(selected)
 
     def reset(self) -> None:
         """Empty the cache and free its memory."""
@@ -264,7 +273,8 @@ class HeadCache(Cache):  # type: ignore[misc]
 
         Args:
             folder: a folder that does not exist, is empty, or holds the session that the cache goes on from.
-            token_ids: the ids [rows, tokens] of all tokens in the cache, or more. load() gives them back.
+            token_ids: the ids [rows, tokens] of all tokens in the cache, or more, as a tensor or lists; those of a
+                single row may be [tokens]. load() gives them back.
             about: facts of the caller, for JSON.
 
         Raises:
@@ -272,13 +282,17 @@ class HeadCache(Cache):  # type: ignore[misc]
                 it.
             CapacityError: the disk is full. The checkpoint before is still there.
             StateError: no enabled model has filled the cache, or it no longer exists.
+            UsageError: an argument is of another type, or token_ids has another shape than the cache.
         """
+        path = Path(path_text(folder, "folder"))
+        ids = integer_tensor(token_ids, "token_ids", (1, 2)) if token_ids is not None else None
+        facts = json_object(about, "about") if about is not None else None
         model = self.model()
         if model is None:
             raise StateError(
                 "an enabled model must have filled the cache, and must still exist, before the cache can be saved"
             )
-        save_cache(self, Path(folder), model, token_ids, about)
+        save_cache(self, path, model, ids.view(1, -1) if ids is not None and ids.dim() == 1 else ids, facts)
 
     @classmethod
     def load(cls, folder: str | Path, model: PreTrainedModel, **options: Unpack[OptionFields]) -> HeadCache:
@@ -295,14 +309,18 @@ class HeadCache(Cache):  # type: ignore[misc]
 
         Raises:
             SessionError: there is no session, it is damaged, or another model made it.
+            UsageError: an argument is of another type.
         """
+        path = Path(path_text(folder, "folder"))
+        if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+            raise UsageError(f"model is {shown(model)}: it must be the model that made the session")
 
         def new_cache(kept: dict[str, Any]) -> HeadCache:
             cache = cls(model.config, **{**kept, **options})
             cache.model = weakref.ref(model)
             return cache
 
-        return load_cache(Path(folder), model, new_cache, lambda index: layer_device(model, index))
+        return load_cache(path, model, new_cache, lambda index: layer_device(model, index))
 
     def layer_kvs(self) -> dict[int, LayerKV]:
         """Return the KV of each offloaded layer that has any, by the layer's index."""

@@ -41,6 +41,7 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.utils.stacklevel import stacklevel_of_user
+from headinfer.utils.values import optional, shown, token_count, whole_number
 
 __all__ = ["Enabled", "check_model", "context_warning", "enable"]
 
@@ -111,14 +112,18 @@ class Enabled:
         model._prepare_cache_for_generation = self._prepare_cache
         model._headinfer = self
 
-    def new_cache(self, expected_tokens: int = 0, rows: int = 1) -> HeadCache:
+    def new_cache(self, expected_tokens: int | str = 0, rows: int = 1) -> HeadCache:
         """Create an empty cache to pass as past_key_values. What the options leave open is planned.
 
         Args:
             expected_tokens: the final length of the context; 0 if it is unknown.
             rows: rows of the batch.
+
+        Raises:
+            UsageError: a number is of another type or out of range.
         """
-        planned = self._plan(expected_tokens, rows)
+        expected_tokens = token_count(expected_tokens, "expected_tokens", low=0)
+        planned = self._plan(expected_tokens, whole_number(rows, "rows"))
         options = planned.options if planned is not None else self.options
         options = dataclasses.replace(options, expected_tokens=expected_tokens)
         cache = HeadCache(self.model.config, **vars(options))
@@ -311,7 +316,7 @@ def _unsupported_cache(what: str) -> UnsupportedError:
 def enable(
     model: PreTrainedModel,
     *,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int | str | None = None,
     on_forward: Callable[[HeadCache], None] | None = None,
     **options: Unpack[OptionFields],
 ) -> Enabled:
@@ -326,7 +331,7 @@ def enable(
 
     Args:
         model: the model. Its classes are not patched.
-        chunk_tokens: tokens of a prefill chunk.
+        chunk_tokens: tokens of a prefill chunk, as a number or a text such as "4K".
         on_forward: called with the cache after each forward pass, for progress displays.
         **options: fields of `headinfer.Options`.
 
@@ -335,14 +340,15 @@ def enable(
 
     Raises:
         UnsupportedError: the model is not served exactly.
-        UsageError: an option is out of range.
+        UsageError: an option is of another type or out of range.
         StateError: headinfer is already enabled on the model.
         In each case the model is unchanged.
     """
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise UsageError(f"chunk_tokens is {chunk_tokens}: it must be a positive number")
-    chosen = Options(**options)
+    chunk = optional(token_count)(chunk_tokens, "chunk_tokens")
+    if on_forward is not None and not callable(on_forward):
+        raise UsageError(f"on_forward is {shown(on_forward)}: it must be a function that gets the cache")
+    chosen = Options.from_fields(options)
     check_model(model)
     if "_headinfer" in model.__dict__:
         raise StateError("headinfer is already enabled on this model: disable it first, or leave its with block")
-    return Enabled(model, chunk_tokens, chosen, on_forward)
+    return Enabled(model, chunk, chosen, on_forward)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 from headinfer.errors import UsageError
 
 __all__ = ["format_bytes", "format_seconds", "format_tokens", "parse_bytes", "parse_tokens"]
@@ -28,9 +30,9 @@ def parse_bytes(text: str) -> int:
     """
     value = _parse(text, _BYTES)
     if value is None:
-        raise UsageError(f"{text!r} is not a size: write for example 256MiB, 1.5GB or 1000000")
+        raise UsageError(f"{reprlib.repr(text)} is not a size: write for example 256MiB, 1.5GB or 1000000")
     if not 1 <= value < 2**63:
-        raise UsageError(f"a size of {text!r} is out of range: write for example 256MiB")
+        raise UsageError(f"a size of {reprlib.repr(text)} is out of range: write for example 256MiB")
     return int(value)
 
 
@@ -45,9 +47,9 @@ def parse_tokens(text: str) -> int:
     """
     value = _parse(text, _TOKENS)
     if value is None:
-        raise UsageError(f"{text!r} is not a number of tokens: write for example 128K, 1M or 50000")
+        raise UsageError(f"{reprlib.repr(text)} is not a number of tokens: write for example 128K, 1M or 50000")
     if not 1 <= value < 2**40:
-        raise UsageError(f"{text!r} tokens are out of range: write for example 128K, 1M or 50000")
+        raise UsageError(f"{reprlib.repr(text)} tokens are out of range: write for example 128K, 1M or 50000")
     return int(value)
 
 
