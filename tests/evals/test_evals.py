@@ -351,7 +351,7 @@ def test_chat_template_is_split_at_the_end_of_the_document(tiny):
     )
     document = Document("d", "  A text. ", (Question("0", "\nWhat? ", ("x",), 2, lead=" It is"),))
     head, (tail,) = Reader(tiny[1], tokenizer).encode(document)
-    assert tokenizer.decode(head) == "<user>A text. "
+    assert tokenizer.decode(head) == "<user>  A text. "
     assert tokenizer.decode(tail) == "\nWhat?</><assistant> It is"
     head, (tail,) = Reader(tiny[1], tokenizer, is_raw=True).encode(document)
     assert (tokenizer.decode(head), tokenizer.decode(tail)) == ("  A text. ", "\nWhat?  It is")

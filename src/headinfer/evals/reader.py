@@ -20,7 +20,7 @@ from headinfer.evals.tasks import Document, Question
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import enable
-from headinfer.jobs.prompts import document_ids, pad_id, surrounding_texts
+from headinfer.jobs.prompts import chat_texts, document_ids, following_ids, pad_id
 
 __all__ = ["HEAD_WISE", "STANDARD", "Answer", "Method", "Reader", "Reading"]
 
@@ -113,11 +113,9 @@ class Reader:
             The token ids of the document with everything before it, and for each question the token ids that follow
             the document.
         """
-        head = list(document_ids(self.tokenizer, document.text, is_raw=self.is_raw))
-        tails = []
-        for question in document.questions:
-            _, after = surrounding_texts(self.tokenizer, question.text, is_raw=self.is_raw)
-            tails.append(self.tokenizer(after + question.lead, add_special_tokens=False).input_ids)
+        chat = chat_texts(self.tokenizer, is_raw=self.is_raw)
+        head = document_ids(self.tokenizer, document.text, chat)
+        tails = [following_ids(self.tokenizer, one.text, chat, one.lead) for one in document.questions]
         return head, tails
 
     def read(self, document: Document, method: Method, on_text: OnText | None = None) -> Reading:

@@ -20,7 +20,7 @@ from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.jobs.generate import Streamer, Summary, already_warned, checked_device
-from headinfer.jobs.prompts import pad_id, surrounding_texts
+from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, pad_id, question_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -73,6 +73,7 @@ class PreparedAsk:
         source: the model.
         tokenizer: the model's tokenizer.
         device: the device that computes.
+        question_ids: the token ids of each question, in the order of the job.
         slow: what will take long, and why.
         warnings: what else the user should know before the run.
     """
@@ -83,6 +84,7 @@ class PreparedAsk:
     source: ModelSource
     tokenizer: Any
     device: str
+    question_ids: list[list[int]]
     slow: list[str]
     warnings: list[str]
 
@@ -120,9 +122,33 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     device = checked_device(job.device)
     check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
     HeadCache(source.config, **{**kept_options(manifest), **job.options})  # raises if an option is out of range
+    ids = _question_ids(job, tokenizer, manifest.about)
     slow = _slow(job, manifest, source, device)
     warning = context_warning(manifest.tokens + job.max_new_tokens, ModelShape.from_config(source.config))
-    return PreparedAsk(job, folder, manifest, source, tokenizer, device, slow, [warning] if warning is not None else [])
+    warnings = [warning] if warning is not None else []
+    return PreparedAsk(job, folder, manifest, source, tokenizer, device, ids, slow, warnings)
+
+
+def _question_ids(job: AskJob, tokenizer: Any, about: dict[str, Any]) -> list[list[int]]:
+    """Return the token ids of each question.
+
+    Args:
+        job: the job.
+        tokenizer: the model's tokenizer.
+        about: what the session's manifest says about the document.
+    """
+    is_raw = about.get("raw", False)
+    kept = about.get("chat")
+    answers = about.get("answers", 0)
+    ids = []
+    for question in job.questions:
+        if answers:
+            ids.append(later_question_ids(tokenizer, question, is_raw=is_raw))
+        else:
+            chat = ChatTexts(**kept) if kept else chat_texts(tokenizer, is_raw=is_raw)
+            ids.append(question_ids(tokenizer, question, chat))
+        answers += job.keep
+    return ids
 
 
 def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> list[str]:
@@ -191,13 +217,11 @@ def ask(
         ids = cache.token_ids
         assert ids is not None
         answers = about.get("answers", 0)
-        for question in job.questions:
+        for new_ids in prepared.question_ids:
             if summaries:
                 on_text("\n")
             torch.manual_seed(job.seed)
-            text = ("\n\n" if not answers else "\n") + question
-            _, after = surrounding_texts(tokenizer, text, is_raw=about.get("raw", False), is_later=bool(answers))
-            tail = torch.tensor([tokenizer(after, add_special_tokens=False).input_ids], dtype=torch.long)
+            tail = torch.tensor([new_ids], dtype=torch.long)
             summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
             summaries.append(summary)
             used = cache if job.keep else cache.fork()

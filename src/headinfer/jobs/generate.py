@@ -24,6 +24,7 @@ from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.parallel import check_shards, gather_from_ranks, load_random_shard, load_shard, rank_device
 from headinfer.hf.ranks import Ranks
+from headinfer.jobs.prompts import prompt_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 
@@ -395,15 +396,7 @@ class Streamer(BaseStreamer):  # type: ignore[misc]
 
 def _encode(job: Job, tokenizer: Any) -> torch.Tensor:
     """Return token ids [1, T]: the document first, then the question, in the model's chat template if it has one."""
-    text = "\n\n".join(part for part in (job.document, job.prompt) if part)
-    if not job.raw and getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    else:
-        ids = tokenizer(text, return_tensors="pt").input_ids
-    if ids.shape[1] == 0:
-        raise UsageError("the prompt has no tokens")
-    assert isinstance(ids, torch.Tensor)
-    return ids
+    ids = prompt_ids(tokenizer, job.document, job.prompt, is_raw=job.raw)
+    if not ids:
+        raise UsageError("the prompt has no tokens: the model's tokenizer drops all of its characters")
+    return torch.tensor([ids])

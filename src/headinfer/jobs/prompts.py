@@ -1,57 +1,229 @@
-"""Builds a prompt around a document: the text before it and the text after it, with or without a chat template."""
+"""Makes the token ids of a prompt: those of a document, then those of a question about it.
+
+`generate` gives the model both at once. `read` gives it the document, and `ask` gives it the question later. Both ways
+call the same two functions, so the ids are equal for every tokenizer.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["document_ids", "pad_id", "surrounding_texts"]
+from jinja2 import TemplateError
+
+from headinfer.errors import UnsupportedError
+
+__all__ = [
+    "ChatTexts",
+    "chat_texts",
+    "document_ids",
+    "following_ids",
+    "later_question_ids",
+    "pad_id",
+    "prompt_ids",
+    "question_ids",
+]
 
 _DOCUMENT_MARK = "\N{SYMBOL FOR START OF TEXT}document\N{SYMBOL FOR END OF TEXT}"
 _ANSWER_MARK = "\N{SYMBOL FOR START OF TEXT}answer\N{SYMBOL FOR END OF TEXT}"
+_QUESTION_MARK = "\N{SYMBOL FOR START OF TEXT}question\N{SYMBOL FOR END OF TEXT}"
+# A template is a program of the model's author, and these are the errors with which such programs end.
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+_BLANK = "\f"  # put around a mark, to find out whether the template strips it
+_BEGINNINGS = ("a", "0", ".")
 
 
-def surrounding_texts(tokenizer: Any, question: str, *, is_raw: bool, is_later: bool = False) -> tuple[str, str]:
-    """Return the texts before and after a document in a prompt with a question about it.
+@dataclass(frozen=True)
+class ChatTexts:
+    """What a chat template writes around a message. A session keeps it, because some templates write the date.
+
+    Attributes:
+        before: the text before the message.
+        after: the text after it, up to the beginning of the answer.
+        is_stripped: whether the template strips blanks around a message. They are stripped around questions, and kept
+            around documents, whose first line may be indented.
+    """
+
+    before: str
+    after: str
+    is_stripped: bool
+
+
+def chat_texts(tokenizer: Any, *, is_raw: bool) -> ChatTexts | None:
+    """Return what the chat template writes around a message.
 
     Args:
-        tokenizer: the tokenizer. Its chat template is used if it has one.
-        question: the question, with the blank lines before it.
-        is_raw: whether the chat template is ignored.
-        is_later: whether an earlier question was answered before. The second text then follows that answer.
+        tokenizer: the tokenizer.
+        is_raw: whether the template is ignored.
 
     Returns:
-        The text before the document and the text after it.
+        The texts; None if there is no template or it is ignored.
+
+    Raises:
+        UnsupportedError: the template fails, or does not write the message once and unchanged.
     """
     if is_raw or not getattr(tokenizer, "chat_template", None):
-        return "", question
-    turns = [{"role": "user", "content": _DOCUMENT_MARK + ("" if is_later else question)}]
-    if is_later:
-        turns += [{"role": "assistant", "content": _ANSWER_MARK}, {"role": "user", "content": question.lstrip()}]
-    whole: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    before, after = whole.split(_DOCUMENT_MARK, 1)
-    if is_later:
-        after = after.split(_ANSWER_MARK, 1)[1]
-    return before, after
+        return None
+    (before, after), is_stripped = _texts_around(tokenizer, [_DOCUMENT_MARK])
+    return ChatTexts(before, after, is_stripped)
 
 
-def document_ids(tokenizer: Any, document: str, *, is_raw: bool) -> Sequence[int]:
-    """Return the token ids of a document and the text before it. A question can follow them.
+def prompt_ids(tokenizer: Any, document: str, question: str, *, is_raw: bool) -> list[int]:
+    """Return the token ids of a prompt: those of the document, then those of the question.
 
     Args:
         tokenizer: the tokenizer. Its chat template is used if it has one.
-        document: the document.
-        is_raw: whether the chat template is ignored.
+        document: the document; may be empty.
+        question: the question; may be empty.
+        is_raw: whether the template is ignored.
+
+    Raises:
+        UnsupportedError: the template cannot be used.
     """
-    is_chat = not is_raw and getattr(tokenizer, "chat_template", None)
-    before, _ = surrounding_texts(tokenizer, "", is_raw=is_raw)
-    text = before + (document.lstrip() if is_chat else document)  # many templates strip the document
-    ids: list[int] = tokenizer(text, add_special_tokens=not is_chat).input_ids
-    if not is_chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end every text with this token
-    return ids
+    chat = chat_texts(tokenizer, is_raw=is_raw)
+    if document:
+        return document_ids(tokenizer, document, chat) + question_ids(tokenizer, question, chat)
+    if chat is None:
+        return document_ids(tokenizer, question, None)
+    message = question.strip() if chat.is_stripped else question
+    return _ids(tokenizer, chat.before + message + chat.after)
+
+
+def document_ids(tokenizer: Any, document: str, chat: ChatTexts | None) -> list[int]:
+    """Return the token ids of a document and of everything before it. question_ids() continues them.
+
+    Without a template they begin with the special tokens that the tokenizer puts before a text. They never end with
+    those that it puts after a text, such as an end token.
+
+    Args:
+        tokenizer: the tokenizer.
+        document: the document.
+        chat: the texts around a message; None without a template.
+    """
+    if chat is not None:
+        return _ids(tokenizer, chat.before + document)
+    return _ids_before_a_text(tokenizer) + _ids(tokenizer, document)
+
+
+def question_ids(tokenizer: Any, question: str, chat: ChatTexts | None) -> list[int]:
+    """Return the token ids of a question that follows a document, with the blank line between them.
+
+    Args:
+        tokenizer: the tokenizer.
+        question: the question; may be empty.
+        chat: the texts around a message; None without a template.
+    """
+    return following_ids(tokenizer, "\n\n" + question if question else "", chat)
+
+
+def following_ids(tokenizer: Any, text: str, chat: ChatTexts | None, lead: str = "") -> list[int]:
+    """Return the token ids of any text that follows a document.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the rest of the message that the document begins.
+        chat: the texts around a message; None without a template.
+        lead: the beginning of the answer.
+    """
+    if chat is not None:
+        text = (text.rstrip() if chat.is_stripped else text) + chat.after
+    return _ids_of_continuation(tokenizer, text + lead)
+
+
+def later_question_ids(tokenizer: Any, question: str, *, is_raw: bool) -> list[int]:
+    """Return the token ids of a question that follows the answer to an earlier one.
+
+    Args:
+        tokenizer: the tokenizer. Its chat template is used if it has one.
+        question: the question.
+        is_raw: whether the template is ignored.
+
+    Raises:
+        UnsupportedError: the template does not accept a conversation of several questions.
+    """
+    if is_raw or not getattr(tokenizer, "chat_template", None):
+        return _ids_of_continuation(tokenizer, "\n" + question)
+    texts, is_stripped = _texts_around(tokenizer, [_DOCUMENT_MARK, _ANSWER_MARK, _QUESTION_MARK])
+    return _ids_of_continuation(tokenizer, texts[2] + (question.strip() if is_stripped else question) + texts[3])
 
 
 def pad_id(tokenizer: Any) -> int:
     """Return the padding id for generate(), which warns if it must choose one itself."""
     return next(token_id for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token_id is not None)
+
+
+def _texts_around(tokenizer: Any, marks: Sequence[str]) -> tuple[list[str], bool]:
+    """Return what a chat template writes around messages of the user and the assistant in turn.
+
+    Some templates take the text of a message as a string, others as a list of parts, and write nothing for the other.
+
+    Args:
+        tokenizer: the tokenizer.
+        marks: the messages.
+
+    Returns:
+        The texts before, between and after the messages, and whether the template strips the messages.
+
+    Raises:
+        UnsupportedError: the template fails, or does not write each message once and unchanged.
+    """
+    reasons = []
+    for as_parts in (False, True):
+        messages = []
+        for number, mark in enumerate(marks):
+            text = _BLANK + mark + _BLANK
+            content = [{"type": "text", "text": text}] if as_parts else text
+            messages.append({"role": "assistant" if number % 2 else "user", "content": content})
+        try:
+            whole: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except _TEMPLATE_ERRORS as error:
+            reasons.append(str(error).strip() or type(error).__name__)
+            continue
+        is_stripped = _BLANK + marks[0] + _BLANK not in whole
+        texts = re.split("|".join(f"{_BLANK}?{mark}{_BLANK}?" for mark in marks), whole)
+        if len(texts) == len(marks) + 1 and all(mark in whole for mark in marks):
+            return texts, is_stripped
+        reasons.append("it does not write each message once and unchanged")
+    if len(marks) > 1:
+        raise UnsupportedError(
+            f"the model's chat template cannot be used for a second question ({reasons[0].splitlines()[0]}): ask "
+            "without --keep, or read the document with --raw"
+        )
+    raise UnsupportedError(
+        f"the model's chat template cannot be used ({reasons[0].splitlines()[0]}): leave it out with --raw"
+    )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text without special tokens around it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return list(ids)
+
+
+def _ids_before_a_text(tokenizer: Any) -> list[int]:
+    """Return the special tokens that a tokenizer puts before a text."""
+    text = _BEGINNINGS[0]
+    whole = list(tokenizer(text).input_ids)
+    alone = _ids(tokenizer, text)
+    for start in range(len(whole) - len(alone) + 1):
+        if whole[start : start + len(alone)] == alone:
+            return whole[:start]
+    return []
+
+
+def _ids_of_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that follows another one.
+
+    Many tokenizers put a space before a text. So the ids are taken from a longer text, after a beginning with which
+    no token of the text merges.
+    """
+    if not text:
+        return []
+    for beginning in _BEGINNINGS:
+        alone = _ids(tokenizer, beginning)
+        whole = _ids(tokenizer, beginning + text)
+        if alone and whole[: len(alone)] == alone:
+            return whole[len(alone) :]
+    return _ids(tokenizer, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.jobs.generate import already_warned, checked_device, chosen_dtype
-from headinfer.jobs.prompts import document_ids
+from headinfer.jobs.prompts import ChatTexts, chat_texts, document_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -143,10 +144,10 @@ def prepare_read(job: ReadJob) -> PreparedRead:
     source = resolve(job.model)
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()
-    input_ids = torch.tensor([list(document_ids(tokenizer, job.document, is_raw=job.raw))])
+    found = Manifest.read(folder) if has_manifest else None
+    input_ids, chat = _encode(job, tokenizer, found)
     tokens = input_ids.shape[1]
     shape = ModelShape.from_config(source.config)
-    found = Manifest.read(folder) if has_manifest else None
     done = 0
     if found is not None:
         check_config(found.model, source.config, folder)
@@ -183,6 +184,7 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         "answers": 0,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "asked_for": asked_for,
+        **chat,
     }
     generation = found.generation if found is not None else 0
     warning = context_warning(tokens, shape)
@@ -200,6 +202,31 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         generation,
         [warning] if warning is not None else [],
     )
+
+
+def _encode(job: ReadJob, tokenizer: Any, found: Manifest | None) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Tokenize the document.
+
+    Args:
+        job: the job.
+        tokenizer: the model's tokenizer.
+        found: the checkpoint of the session, if there is one. The texts of its chat template are used again, because a
+            template may write the date.
+
+    Returns:
+        The ids [1, T] of the document, int64, and what the session keeps about the template.
+    """
+    document = job.document
+    kept = found.about.get("chat") if found is not None and not job.raw else None
+    chat = ChatTexts(**kept) if kept else chat_texts(tokenizer, is_raw=job.raw)
+    about: dict[str, Any] = {"chat": dataclasses.asdict(chat) if chat is not None else None}
+    if found is not None and "chat" not in found.about:  # headinfer 0.1.0 stripped the document, and kept no texts
+        document = document.lstrip() if chat is not None else document
+        about = {}
+    ids = document_ids(tokenizer, document, chat)
+    if not ids:
+        raise UsageError("the document has no tokens: the model's tokenizer drops all of its characters")
+    return torch.tensor([ids]), about
 
 
 def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
