@@ -1,5 +1,6 @@
 """The commands `headinfer read`, `ask` and `session`. All answers are compared with those of `headinfer generate`."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,10 +11,13 @@ import time
 
 import pytest
 import torch
+from families import tiny_model
 
 from headinfer import enable
 from headinfer.errors import SessionError
+from headinfer.hf.enable import Enabled
 from headinfer.hf.models import byte_tokenizer, resolve
+from headinfer.sessions.manifest import Manifest
 
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
 WINDOWED = "random:gemma-3-4b?layers=6&hidden=64&intermediate=64&heads=4&kv_heads=2&head_dim=16&sliding_window=64"
@@ -129,6 +133,148 @@ def test_kept_questions_precede_the_next_ones(headinfer, book, tmp_path):
     code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook")
     assert code == 2
     assert "choose another name" in err
+
+
+class CtrlC:
+    """Presses Ctrl-C in a forward pass of a model, and counts the passes from there on."""
+
+    def __init__(self, monkeypatch, in_pass):
+        self.passes = 0
+        before = Enabled._one_chunk
+
+        def one_chunk(enabled, *arguments):
+            self.passes += 1
+            if self.passes == in_pass:
+                signal.raise_signal(signal.SIGINT)
+            return before(enabled, *arguments)
+
+        monkeypatch.setattr(Enabled, "_one_chunk", one_chunk)
+
+
+@pytest.fixture
+def sigint():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+LONG_QUESTION = WORDS * 15 + "When?"
+
+
+@pytest.mark.parametrize("in_pass", [1, 3, 7])  # in the first and third chunk of the question, and in the answer
+@pytest.mark.parametrize("keep", [True, False])
+def test_ctrl_c_in_ask_stops_within_one_chunk(headinfer, book, tmp_path, monkeypatch, sigint, keep, in_pass):
+    read(headinfer, book, "--chunk-tokens", CHUNK)
+    more = ["--keep"] if keep else []
+    ask(headinfer, "When?", more=more)
+    before = files_of(tmp_path / "sessions" / "mybook")
+    expected = ask(headinfer, LONG_QUESTION)[0]["token_ids"]
+    with monkeypatch.context() as patched:
+        pressed = CtrlC(patched, in_pass)
+        arguments = ["ask", "--session", "mybook", "--max-new-tokens", 8, "--json", *more]
+        code, out, _ = headinfer(*arguments, "--", LONG_QUESTION, "Another?")
+    assert code == 130
+    assert pressed.passes == in_pass
+    answers = json.loads(out)["answers"]
+    assert [answer["interrupted"] for answer in answers] == [True]
+    assert files_of(tmp_path / "sessions" / "mybook") == before
+    assert ask(headinfer, LONG_QUESTION)[0]["token_ids"] == expected
+
+
+@pytest.mark.parametrize("in_pass", [1, 3])
+def test_ctrl_c_in_generate_stops_within_one_chunk(headinfer, book, monkeypatch, sigint, in_pass):
+    pressed = CtrlC(monkeypatch, in_pass)
+    arguments = ("--file", book, "--prompt", "When?", "--chunk-tokens", CHUNK, "--json")
+    code, out, _ = headinfer("generate", MODEL, *arguments)
+    assert code == 130
+    assert pressed.passes == in_pass
+    stopped = json.loads(out)
+    assert stopped["interrupted"]
+    assert stopped["tokens_read"] == (in_pass - 1) * CHUNK
+
+
+def state_of(folder):
+    """All data files of a session, and its manifest without what says when it was written."""
+    files = {name: data for name, data in files_of(folder).items() if name != "manifest.json"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return files, {name: value for name, value in manifest.items() if name not in ("generation", "checksum")}
+
+
+def hybrid_model(folder):
+    """A model with linear attention, whose state cannot be cropped."""
+    tiny_model("qwen3_next", vocab_size=len(byte_tokenizer())).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["full attention", "windows", "linear attention"])
+def test_undo_returns_to_the_state_before_each_kept_answer(headinfer, book, tmp_path, kind):
+    model = {"full attention": MODEL, "windows": WINDOWED, "linear attention": None}[kind]
+    model = model or hybrid_model(tmp_path / "hybrid")
+    read(headinfer, book, "--chunk-tokens", CHUNK, model=model)
+    folder = tmp_path / "sessions" / "mybook"
+    questions = ["When?", WORDS * 5 + "And where?", "Why?"]
+    states = []
+    answers = []
+    for question in questions:
+        states.append(state_of(folder))
+        answers.append(ask(headinfer, question, more=["--keep"])[0]["token_ids"])
+    assert "3 answers kept" in headinfer("session", "list")[1]
+    assert headinfer("session", "verify", "mybook")[0] == 0
+    for question, state, answer in reversed(list(zip(questions, states, answers, strict=True))):
+        code, _, err = headinfer("session", "undo", "mybook")
+        assert (code, "removed the last question and answer" in err) == (0, True)
+        assert state_of(folder) == state
+        assert headinfer("session", "verify", "mybook")[0] == 0
+        assert ask(headinfer, question)[0]["token_ids"] == answer
+    code, _, err = headinfer("session", "undo", "mybook")
+    assert code == 2
+    assert "holds no kept answer" in err
+    assert state_of(folder) == states[0]
+    for question, answer in zip(questions, answers, strict=True):
+        assert ask(headinfer, question, more=["--keep"])[0]["token_ids"] == answer
+    if kind == "full attention":
+        assert read(headinfer, book, name="another")[0]["resumed_at"] > 0  # it shares the document's files
+
+
+def test_undo_of_an_exported_session(headinfer, book, tmp_path):
+    read(headinfer, book, "--chunk-tokens", CHUNK)
+    folder = tmp_path / "sessions" / "mybook"
+    before = state_of(folder)
+    ask(headinfer, "When?", "Where?", more=["--keep"])
+    archive = tmp_path / "mybook.tar"
+    assert headinfer("session", "export", "mybook", archive)[0] == 0
+    assert headinfer("session", "rm", "mybook")[0] == 0
+    subprocess.run(["tar", "xf", archive, "-C", tmp_path / "sessions"], check=True)
+    facts = json.loads(headinfer("session", "undo", "mybook", "--json")[1])
+    assert facts["state"] == "1 answers kept"
+    assert headinfer("session", "undo", "mybook")[0] == 0
+    files, manifest = state_of(folder)
+    assert files | {"lock": b""} == before[0] | {"lock": b""}
+    assert manifest == before[1]
+
+
+def test_what_cannot_be_undone_is_refused_in_one_sentence(headinfer, book, tmp_path):
+    code, _, err = headinfer("session", "undo", "nobody")
+    assert (code, "is not a session" in err) == (2, True)
+    assert not (tmp_path / "sessions").exists()
+    read(headinfer, book, "--chunk-tokens", CHUNK)
+    ask(headinfer, "When?", more=["--keep"])
+    folder = tmp_path / "sessions" / "mybook"
+    kept = Manifest.read(folder)
+    (earlier,) = kept.earlier
+    dataclasses.replace(kept, earlier=[]).write(folder)  # as headinfer 0.1.0 writes it
+    before = files_of(folder)
+    code, _, err = headinfer("session", "undo", "mybook")
+    assert (code, "an earlier version of headinfer" in err) == (2, True)
+    assert files_of(folder) == before
+    assert ask(headinfer, "Where?")
+    kept.write(folder)
+    (folder / earlier.end.name).write_bytes(b"damaged")
+    before = files_of(folder)
+    code, _, err = headinfer("session", "undo", "mybook")
+    assert (code, "it is damaged" in err) == (2, True)
+    assert files_of(folder) == before
 
 
 @pytest.mark.parametrize("after_chunks", [1, 3])
@@ -385,7 +531,8 @@ def test_a_reader_retries_if_a_writer_replaces_the_session(headinfer, book, tmp_
     folder = tmp_path / "sessions" / "mybook"
     newer = tmp_path / "newer"
     shutil.copytree(folder, newer)
-    ask(headinfer, "When?", more=["--keep"])
+    book.write_text(book.read_text() + "The end is new.\n", encoding="utf-8")
+    read(headinfer, book)
     # `folder` now contains the newer session. Restore the older one, and replace it when its last file is opened.
     older = newer
     folder_now = tmp_path / "now"
@@ -403,7 +550,7 @@ def test_a_reader_retries_if_a_writer_replaces_the_session(headinfer, book, tmp_
     from headinfer.sessions.folder import read_consistently
     from headinfer.sessions.loader import saved_ids
 
-    assert read_consistently(folder, lambda found: saved_ids(folder, found)).shape[1] > len(book.read_bytes())
+    assert read_consistently(folder, lambda found: saved_ids(folder, found)).shape[1] == len(book.read_bytes())
     next(folder.glob("end-*")).unlink()
     with pytest.raises(SessionError, match="cannot open"):
         read_consistently(folder, lambda found: saved_ids(folder, found))

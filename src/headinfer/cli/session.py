@@ -1,4 +1,4 @@
-"""The commands `headinfer session list`, `info`, `verify`, `rm` and `export`."""
+"""The commands `headinfer session list`, `info`, `verify`, `undo`, `rm` and `export`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import typer
 from headinfer.cli.console import say, show
 from headinfer.cli.options import Json, SessionArgument, SessionsFolder
 from headinfer.errors import SessionError
-from headinfer.sessions.folder import default_root, remove_session, session_folder, session_names
+from headinfer.sessions.folder import default_root, read_consistently, remove_session, session_folder, session_names
 from headinfer.sessions.manifest import Manifest
 from headinfer.utils.units import format_bytes
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, remove and export sessions.")
+app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, undo, remove and export sessions.")
 
 
 @app.command(name="list")
@@ -71,26 +71,41 @@ def verify(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json
     folder = session_folder(sessions or default_root(), name)
     manifest, faults = _verify(folder)
     if as_json:
-        print(json.dumps({"files": len(manifest.files()), "disk_bytes": manifest.nbytes, "wrong": faults}))
+        print(json.dumps({"files": len(manifest.files()), "disk_bytes": manifest.disk_bytes, "wrong": faults}))
     else:
         for fault in faults:
             print(fault)
-        print(f"{len(manifest.files())} files, {format_bytes(manifest.nbytes)}: {len(faults) or 'nothing'} wrong")
+        print(f"{len(manifest.files())} files, {format_bytes(manifest.disk_bytes)}: {len(faults) or 'nothing'} wrong")
     if faults:
         raise typer.Exit(1)
 
 
+class _FaultsError(SessionError):
+    """The files of a checkpoint have faults."""
+
+    def __init__(self, manifest: Manifest, faults: list[str]) -> None:
+        super().__init__(faults[0])
+        self.manifest = manifest
+        self.faults = faults
+
+
 def _verify(folder: Path) -> tuple[Manifest, list[str]]:
-    """Verify the current checkpoint of a session; start again if a writer replaces it meanwhile.
+    """Verify the current checkpoint of a session.
 
     Returns:
         The manifest of the checkpoint, and its faults, a sentence each.
     """
-    while True:
-        manifest = Manifest.read(folder)
+
+    def verify_files(manifest: Manifest) -> Manifest:
         faults = _faults(folder, manifest)
-        if not faults or Manifest.read(folder).generation == manifest.generation:
-            return manifest, faults
+        if faults:
+            raise _FaultsError(manifest, faults)
+        return manifest
+
+    try:
+        return read_consistently(folder, verify_files), []
+    except _FaultsError as found:
+        return found.manifest, found.faults
 
 
 def _faults(folder: Path, manifest: Manifest) -> list[str]:
@@ -109,6 +124,18 @@ def _faults(folder: Path, manifest: Manifest) -> list[str]:
             except SessionError as error:
                 faults.append(str(error))
     return faults
+
+
+@app.command()
+def undo(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json = False) -> None:
+    """Remove the last question and answer that `ask --keep` added. Run it again to remove the one before."""
+    from headinfer.sessions.writer import undo as undo_answer
+
+    manifest = undo_answer(session_folder(sessions or default_root(), name))
+    if as_json:
+        print(json.dumps(_facts(manifest)))
+    else:
+        say(f"removed the last question and answer: {manifest.tokens:,} tokens, {_state(manifest)}")
 
 
 @app.command()
@@ -141,7 +168,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "state": _state(manifest),
         "model": manifest.about.get("model", manifest.model["config"].get("model_type")),
         "dtype": manifest.model["dtype"],
-        "disk_bytes": manifest.nbytes,
+        "disk_bytes": manifest.disk_bytes,
         "segments": len(manifest.segment_files),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }

@@ -186,7 +186,8 @@ def ask(
     """Load the model and the session, and answer each question.
 
     Each question is asked on a fork of the document, and the session is not written. With `keep`, questions and
-    answers are appended to the document and written to the session. Ctrl-C ends the current answer and the job.
+    answers are appended to the document and written to the session. Ctrl-C ends the job after the current chunk or
+    token, and the question that it interrupts is not kept.
 
     Args:
         prepared: the job.
@@ -226,14 +227,14 @@ def ask(
             summaries.append(summary)
             used = cache if job.keep else cache.fork()
             written = _answer(model, tokenizer, used, torch.cat([ids, tail], dim=1), job, summary, on_text)
+            if summary.interrupted:
+                break
             if lock is not None:
                 answers += 1
                 ids = _read_to_the_end(model, used, written)
                 facts = about | {"answers": answers}
                 with SessionWriter(prepared.folder, model, arithmetic, facts, lock) as writer:
-                    writer.checkpoint(used, ids)
-            if summary.interrupted:
-                break
+                    writer.checkpoint(used, ids, can_return=True)
     return summaries
 
 

@@ -304,7 +304,7 @@ def read(
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder)
         result.tokens = manifest.tokens
-        result.disk_bytes = manifest.nbytes
+        result.disk_bytes = manifest.disk_bytes
     return result
 
 

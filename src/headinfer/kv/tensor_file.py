@@ -34,7 +34,10 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ADVICE = "it is damaged; `headinfer session verify` lists what is, and reading the document again makes it anew"
+REMEDY = "remove the session with `headinfer session rm`, then read the document again"
+"""What works after damage. The message of each fault ends with it."""
+
+_ADVICE = f"it is damaged; {REMEDY}"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from headinfer.errors import CapacityError, HeadinferError, SessionError, UsageError
+from headinfer.kv.tensor_file import REMEDY
 from headinfer.sessions.folder import read_consistently
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import own_files
@@ -75,9 +76,11 @@ def _add(tar: tarfile.TarFile, folder: Path, entry: FileEntry) -> None:
     try:
         data = open(path, "rb")  # noqa: SIM115  closed below
     except OSError as error:
-        raise SessionError(f"cannot open {path} ({error.strerror}): the session is damaged") from error
+        raise SessionError(f"cannot open {path} ({error.strerror}): it is damaged; {REMEDY}") from error
     with data:
         about = tar.gettarinfo(arcname=f"{folder.name}/{entry.name}", fileobj=data)
         if about.size != entry.nbytes:
-            raise SessionError(f"{path} has {about.size:,} bytes and was written with {entry.nbytes:,}: it is damaged")
+            raise SessionError(
+                f"{path} has {about.size:,} bytes and was written with {entry.nbytes:,}: it is damaged; {REMEDY}"
+            )
         tar.addfile(about, data)

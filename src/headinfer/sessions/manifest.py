@@ -17,9 +17,20 @@ from typing import Any
 import xxhash
 
 from headinfer.errors import SessionError
+from headinfer.kv.tensor_file import REMEDY
 from headinfer.utils.files import FileEntry, write_text
 
-__all__ = ["DATA_FILE_NAME", "FORMAT", "MANIFEST", "VERSION", "Manifest", "SegmentFile", "first_chain", "versions"]
+__all__ = [
+    "DATA_FILE_NAME",
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "EarlierCheckpoint",
+    "Manifest",
+    "SegmentFile",
+    "first_chain",
+    "versions",
+]
 
 MANIFEST = "manifest.json"
 FORMAT = "headinfer session"
@@ -27,6 +38,7 @@ VERSION = 1
 # Version 1 of the format fixes two names that contain "block": the field `blocks` and the file names `block-NNNNNN`.
 # The code calls the same things segment files.
 _NAMES_ON_DISK = {"segment_files": "blocks"}
+_ONLY_IF_FILLED = "earlier"  # headinfer 0.1.0 reads manifests without it
 DATA_FILE_NAME = re.compile(r"(block|end)-\d{6,}\.safetensors")
 
 
@@ -46,6 +58,31 @@ class SegmentFile:
     chain: str = ""
 
 
+@dataclass(frozen=True)
+class EarlierCheckpoint:
+    """A checkpoint before the current one, to which the session can return.
+
+    It has the model and the arithmetic of the current one.
+
+    Attributes:
+        tokens: the tokens of each row.
+        segments: how many of the current segment files it has, from the first one.
+        rows: as in Manifest.
+        end: as in Manifest. The file is kept for this checkpoint alone.
+        layers: as in Manifest.
+        about: as in Manifest.
+        versions: as in Manifest.
+    """
+
+    tokens: int
+    segments: int
+    rows: list[list[tuple[int, int, int]]]
+    end: FileEntry
+    layers: list[Any]
+    about: dict[str, Any]
+    versions: dict[str, str]
+
+
 @dataclass
 class Manifest:
     """One checkpoint of a session.
@@ -63,6 +100,7 @@ class Manifest:
         layers: for each layer, the plain values of its state (layer_state.py). They refer to tensors in `end`.
         about: facts of the caller.
         versions: the versions of headinfer, torch and transformers that wrote the checkpoint.
+        earlier: the checkpoints to which the session can return, the oldest first.
     """
 
     generation: int
@@ -75,19 +113,50 @@ class Manifest:
     layers: list[Any]
     about: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    earlier: list[EarlierCheckpoint] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        """The size of all data files, in bytes."""
+        """The size of the data files of the checkpoint, in bytes."""
         return self.end.nbytes + sum(segment_file.file.nbytes for segment_file in self.segment_files)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The size of all data files, in bytes: those of the checkpoint and those of earlier ones."""
+        return sum(entry.nbytes for entry in self.files())
 
     def files(self) -> list[FileEntry]:
         """Return the entries of all data files."""
-        return [*(segment_file.file for segment_file in self.segment_files), self.end]
+        ends = [self.end, *(checkpoint.end for checkpoint in self.earlier)]
+        return [*(segment_file.file for segment_file in self.segment_files), *ends]
+
+    def as_earlier(self) -> EarlierCheckpoint:
+        """Return this checkpoint as one to which a later manifest of the session can return."""
+        return EarlierCheckpoint(
+            self.tokens, len(self.segment_files), self.rows, self.end, self.layers, self.about, self.versions
+        )
+
+    def returned(self) -> Manifest:
+        """Return the manifest with which the session is again at the newest of its earlier checkpoints."""
+        *earlier, newest = self.earlier
+        return dataclasses.replace(
+            self,
+            generation=self.generation + 1,
+            tokens=newest.tokens,
+            segment_files=self.segment_files[: newest.segments],
+            rows=newest.rows,
+            end=newest.end,
+            layers=newest.layers,
+            about=newest.about,
+            versions=newest.versions,
+            earlier=earlier,
+        )
 
     def text(self) -> str:
         """Return the manifest as JSON, with its checksum."""
         fields = dataclasses.asdict(self)
+        if not self.earlier:
+            del fields[_ONLY_IF_FILLED]
         body = {"format": FORMAT, "version": VERSION}
         body |= {_NAMES_ON_DISK.get(name, name): value for name, value in fields.items()}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
@@ -114,19 +183,22 @@ class Manifest:
         if body.get("version") != VERSION:
             raise SessionError(
                 f"{path} has version {body.get('version')} of the format, and this headinfer reads version {VERSION}: "
-                "use the headinfer that wrote it, or read the document again"
+                f"use the headinfer that wrote it, or {REMEDY}"
             )
         if body.pop("checksum", None) != _checksum(body):
-            raise SessionError(
-                f"{path} is damaged (its checksum is not right): read the document again to make it anew"
-            )
+            raise SessionError(f"{path} is damaged (its checksum is not right): {REMEDY}")
         del body["format"]
         del body["version"]
         try:
             segment_files = body.pop(_NAMES_ON_DISK["segment_files"])
             body["segment_files"] = [SegmentFile(FileEntry(**entry.pop("file")), **entry) for entry in segment_files]
             body["end"] = FileEntry(**body["end"])
-            body["rows"] = [[(index, start, stop) for index, start, stop in row] for row in body["rows"]]
+            body["rows"] = _rows(body["rows"])
+            earlier = body.get(_ONLY_IF_FILLED, [])
+            body[_ONLY_IF_FILLED] = [
+                EarlierCheckpoint(**{**entry, "rows": _rows(entry["rows"]), "end": FileEntry(**entry["end"])})
+                for entry in earlier
+            ]
             manifest = Manifest(**body)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SessionError(f"{path} has other fields than version {VERSION} of the format: {error}") from error
@@ -136,6 +208,10 @@ class Manifest:
                     f"{path} names {entry.name!r}, which is not the name of a session's file: do not load this folder"
                 )
         return manifest
+
+
+def _rows(rows: list[list[list[int]]]) -> list[list[tuple[int, int, int]]]:
+    return [[(index, start, stop) for index, start, stop in row] for row in rows]
 
 
 def first_chain(model: dict[str, Any]) -> hashlib._Hash:
@@ -178,7 +254,7 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise SessionError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise SessionError(f"{path} is damaged ({error}): read the document again to make it anew") from error
+        raise SessionError(f"{path} is damaged ({error}): {REMEDY}") from error
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from headinfer.errors import SessionError, StateError, UsageError
 from headinfer.kv.segments import Segment, SegmentSlice
-from headinfer.kv.tensor_file import write_tensors
+from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.cache import Saved, SessionCache
 from headinfer.sessions.fingerprint import fingerprint
 from headinfer.sessions.folder import Lock
@@ -30,7 +30,7 @@ from headinfer.sessions.manifest import MANIFEST, Manifest, SegmentFile, first_c
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
 from headinfer.utils.files import FileEntry, sync_folder
 
-__all__ = ["TOKEN_IDS", "SessionWriter", "save_cache"]
+__all__ = ["TOKEN_IDS", "SessionWriter", "save_cache", "undo"]
 
 TOKEN_IDS = "token_ids"
 """The tensor of token ids in segment files and in the end file."""
@@ -60,6 +60,35 @@ def save_cache(
     """
     with SessionWriter(folder, model, cache.engine.options.arithmetic(), dict(about or {})) as writer:
         writer.checkpoint(cache, token_ids)
+
+
+def undo(folder: Path) -> Manifest:
+    """Return a session to the checkpoint before its last kept answer. Nothing but the manifest is written.
+
+    Args:
+        folder: the session's folder.
+
+    Returns:
+        The manifest that the session has now.
+
+    Raises:
+        SessionError: there is no session, it holds no answer that can be removed, it is damaged, or another process
+            writes it.
+    """
+    Manifest.read(folder)  # raises if there is no session, before the lock would create the folder
+    with Lock(folder):
+        manifest = Manifest.read(folder)
+        if not manifest.earlier:
+            reason = "holds no kept answer"
+            if manifest.about.get("answers"):
+                reason = "keeps answers of an earlier version of headinfer, which did not keep the state before them"
+            raise SessionError(f"the session {folder} {reason}: there is nothing that `session undo` can remove")
+        returned = manifest.returned()
+        TensorFile(folder, returned.end)  # raises if the file is damaged
+        write_manifest(folder, returned)
+        named = {entry.name for entry in returned.files()}
+        remove_unused(folder, named=named, named_before={entry.name for entry in manifest.files()})
+    return returned
 
 
 @dataclass
@@ -113,7 +142,9 @@ class SessionWriter:
         self._thread = ThreadPoolExecutor(1, "headinfer-session")
         self._job: Future[None] | None = None
 
-    def checkpoint(self, cache: SessionCache, token_ids: torch.Tensor | None = None) -> None:
+    def checkpoint(
+        self, cache: SessionCache, token_ids: torch.Tensor | None = None, *, can_return: bool = False
+    ) -> None:
         """Begin to write what is new in the cache.
 
         The call waits for the checkpoint before, and raises the error of its thread if it failed.
@@ -121,6 +152,7 @@ class SessionWriter:
         Args:
             cache: the cache.
             token_ids: the ids [rows, tokens] of all tokens in the cache, or more.
+            can_return: whether the previous checkpoint is kept, so that undo() returns the session to it.
 
         Raises:
             SessionError: the folder holds a session that the cache does not go on from.
@@ -142,17 +174,19 @@ class SessionWriter:
         cache.saved = saved
         named_before = {entry.name for entry in on_disk.files()} if on_disk is not None else set()
         snapshot = _snapshot(cache, saved, self._model, token_ids)
-        self._job = self._thread.submit(self._write, snapshot, saved, named_before)
+        before = on_disk if can_return else None
+        self._job = self._thread.submit(self._write, snapshot, saved, named_before, before)
         if cache.engine.options.host_kv_budget_bytes is not None:
             self.finish()  # the snapshot keeps segments in host memory, which has a budget
 
-    def _write(self, snapshot: _Snapshot, saved: Saved, named_before: set[str]) -> None:
+    def _write(self, snapshot: _Snapshot, saved: Saved, named_before: set[str], before: Manifest | None) -> None:
         """Write new segment files, then the end file, then the manifest. Only then remove unused files.
 
         Args:
             snapshot: the state to write.
             saved: the session that the cache belongs to.
             named_before: the files that the manifest of the previous checkpoint names.
+            before: the previous checkpoint, if the session must be able to return to it.
         """
 
         def write(name: str, tensors: dict[str, torch.Tensor]) -> FileEntry:
@@ -186,6 +220,8 @@ class SessionWriter:
             about=self.about,
             versions=versions(),
         )
+        if before is not None and manifest.segment_files[: len(before.segment_files)] == before.segment_files:
+            manifest.earlier = [*before.earlier, before.as_earlier()]
         write_manifest(self.folder, manifest)
         saved.generation = generation
         saved.next_number = number
