@@ -7,6 +7,7 @@ import torch
 from families import VOCAB, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
@@ -93,8 +94,9 @@ def test_assisted_decoding_with_a_cache_that_is_not_empty_is_an_error(llama, dra
         cache = enabled.new_cache()
         llama.generate(ids, past_key_values=cache, **options(ids, max_new_tokens=2))
         before = cache.get_seq_length()
+        longer = torch.cat([ids, text(tokens=20, seed=2)], dim=1)
         with pytest.raises(headinfer.UnsupportedError, match="again on top"):
-            llama.generate(ids, past_key_values=cache, **options(ids, **help_))
+            llama.generate(longer, past_key_values=cache, **options(longer, **help_))
         assert cache.get_seq_length() == before
 
 
@@ -263,7 +265,7 @@ def test_a_long_forward_pass_is_split_into_chunks(llama):
     ],
 )
 def test_other_forward_passes_are_not_split(inputs):
-    assert [part is inputs for part in chunks_of(inputs, lambda _: 4)] == [True]
+    assert [part is inputs for part in chunks_of(inputs, LlamaConfig(), lambda _: 4)] == [True]
 
 
 def test_an_error_in_a_later_chunk_restores_the_length_before_the_pass(llama):

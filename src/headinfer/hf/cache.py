@@ -117,7 +117,9 @@ class HeadCache(Cache):  # type: ignore[misc]
         model: a weak reference to the model that filled the cache: a call returns the model, or None.
         saved: the session that the cache was saved to or loaded from.
         run_plan: the last plan of a generate() or a forward pass with this cache.
-        token_ids: the token ids [rows, tokens] that load() found; int64.
+        no_plan_for: tokens and rows for which no plan fits the free memory; None if that is unknown.
+        is_in_forward: whether a forward pass of an enabled model is running. Only such a pass can add tokens.
+        token_ids: the token ids [rows, tokens] that load() found and the cache still holds; int64.
 
     Raises:
         UnsupportedError: the config has a layer that is not served, or no full-attention layer.
@@ -156,8 +158,51 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.model: Callable[[], PreTrainedModel | None] = lambda: None
         self.saved: Saved | None = None
         self.run_plan: RunPlan | None = None
+        self.no_plan_for: tuple[int, int] | None = None
+        self.is_in_forward = False
         self.token_ids: torch.Tensor | None = None
         super().__init__(layers=layers)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the K and V of a chunk to a layer. transformers' models call this.
+
+        Raises:
+            StateError: no forward pass of an enabled model is running.
+        """
+        self._check_in_forward()
+        updated: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
+        return updated
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Return the convolution state of a layer, which models change in place. It raises as update() does."""
+        self._check_in_forward()
+        state: torch.Tensor | None = super().get_conv_state(*args, **kwargs)
+        return state
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Add a chunk to the convolution state of a layer. It raises as update() does."""
+        self._check_in_forward()
+        state: torch.Tensor = super().update_conv_state(*args, **kwargs)
+        return state
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Return the linear-attention state of a layer, which models change in place. It raises as update() does."""
+        self._check_in_forward()
+        state: torch.Tensor | None = super().get_recurrent_state(*args, **kwargs)
+        return state
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Replace the linear-attention state of a layer. It raises as update() does."""
+        self._check_in_forward()
+        state: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
+        return state
+
+    def _check_in_forward(self) -> None:
+        if not self.is_in_forward:
+            raise StateError(
+                "a HeadCache works only in model(...) and model.generate(...) of a model that headinfer is enabled on: "
+                "call headinfer.enable(model) first, and use the cache before its with block ends"
+            )
 
     @property
     def head_layers(self) -> list[HeadLayer]:
@@ -213,6 +258,8 @@ class HeadCache(Cache):  # type: ignore[misc]
             if reason:
                 raise StateError(f"cannot crop: {reason}")
         super().crop(tokens_to_remove)
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids[:, : self.get_seq_length()]
 
     def separate(self) -> None:
         """Make each row `copies` rows, which share their segments, so that they can differ from here on."""
@@ -228,24 +275,34 @@ class HeadCache(Cache):  # type: ignore[misc]
         rows = integer_tensor(beam_idx, "beam_idx", (1,))
         self.separate()
         super().reorder_cache(rows.cpu())  # one copy to the host instead of one per layer
+        self._select_ids(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Replace each row by `repeats` rows, which share its segments."""
         count = whole_number(repeats, "repeats")
         self.separate()
         super().batch_repeat_interleave(count)
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids.repeat_interleave(count, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that a tensor of indices or a bool mask selects."""
         selected = integer_tensor(indices, "indices", (1,), allows_mask=True)
         self.separate()
         super().batch_select_indices(selected)
+        self._select_ids(selected)
+
+    def _select_ids(self, rows: torch.Tensor) -> None:
+        """Keep the token ids of the rows that a tensor of indices or a bool mask selects."""
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids[rows.to(self.token_ids.device)]
 
     def reset(self) -> None:
         """Empty the cache and free its memory."""
         with torch.inference_mode():  # before 5.23, layers of transformers zero tensors that they may have made in it
             super().reset()
         self.copies = 1
+        self.token_ids = None
 
     def crop_recorded_past(self) -> None:
         """Cut transformers' layers that record their past (assisted decoding) to their window, between two chunks."""
@@ -254,8 +311,13 @@ class HeadCache(Cache):  # type: ignore[misc]
                 layer.crop(0)
 
     def fork(self) -> HeadCache:
-        """Create an independent cache with the same content. Both share the segments, which are not copied."""
-        twin = copy.copy(self)
+        """Create an independent cache with the same content. Both share the segments, which are not copied.
+
+        copy.copy() and copy.deepcopy() of a cache do the same.
+        """
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.is_in_forward = False
         twin.layers = []
         for layer in self.layers:
             copied = copy.copy(layer)
@@ -265,6 +327,12 @@ class HeadCache(Cache):  # type: ignore[misc]
             twin.layers.append(copied)
         twin.saved = self.saved.copy() if self.saved is not None else None
         return twin
+
+    def __copy__(self) -> HeadCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
+        return self.fork()
 
     def save(
         self, folder: str | Path, token_ids: torch.Tensor | None = None, about: Mapping[str, Any] | None = None

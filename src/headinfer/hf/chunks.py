@@ -1,7 +1,7 @@
-"""Cuts a long forward pass into chunks: assisted decoding and bare calls of a model read a whole prompt at once.
+"""Cuts a long forward pass into chunks, in generate() and in other calls of a model.
 
-generate() itself cuts a prompt by its prefill_chunk_size, but not in these cases. A pass is cut only if it asks for the
-last logits alone (logits_to_keep), since the logits of all tokens would take more memory than chunks save.
+A pass is cut only if it asks for the last logits alone (logits_to_keep). Logits, hidden states and other outputs of all
+tokens take more memory than chunks save, so such a pass is not cut, and its outputs are complete.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from headinfer.hf.inputs import number_of_tokens, wants_more_than_logits
 
 __all__ = ["chunks_of"]
 
@@ -22,17 +24,16 @@ _TOKEN_DIMS = {
     "position_ids": -1,
     "cache_position": -1,
     "token_type_ids": 1,
-    "mm_token_type_ids": 1,
+    "per_layer_inputs": 1,
 }
-# Arguments that ask for results of all tokens. A pass with one of them is not cut.
-_WANTS_ALL_TOKENS = ("output_hidden_states", "output_attentions", "output_router_logits", "labels")
 
 
-def chunks_of(inputs: dict[str, Any], chunk_tokens: Callable[[int], int]) -> Iterator[dict[str, Any]]:
+def chunks_of(inputs: dict[str, Any], config: Any, chunk_tokens: Callable[[int], int]) -> Iterator[dict[str, Any]]:
     """Split a forward pass into the calls of its chunks.
 
     Args:
         inputs: the arguments of the pass by name.
+        config: the config of the model.
         chunk_tokens: returns the tokens of a chunk, given the length of the context after the pass. It is called only
             for a pass that can be cut.
 
@@ -40,8 +41,7 @@ def chunks_of(inputs: dict[str, Any], chunk_tokens: Callable[[int], int]) -> Ite
         The arguments of each call. The last call has at least as many tokens as logits are asked for. A pass that is
         short or cannot be cut is one call with `inputs` itself.
     """
-    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
-    total = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 0
+    total = number_of_tokens(inputs)
     wanted_logits = inputs.get("logits_to_keep", 0)
     mask = inputs.get("attention_mask")
     can_be_cut = (
@@ -49,7 +49,7 @@ def chunks_of(inputs: dict[str, Any], chunk_tokens: Callable[[int], int]) -> Ite
         and isinstance(wanted_logits, int)
         and 1 <= wanted_logits <= total
         and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
-        and not any(inputs.get(name) for name in _WANTS_ALL_TOKENS)
+        and not wants_more_than_logits(inputs, config)
     )
     if not can_be_cut:
         yield inputs

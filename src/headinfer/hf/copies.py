@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["distinct_rows", "repeat_logits"]
+from headinfer.hf.inputs import input_tokens, wants_more_than_logits
 
-# Outputs that repeat_logits() does not repeat.
-_OTHER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+__all__ = ["distinct_rows", "repeat_logits"]
 
 
 def distinct_rows(inputs: dict[str, Any], config: Any, copies: int) -> dict[str, Any] | None:
@@ -27,11 +26,12 @@ def distinct_rows(inputs: dict[str, Any], config: Any, copies: int) -> dict[str,
 
     Returns:
         The arguments with one row of each group. None if the rows of a group differ, or if the pass asks for outputs
-        other than logits.
+        other than logits, or for a tuple.
     """
-    if any(inputs.get(name) or getattr(config, name, False) for name in _OTHER_OUTPUTS):
+    wants_tuple = not (config.return_dict if inputs.get("return_dict") is None else inputs["return_dict"])
+    if wants_tuple or wants_more_than_logits(inputs, config):
         return None
-    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+    tokens = input_tokens(inputs)
     if tokens is None or tokens.shape[0] % copies:
         return None
     distinct = dict(inputs)

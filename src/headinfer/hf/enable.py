@@ -33,8 +33,16 @@ from headinfer.hf.compat import (
     layer_device,
     takes_attention_interface,
 )
+from headinfer.hf.continuation import go_on_from
 from headinfer.hf.copies import distinct_rows, repeat_logits
 from headinfer.hf.families import check_family
+from headinfer.hf.inputs import (
+    check_attention_outputs,
+    check_no_images,
+    number_of_tokens,
+    text_only,
+    wants_more_than_logits,
+)
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.rollback import rollback_on_error
 from headinfer.kv.byte_counter import ByteCounter
@@ -105,10 +113,11 @@ class Enabled:
         self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
         self._has_warned = False
         self._attention_before = model.config._attn_implementation
-        self._forward_before = model.__dict__.get("forward")
+        self._before = {name: model.__dict__.get(name) for name in ("forward", "generate")}
         register()
         model.set_attn_implementation(NAME)
         model.forward = self._forward(model.forward)
+        model.generate = self._generate(model.generate)
         model._prepare_cache_for_generation = self._prepare_cache
         model._headinfer = self
 
@@ -128,6 +137,7 @@ class Enabled:
         options = dataclasses.replace(options, expected_tokens=expected_tokens)
         cache = HeadCache(self.model.config, **vars(options))
         cache.run_plan = planned
+        cache.no_plan_for = (expected_tokens, rows) if planned is None else None
         return cache
 
     def _plan(self, tokens: int, rows: int, cache: HeadCache | None = None) -> RunPlan | None:
@@ -157,18 +167,20 @@ class Enabled:
         self.plan = planned.plan if planned is not None else None
         return planned
 
-    def _chunk(self, tokens: int, rows: int, cache: HeadCache | None = None) -> int:
+    def _chunk(self, tokens: int, rows: int, cache: HeadCache) -> int:
         """Return the tokens of a prefill chunk, for a context that will have `tokens` tokens.
 
-        A plan is made once for each generate(), and again only if the context outgrows it.
+        A plan is made once for each generate(), and again only if the context outgrows it. If no plan fits, none is
+        made for longer contexts.
         """
         if self.chunk_tokens is not None:
             return self.chunk_tokens
-        planned = cache.run_plan if cache is not None else None
-        if planned is None or not _covers(planned.plan, tokens, rows):
+        planned = cache.run_plan
+        is_covered = planned is not None and _covers(planned.plan, tokens, rows)
+        if not is_covered and not _exceeds(cache.no_plan_for, tokens, rows):
             planned = self._plan(tokens, rows, cache)
-            if cache is not None:
-                cache.run_plan = planned
+            cache.run_plan = planned
+            cache.no_plan_for = (tokens, rows) if planned is None else None
         return planned.chunk_tokens if planned is not None else _UNPLANNED_CHUNK_TOKENS
 
     def _warn_about(self, tokens: int) -> None:
@@ -183,10 +195,11 @@ class Enabled:
         model = self.model
         if model.__dict__.get("_headinfer") is not self:
             return
-        if self._forward_before is None:
-            del model.forward
-        else:
-            model.forward = self._forward_before
+        for name, before in self._before.items():
+            if before is None:
+                delattr(model, name)
+            else:
+                setattr(model, name, before)
         del model._prepare_cache_for_generation, model._headinfer
         model.set_attn_implementation(self._attention_before)
 
@@ -205,11 +218,14 @@ class Enabled:
         @functools.wraps(forward)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            check_attention_outputs(inputs, self.model.config)
             cache = inputs.get("past_key_values")
             if is_unsupported_cache(cache):
                 raise _unsupported_cache(type(cache).__name__)
             if not isinstance(cache, HeadCache):
                 return forward(*args, **kwargs)
+            check_no_images(inputs, self.model.config)
+            inputs = text_only(inputs, self.model.config)
             copies = cache.copies
             if copies > 1:
                 distinct = distinct_rows(inputs, self.model.config, copies)
@@ -218,11 +234,28 @@ class Enabled:
                     copies = 1
                 else:
                     inputs = distinct
-            self._warn_about(cache.get_seq_length() + _tokens_of(inputs))
+            self._warn_about(cache.get_seq_length() + number_of_tokens(inputs))
             result = self._guarded_chunks(forward, inputs, cache)
             return repeat_logits(result, copies) if copies > 1 else result
 
         return guarded
+
+    def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the model's generate(): check its arguments before transformers changes them."""
+        names = tuple(inspect.signature(generate).parameters)
+
+        @functools.wraps(generate)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given.setdefault("input_ids", given.get("inputs"))
+            cache = given.get("past_key_values")
+            if isinstance(cache, HeadCache):
+                go_on_from(cache, given)
+            if isinstance(cache, HeadCache) or (cache is None and given.get("use_cache") is not False):
+                check_no_images(given, self.model.config)  # before transformers encodes them
+            return generate(*args, **kwargs)
+
+        return checked
 
     def _guarded_chunks(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
         """Run a forward pass, in chunks if it is long. After an error the cache is as it was before."""
@@ -235,7 +268,7 @@ class Enabled:
         chunk_tokens = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
         result = None
         with rollback_on_error(cache):
-            for chunk in chunks_of(inputs, chunk_tokens):
+            for chunk in chunks_of(inputs, self.model.config, chunk_tokens):
                 if result is not None:
                     self._after_forward(cache)
                     cache.crop_recorded_past()
@@ -245,7 +278,11 @@ class Enabled:
 
     def _one_chunk(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
         cache.engine.attentions = 0
-        result = forward(**inputs)
+        cache.is_in_forward = True
+        try:
+            result = forward(**inputs)
+        finally:
+            cache.is_in_forward = False
         if cache.engine.awaiting is not None or cache.engine.attentions != cache.attentions_per_forward:
             raise UnsupportedError(
                 f"{type(self.model).__name__} ran {cache.engine.attentions} of its {cache.attentions_per_forward} "
@@ -278,20 +315,26 @@ class Enabled:
                 self.model, generation_config, model_kwargs, mode, batch_size, max_cache_length
             )
         else:
-            model_kwargs["past_key_values"] = self.new_cache(max_cache_length, batch_size)
+            cache = self.new_cache(max_cache_length, batch_size)
+            model_kwargs["past_key_values"] = cache
         self._warn_about(max_cache_length)
-        held = model_kwargs.get("past_key_values")
+        if wants_more_than_logits(model_kwargs, self.model.config):
+            generation_config.prefill_chunk_size = None  # generate() would return those of the last chunk only
+        if isinstance(cache, HeadCache):
+            self._prepare_head_cache(cache, generation_config, batch_size, max_cache_length)
+
+    def _prepare_head_cache(
+        self, cache: HeadCache, generation_config: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        """Prepare the HeadCache that generate() will use."""
+        is_empty = cache.get_seq_length() == 0
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        if isinstance(held, HeadCache):
-            held.separate()
-            held.copies = copies if held.get_seq_length() == 0 else 1
-        # generate() cannot cut embeddings. Before 5.23 it cannot cut what follows a past, as with an assistant, either.
-        # chunks.py does.
-        is_first = mode != GenerationMode.ASSISTED_GENERATION and not (held is not None and held.get_seq_length())
-        is_cut = is_first and model_kwargs.get("inputs_embeds") is None
-        if generation_config.prefill_chunk_size is None and generation_config.use_cache is not False and is_cut:
-            own = held if isinstance(held, HeadCache) else None
-            generation_config.prefill_chunk_size = self._chunk(max_cache_length, batch_size, own)
+        cache.separate()
+        cache.copies = copies if is_empty else 1
+        if generation_config.is_assistant:
+            cache.activate_past_recording()  # rejected guesses are cropped
+        if is_empty:
+            self._chunk(max_cache_length, batch_size, cache)  # plans the whole run, not the prompt alone
 
 
 def _covers(plan: Plan, tokens: int, rows: int) -> bool:
@@ -299,12 +342,9 @@ def _covers(plan: Plan, tokens: int, rows: int) -> bool:
     return tokens <= plan.request.context_tokens and rows <= plan.request.rows
 
 
-def _tokens_of(inputs: dict[str, Any]) -> int:
-    """Return the number of tokens of a forward pass."""
-    for name in ("input_ids", "inputs_embeds"):
-        if inputs.get(name) is not None:
-            return int(inputs[name].shape[1])
-    return 0
+def _exceeds(limit: tuple[int, int] | None, tokens: int, rows: int) -> bool:
+    """Return whether a context has at least the tokens and rows of a limit."""
+    return limit is not None and tokens >= limit[0] and rows >= limit[1]
 
 
 def _unsupported_cache(what: str) -> UnsupportedError:

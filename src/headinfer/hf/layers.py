@@ -89,13 +89,12 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
             The same two tensors.
 
         Raises:
-            StateError: the attention of the previous update has not run, or the batch has another number of rows.
+            StateError: the attention of the previous update did not run, or the batch has another number of rows.
         """
         if self.engine.awaiting is not None:
             raise StateError(
-                "the attention of a HeadCache layer did not run through headinfer: call headinfer.enable(model) before "
-                "you pass the model a HeadCache (an enabled model that changes K and V before the attention cannot be "
-                "served)"
+                "the attention of a HeadCache layer did not run through headinfer, because the model changes K and V "
+                "before the attention: use the model without headinfer"
             )
         if self.layer_kv is None:
             self.lazy_initialization(key_states, value_states)

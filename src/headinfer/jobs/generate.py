@@ -298,7 +298,6 @@ def run(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=cache,
-                prefill_chunk_size=run_plan.chunk_tokens,
                 max_new_tokens=job.max_new_tokens,
                 streamer=streamer,
                 **({"do_sample": False} | job.sampling),

@@ -1,0 +1,78 @@
+"""Prepares a cache that is not empty for generate().
+
+generate() skips as many tokens of the prompt as the cache holds. If the cache holds all of them, transformers reads the
+whole prompt again on top of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from headinfer.errors import UnsupportedError, UsageError
+from headinfer.hf.cache import HeadCache
+from headinfer.hf.layers import uncroppable_reason
+
+__all__ = ["go_on_from"]
+
+
+def go_on_from(cache: HeadCache, given: Mapping[str, Any]) -> None:
+    """Check that the prompt of generate() goes on from what a cache holds.
+
+    If the cache holds exactly the prompt, the prompt's last token is removed from it, since generate() must read it.
+
+    Args:
+        cache: the cache.
+        given: the arguments of generate() by name.
+
+    Raises:
+        UsageError: the cache holds more tokens than the prompt, or is known to hold other ones.
+        UnsupportedError: the last token cannot be removed.
+    """
+    held = cache.get_seq_length()
+    embeds = given.get("inputs_embeds")
+    ids = given.get("input_ids")
+    prompt = ids if embeds is None else embeds
+    if not held or prompt is None:
+        return
+    mask = given.get("attention_mask")
+    tokens = prompt.shape[1]
+    if mask is not None and mask.shape[1] != tokens:  # the prompt has the new tokens only
+        if embeds is None:
+            return
+        raise UsageError(
+            f"the attention mask covers {mask.shape[1]} tokens and inputs_embeds has {tokens}: generate() takes the "
+            "embeddings of all tokens, also of those in the cache, with a mask that covers them"
+        )
+    if embeds is None:
+        _check_same_tokens(cache, prompt, held)
+    if tokens < held:
+        raise UsageError(
+            f"the cache holds {held} tokens and the prompt has only {tokens}: pass all tokens from the beginning, or "
+            "the new ones with an attention_mask that covers the cache too, or crop the cache"
+        )
+    if tokens == held:
+        reason = next(filter(None, map(uncroppable_reason, cache.layers)), "")
+        if reason:
+            raise UnsupportedError(
+                f"the cache holds all {held} tokens of the prompt, and generate() must read the last one again, which "
+                f"cannot be removed: {reason}"
+            )
+        cache.crop(-1)
+
+
+def _check_same_tokens(cache: HeadCache, ids: torch.Tensor, held: int) -> None:
+    """Raise UsageError if the cache is known to hold other tokens than the prompt begins with."""
+    known = cache.token_ids
+    if known is None or known.shape[0] != ids.shape[0]:
+        return
+    both = min(known.shape[1], ids.shape[1], held)
+    differs = (known[:, :both].to(ids.device) != ids[:, :both]).any(dim=0).nonzero()
+    if differs.numel():
+        raise UsageError(
+            f"the cache holds other tokens than the prompt begins with, from token {int(differs[0])} on: pass the "
+            "tokens of the cache before the new ones, or the new ones alone with an attention_mask that covers the "
+            "cache too"
+        )
