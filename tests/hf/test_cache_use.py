@@ -99,9 +99,7 @@ def test_an_assistant_that_is_enabled_too(family, sample):
         assert enabled_draft.last_cache.stats().host_kv_bytes > 0
     assert torch.equal(found, wanted)
     assert enabled.last_cache.stats().host_kv_bytes > 0
-    assert max(longest, default=0) < 2 * CHUNK_TOKENS, (
-        "windows are cut between the chunks of a prompt"
-    )
+    assert max(longest, default=0) < 2 * CHUNK_TOKENS, "windows are cut between the chunks of a prompt"
 
 
 # -- generate() with a cache that is not empty -----------------------------------------------------------------
