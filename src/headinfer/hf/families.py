@@ -24,7 +24,7 @@ SUPPORTED_FAMILIES = (
     "vaultgemma",
 )  # fmt: skip
 
-# Multimodal models that are served with text only. A pass with images is refused because of its masks.
+# Multimodal models that are served with text only. hf/inputs.py refuses images.
 _COMPOSITES = ("gemma3", "gemma4", "llama4", "qwen3_5", "qwen3_5_moe")
 
 _COMPRESSED = "it caches compressed latents and expands them to all heads after the cache"

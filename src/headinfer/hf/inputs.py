@@ -76,7 +76,7 @@ def check_no_images(inputs: Mapping[str, Any], config: Any) -> None:
         config: the config of the model.
 
     Raises:
-        UnsupportedError: there are images, videos or audio, or tokens of type_ids that mark such.
+        UnsupportedError: there are images, videos or audio, or tokens that are marked as such.
     """
     if not _is_multimodal(config):
         return
