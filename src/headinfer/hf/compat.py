@@ -89,16 +89,23 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
 
 
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:
-    """Return the device that a decoder layer computes on, also if device_map spreads the model over several."""
+    """Return the device that a decoder layer computes on, also if accelerate has split or offloaded the model."""
     layers = getattr(model.get_decoder(), "layers", None)
-    weight = next(layers[index].parameters(), None) if layers is not None and index < len(layers) else None
-    device: torch.device = model.device if weight is None or weight.device.type == "meta" else weight.device
-    return device
+    layer = layers[index] if layers is not None and index < len(layers) else model
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    weight = next(layer.parameters(), None)
+    found: torch.device = model.device if weight is None else weight.device
+    return found
 
 
 def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
     """Return the CUDA devices that compute the layers of a model: several if device_map spreads it over them."""
-    devices = getattr(model, "hf_device_map", None) or {"": model.device}
+    devices = getattr(model, "hf_device_map", None) or {"": layer_device(model, 0)}
     names = {f"cuda:{at}" if isinstance(at, int) else str(at) for at in devices.values()}  # may be "cpu" or "disk"
     return [torch.device(name) for name in sorted(names) if name.startswith("cuda")]
 

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from headinfer.errors import SessionError
+from headinfer.sessions.weights import active_adapters, add_weights, base_model
 
 __all__ = [
     "check_config",
@@ -20,7 +21,6 @@ __all__ = [
     "tokenizer_fingerprint",
 ]
 
-_SAMPLES = 4096
 # Fields of a config that do not affect what the model computes.
 _NOT_IDENTITY = (
     "_name_or_path",
@@ -46,30 +46,29 @@ def config_fingerprint(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the fingerprint of a loaded model: config, architecture, dtype and a checksum of the weights.
+    """Return the fingerprint of a loaded model: config, architecture, dtype, weights, and its active adapters if any.
 
-    The checksum covers up to 4,096 evenly spaced elements of each parameter, with its name, shape and dtype. Another
-    checkpoint or fine-tuning changes it. A change of single elements may not, so it is no protection against tampering.
+    The checksum of the weights covers up to 4,096 evenly spaced elements of each parameter, with its name, shape and
+    dtype. Another checkpoint or fine-tuning changes it. A change of single elements may not, so it is no protection
+    against tampering. Adapters of peft count if they are active, and weights that accelerate offloads are read.
 
     Args:
-        model: the model. Parameters on the meta device count with name, shape and dtype only.
+        model: the model.
 
     Returns:
         The fingerprint as plain values for JSON.
     """
-    whole = xxhash.xxh3_128()
-    for name, parameter in sorted(model.named_parameters()):
-        whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        if parameter.device.type != "meta":  # without data: an offloading library holds them elsewhere
-            flat = parameter.detach().reshape(-1)
-            step = max(-(-flat.numel() // _SAMPLES), 1)
-            whole.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy().data)
+    model = base_model(model)
+    adapters = active_adapters(model)
+    checksum = xxhash.xxh3_128()
+    add_weights(model, checksum)
     dtype = str(model.dtype).removeprefix("torch.")
     return {
         **config_fingerprint(model.config),
         "architecture": type(model).__name__,
         "dtype": dtype,
-        "weights": whole.hexdigest(),
+        **({"adapters": adapters} if adapters is not None else {}),
+        "weights": checksum.hexdigest(),
     }
 
 
@@ -106,7 +105,15 @@ def check_fingerprint(saved: dict[str, Any], model: torch.nn.Module, folder: Pat
     Raises:
         SessionError: the models differ.
     """
-    _compare(saved, fingerprint(model), folder)
+    ours = fingerprint(model)
+    names = [" and ".join(one.get("adapters", {}).get("names", ())) for one in (saved, ours)]
+    if names[0] != names[1]:
+        there, here = (f"the adapter {name}" if name else "no adapter" for name in names)
+        raise SessionError(
+            f"the session {folder} was made with {there} active, and the model has {here} active: activate the same "
+            "ones, or read the document again into another session"
+        )
+    _compare(saved, ours, folder)
 
 
 def check_tokenizer(saved: str | None, tokenizer: Any, folder: Path) -> None:
@@ -123,7 +130,7 @@ def check_tokenizer(saved: str | None, tokenizer: Any, folder: Path) -> None:
     if saved is not None and saved != tokenizer_fingerprint(tokenizer):
         raise SessionError(
             f"the session {folder} was made with another tokenizer or chat template: give it the model that read it, "
-            "or read the document again"
+            "or read the document again into another session"
         )
 
 
@@ -132,7 +139,7 @@ def _compare(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     if difference:
         raise SessionError(
             f"the session {folder} was made with another model ({difference}): give it the model that read it, or read "
-            "the document again"
+            "the document again into another session"
         )
 
 
