@@ -36,9 +36,12 @@ def distinct_rows(inputs: dict[str, Any], config: Any, copies: int) -> dict[str,
         return None
     distinct = dict(inputs)
     for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[0] == tokens.shape[0]:
-            distinct[name] = value[::copies]
-            if not torch.equal(distinct[name].repeat_interleave(copies, dim=0), value):
+        # position_ids may be [3, B, T], with a position in time, height and width
+        dim = value.ndim - 2 if name == "position_ids" and value is not None else 0
+        if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[dim] == tokens.shape[0]:
+            kept = torch.arange(0, tokens.shape[0], copies, device=value.device)
+            distinct[name] = value.index_select(dim, kept)
+            if not torch.equal(distinct[name].repeat_interleave(copies, dim=dim), value):
                 return None
     return distinct
 
