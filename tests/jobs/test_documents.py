@@ -492,6 +492,101 @@ def test_another_tokenizer_is_an_error(headinfer, book, tmp_path):
         assert "another tokenizer" in err
 
 
+def saved_model(folder, **changes):
+    source = resolve(MODEL)
+    source.load(dtype=torch.float32, device="cpu", seed=0).save_pretrained(folder)
+    source.tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_relative_model_folder_is_found_from_anywhere(headinfer, book, tmp_path, monkeypatch):
+    saved_model(tmp_path / "models" / "tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    read(headinfer, book, model="models/tiny")
+    answer = ask(headinfer, "When?")[0]["token_ids"]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert ask(headinfer, "When?")[0]["token_ids"] == answer
+    folder = tmp_path / "sessions" / "mybook"
+    manifest = Manifest.read(folder)
+    dataclasses.replace(manifest, about=manifest.about | {"model": "models/tiny"}).write(folder)  # an earlier version
+    for name in ("models/tiny", str(tmp_path / "models" / "gone")):
+        manifest = Manifest.read(folder)
+        dataclasses.replace(manifest, about=manifest.about | {"model": name}).write(folder)
+        code, out, err = headinfer("ask", "--session", "mybook", "When?")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"was read with the model {name}, and there is no model" in err
+        assert "--model" in err
+    assert ask(headinfer, "When?", more=["--model", tmp_path / "models" / "tiny"])[0]["token_ids"] == answer
+
+
+CODE = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+
+
+@pytest.mark.parametrize("command", ["generate", "read"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "own", "auto_map": CODE}, "headinfer does not run such code"),
+        ({"model_type": "own"}, "model type `own`"),
+    ],
+)
+def test_a_model_with_code_of_its_own_is_refused_in_one_sentence(headinfer, book, tmp_path, command, changes, says):
+    folder = saved_model(tmp_path / "model", **changes)
+    more = ["--session", "mybook"] if command == "read" else []
+    code, out, err = headinfer(command, folder, "--file", book, *more)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_in_one_sentence(headinfer, book, tmp_path):
+    folder = saved_model(tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    facts = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    code, out, err = headinfer("generate", folder, "--file", book)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "headinfer does not run such code" in err
+
+
+def test_a_date_in_the_chat_template_is_kept_with_the_session(headinfer, book, tmp_path, monkeypatch):
+    """An interrupted reading goes on another day, and is asked on a third day."""
+    folder = saved_model(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "Today is {{ strftime_now('%d %B') }}.{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day("1 May"))
+    expected = generate(headinfer, book, "When?", model=folder)
+    text = book.read_text()
+    book.write_text(text[:700], encoding="utf-8")
+    read(headinfer, book, model=folder)
+    book.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day("22 September"))
+    assert generate(headinfer, book, "When?", model=folder)["tokens_in"] > expected["tokens_in"]
+    resumed = read(headinfer, book, model=folder)[0]
+    assert resumed["resumed_at"] > 700
+    answer = ask(headinfer, "When?")[0]
+    assert resumed["tokens"] + answer["tokens_in"] == expected["tokens_in"]
+    assert answer["token_ids"] == expected["token_ids"]
+
+
+class Day:
+    """In place of the class datetime: now() is a day that the test chooses."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def now(self):
+        return self
+
+    def strftime(self, _):
+        return self.text
+
+
 def test_other_weights_are_an_error_after_loading(headinfer, book):
     read(headinfer, book)
     code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook", "--seed", 3)

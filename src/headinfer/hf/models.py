@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from headinfer.embedded import EMBEDDED, embedded_model
-from headinfer.errors import UsageError
+from headinfer.errors import UnsupportedError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
 from headinfer.hf.families import check_family
@@ -107,8 +107,9 @@ class ModelSource:
         if self.is_random:
             return byte_tokenizer()
         try:
-            return AutoTokenizer.from_pretrained(self.name)
+            return AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
         except (OSError, ValueError) as error:
+            _refuse_custom_code(self.name, error)
             raise UsageError(f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}") from error
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
@@ -134,8 +135,10 @@ class ModelSource:
         else:
             disable_progress_bar()  # transformers shows one for local files too
             try:
-                model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype).to(device)
+                model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, trust_remote_code=False)
+                model = model.to(device)
             except (OSError, ValueError) as error:
+                _refuse_custom_code(self.name, error)
                 raise UsageError(f"{self.name} cannot be loaded: {first_line(error)}") from error
         return model.eval()
 
@@ -200,13 +203,25 @@ def _stored_source(spec: str) -> ModelSource:
     if folder.exists() and not (folder / "config.json").is_file():
         raise UsageError(f"{spec} is not a model folder: it has no config.json")
     try:
-        config = AutoConfig.from_pretrained(spec)
+        config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        _refuse_custom_code(spec, error)
+        if folder.exists():
+            raise UsageError(f"the config of {spec} cannot be loaded: {first_line(error)}") from error
         raise UsageError(
             f"there is no model {spec!r}: it is not a local folder, and the hub does not provide it "
             f"({first_line(error)}), so try a folder, a hub name, or {_PREFIX}{next(iter(RANDOM_CONFIGS))}?layers=2"
         ) from error
     return ModelSource(spec, config, is_random=False)
+
+
+def _refuse_custom_code(name: str, error: Exception) -> None:
+    """Raise UnsupportedError if transformers could not load a part of a model because it needs code from its author."""
+    if "trust_remote_code" in str(error):
+        raise UnsupportedError(
+            f"{name} needs Python code that is stored with the model, and headinfer does not run such code: choose a "
+            "model of a family that transformers has itself, such as those in docs/models.md"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

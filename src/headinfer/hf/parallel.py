@@ -175,7 +175,9 @@ def load_shard(name: str, ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedMode
         dtype: the dtype of the weights.
     """
     distributed = DistributedConfig(tp_size=ranks.world, tp_plan="auto")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, distributed_config=distributed)
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, distributed_config=distributed, trust_remote_code=False
+    )
 
 
 def load_random_shard(make: Callable[[], PreTrainedModel], ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedModel:

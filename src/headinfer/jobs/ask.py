@@ -105,9 +105,6 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     manifest = Manifest.read(folder)
     if job.keep:
         check_no_foreign_files(folder)
-    name = job.model or manifest.about.get("model")
-    if name is None:
-        raise UsageError(f"the session {folder} does not say which model made it: name it with --model")
     wanted = manifest.about.get("document_tokens", manifest.tokens)
     if manifest.tokens < wanted:
         raise SessionError(
@@ -116,7 +113,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
         )
     if read_consistently(folder, lambda found: saved_ids(folder, found)) is None:
         raise SessionError(f"the session {folder} does not hold its token ids: save it with token_ids to ask it here")
-    source = resolve(name)
+    source = _source(job, folder, manifest)
     check_config(manifest.model, source.config, folder)
     tokenizer = source.tokenizer()
     device = checked_device(job.device)
@@ -127,6 +124,28 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     warning = context_warning(manifest.tokens + job.max_new_tokens, ModelShape.from_config(source.config))
     warnings = [warning] if warning is not None else []
     return PreparedAsk(job, folder, manifest, source, tokenizer, device, ids, slow, warnings)
+
+
+def _source(job: AskJob, folder: Path, manifest: Manifest) -> ModelSource:
+    """Return the model that the user names, or else the one that the session names.
+
+    Raises:
+        UsageError: there is no such model, or the session names none.
+    """
+    if job.model is not None:
+        return resolve(job.model)
+    name = manifest.about.get("model")
+    if name is None:
+        raise UsageError(f"the session {folder} does not say which model made it: name it with --model")
+    try:
+        return resolve(name)
+    except UsageError as error:
+        if Path(name).exists():
+            raise
+        raise UsageError(
+            f"the session {folder} was read with the model {name}, and there is no model of this name here: name its "
+            "folder or hub name with --model"
+        ) from error
 
 
 def _question_ids(job: AskJob, tokenizer: Any, about: dict[str, Any]) -> list[list[int]]:

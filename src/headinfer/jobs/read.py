@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
         arithmetic = run_plan.options.arithmetic() | {"chunk_tokens": run_plan.chunk_tokens}
     about = {
-        "model": job.model,
+        "model": os.path.abspath(job.model) if Path(job.model).is_dir() else job.model,
         "seed": job.seed,
         "raw": job.raw,
         "document_tokens": tokens,
