@@ -587,6 +587,30 @@ class Day:
         return self.text
 
 
+def test_stop_strings_of_the_generation_config_end_an_answer(headinfer, book, tmp_path):
+    folder = saved_model(tmp_path / "model")
+    read(headinfer, book, model=folder)
+    whole = generate(headinfer, book, "When?", model=folder)["token_ids"]
+    stop = next(token for token in whole[2:] if token < 94)  # of one byte, so that it is a text
+    stop_at = whole.index(stop) + 1
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"stop_strings": [byte_tokenizer().decode([stop])]}))
+    assert generate(headinfer, book, "When?", model=folder)["token_ids"] == whole[:stop_at]
+    assert ask(headinfer, "When?")[0]["token_ids"] == whole[:stop_at]
+    kept = ask(headinfer, "When?", "Where?", more=["--keep"])
+    assert kept[0]["token_ids"] == whole[:stop_at]
+
+
+def test_a_document_longer_than_the_models_context_is_read_with_a_warning(headinfer, book):
+    model = MODEL + "&context=1000"
+    code, _, err = headinfer("read", model, "--file", book, "--session", "mybook", "--chunk-tokens", CHUNK)
+    assert code == 0
+    assert "tokens exceed the 1,000 that this model was made for" in err
+    code, _, err = headinfer("ask", "--session", "mybook", "--max-new-tokens", 2, "When?")
+    assert code == 0
+    assert "tokens exceed the 1,000 that this model was made for" in err
+
+
 def test_other_weights_are_an_error_after_loading(headinfer, book):
     read(headinfer, book)
     code, _, err = headinfer("read", MODEL, "--file", book, "--session", "mybook", "--seed", 3)

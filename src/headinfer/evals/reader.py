@@ -191,6 +191,7 @@ class Reader:
                 do_sample=False,
                 pad_token_id=pad_id(self.tokenizer),
                 streamer=streamer,
+                tokenizer=self.tokenizer,  # for stop_strings in the model's generation config
             )
             new_ids = generated[0, prompt.shape[1] :].tolist()
             text = self.tokenizer.decode(new_ids, skip_special_tokens=True)

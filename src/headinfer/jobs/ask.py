@@ -302,6 +302,7 @@ def _answer(
             past_key_values=cache,
             max_new_tokens=job.max_new_tokens,
             streamer=streamer,
+            tokenizer=tokenizer,  # for stop_strings in the model's generation config
             pad_token_id=pad_id(tokenizer),
             **({"do_sample": False} | job.sampling),
         )

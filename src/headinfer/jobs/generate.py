@@ -300,6 +300,7 @@ def run(
                 past_key_values=cache,
                 max_new_tokens=job.max_new_tokens,
                 streamer=streamer,
+                tokenizer=prepared.tokenizer,  # for stop_strings in the model's generation config
                 **({"do_sample": False} | job.sampling),
             )
     except KeyboardInterrupt:
