@@ -33,9 +33,10 @@ from headinfer.hf.compat import (
     layer_device,
     takes_attention_interface,
 )
-from headinfer.hf.continuation import go_on_from
 from headinfer.hf.copies import distinct_rows, repeat_logits
+from headinfer.hf.defaults import use_cache_by_default
 from headinfer.hf.families import check_family
+from headinfer.hf.generation import prepare_generate
 from headinfer.hf.inputs import (
     check_attention_outputs,
     check_no_images,
@@ -116,6 +117,7 @@ class Enabled:
         self._before = {name: model.__dict__.get(name) for name in ("forward", "generate")}
         register()
         model.set_attn_implementation(NAME)
+        self._restore_defaults = use_cache_by_default(model)
         model.forward = self._forward(model.forward)
         model.generate = self._generate(model.generate)
         model._prepare_cache_for_generation = self._prepare_cache
@@ -201,6 +203,7 @@ class Enabled:
             else:
                 setattr(model, name, before)
         del model._prepare_cache_for_generation, model._headinfer
+        self._restore_defaults()
         model.set_attn_implementation(self._attention_before)
 
     def __enter__(self) -> Enabled:
@@ -248,11 +251,7 @@ class Enabled:
         def checked(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             given.setdefault("input_ids", given.get("inputs"))
-            cache = given.get("past_key_values")
-            if isinstance(cache, HeadCache):
-                go_on_from(cache, given)
-            if isinstance(cache, HeadCache) or (cache is None and given.get("use_cache") is not False):
-                check_no_images(given, self.model.config)  # before transformers encodes them
+            prepare_generate(given, self.model.config)
             return generate(*args, **kwargs)
 
         return checked
@@ -364,7 +363,8 @@ def enable(
 
     What the options leave open is planned for this machine, once for each generate() and again if a context outgrows
     its plan. `plan` of the result is the last plan, and `plan.explain()` says why it was chosen. A warning is given if
-    a context is longer than what the model was made for.
+    a context is longer than what the model was made for. `use_cache: false` in the model's configs does not count, only
+    in a call.
 
         with headinfer.enable(model, device_kv_budget_bytes=256 * 2**20):
             model.generate(**inputs)

@@ -26,6 +26,7 @@ from headinfer.embedded import EMBEDDED, embedded_model
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
+from headinfer.hf.defaults import leave_out_outputs
 from headinfer.hf.families import check_family
 
 __all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "first_line", "resolve"]
@@ -140,6 +141,7 @@ class ModelSource:
             except (OSError, ValueError) as error:
                 _refuse_custom_code(self.name, error)
                 raise UsageError(f"{self.name} cannot be loaded: {first_line(error)}") from error
+        leave_out_outputs(model)
         return model.eval()
 
 

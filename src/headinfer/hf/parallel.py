@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from headinfer.errors import HeadinferError, StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import DistributedConfig, PreTrainedConfig, PreTrainedModel, tensor_parallel_plan
+from headinfer.hf.defaults import leave_out_outputs
 from headinfer.hf.models import first_line
 from headinfer.hf.ranks import Ranks
 from headinfer.plan.model_shape import ModelShape
@@ -175,9 +176,11 @@ def load_shard(name: str, ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedMode
         dtype: the dtype of the weights.
     """
     distributed = DistributedConfig(tp_size=ranks.world, tp_plan="auto")
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, distributed_config=distributed, trust_remote_code=False
     )
+    leave_out_outputs(model)
+    return model
 
 
 def load_random_shard(make: Callable[[], PreTrainedModel], ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedModel:

@@ -31,6 +31,7 @@ _NOT_IDENTITY = (
     "label2id",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "problem_type",
     "return_dict",
     "torch_dtype",

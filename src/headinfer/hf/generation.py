@@ -1,4 +1,4 @@
-"""Prepares a cache that is not empty for generate().
+"""Checks the arguments of generate(), and prepares a cache that is not empty for it.
 
 generate() skips as many tokens of the prompt as the cache holds. If the cache holds all of them, transformers reads the
 whole prompt again on top of itself.
@@ -6,6 +6,7 @@ whole prompt again on top of itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,47 @@ import torch
 
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.hf.cache import HeadCache
+from headinfer.hf.inputs import check_no_images
 from headinfer.hf.layers import uncroppable_reason
+from headinfer.utils.stacklevel import stacklevel_of_user
 
-__all__ = ["go_on_from"]
+__all__ = ["prepare_generate"]
 
 
-def go_on_from(cache: HeadCache, given: Mapping[str, Any]) -> None:
+def prepare_generate(given: Mapping[str, Any], config: Any) -> None:
+    """Check the arguments of generate() before transformers does anything with them.
+
+    Args:
+        given: the arguments by name.
+        config: the config of the model.
+
+    Raises:
+        UsageError: the cache holds more tokens than the prompt, or is known to hold other ones, or must not be used.
+        UnsupportedError: there are images, or the cache holds the whole prompt, whose last token cannot be removed.
+    """
+    cache = given.get("past_key_values")
+    if cache is not None and not isinstance(cache, HeadCache):
+        return
+    own_config = given.get("generation_config")
+    use_cache = given.get("use_cache")
+    if use_cache is None and own_config is not None:
+        use_cache = own_config.use_cache
+        if use_cache is False and cache is None:
+            warnings.warn(
+                "the generation_config has use_cache=False, so each new token computes the whole context again and "
+                "headinfer offloads nothing: set it to True, or pass use_cache=False if you mean it",
+                stacklevel=stacklevel_of_user(),
+            )
+    if use_cache is not False:
+        check_no_images(given, config)
+    if cache is None:
+        return
+    if use_cache is False:
+        raise UsageError("use_cache=False contradicts past_key_values: leave out one of them")
+    _go_on_from(cache, given)
+
+
+def _go_on_from(cache: HeadCache, given: Mapping[str, Any]) -> None:
     """Check that the prompt of generate() goes on from what a cache holds.
 
     If the cache holds exactly the prompt, the prompt's last token is removed from it, since generate() must read it.
