@@ -601,6 +601,24 @@ def test_stop_strings_of_the_generation_config_end_an_answer(headinfer, book, tm
     assert kept[0]["token_ids"] == whole[:stop_at]
 
 
+def test_the_commands_decode_one_text_whatever_the_generation_config_says(headinfer, book, tmp_path):
+    folder = saved_model(tmp_path / "model")
+    read(headinfer, book, model=folder)
+    expected = generate(headinfer, book, "When?", model=folder)["token_ids"]
+    ways = [
+        {"num_beams": 3},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"assistant_early_exit": 1},
+    ]
+    for way in ways:
+        (folder / "generation_config.json").write_text(json.dumps(way))
+        assert generate(headinfer, book, "When?", model=folder)["token_ids"] == expected, way
+        assert ask(headinfer, "When?")[0]["token_ids"] == expected, way
+
+
 def test_a_document_longer_than_the_models_context_is_read_with_a_warning(headinfer, book):
     model = MODEL + "&context=1000"
     code, _, err = headinfer("read", model, "--file", book, "--session", "mybook", "--chunk-tokens", CHUNK)

@@ -7,8 +7,20 @@ from typing import Any
 
 from headinfer.hf.compat import PreTrainedModel
 
-__all__ = ["leave_out_outputs", "use_cache_by_default"]
+__all__ = ["decode_one_text", "leave_out_outputs", "use_cache_by_default"]
 
+# Fields of a generation config that choose another way of decoding than one token after another of one text.
+_DECODING = (
+    "assistant_early_exit",
+    "cache_implementation",
+    "constraints",
+    "dola_layers",
+    "force_words_ids",
+    "num_beams",
+    "num_return_sequences",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+)
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -35,6 +47,17 @@ def leave_out_outputs(model: PreTrainedModel) -> None:
         for name in _OUTPUTS:
             if getattr(config, name, None):
                 setattr(config, name, False)
+
+
+def decode_one_text(model: PreTrainedModel) -> None:
+    """Change the generation config of a model so that generate() writes one text, one token after another.
+
+    The commands stream one answer, so they need this. What changes the probabilities, such as repetition_penalty, stays.
+    """
+    config = model.generation_config
+    defaults = type(config)()
+    for name in _DECODING:
+        setattr(config, name, getattr(defaults, name, None))
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -26,7 +26,7 @@ from headinfer.embedded import EMBEDDED, embedded_model
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
-from headinfer.hf.defaults import leave_out_outputs
+from headinfer.hf.defaults import decode_one_text, leave_out_outputs
 from headinfer.hf.families import check_family
 
 __all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "first_line", "resolve"]
@@ -142,6 +142,7 @@ class ModelSource:
                 _refuse_custom_code(self.name, error)
                 raise UsageError(f"{self.name} cannot be loaded: {first_line(error)}") from error
         leave_out_outputs(model)
+        decode_one_text(model)
         return model.eval()
 
 

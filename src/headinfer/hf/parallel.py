@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from headinfer.errors import HeadinferError, StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import DistributedConfig, PreTrainedConfig, PreTrainedModel, tensor_parallel_plan
-from headinfer.hf.defaults import leave_out_outputs
+from headinfer.hf.defaults import decode_one_text, leave_out_outputs
 from headinfer.hf.models import first_line
 from headinfer.hf.ranks import Ranks
 from headinfer.plan.model_shape import ModelShape
@@ -180,6 +180,7 @@ def load_shard(name: str, ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedMode
         name, dtype=dtype, distributed_config=distributed, trust_remote_code=False
     )
     leave_out_outputs(model)
+    decode_one_text(model)
     return model
 
 
