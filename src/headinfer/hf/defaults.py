@@ -52,7 +52,7 @@ def leave_out_outputs(model: PreTrainedModel) -> None:
 def decode_one_text(model: PreTrainedModel) -> None:
     """Change the generation config of a model so that generate() writes one text, one token after another.
 
-    The commands stream one answer, so they need this. What changes the probabilities, such as repetition_penalty, stays.
+    The commands stream one answer, so they need this. What changes probabilities, such as repetition_penalty, stays.
     """
     config = model.generation_config
     defaults = type(config)()
