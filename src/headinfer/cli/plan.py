@@ -138,6 +138,7 @@ def _dtype(name: str, hardware: Hardware) -> str:
 def _warnings(request: Request) -> list[str]:
     most = request.shape.max_context_tokens
     asked = request.context_tokens
+    request.shape.check_positions(asked)
     if not most or asked <= most:
         return []
     return [

@@ -25,6 +25,7 @@ from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
 from headinfer.hf.compat import (
+    Cache,
     GenerationMode,
     PreTrainedModel,
     check_version,
@@ -40,8 +41,10 @@ from headinfer.hf.generation import prepare_generate
 from headinfer.hf.inputs import (
     check_attention_outputs,
     check_no_images,
+    number_of_positions,
     number_of_tokens,
     text_only,
+    unused_positions,
     wants_more_than_logits,
 )
 from headinfer.hf.layers import HeadLayer
@@ -76,7 +79,12 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def context_warning(tokens: int, shape: ModelShape) -> str | None:
-    """Return a warning if a context is longer than a model was made for; None if it is not, or if that is unknown."""
+    """Return a warning if a context is longer than a model was made for; None if it is not, or if that is unknown.
+
+    Raises:
+        UsageError: the model has no positions for a context of this length.
+    """
+    shape.check_positions(tokens)
     if not shape.max_context_tokens or tokens <= shape.max_context_tokens:
         return None
     return (
@@ -186,7 +194,7 @@ class Enabled:
         return planned.chunk_tokens if planned is not None else _UNPLANNED_CHUNK_TOKENS
 
     def _warn_about(self, tokens: int) -> None:
-        """Warn once if a context is longer than what the model was made for."""
+        """Warn once if a context is longer than what the model was made for. Raise UsageError if it cannot be."""
         warning = context_warning(tokens, self._shape)
         if warning is not None and not self._has_warned:
             self._has_warned = True
@@ -223,6 +231,9 @@ class Enabled:
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
             check_attention_outputs(inputs, self.model.config)
             cache = inputs.get("past_key_values")
+            past_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
+            if self._shape.has_position_table:
+                self._shape.check_positions(number_of_positions(inputs, past_tokens))
             if is_unsupported_cache(cache):
                 raise _unsupported_cache(type(cache).__name__)
             if not isinstance(cache, HeadCache):
@@ -237,7 +248,8 @@ class Enabled:
                     copies = 1
                 else:
                     inputs = distinct
-            self._warn_about(cache.get_seq_length() + number_of_tokens(inputs))
+            if not self._shape.has_position_table:
+                self._warn_about(past_tokens + number_of_tokens(inputs))
             result = self._guarded_chunks(forward, inputs, cache)
             return repeat_logits(result, copies) if copies > 1 else result
 
@@ -316,7 +328,8 @@ class Enabled:
         else:
             cache = self.new_cache(max_cache_length, batch_size)
             model_kwargs["past_key_values"] = cache
-        self._warn_about(max_cache_length)
+        guesses = (generation_config.prompt_lookup_num_tokens or 1) - 1  # they may go beyond the last token
+        self._warn_about(max_cache_length + guesses - unused_positions(model_kwargs))
         if wants_more_than_logits(model_kwargs, self.model.config):
             generation_config.prefill_chunk_size = None  # generate() would return those of the last chunk only
         if isinstance(cache, HeadCache):

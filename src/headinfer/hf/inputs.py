@@ -13,8 +13,10 @@ __all__ = [
     "check_attention_outputs",
     "check_no_images",
     "input_tokens",
+    "number_of_positions",
     "number_of_tokens",
     "text_only",
+    "unused_positions",
     "wants_more_than_logits",
 ]
 
@@ -43,6 +45,27 @@ def number_of_tokens(inputs: Mapping[str, Any]) -> int:
     """Return the number of tokens of each row of a forward pass."""
     tokens = input_tokens(inputs)
     return tokens.shape[1] if tokens is not None else 0
+
+
+def number_of_positions(inputs: Mapping[str, Any], past_tokens: int) -> int:
+    """Return how many positions a model needs for a forward pass and the tokens before it. Padding needs none.
+
+    Args:
+        inputs: the arguments of the pass by name.
+        past_tokens: tokens of the cache.
+    """
+    positions = inputs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.numel():
+        return int(positions.max()) + 1
+    return past_tokens + number_of_tokens(inputs)
+
+
+def unused_positions(inputs: Mapping[str, Any]) -> int:
+    """Return how many tokens of the attention mask [B, T] are padding in each row, at least; 0 without a mask."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return 0
+    return int((mask == 0).sum(dim=1).min())
 
 
 def wants_more_than_logits(inputs: Mapping[str, Any], config: Any) -> bool:

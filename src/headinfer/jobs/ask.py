@@ -121,7 +121,9 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     HeadCache(source.config, **{**kept_options(manifest), **job.options})  # raises if an option is out of range
     ids = _question_ids(job, tokenizer, manifest.about)
     slow = _slow(job, manifest, source, device)
-    warning = context_warning(manifest.tokens + job.max_new_tokens, ModelShape.from_config(source.config))
+    turns = [len(question) + job.max_new_tokens for question in ids]
+    tokens = manifest.tokens + (sum(turns) if job.keep else max(turns))
+    warning = context_warning(tokens, ModelShape.from_config(source.config))
     warnings = [warning] if warning is not None else []
     return PreparedAsk(job, folder, manifest, source, tokenizer, device, ids, slow, warnings)
 

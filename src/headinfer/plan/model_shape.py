@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from headinfer.errors import UsageError
+
 __all__ = ["LayerShape", "ModelShape"]
 
 # Fields that a config.json may leave out, because the family's class has a default for them.
@@ -30,6 +32,8 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "llama4_text": {"attention_chunk_size": 8192},
 }  # fmt: skip
+# Families that look positions up in a table with an entry for each of max_position_embeddings.
+_POSITION_TABLES = ("biogpt", "gpt2", "gpt_bigcode", "opt")
 _LINEAR_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
@@ -170,6 +174,23 @@ class ModelShape:
     def active_weights(self) -> int:
         """Weights that one token is multiplied with in the layers, without embedding and head."""
         return sum(layer.active_weights for layer in self.layers)
+
+    @property
+    def has_position_table(self) -> bool:
+        """Whether positions are looked up in a table, so that a context cannot be longer than max_context_tokens."""
+        return self.family in _POSITION_TABLES and self.max_context_tokens > 0
+
+    def check_positions(self, tokens: int) -> None:
+        """Check that the model has a position for each token of a context.
+
+        Raises:
+            UsageError: its table of positions is shorter.
+        """
+        if self.has_position_table and tokens > self.max_context_tokens:
+            raise UsageError(
+                f"{tokens:,} tokens of prompt and answer exceed the {self.max_context_tokens:,} positions that this "
+                f"{self.family} has learned: shorten the prompt, or ask for fewer new tokens"
+            )
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Return the bytes of host KV of one token of one row, over all offloaded layers."""
