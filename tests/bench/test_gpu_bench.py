@@ -435,7 +435,7 @@ MISTAKES = {
     "no GPU, one suite": (["decode", "--device", "cuda:3", "--gpu-memory", "24GB"], "sees no CUDA device"),
     "no suite": (["speed", "--device", "cuda"], "there is no GPU suite 'speed'"),
     "no size": (["--device", "cuda", "--gpu-memory", "much"], "is not a size"),
-    "no time": (["--device", "cuda", "--limit-s", "0"], "must be a positive number of seconds"),
+    "no time": (["--device", "cuda", "--limit-s", "0"], "--limit-s is 0: it must be a number from 0.001"),
     "no place": (["--device", "cuda", "--output", f"{__file__}/results"], "cannot write results in"),
     "a card for a CPU": (["--gpu-memory", "24GB"], "give --device cuda as well"),
     "a disk for a GPU": (["--device", "cuda", "--folder", "/tmp"], "leave --device out"),

@@ -88,7 +88,7 @@ def test_json_is_one_object_with_all_tables():
         (("llama-3-8b", "--gpu", "rtx4090", "--ram", "12XB"), "'12XB' is not a size"),
         (("llama-3-8b", "--gpu", "rtx4090", "--disk", "TB"), "'TB' is not a size"),
         (("llama-3-8b", "--gpu", "rtx4090", "--context", "1Q"), "'1Q' is not a number of tokens"),
-        (("llama-3-8b", "--gpu", "rtx4090", "--context", "0"), "'0' tokens are out of range"),
+        (("llama-3-8b", "--gpu", "rtx4090", "--context", "0"), "--context is 0: it must be a positive number"),
         (("llama-3-8b", "--gpu", "rtx4090", "--ram", "94GiB", "--context", "1M"), "at most 753,888 tokens fit"),
         (("llama-3-8b", "--gpu", "rtx4090", "--ram", "1GB"), "no context fits"),
         (("llama-3-8b", "--gpu", "rtx4090", "--device-kv-budget", "1MiB", "--ram", "64GB"), "is too small"),

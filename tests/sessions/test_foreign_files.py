@@ -812,10 +812,14 @@ CALLS = {
     "evals/run.py": ["Output", "Output"],
     "utils/files.py": [
         "mkdir",
+        "mkstemp",
+        "open for writing",
         "os.link",
         "os.open for writing",
         "os.open for writing",
+        "os.open for writing",
         "os.replace",
+        "remove",
         "remove",
         "remove",
         "unlink",
@@ -835,6 +839,8 @@ CALLS = {
     "cli/plan_plots.py": ["Output", "Output", "savefig"],
     # a temporary file
     "bench/probe.py": ["NamedTemporaryFile"],
+    # a temporary file if standard output fails, and /dev/null
+    "cli/streams.py": ["mkstemp", "open for writing", "os.open for writing", "os.open for writing"],
     "sessions/archive.py": ["Output", "open for writing", "os.replace", "remove", "tarfile.open for writing"],
     "sessions/folder.py": [
         "mkdir",

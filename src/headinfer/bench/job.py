@@ -28,6 +28,7 @@ from headinfer.errors import UsageError
 from headinfer.hf.models import resolve
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.model_shape import ModelShape
+from headinfer.utils.files import check_folder
 
 __all__ = ["CpuJob", "GpuJob", "Job", "Rates"]
 
@@ -98,7 +99,7 @@ class CpuJob(Job):
         folder: a folder on the disk that is measured; None: the system's folder for temporary files.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or it is not writable.
     """
 
     def __init__(self, sizes: CpuSizes, say: Callable[[str], None], *, folder: Path | None = None) -> None:
@@ -107,6 +108,8 @@ class CpuJob(Job):
         self.folder = folder or Path(tempfile.gettempdir())
         if not self.folder.is_dir():
             raise UsageError(f"there is no folder {self.folder}: name one on the disk that is to be measured")
+        if folder is not None:
+            check_folder(folder, "measure the disk")
 
 
 class GpuJob(Job):

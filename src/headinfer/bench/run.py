@@ -19,6 +19,7 @@ from headinfer.bench.job import CpuJob, GpuJob
 from headinfer.bench.measurement import Measurement
 from headinfer.bench.plan_check import check_plan
 from headinfer.bench.probe import probe
+from headinfer.engine.machine import chosen_device
 from headinfer.errors import UsageError
 
 __all__ = ["CPU_SUITES", "GPU_SUITES", "Suite", "check_device", "check_suites", "run_check", "run_suites"]
@@ -64,18 +65,15 @@ def check_device(name: str) -> torch.device:
     Raises:
         UsageError: there is no such device.
     """
-    if not torch.cuda.is_available():
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(
             f"--device {name}: this torch ({torch.__version__}) sees no CUDA device, and the GPU suites measure one: "
             "run them on a machine with an NVIDIA GPU, its driver and a CUDA build of torch, or leave --device out"
         )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: choose cpu, cuda or cuda:N") from None
+    device = chosen_device(name)
+    if device.type != "cuda":
+        raise UsageError(f"--device {name}: choose cpu, or cuda or cuda:N for the GPU suites")
     index = device.index if device.index is not None else torch.cuda.current_device()
-    if device.type != "cuda" or index >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: choose cpu, or cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return torch.device("cuda", index)
 
 

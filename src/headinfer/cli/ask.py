@@ -21,6 +21,9 @@ from headinfer.cli.options import (
     SessionsFolder,
     Temperature,
     kv_options,
+    seed,
+    size,
+    text_argument,
 )
 from headinfer.sessions.folder import default_root
 from headinfer.utils.units import format_bytes
@@ -29,7 +32,7 @@ __all__ = ["ask"]
 
 
 def ask(
-    questions: Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)],
+    questions: Annotated[list[str], text_argument("questions", "One or more questions.", show_default=False)],
     session: SessionOption,
     sessions: SessionsFolder = None,
     keep: Annotated[
@@ -41,13 +44,13 @@ def ask(
     ] = None,
     max_new_tokens: MaxNewTokens = 256,
     device_kv_budget: Annotated[
-        str | None,
-        typer.Option(help=DEVICE_KV_BUDGET_HELP, show_default="the session's", rich_help_panel=MEMORY_PANEL),
+        int | None,
+        size("--device-kv-budget", DEVICE_KV_BUDGET_HELP, show_default="the session's", rich_help_panel=MEMORY_PANEL),
     ] = None,
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, seed("Seed of sampling.")] = 0,
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:

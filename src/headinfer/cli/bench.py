@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headinfer.cli.console import say, show
-from headinfer.cli.options import bytes_or_none
+from headinfer.cli.options import real, size
 from headinfer.errors import HeadinferError, UsageError
 from headinfer.utils.units import format_bytes
 
@@ -38,12 +38,17 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     gpu_memory: Annotated[
-        str | None,
-        typer.Option(help="GPU suites: limit the process to this much GPU memory, e.g. 24GB, like a smaller card."),
+        int | None,
+        size("--gpu-memory", "GPU suites: limit the process to this much GPU memory, e.g. 24GB, like a smaller card."),
     ] = None,
     limit_s: Annotated[
         float | None,
-        typer.Option(help="GPU suites: start nothing that would end after this many seconds (default: 480)."),
+        real(
+            "--limit-s",
+            "GPU suites: start nothing that would end after this many seconds (default: 480).",
+            low=1e-3,
+            high=1e9,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -87,7 +92,7 @@ def _cpu_job(names: Sequence[str], folder: Path | None, *, quick: bool) -> CpuJo
 
 
 def _gpu_job(
-    names: Sequence[str], device: str, gpu_memory: str | None, limit_s: float, output: Path | None, *, quick: bool
+    names: Sequence[str], device: str, gpu_memory: int | None, limit_s: float, output: Path | None, *, quick: bool
 ) -> GpuJob:
     """Check the options of the GPU suites, and return their job."""
     from headinfer.bench.job import GpuJob
@@ -96,13 +101,10 @@ def _gpu_job(
     from headinfer.utils.files import check_folder
 
     check_suites(names, is_gpu=True)
-    cap = bytes_or_none(gpu_memory)
-    if not limit_s > 0:
-        raise UsageError(f"--limit-s is {limit_s:g}: it must be a positive number of seconds")
     if output is not None:
         check_folder(output.parent if output.suffix == ".json" else output, "write results")
     sizes = QUICK_GPU if quick else GpuSizes()
-    return GpuJob(check_device(device), sizes, say, limit_s=limit_s, gpu_memory_bytes=cap)
+    return GpuJob(check_device(device), sizes, say, limit_s=limit_s, gpu_memory_bytes=gpu_memory)
 
 
 def _run(
@@ -132,8 +134,8 @@ def _run(
         print(result_markdown(job, measurements, arguments), end="")
     else:
         _print_tables(measurements)
-    if refused is not None:
-        raise refused
+    if files is not None and refused is not None:
+        files.write(measurements)  # all of them: into a temporary file if writing fails again
     if check_plan and any(measurement.reached is False for measurement in measurements):
         raise typer.Exit(1)
 

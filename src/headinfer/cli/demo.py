@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headinfer.cli.console import say, show
-from headinfer.cli.options import Device, Json
-from headinfer.utils.units import parse_tokens
+from headinfer.cli.options import Device, Json, number, seed, tokens
 
 if TYPE_CHECKING:
     from headinfer.evals.demo import DemoResult
@@ -25,12 +24,12 @@ _READING_SECONDS = 75.0
 
 def demo(
     context: Annotated[
-        str | None,
-        typer.Option(help="Tokens to read, e.g. 100K.", show_default="what this machine reads in about a minute"),
+        int | None,
+        tokens("--context", "Tokens to read, e.g. 100K.", show_default="what this machine reads in about a minute"),
     ] = None,
-    questions: Annotated[int, typer.Option(help="Number of facts to hide and to ask for.")] = 4,
+    questions: Annotated[int, number("--questions", "Number of facts to hide and to ask for.", high=1000)] = 4,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the facts and of the part of the text.")] = 0,
+    seed: Annotated[int, seed("Seed of the facts and of the part of the text.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Find facts in a very long text with the head-wise cache and with transformers' own, and compare all tokens.
@@ -38,19 +37,19 @@ def demo(
     The exit code is 1 if a token differs or an answer is wrong.
     """
     from headinfer.cli.report import ReadingProgress
+    from headinfer.engine.machine import chosen_device
     from headinfer.evals.demo import Demo, DemoResult, largest_demo
     from headinfer.evals.reader import HEAD_WISE, STANDARD
-    from headinfer.jobs.generate import checked_device
 
-    tokens = parse_tokens(context) if context is not None else None
+    length = context
     progress = ReadingProgress()
-    made = Demo(checked_device(device), progress.on_tokens)
-    if tokens is None:
+    made = Demo(str(chosen_device(device)), progress.on_tokens)
+    if length is None:
         say("measuring the speed of this machine ...")
-        tokens = largest_demo(made, _READING_SECONDS)
-    document = made.document(tokens, questions, seed)
+        length = largest_demo(made, _READING_SECONDS)
+    document = made.document(length, questions, seed)
     if not as_json:
-        _introduce(document, tokens)
+        _introduce(document, length)
 
     def read(method: Method, name: str, on_text: OnText | None) -> Reading:
         with progress.reading(f"reading, {name}", made.shape, made.reader.count(document.text)):

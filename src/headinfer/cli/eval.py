@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headinfer.cli.console import say, show
-from headinfer.cli.options import Device, DeviceKVBudget, Dtype, Json, Model, Raw, bytes_or_none
+from headinfer.cli.options import Command, Device, DeviceKVBudget, Dtype, Json, Model, Raw, number, seed, tokens
 from headinfer.errors import UsageError
 from headinfer.utils.units import format_tokens, parse_tokens
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 Lengths = Annotated[str, typer.Option(help="Tokens of a prompt and its answer, separated by commas.")]
-Samples = Annotated[int, typer.Option(help="Documents per length, and per task if there are several.", min=1)]
+Samples = Annotated[int, number("--samples", "Documents per length, and per task if there are several.", high=100_000)]
 Out = Annotated[Path, typer.Option(help="Folder for the results. An interrupted evaluation resumes from it.")]
 Compare = Annotated[
     bool,
@@ -37,14 +37,14 @@ Compare = Annotated[
         help="Answer with transformers' own cache too, if it fits. The exit code is 1 if an answer differs.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the documents and questions.")]
+Seed = Annotated[int, seed("Seed of the documents and questions.")]
 Text = Annotated[
     Path | None,
     typer.Option(help="UTF-8 text file to hide the needles in.", show_default="the text that headinfer ships"),
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def niah(
     model: Model,
     lengths: Lengths = "4K,16K",
@@ -92,7 +92,7 @@ def niah(
         _show(results, ("tokens", "found"), rows, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def ruler(
     model: Model,
     lengths: Lengths = "4K,16K",
@@ -137,13 +137,14 @@ def ruler(
     _show(results, ("task", *map(format_tokens, wanted)), rows, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def data(
     model: Model,
     task: Annotated[str, typer.Option(help="longbench-v2, or a task of SCBench: scbench_kv, scbench_qa_eng, ...")],
     data: Annotated[Path, typer.Option(help="File of the benchmark, JSON or JSON lines.")],
     most_tokens: Annotated[
-        str | None, typer.Option(help="Leave out texts that are longer than this, e.g. 128K.", show_default="no limit")
+        int | None,
+        tokens("--most-tokens", "Leave out texts that are longer than this, e.g. 128K.", show_default="no limit"),
     ] = None,
     out: Out = Path("results"),
     compare: Compare = False,
@@ -162,7 +163,7 @@ def data(
     )
     evaluation.check_memory(1)  # raises before the texts are tokenized
     sizes = [evaluation.count(document.text) + _answer_tokens(document) for document in documents]
-    most = parse_tokens(most_tokens) if most_tokens is not None else max(sizes)
+    most = most_tokens if most_tokens is not None else max(sizes)
     kept = [(document, size) for document, size in zip(documents, sizes, strict=True) if size <= most]
     if not kept:
         raise UsageError(f"no text of {data} has at most {most:,} tokens: the shortest has {min(sizes):,}")
@@ -187,7 +188,7 @@ class _Evaluation:
         is_raw: whether the model's chat template is left out.
         dtype: a value of --dtype.
         device: a value of --device.
-        device_kv_budget: a size such as 256MiB; planned if None.
+        device_kv_budget: bytes; planned if None.
 
     Raises:
         UsageError: the folder holds other results, or an argument is wrong.
@@ -202,17 +203,18 @@ class _Evaluation:
         is_raw: bool,
         dtype: str,
         device: str,
-        device_kv_budget: str | None,
+        device_kv_budget: int | None,
     ) -> None:
+        from headinfer.engine.machine import chosen_device
         from headinfer.evals.run import Results
         from headinfer.hf.models import resolve
-        from headinfer.jobs.generate import checked_device, chosen_dtype
+        from headinfer.jobs.generate import chosen_dtype
         from headinfer.plan.model_shape import ModelShape
 
-        self._device_kv_budget_bytes = bytes_or_none(device_kv_budget)
+        self._device_kv_budget_bytes = device_kv_budget
         self._seed = seed
         self._is_raw = is_raw
-        self._device = checked_device(device)
+        self._device = str(chosen_device(device))
         self._source = resolve(model)
         self._dtype = chosen_dtype(dtype, self._source, self._device)
         self._tokenizer = self._source.tokenizer()

@@ -13,6 +13,7 @@ from headinfer.cli.console import discard, stderr, warning, write
 from headinfer.cli.options import (
     MEMORY_PANEL,
     SAMPLING_PANEL,
+    ChunkTokens,
     Device,
     DeviceKVBudget,
     DiskTier,
@@ -24,6 +25,11 @@ from headinfer.cli.options import (
     Raw,
     Temperature,
     kv_options,
+    number,
+    real,
+    seed,
+    text_option,
+    tokens,
 )
 from headinfer.errors import UsageError
 from headinfer.hf.ranks import Ranks
@@ -36,30 +42,29 @@ __all__ = ["generate"]
 
 def generate(
     model: Model,
-    file: Annotated[Path | None, typer.Option(help="UTF-8 text file that precedes the prompt.")] = None,
-    prompt: Annotated[str, typer.Option(help="The question about the document, or a prompt of its own.")] = "",
-    max_new_tokens: MaxNewTokens = 256,
-    chunk_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Prefill in chunks of this many tokens.", show_default="planned", rich_help_panel=MEMORY_PANEL
-        ),
+    file: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file that precedes the prompt; - reads standard input.")
     ] = None,
+    prompt: Annotated[str, text_option("--prompt", "The question about the document, or a prompt of its own.")] = "",
+    max_new_tokens: MaxNewTokens = 256,
+    chunk_tokens: ChunkTokens = None,
     device_kv_budget: DeviceKVBudget = None,
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
     heads_per_group: Annotated[
         int | None,
-        typer.Option(
-            help="KV heads that are streamed together.",
+        number(
+            "--heads-per-group",
+            "KV heads that are streamed together.",
             show_default="chosen before each pass",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
     tile_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens that are streamed together.",
+        tokens(
+            "--tile-tokens",
+            "Tokens that are streamed together.",
             show_default="chosen before each pass",
             rich_help_panel=MEMORY_PANEL,
         ),
@@ -82,24 +87,31 @@ def generate(
     staging: Annotated[str | None, typer.Option(hidden=True, help="Deprecated: use --transport.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of sampling and of random weights.")] = 0,
+    seed: Annotated[int, seed("Seed of sampling and of random weights.")] = 0,
     temperature: Temperature = 0.0,
     top_k: Annotated[
         int | None,
-        typer.Option(help="Sample from the k most likely tokens.", min=1, rich_help_panel=SAMPLING_PANEL),
+        number("--top-k", "Sample from the k most likely tokens.", rich_help_panel=SAMPLING_PANEL),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            help="Sample from the fewest tokens whose probabilities sum to p.",
-            min=0,
-            max=1,
+        real(
+            "--top-p",
+            "Sample from the fewest tokens whose probabilities sum to p.",
+            low=0,
+            high=1,
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(help="A value above 1 discourages repetition.", rich_help_panel=SAMPLING_PANEL),
+        real(
+            "--repetition-penalty",
+            "A value above 1 discourages repetition.",
+            low=0.01,
+            high=100,
+            rich_help_panel=SAMPLING_PANEL,
+        ),
     ] = None,
     raw: Raw = False,
     as_json: Json = False,

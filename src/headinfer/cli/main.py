@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
+import re
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Annotated
 
 import typer
 
+import headinfer
 from headinfer.cli import eval as evaluations
 from headinfer.cli import session as sessions
 from headinfer.cli.ask import ask
@@ -18,10 +22,12 @@ from headinfer.cli.console import error, say
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.info import info
+from headinfer.cli.options import Command, LightCommand
 from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.read import read
-from headinfer.errors import HeadinferError
+from headinfer.cli.streams import BROKEN_PIPE, KeptOutput, open_missing_streams
+from headinfer.errors import HeadinferError, UsageError
 
 __all__ = ["app", "main"]
 
@@ -29,6 +35,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # Libraries whose warnings repeat or contradict headinfer's own.
 _QUIET_LIBRARIES = ("transformers", "huggingface_hub", "torchao", "torch.utils._pytree")
+# What torch, the dynamic linker and Python say if the system refuses memory.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment"
+    r"|can't start new thread|std::bad_alloc",
+    re.IGNORECASE,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,40 +48,93 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Exact LLM inference over very long contexts on one small GPU: the KV cache is kept in host RAM, per "
     "attention head.",
+    epilog="Exit codes: 0 success; 1 a check of the command failed (demo, eval --compare, session verify, bench "
+    "--check-plan); 2 a mistake or a missing resource, with one sentence on stderr; 130 Ctrl-C; 141 the reader of the "
+    "output has ended.",
 )
-app.command()(generate)
-app.command()(read)
-app.command()(ask)
+for command in (generate, read, ask, plan, probe, info, demo, bench):
+    app.command(cls=LightCommand if command is plan else Command)(command)
 app.add_typer(sessions.app, name="session")
-app.command()(plan)
-app.command()(probe)
-app.command()(info)
-app.command()(demo)
 app.add_typer(evaluations.app, name="eval")
-app.command()(bench)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"headinfer {headinfer.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
     """Run the command line: the entry point of `headinfer` and `python -m headinfer`.
 
-    An error of headinfer becomes one sentence on stderr and exit code 2. Ctrl-C ends with exit code 130. If torchrun
-    started several ranks, only rank 0 prints; the other ranks print nothing but their errors.
+    An error of headinfer becomes one sentence on stderr and exit code 2. Ctrl-C ends with exit code 130. If standard
+    output fails, the output is kept in a file, and the exit code is 2. If torchrun started several ranks, only rank 0
+    prints; the other ranks print nothing but their errors.
     """
     for library in _QUIET_LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        open_missing_streams()
+    except UsageError as raised:
+        error(str(raised))
+        sys.exit(2)
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all characters of a text
+    output = KeptOutput(stdout)
+    try:
+        with redirect_stdout(output):
+            code = _run()
+    finally:
+        output.close()
+    if output.failure is not None:
+        error(output.failure)
+        code = 2
+    sys.exit(BROKEN_PIPE if output.is_broken_pipe else code)
+
+
+def _run() -> int | str | None:
+    """Run the command that the command line names.
+
+    Returns:
+        The exit code.
+    """
     rank = os.environ.get("RANK", "0")
     world = os.environ.get("WORLD_SIZE", "1")
     is_first = world == "1" or rank == "0"
+    origin = "" if is_first else f" on rank {rank} of {world}"
     try:
         with ExitStack() as redirected:
             if not is_first:
                 redirected.enter_context(redirect_stdout(io.StringIO()))
                 redirected.enter_context(redirect_stderr(io.StringIO()))
             app()
+    except SystemExit as ended:
+        return ended.code
     except HeadinferError as raised:
-        error(str(raised), origin="" if is_first else f" on rank {rank} of {world}")
-        sys.exit(2)
+        error(str(raised), origin)
     except KeyboardInterrupt:
         if is_first:
             say("headinfer: interrupted")
-        sys.exit(130)
+        return 130
+    except (MemoryError, ImportError, OSError, RuntimeError) as raised:
+        if not _is_out_of_memory(raised):
+            raise
+        reason = (str(raised).strip() or type(raised).__name__).splitlines()[0]
+        error(f"the system refuses memory ({reason}): free some memory, or raise the limit (ulimit -v)", origin)
+    return 2
+
+
+def _is_out_of_memory(raised: Exception) -> bool:
+    """Return whether an error says that the system or a device has no memory left."""
+    is_refused = isinstance(raised, MemoryError) or getattr(raised, "errno", None) == errno.ENOMEM
+    return is_refused or _NO_MEMORY.search(str(raised)) is not None

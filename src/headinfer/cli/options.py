@@ -1,24 +1,37 @@
-"""Options and arguments that several commands share, as types for the commands' parameters."""
+"""Options and arguments that several commands share, as types for the commands' parameters.
+
+Every number of the command line is converted and its range checked by a function of utils/values.py, which number() and
+its like attach to an option.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from headinfer.utils.units import parse_bytes
+from headinfer.errors import CapacityError, UsageError
+from headinfer.plan.memory import address_space_limit
+from headinfer.utils.units import format_bytes
+from headinfer.utils.values import byte_count, check_text, real_number, token_count, whole_number
 
 __all__ = [
     "DEVICE_KV_BUDGET_HELP",
     "MEMORY_PANEL",
     "SAMPLING_PANEL",
+    "ChunkTokens",
+    "Command",
     "Device",
     "DeviceKVBudget",
     "DiskTier",
     "Dtype",
     "HostKVBudget",
     "Json",
+    "LightCommand",
     "MaxNewTokens",
     "Model",
     "Raw",
@@ -26,14 +39,118 @@ __all__ = [
     "SessionOption",
     "SessionsFolder",
     "Temperature",
-    "bytes_or_none",
     "kv_options",
+    "number",
+    "real",
+    "seed",
+    "size",
+    "text_argument",
+    "text_option",
+    "tokens",
 ]
 
+_LIBRARIES_BYTES = 2 * 2**30  # of address space; measured: 1.6 GiB for torch without CUDA
 MEMORY_PANEL = "Memory and streaming"
 SAMPLING_PANEL = "Sampling"
 
 DEVICE_KV_BUDGET_HELP = "Most KV bytes on the device, at any context length, e.g. 256MiB."
+
+
+class Command(TyperCommand):
+    """A command that checks its environment, and that each option is given once.
+
+    Otherwise all but the last value of an option would be dropped.
+    """
+
+    needs_bytes = _LIBRARIES_BYTES
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            CapacityError: the process may not have enough memory for the libraries, which would crash or hang.
+        """
+        limit_bytes = address_space_limit()
+        if limit_bytes is not None and limit_bytes < self.needs_bytes:
+            raise CapacityError(
+                f"the limit of this process's memory (ulimit -v) is {format_bytes(limit_bytes)}, and torch and "
+                f"transformers alone need {format_bytes(self.needs_bytes)}: raise it"
+            )
+        return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse a command line.
+
+        Raises:
+            UsageError: an option is repeated.
+        """
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in given:
+            if parameter.param_type_name == "option" and not parameter.multiple and given.count(parameter) > 1:
+                raise UsageError(f"{parameter.opts[0]} is given {given.count(parameter)} times: give it once")
+        return super().parse_args(ctx, args)
+
+
+class LightCommand(Command):
+    """A command that does not load transformers."""
+
+    needs_bytes = 0
+
+
+def _converted(convert: Callable[[Any, str], Any], name: str) -> dict[str, Any]:
+    """Return the arguments of a typer parameter that is converted by a function of utils/values.py.
+
+    The function is a callback, since typer would catch its UsageError, which is a ValueError, in a parser.
+    """
+
+    def callback(value: Any) -> Any:
+        if value is None:
+            return None
+        return [convert(one, name) for one in value] if isinstance(value, list) else convert(value, name)
+
+    return {"parser": _unchanged, "callback": callback}
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def number(name: str, help: str, *, low: int = 1, high: int = 2**31 - 1, **more: Any) -> Any:
+    """Return a typer option for a whole number in a range."""
+    convert = partial(whole_number, low=low, high=high)
+    return typer.Option(name, help=help, metavar="NUMBER", **_converted(convert, name), **more)
+
+
+def real(name: str, help: str, *, low: float, high: float, allows_zero: bool = False, **more: Any) -> Any:
+    """Return a typer option for a number in a range."""
+    convert = partial(real_number, low=low, high=high, allows_zero=allows_zero)
+    return typer.Option(name, help=help, metavar="NUMBER", **_converted(convert, name), **more)
+
+
+def tokens(name: str, help: str, **more: Any) -> Any:
+    """Return a typer option for a number of tokens, such as 300 or 4K."""
+    return typer.Option(name, help=help, metavar="TOKENS", **_converted(token_count, name), **more)
+
+
+def size(name: str, help: str, **more: Any) -> Any:
+    """Return a typer option for a number of bytes, such as 256MiB."""
+    return typer.Option(name, help=help, metavar="SIZE", **_converted(byte_count, name), **more)
+
+
+def seed(help: str) -> Any:
+    """Return the typer option --seed."""
+    return number("--seed", help, low=0, high=2**63 - 1)
+
+
+def text_option(name: str, help: str, **more: Any) -> Any:
+    """Return a typer option for a text that the model reads."""
+    return typer.Option(name, help=help, metavar="TEXT", **_converted(check_text, name), **more)
+
+
+def text_argument(name: str, help: str, **more: Any) -> Any:
+    """Return a typer argument for texts that the model reads."""
+    return typer.Argument(help=help, metavar=name.upper(), **_converted(check_text, name), **more)
+
 
 Model = Annotated[
     str,
@@ -49,17 +166,27 @@ Dtype = Annotated[
     typer.Option(help="Type of weights and KV: float32, bfloat16, float16 or auto (the checkpoint's)."),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Generate at most this many tokens.")]
+MaxNewTokens = Annotated[int, tokens("--max-new-tokens", "Generate at most this many tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+ChunkTokens = Annotated[
+    int | None,
+    tokens(
+        "--chunk-tokens",
+        "Prefill in chunks of this many tokens.",
+        show_default="planned",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 DeviceKVBudget = Annotated[
-    str | None,
-    typer.Option(help=DEVICE_KV_BUDGET_HELP, show_default="planned", rich_help_panel=MEMORY_PANEL),
+    int | None,
+    size("--device-kv-budget", DEVICE_KV_BUDGET_HELP, show_default="planned", rich_help_panel=MEMORY_PANEL),
 ]
 HostKVBudget = Annotated[
-    str | None,
-    typer.Option(
-        help="Most KV bytes in host RAM, e.g. 32GB. The rest goes to --disk-tier.",
+    int | None,
+    size(
+        "--host-kv-budget",
+        "Most KV bytes in host RAM, e.g. 32GB. The rest goes to --disk-tier.",
         show_default="no limit",
         rich_help_panel=MEMORY_PANEL,
     ),
@@ -69,9 +196,17 @@ DiskTier = Annotated[
     typer.Option(help="Folder on a fast disk for KV beyond --host-kv-budget.", rich_help_panel=MEMORY_PANEL),
 ]
 
+# The bounds keep logits in the range of float32.
 Temperature = Annotated[
     float,
-    typer.Option(help="0 decodes greedily. A value above 0 samples.", min=0.0, rich_help_panel=SAMPLING_PANEL),
+    real(
+        "--temperature",
+        "0 decodes greedily. A value above 0 samples.",
+        low=0.001,
+        high=100,
+        allows_zero=True,
+        rich_help_panel=SAMPLING_PANEL,
+    ),
 ]
 
 SessionOption = Annotated[str, typer.Option("--session", help="Name of the session.")]
@@ -86,19 +221,10 @@ SessionsFolder = Annotated[
 ]
 
 
-def bytes_or_none(size: str | None) -> int | None:
-    """Return the bytes of a size such as 256MiB; None if the option is not given. Raise UsageError otherwise."""
-    return parse_bytes(size) if size is not None else None
-
-
-def kv_options(device_kv_budget: str | None, host_kv_budget: str | None, disk_tier: Path | None) -> dict[str, Any]:
-    """Return the fields of Options that set where KV is stored, from the options of a command.
-
-    Raises:
-        UsageError: a budget is not a size.
-    """
+def kv_options(device_kv_budget: int | None, host_kv_budget: int | None, disk_tier: Path | None) -> dict[str, Any]:
+    """Return the fields of Options that set where KV is stored, from the options of a command."""
     return {
-        "device_kv_budget_bytes": bytes_or_none(device_kv_budget),
-        "host_kv_budget_bytes": bytes_or_none(host_kv_budget),
-        "disk_tier": str(disk_tier) if disk_tier is not None else None,
+        "device_kv_budget_bytes": device_kv_budget,
+        "host_kv_budget_bytes": host_kv_budget,
+        "disk_tier": disk_tier,
     }

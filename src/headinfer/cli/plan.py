@@ -16,7 +16,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from headinfer.cli.console import say, show, warning
-from headinfer.cli.options import Json, bytes_or_none
+from headinfer.cli.options import Json, number, size, tokens
 from headinfer.errors import UsageError
 from headinfer.plan.compare import OURS, longest_by_method, memory_by_method, seconds_by_method
 from headinfer.plan.footprint import Footprint
@@ -26,7 +26,7 @@ from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import OperatingPoint, Seconds, operating_points
-from headinfer.utils.units import format_bytes, format_seconds, format_tokens, parse_bytes, parse_tokens
+from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
 __all__ = ["CONTEXTS", "plan"]
 
@@ -42,7 +42,9 @@ def plan(
             show_default=False,
         ),
     ] = "",
-    context: Annotated[str, typer.Option(help="Tokens to read, such as 128K or 1M; K stands for 1,024.")] = "128K",
+    context: Annotated[
+        int, tokens("--context", "Tokens to read, such as 128K or 1M; K stands for 1,024.", show_default="128K")
+    ] = 128 * 1024,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -51,23 +53,25 @@ def plan(
         ),
     ] = None,
     ram: Annotated[
-        str | None, typer.Option(help="Host RAM for the job, such as 128GB; by default what is free here.")
+        int | None, size("--ram", "Host RAM for the job, such as 128GB; by default what is free here.")
     ] = None,
-    disk: Annotated[str | None, typer.Option(help="Disk for KV that does not fit RAM, such as 1TB.")] = None,
-    device_memory: Annotated[str | None, typer.Option(help="The most device memory, such as 12GiB.")] = None,
+    disk: Annotated[int | None, size("--disk", "Disk for KV that does not fit RAM, such as 1TB.")] = None,
+    device_memory: Annotated[int | None, size("--device-memory", "The most device memory, such as 12GiB.")] = None,
     device_kv_budget: Annotated[
-        str | None, typer.Option(help="The most KV on the device, with resident KV, such as 256MiB.")
+        int | None, size("--device-kv-budget", "The most KV on the device, with resident KV, such as 256MiB.")
     ] = None,
-    chunk_tokens: Annotated[int | None, typer.Option(help="Fix the tokens of a chunk of the prompt.")] = None,
-    heads_per_group: Annotated[int | None, typer.Option(help="Fix the KV heads of a tile.")] = None,
-    tile_tokens: Annotated[int | None, typer.Option(help="Fix the tokens of a tile.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate, to weigh decode against prefill.")] = 256,
-    rows: Annotated[int, typer.Option(help="Rows of the batch, each with that context.")] = 1,
+    chunk_tokens: Annotated[int | None, tokens("--chunk-tokens", "Fix the tokens of a chunk of the prompt.")] = None,
+    heads_per_group: Annotated[int | None, number("--heads-per-group", "Fix the KV heads of a tile.")] = None,
+    tile_tokens: Annotated[int | None, tokens("--tile-tokens", "Fix the tokens of a tile.")] = None,
+    new_tokens: Annotated[int, tokens("--new-tokens", "Tokens to generate, to weigh decode against prefill.")] = 256,
+    rows: Annotated[int, number("--rows", "Rows of the batch, each with that context.")] = 1,
     dtype: Annotated[str, typer.Option(help="The dtype: auto, bfloat16, float16 or float32.")] = "auto",
     resident: Annotated[
         bool, typer.Option("--resident/--no-resident", help="Also keep KV on the device as far as its memory allows.")
     ] = True,
-    weight_bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight, such as 4.")] = None,
+    weight_bits: Annotated[
+        int | None, number("--weight-bits", "Bits of a quantized weight, such as 4.", high=64)
+    ] = None,
     as_json: Json = False,
     plot: Annotated[
         Path | None, typer.Option(help="Plot memory, seconds and the roofline into this .png, .svg or .pdf file.")
@@ -82,14 +86,18 @@ def plan(
         )
     if not model:
         raise UsageError(f"name a model: a folder, a config.json, or one of {', '.join(BUILT_IN_CONFIGS)}")
+    if plot is not None:
+        from headinfer.cli.plan_plots import checked_plot, draw
+
+        checked_plot(plot)
     hardware = _hardware(gpu)
     request = Request(
         shape=find_shape(model),
         hardware=hardware,
-        context_tokens=parse_tokens(context),
-        host_bytes=parse_bytes(ram) if ram is not None else available_host_bytes(),
-        device_bytes=bytes_or_none(device_memory),
-        disk_bytes=parse_bytes(disk) if disk is not None else 0,
+        context_tokens=context,
+        host_bytes=ram if ram is not None else available_host_bytes(),
+        device_bytes=device_memory,
+        disk_bytes=disk or 0,
         new_tokens=new_tokens,
         rows=rows,
         dtype=_dtype(dtype, hardware),
@@ -97,7 +105,7 @@ def plan(
         chunk_tokens=chunk_tokens,
         heads_per_group=heads_per_group,
         tile_tokens=tile_tokens,
-        device_kv_budget_bytes=bytes_or_none(device_kv_budget),
+        device_kv_budget_bytes=device_kv_budget,
         keeps_resident=resident,
     )
     made = make_plan(request)
@@ -105,8 +113,6 @@ def plan(
     for message in warnings:
         warning(message)
     if plot is not None:
-        from headinfer.cli.plan_plots import draw
-
         draw(made, model, plot, _points(made))
     if as_json:
         print(json.dumps(_as_dict(model, made, warnings)))

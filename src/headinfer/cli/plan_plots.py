@@ -19,7 +19,7 @@ from headinfer.plan.roofline import OperatingPoint
 from headinfer.utils.files import Output
 from headinfer.utils.units import format_tokens
 
-__all__ = ["draw"]
+__all__ = ["checked_plot", "draw"]
 
 _CREATOR = "headinfer plan"
 # By suffix: the first bytes of a file of that format, and the bytes that it contains if draw() wrote it.
@@ -43,6 +43,20 @@ _LINE = {"linewidth": 1.5, "markersize": 5, "zorder": 2, "alpha": 0.95}
 _BROAD_LINE = {"linewidth": 7, "markersize": 13, "zorder": 1, "alpha": 0.45}
 
 
+def checked_plot(path: Path) -> Output:
+    """Check that a plot can be drawn into a file.
+
+    Raises:
+        UsageError: the suffix is not a known format, the folder does not exist, or the file exists and is not an
+            earlier plot.
+    """
+    if path.suffix.lower() not in _MARKS:
+        raise UsageError(f"cannot draw into {path}: its name must end with {', '.join(_MARKS)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot draw into {path}: there is no folder {path.parent}")
+    return Output(path, is_ours=_is_plot)
+
+
 def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -> None:
     """Draw the three plots, one above the other, into an image file.
 
@@ -53,14 +67,9 @@ def draw(plan: Plan, model: str, path: Path, points: Sequence[OperatingPoint]) -
         points: the points of the roofline.
 
     Raises:
-        UsageError: matplotlib is missing, the suffix is not a known format, the folder does not exist, or the file
-            exists and is not an earlier plot.
+        UsageError: matplotlib is missing, or as for checked_plot().
     """
-    if path.suffix.lower() not in _MARKS:
-        raise UsageError(f"cannot draw into {path}: its name must end with {', '.join(_MARKS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot draw into {path}: there is no folder {path.parent}")
-    written = Output(path, is_ours=_is_plot)
+    written = checked_plot(path)
     try:
         import matplotlib
         from matplotlib.figure import Figure

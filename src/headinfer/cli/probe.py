@@ -29,15 +29,13 @@ def probe(
 
     The machine should be idle. The measurement takes half a minute.
     """
-    import torch
-
     from headinfer.bench.probe import probe as measure
     from headinfer.cli.report import hardware_table
-    from headinfer.jobs.generate import checked_device
+    from headinfer.engine.machine import chosen_device
     from headinfer.plan.hardware import is_probe, probe_path
     from headinfer.utils.files import Output
 
-    chosen = torch.device(checked_device(device))
+    chosen = chosen_device(device)
     written = Output(output or probe_path(), is_ours=is_probe)
     found = measure(chosen, say)
     try:

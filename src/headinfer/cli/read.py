@@ -12,7 +12,7 @@ import typer
 
 from headinfer.cli.console import say, warning
 from headinfer.cli.options import (
-    MEMORY_PANEL,
+    ChunkTokens,
     Device,
     DeviceKVBudget,
     DiskTier,
@@ -24,6 +24,7 @@ from headinfer.cli.options import (
     SessionOption,
     SessionsFolder,
     kv_options,
+    seed,
 )
 from headinfer.sessions.folder import default_root
 from headinfer.utils.units import format_bytes
@@ -33,27 +34,23 @@ __all__ = ["read"]
 
 def read(
     model: Model,
-    file: Annotated[Path, typer.Option(help="UTF-8 text file to read.")],
+    file: Annotated[Path, typer.Option(help="UTF-8 text file to read; - reads standard input.")],
     session: SessionOption,
     sessions: SessionsFolder = None,
-    chunk_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Prefill in chunks of this many tokens. A checkpoint is saved after each chunk.",
-            show_default="planned",
-            rich_help_panel=MEMORY_PANEL,
-        ),
-    ] = None,
+    chunk_tokens: ChunkTokens = None,
     device_kv_budget: DeviceKVBudget = None,
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    seed: Annotated[int, seed("Seed of random weights.")] = 0,
     raw: Raw = False,
     as_json: Json = False,
 ) -> None:
-    """Read a document once and keep its KV on disk, in a session. An interrupted reading resumes."""
+    """Read a document once and keep its KV on disk, in a session. An interrupted reading resumes.
+
+    A checkpoint is saved after each chunk.
+    """
     from headinfer.cli import report
     from headinfer.engine.options import Options
     from headinfer.jobs import generate as generation

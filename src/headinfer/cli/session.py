@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headinfer.cli.console import say, show
-from headinfer.cli.options import Json, SessionArgument, SessionsFolder
+from headinfer.cli.options import Json, LightCommand, SessionArgument, SessionsFolder
 from headinfer.errors import SessionError
 from headinfer.sessions.folder import default_root, read_consistently, remove_session, session_folder, session_names
 from headinfer.sessions.manifest import Manifest
@@ -20,7 +20,7 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, undo, remove and export sessions.")
 
 
-@app.command(name="list")
+@app.command(name="list", cls=LightCommand)
 def list_sessions(sessions: SessionsFolder = None, as_json: Json = False) -> None:
     """List all sessions, with their tokens, their size on disk and their state."""
     from headinfer.cli.report import columns_table
@@ -46,7 +46,7 @@ def _list_row(facts: dict[str, Any]) -> tuple[str, str, str, str]:
     return facts["name"], f"{facts['tokens']:,}", format_bytes(facts["disk_bytes"]), facts["state"]
 
 
-@app.command()
+@app.command(cls=LightCommand)
 def info(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json = False) -> None:
     """Show what a session holds, and which model and versions made it."""
     from headinfer.cli.report import columns_table
@@ -65,7 +65,7 @@ def info(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json =
     show(columns_table(name, ("", ""), rows, "left"))
 
 
-@app.command()
+@app.command(cls=LightCommand)
 def verify(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json = False) -> None:
     """Read all files of a session and compare every checksum. The exit code is 1 if one is wrong."""
     folder = session_folder(sessions or default_root(), name)
@@ -126,7 +126,7 @@ def _faults(folder: Path, manifest: Manifest) -> list[str]:
     return faults
 
 
-@app.command()
+@app.command(cls=LightCommand)
 def undo(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json = False) -> None:
     """Remove the last question and answer that `ask --keep` added. Run it again to remove the one before."""
     from headinfer.sessions.writer import undo as undo_answer
@@ -138,7 +138,7 @@ def undo(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json =
         say(f"removed the last question and answer: {manifest.tokens:,} tokens, {_state(manifest)}")
 
 
-@app.command()
+@app.command(cls=LightCommand)
 def rm(name: SessionArgument, sessions: SessionsFolder = None) -> None:
     """Remove a session from the disk."""
     folder = session_folder(sessions or default_root(), name)
@@ -146,7 +146,7 @@ def rm(name: SessionArgument, sessions: SessionsFolder = None) -> None:
     say(f"removed {folder}" if is_gone else f"removed the session; {folder} holds other files and stays")
 
 
-@app.command()
+@app.command(cls=LightCommand)
 def export(
     name: SessionArgument,
     file: Annotated[Path, typer.Argument(help="Archive to write, e.g. mybook.tar. It must not exist yet.")],

@@ -8,17 +8,45 @@ gives the same tokens.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import psutil
 import torch
 
 from headinfer.errors import UsageError
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
+from headinfer.utils.values import shown
 
-__all__ = ["device_name", "free_device_bytes", "this_machine"]
+__all__ = ["chosen_device", "device_name", "free_device_bytes", "this_machine"]
 
 _CORE_FLOPS_PER_S = 3e9 * 32  # two 256-bit multiply-adds in float32 per cycle, at 3 GHz
 _MULTIPROCESSOR_FLOPS_PER_S = 1e12  # tensor cores in a half type: about those of an RTX 30 card
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device that a --device option names.
+
+    Args:
+        name: cpu, cuda, cuda:N, or auto, which is CUDA if there is any.
+
+    Returns:
+        The CPU, or a CUDA device; `cuda` has no index.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if found is None:
+        raise UsageError(f"--device is {shown(name)}: choose cpu, cuda, cuda:N or auto")
+    if name != "cpu" and not count:
+        raise UsageError(f"--device is {name}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+    if found[1] is not None and int(found[1]) >= count:
+        devices = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise UsageError(f"--device is {name}: this machine has {devices}; choose cpu or one of them")
+    return torch.device(name if found[1] is None else f"cuda:{int(found[1])}")
 
 
 def device_name(device: torch.device) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from headinfer.attention import native
-from headinfer.engine.machine import this_machine
+from headinfer.engine.machine import chosen_device, this_machine
 from headinfer.engine.options import current_names
 from headinfer.engine.run_plan import check_saved_kv
 from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.jobs.generate import Streamer, Summary, already_warned, checked_device
+from headinfer.jobs.generate import Streamer, Summary, already_warned
 from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, pad_id, question_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
@@ -116,7 +116,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     source = _source(job, folder, manifest)
     check_config(manifest.model, source.config, folder)
     tokenizer = source.tokenizer()
-    device = checked_device(job.device)
+    device = str(chosen_device(job.device))
     check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
     HeadCache(source.config, **{**kept_options(manifest), **job.options})  # raises if an option is out of range
     ids = _question_ids(job, tokenizer, manifest.about)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from headinfer.attention import native
+from headinfer.engine.machine import chosen_device
 from headinfer.engine.options import Options
 from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run
 from headinfer.errors import ContextLengthWarning, UsageError
@@ -35,7 +38,6 @@ __all__ = [
     "Streamer",
     "Summary",
     "already_warned",
-    "checked_device",
     "chosen_dtype",
     "prepare",
     "read_text",
@@ -168,30 +170,21 @@ class Summary:
 def read_text(path: Path) -> str:
     """Read a UTF-8 text file.
 
+    Args:
+        path: the file; `-` reads standard input.
+
     Raises:
         UsageError: the file cannot be read, or is not UTF-8.
     """
+    is_stdin = str(path) == "-"
+    name = "standard input" if is_stdin else str(path)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
-        raise UsageError(f"cannot read {path}: {reason}") from error
-
-
-def checked_device(name: str) -> str:
-    """Return the device that a --device option names. auto is CUDA if there is any.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    device = name
-    if name == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: this torch sees no CUDA device; use --device cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"device {device}: choose cpu, cuda or cuda:N")
-    return device
+        data = sys.stdin.buffer.read() if is_stdin else path.read_bytes()
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # with the line ends of a text file
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read {name}: it is not UTF-8 text") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:
@@ -232,7 +225,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     if not (job.prompt.strip() or job.document.strip()):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
     ranks = ranks or Ranks()
-    device = rank_device(ranks, job.device) if ranks.world > 1 else checked_device(job.device)
+    device = rank_device(ranks, job.device) if ranks.world > 1 else str(chosen_device(job.device))
     source = resolve(job.model)
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from headinfer.attention import native
+from headinfer.engine.machine import chosen_device
 from headinfer.engine.options import Options, current_names
 from headinfer.engine.run_plan import RunRequest, plan_run
 from headinfer.errors import SessionError, UsageError
@@ -21,7 +22,7 @@ from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
-from headinfer.jobs.generate import already_warned, checked_device, chosen_dtype
+from headinfer.jobs.generate import already_warned, chosen_dtype
 from headinfer.jobs.prompts import ChatTexts, chat_texts, document_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
@@ -141,7 +142,7 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         check_no_foreign_files(folder)
     if not job.document.strip():
         raise UsageError("the document is empty: there is nothing to read")
-    device = checked_device(job.device)
+    device = str(chosen_device(job.device))
     source = resolve(job.model)
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()

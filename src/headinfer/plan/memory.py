@@ -10,13 +10,13 @@ import psutil
 from headinfer.errors import CapacityError
 from headinfer.utils.units import format_bytes
 
-__all__ = ["available_host_bytes", "check_host_memory", "free_disk_bytes"]
+__all__ = ["address_space_limit", "available_host_bytes", "check_host_memory", "free_disk_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_host_bytes(cgroup: Path = _CGROUP) -> int:
-    """Return the bytes of host memory that can be allocated without swapping, within this process's cgroup limit.
+    """Return the bytes of host memory that can be allocated without swapping, within the limits of this process.
 
     Args:
         cgroup: the folder of the cgroup; tests pass another one.
@@ -33,7 +33,20 @@ def available_host_bytes(cgroup: Path = _CGROUP) -> int:
             continue
         if limit != "max":
             available = min(available, max(int(limit) - int(used), 0))
+    address_space = address_space_limit()
+    if address_space is not None:
+        available = min(available, max(address_space - psutil.Process().memory_info().vms, 0))
     return available
+
+
+def address_space_limit() -> int | None:
+    """Return the bytes of address space that this process may have (ulimit -v); None if there is no limit."""
+    try:
+        import resource
+    except ImportError:  # this system has no such limits
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def free_disk_bytes(folder: Path) -> int:

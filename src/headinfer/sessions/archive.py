@@ -8,11 +8,10 @@ import tarfile
 import time
 from pathlib import Path
 
-from headinfer.errors import CapacityError, HeadinferError, SessionError, UsageError
+from headinfer.errors import CapacityError, HeadinferError, SessionError
 from headinfer.kv.tensor_file import REMEDY
 from headinfer.sessions.folder import read_consistently
 from headinfer.sessions.manifest import MANIFEST, Manifest
-from headinfer.sessions.ownership import own_files
 from headinfer.utils.files import FileEntry, Output, partial_path, remove, sync_folder
 
 __all__ = ["export_session"]
@@ -35,8 +34,6 @@ def export_session(folder: Path, archive: Path) -> None:
     """
     output = Output(archive, is_ours=None)
     archive = archive.resolve()
-    if MANIFEST in own_files(archive.parent):
-        raise UsageError(f"cannot write an archive into {archive.parent}: it is a session's folder; choose another one")
     partial = partial_path(archive)
     try:
         read_consistently(folder, lambda manifest: _write(folder, manifest, partial))

@@ -18,7 +18,7 @@ import xxhash
 
 from headinfer.errors import SessionError
 from headinfer.kv.tensor_file import REMEDY
-from headinfer.utils.files import FileEntry, write_text
+from headinfer.utils.files import SESSION_FORMAT, SESSION_MANIFEST, FileEntry, write_text
 
 __all__ = [
     "DATA_FILE_NAME",
@@ -32,8 +32,8 @@ __all__ = [
     "versions",
 ]
 
-MANIFEST = "manifest.json"
-FORMAT = "headinfer session"
+MANIFEST = SESSION_MANIFEST
+FORMAT = SESSION_FORMAT
 VERSION = 1
 # Version 1 of the format fixes two names that contain "block": the field `blocks` and the file names `block-NNNNNN`.
 # The code calls the same things segment files.

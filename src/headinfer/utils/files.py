@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ from headinfer.errors import CapacityError, UsageError
 __all__ = [
     "CHECKSUM_PREFIX",
     "PARTIAL_SUFFIX",
+    "SESSION_FORMAT",
+    "SESSION_MANIFEST",
     "FileEntry",
     "Output",
     "check_folder",
+    "is_session_folder",
     "link_or_copy",
     "partial_path",
     "read_json_object",
@@ -42,7 +46,13 @@ CHECKSUM_PREFIX = "xxh3:"
 PARTIAL_SUFFIX = ".headinfer-partial"
 """Suffix of a file that is being written. Only headinfer uses it, so remains of a killed write can be recognised."""
 
+SESSION_MANIFEST = "manifest.json"
+SESSION_FORMAT = "headinfer session"
+"""The field `format` of a session's manifest (sessions/manifest.py)."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_JSON_BYTES = 2**28
+_PROBE_BYTES = 4096
 _PART_BYTES = 8 * 1024 * 1024
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 
@@ -63,18 +73,48 @@ class FileEntry:
 
 
 def check_folder(folder: Path, purpose: str) -> None:
-    """Check that a folder, which need not exist yet, can be written to.
+    """Check that a folder, which need not exist yet, can be written to, by writing and removing a small file.
 
     Args:
         folder: the folder.
         purpose: what it is for, such as "keep KV"; the message begins with it.
 
     Raises:
-        UsageError: the folder, or its nearest parent that exists, is not writable.
+        UsageError: the folder, or its nearest parent that exists, cannot be written to, or it is the folder of a
+            session.
     """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UsageError(f"cannot {purpose} in {folder}: {nearest} is not a writable folder")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    problem = f"cannot {purpose} in {folder}: {nearest}"
+    if not nearest.is_dir():
+        raise UsageError(f"{problem} is not a writable folder; name another one")
+    if is_session_folder(nearest):
+        where = "it" if nearest == folder else nearest
+        raise UsageError(f"cannot {purpose} in {folder}: {where} is a session's folder; name another one")
+    try:
+        _probe(nearest)
+    except OSError as error:
+        advice = "free some space, or name another one" if error.errno in _DISK_FULL else "name another one"
+        raise UsageError(f"{problem} is not a writable folder ({error.strerror or error}); {advice}") from error
+
+
+def is_session_folder(folder: Path) -> bool:
+    """Return whether a folder holds the manifest of a session."""
+    return read_json_object(folder / SESSION_MANIFEST).get("format") == SESSION_FORMAT
+
+
+def _probe(folder: Path) -> None:
+    """Write a small file into a folder and remove it.
+
+    Raises:
+        OSError: the system refuses it.
+    """
+    path = folder / f"{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(descriptor, bytes(_PROBE_BYTES))
+    finally:
+        os.close(descriptor)
+        remove(path)
 
 
 class Output:
@@ -133,6 +173,8 @@ class Output:
     def write(self, data: str | bytes) -> None:
         """Check again, then write the result as write_bytes() does.
 
+        If this fails, the result is written to a temporary file, which the error names.
+
         Args:
             data: the whole content of the file; text is encoded in UTF-8.
 
@@ -140,8 +182,25 @@ class Output:
             UsageError: as for the constructor.
             CapacityError: the system refuses to write, for example because the disk is full.
         """
-        self.check()
-        write_bytes(self.path, data.encode("utf-8") if isinstance(data, str) else data)
+        content = data.encode("utf-8") if isinstance(data, str) else data
+        try:
+            self.check()
+            write_bytes(self.path, content)
+        except (UsageError, CapacityError) as error:
+            kept = _keep(content, self.path.suffix)
+            where = f"; the result is in {kept}" if kept is not None else "; a temporary file failed too"
+            raise type(error)(f"{error}{where}") from error
+
+
+def _keep(content: bytes, suffix: str) -> Path | None:
+    """Write a result to a new temporary file; return its path, or None if that fails too."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="headinfer-result-", suffix=suffix)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+    except OSError:
+        return None
+    return Path(name)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -266,6 +325,6 @@ def _os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_full = error.errno in _DISK_FULL
         advice = "free some space on this disk, or use another folder" if is_full else "use another folder"
         raise CapacityError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
