@@ -247,7 +247,7 @@ def test_undo_of_an_exported_session(headinfer, book, tmp_path):
     assert headinfer("session", "rm", "mybook")[0] == 0
     subprocess.run(["tar", "xf", archive, "-C", tmp_path / "sessions"], check=True)
     facts = json.loads(headinfer("session", "undo", "mybook", "--json")[1])
-    assert facts["state"] == "1 answers kept"
+    assert facts["state"] == "1 answer kept"
     assert headinfer("session", "undo", "mybook")[0] == 0
     files, manifest = state_of(folder)
     assert files | {"lock": b""} == before[0] | {"lock": b""}
@@ -415,6 +415,30 @@ def test_session_commands(headinfer, book, tmp_path):
     assert "is not as it was written" in err
     (folder / "manifest.json").write_text("{}")
     assert "damaged" in headinfer("session", "list")[1]
+
+
+def test_the_advice_about_a_damaged_session_works(headinfer, book, tmp_path):
+    """Also if another session shares the damaged file."""
+    read(headinfer, book, "--chunk-tokens", CHUNK)
+    read(headinfer, book, "--chunk-tokens", CHUNK, name="another")
+    answer = ask(headinfer, "When?")[0]["token_ids"]
+    folder = tmp_path / "sessions" / "mybook"
+    block = sorted(folder.glob("block-*"))[0]
+    assert os.path.samefile(block, tmp_path / "sessions" / "another" / block.name)
+    with open(block, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"?")
+    arguments = ("read", MODEL, "--file", book, "--session", "mybook")
+    book.write_text(book.read_text() + "And it goes on.", encoding="utf-8")
+    for command in (arguments, ("ask", "--session", "mybook", "When?")):
+        code, _, err = headinfer(*command)
+        assert code == 2
+        assert "remove the session with `headinfer session rm`, then read the document again" in err
+    headinfer("session", "rm", "mybook")
+    book.write_text(book.read_text().removesuffix("And it goes on."), encoding="utf-8")
+    assert read(headinfer, book, "--chunk-tokens", CHUNK)[0]["resumed_at"] == 0
+    assert ask(headinfer, "When?")[0]["token_ids"] == answer
+    assert headinfer("session", "verify", "mybook")[0] == 0
 
 
 MISTAKES = {

@@ -204,6 +204,7 @@ def test_a_foreign_file_in_a_session_is_kept_and_stops_writers(command, kept, bo
     book.write_text(book.read_text() + "It goes on.")
     for arguments in (
         ("session", "rm", "mybook"),
+        ("session", "undo", "mybook"),
         ("ask", "--session", "mybook", "--keep", "--max-new-tokens", 2, "When?"),
         ("read", MODEL, "--file", book, "--session", "mybook"),
     ):

@@ -95,35 +95,18 @@ def _verify(folder: Path) -> tuple[Manifest, list[str]]:
     Returns:
         The manifest of the checkpoint, and its faults, a sentence each.
     """
+    from headinfer.kv.tensor_file import faults
 
     def verify_files(manifest: Manifest) -> Manifest:
-        faults = _faults(folder, manifest)
-        if faults:
-            raise _FaultsError(manifest, faults)
+        found = faults(folder, manifest.files())
+        if found:
+            raise _FaultsError(manifest, found)
         return manifest
 
     try:
         return read_consistently(folder, verify_files), []
     except _FaultsError as found:
         return found.manifest, found.faults
-
-
-def _faults(folder: Path, manifest: Manifest) -> list[str]:
-    from headinfer.kv.tensor_file import TensorFile
-
-    faults = []
-    for entry in manifest.files():
-        try:
-            file = TensorFile(folder, entry)
-        except SessionError as error:
-            faults.append(str(error))
-            continue
-        for tensor in file.names():
-            try:
-                file.verify(tensor)
-            except SessionError as error:
-                faults.append(str(error))
-    return faults
 
 
 @app.command(cls=LightCommand)
@@ -184,4 +167,4 @@ def _state(manifest: Manifest) -> str:
     if manifest.tokens < document_tokens:
         return f"{document_tokens:,} tokens to read"
     answers = manifest.about.get("answers", 0)
-    return f"{answers} answers kept" if answers else "read"
+    return f"{answers} answer{'s' if answers > 1 else ''} kept" if answers else "read"

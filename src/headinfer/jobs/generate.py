@@ -125,7 +125,7 @@ class Summary:
         model: the model, as the user named it.
         text: the answer.
         tokens_in: tokens of the prompt.
-        tokens_read: tokens of the prompt that were read.
+        tokens_read: tokens of the prompt that were read. After Ctrl-C the cache no longer holds them.
         tokens_out: tokens that were written.
         token_ids: these tokens.
         first_token_s: seconds to the first of them, from the start of reading.
@@ -285,8 +285,14 @@ def run(
     start = time.perf_counter()
     streamer = Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)
+
+    def after_forward(cache: HeadCache) -> None:
+        summary.tokens_read = min(cache.get_seq_length(), tokens_in)
+        if on_forward is not None:
+            on_forward(cache)
+
     try:
-        with already_warned(), enable(model, chunk_tokens=run_plan.chunk_tokens, on_forward=on_forward):
+        with already_warned(), enable(model, chunk_tokens=run_plan.chunk_tokens, on_forward=after_forward):
             model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -301,7 +307,6 @@ def run(
         streamer.end()
     summary.total_s = time.perf_counter() - start
     summary.stats = cache.stats()
-    summary.tokens_read = min(summary.stats.tokens, summary.tokens_in)
     if prepared.ranks.world > 1 and not summary.interrupted:
         summary.rank_stats = gather_from_ranks(prepared.ranks, summary.stats)
     return summary

@@ -10,14 +10,14 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import xxhash
 
 from headinfer.errors import SessionError
-from headinfer.utils.files import CHECKSUM_PREFIX, FileEntry, write_file
+from headinfer.utils.files import CHECKSUM_PREFIX, REMEDY, FileEntry, write_file
 
 __all__ = ["TensorFile", "write_tensors"]
 
@@ -34,9 +34,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-REMEDY = "remove the session with `headinfer session rm`, then read the document again"
-"""What works after damage. The message of each fault ends with it."""
-
 _ADVICE = f"it is damaged; {REMEDY}"
 
 
@@ -151,6 +148,31 @@ class TensorFile:
         if nbytes and hasattr(mmap, "MADV_WILLNEED"):
             first = begin // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, first, begin + nbytes - first)
+
+
+def faults(folder: Path, entries: Iterable[FileEntry]) -> list[str]:
+    """Read files and compare all of their checksums.
+
+    Args:
+        folder: the folder of the files.
+        entries: the facts that write_tensors() returned.
+
+    Returns:
+        What is wrong, a sentence each.
+    """
+    found = []
+    for entry in entries:
+        try:
+            file = TensorFile(folder, entry)
+        except SessionError as error:
+            found.append(str(error))
+            continue
+        for name in file.names():
+            try:
+                file.verify(name)
+            except SessionError as error:
+                found.append(str(error))
+    return found
 
 
 def _checksum(parts: list[memoryview]) -> str:

@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 from headinfer.errors import CapacityError, HeadinferError, SessionError
-from headinfer.kv.tensor_file import REMEDY
 from headinfer.sessions.folder import read_consistently
 from headinfer.sessions.manifest import MANIFEST, Manifest
-from headinfer.utils.files import FileEntry, Output, partial_path, remove, sync_folder
+from headinfer.utils.files import REMEDY, FileEntry, Output, partial_path, remove, sync_folder
 
 __all__ = ["export_session"]
 

@@ -17,8 +17,7 @@ from typing import Any
 import xxhash
 
 from headinfer.errors import SessionError
-from headinfer.kv.tensor_file import REMEDY
-from headinfer.utils.files import SESSION_FORMAT, SESSION_MANIFEST, FileEntry, write_text
+from headinfer.utils.files import REMEDY, SESSION_FORMAT, SESSION_MANIFEST, FileEntry, write_text
 
 __all__ = [
     "DATA_FILE_NAME",

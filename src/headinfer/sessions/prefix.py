@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headinfer.errors import SessionError
-from headinfer.kv.tensor_file import TensorFile, write_tensors
+from headinfer.kv.tensor_file import TensorFile, faults, write_tensors
 from headinfer.sessions.folder import session_names
 from headinfer.sessions.manifest import Manifest, first_chain, versions
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
@@ -52,9 +52,9 @@ def find_prefix(
             state that cannot be cropped.
 
     Returns:
-        The longest prefix; None if no session has any.
+        The longest prefix whose files are not damaged; None if no session has any.
     """
-    best: Prefix | None = None
+    found: list[Prefix] = []
     for name in session_names(root):
         if name == exclude:
             continue
@@ -62,11 +62,17 @@ def find_prefix(
             prefix = _common_prefix(root, name, Manifest.read(root / name), model, token_ids)
         except SessionError:
             continue  # the session is damaged; `session list` reports it
-        if prefix is None or (whole_only and not prefix.is_whole):
-            continue
-        if best is None or prefix.tokens > best.tokens:
-            best = prefix
-    return best
+        if prefix is not None and (prefix.is_whole or not whole_only):
+            found.append(prefix)
+    by_length = sorted(found, key=lambda prefix: -prefix.tokens)
+    return next((prefix for prefix in by_length if _is_intact(root, prefix)), None)
+
+
+def _is_intact(root: Path, prefix: Prefix) -> bool:
+    """Return whether all checksums of the files of a prefix are right. The model will read these files anyway."""
+    manifest = prefix.manifest
+    entries = [segment_file.file for segment_file in manifest.segment_files[: prefix.segments]]
+    return not faults(root / prefix.name, [*entries, manifest.end])
 
 
 def _common_prefix(

@@ -24,6 +24,7 @@ from headinfer.errors import CapacityError, UsageError
 __all__ = [
     "CHECKSUM_PREFIX",
     "PARTIAL_SUFFIX",
+    "REMEDY",
     "SESSION_FORMAT",
     "SESSION_MANIFEST",
     "FileEntry",
@@ -39,6 +40,9 @@ __all__ = [
     "write_file",
     "write_text",
 ]
+
+REMEDY = "remove the session with `headinfer session rm`, then read the document again"
+"""What works if a file of a session is damaged."""
 
 CHECKSUM_PREFIX = "xxh3:"
 """Prefix of the checksums in the header of a data file (kv/tensor_file.py). Only headinfer writes such headers."""
