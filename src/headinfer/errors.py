@@ -15,6 +15,7 @@ __all__ = [
     "CapacityError",
     "ContextLengthWarning",
     "HeadinferError",
+    "RereadWarning",
     "SessionError",
     "StateError",
     "UnsupportedError",
@@ -48,3 +49,7 @@ class SessionError(HeadinferError, OSError):
 
 class ContextLengthWarning(UserWarning):
     """A context is longer than what the model was made for."""
+
+
+class RereadWarning(UserWarning):
+    """A cache is filled anew, since the model's rotary frequencies depend on the length of the context."""

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CHANGES, COMMON, REFUSED, VOCAB, full_layers, models_table, present, tiny_config, tiny_model
+from families import (
+    CHANGES,
+    COMMON,
+    REFUSED,
+    VOCAB,
+    beyond_original_length,
+    full_layers,
+    models_table,
+    present,
+    tiny_config,
+    tiny_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headinfer
@@ -66,6 +77,25 @@ def test_logits_agree_with_transformers(family):
             "the check before loading uses the right size"
         )
         assert (stats.link_to_device_bytes > stats.host_kv_bytes) == bool(options)
+
+
+ORIGINAL = 64
+LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "opt")  # a table of positions ends where the model ends
+
+
+@pytest.mark.filterwarnings("ignore::headinfer.ContextLengthWarning")
+@pytest.mark.parametrize("family", sorted(set(present()) - set(LEARNED_POSITIONS)))
+def test_chunks_beyond_the_original_length(family):
+    ids = text(rows=1, tokens=150)
+    for kind, changes in beyond_original_length(family, ORIGINAL).items():
+        with torch.no_grad():
+            whole = tiny_model(family, **changes)(ids, use_cache=False).logits[:, -STEPS:]
+            model = tiny_model(family, **changes)
+            with headinfer.enable(model, chunk_tokens=CHUNK_TOKENS):
+                cache = headinfer.HeadCache(model.config)
+                found = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=STEPS).logits[:, -STEPS:]
+        assert difference(found, whole) < BOUND, kind
+        assert cache.get_seq_length() == 150
 
 
 @every_family

@@ -151,6 +151,14 @@ OTHERS = {
 }  # fmt: skip
 
 
+# Families of which transformers itself accepts no rotary embeddings of a kind, or not with the tiny config.
+# tests/hf/test_rotary.py has Phi-3 with longrope.
+NO_ROPE = {
+    "dynamic": ("gemma4_text", "gemma4_unified_text", "gpt_neox", "lfm3", "olmo_hybrid", "phi3", "phimoe", "stablelm"),
+    "longrope": ("gemma4_text", "gemma4_unified_text", "laguna", "lfm3", "mellum", "olmo_hybrid", "phi3"),
+}  # fmt: skip
+
+
 def present():
     """The supported families that the installed transformers has."""
     return [family for family in sorted(CHANGES) if family in CONFIG_MAPPING]
@@ -174,6 +182,41 @@ def tiny_model(family, seed=0, **changes):
             if weight.ndim >= 2 and not any(part in name for part in ("conv", "A_log", "norm", "router", "gate.")):
                 weight.mul_(3.0)
     return model
+
+
+def beyond_original_length(family, original_tokens):
+    """Return the changes of a family's config for each kind of rotary embeddings that extends a context.
+
+    Families without a kind are left out: their config or their code does not accept it in transformers.
+    """
+    scaled = {"llama4_text": {"floor_scale": original_tokens // 4}}.get(family, {})
+    default = {"max_position_embeddings": original_tokens, **scaled}
+    model = tiny_model(family, max_position_embeddings=original_tokens)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    rotary = next((module for module in model.modules() if hasattr(module, "rope_type")), None)
+    if family == "ministral3":  # its queries are scaled by the position
+        default["rope_parameters"] = {**rope, "original_max_position_embeddings": original_tokens // 4}
+    found = {"default": default}
+    if rotary is None:
+        return found
+
+    def dynamic(kind, layer_type):
+        return {**kind, "rope_type": "dynamic", "factor": 4.0}
+
+    def longrope(kind, layer_type):
+        count = getattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq").numel()
+        factors = {"short_factor": [1.0] * count, "long_factor": [4.0] * count}
+        own = {"short_mscale": 1.1, "long_mscale": 1.3} if family == "phimoe" else {}
+        kind = {**kind, "rope_type": "longrope", "factor": 16.0, "original_max_position_embeddings": original_tokens}
+        return {**kind, **own, **factors}
+
+    for name, change in (("dynamic", dynamic), ("longrope", longrope)):
+        if family not in NO_ROPE[name]:
+            kinds = (
+                change(rope, None) if "rope_type" in rope else {key: change(kind, key) for key, kind in rope.items()}
+            )
+            found[name] = default | {"rope_parameters": kinds}
+    return found
 
 
 def full_layers(config):

@@ -116,6 +116,8 @@ class HeadCache(Cache):  # type: ignore[misc]
         copies: number of equal rows of the batch that each row of the layers represents (copies.py).
         model: a weak reference to the model that filled the cache: a call returns the model, or None.
         saved: the session that the cache was saved to or loaded from.
+        rotary_min_tokens: the option expected_tokens, if the user gave it: models whose rotary frequencies depend on
+            the length of the context use those of this length from the first token (rotary.py).
         run_plan: the last plan of a generate() or a forward pass with this cache.
         no_plan_for: tokens and rows for which no plan fits the free memory; None if that is unknown.
         is_in_forward: whether a forward pass of an enabled model is running. Only such a pass can add tokens.
@@ -157,6 +159,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.copies = 1
         self.model: Callable[[], PreTrainedModel | None] = lambda: None
         self.saved: Saved | None = None
+        self.rotary_min_tokens = chosen.expected_tokens
         self.run_plan: RunPlan | None = None
         self.no_plan_for: tuple[int, int] | None = None
         self.is_in_forward = False
@@ -333,6 +336,12 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
         return self.fork()
+
+    def take_back(self, before: HeadCache) -> None:
+        """Return to the content of a fork, after an error in a forward pass that emptied the cache."""
+        self.engine.abandon()
+        self.layers: list[Any] = before.layers
+        self.copies = before.copies
 
     def save(
         self, folder: str | Path, token_ids: torch.Tensor | None = None, about: Mapping[str, Any] | None = None

@@ -49,6 +49,7 @@ from headinfer.hf.inputs import (
 )
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.rollback import rollback_on_error
+from headinfer.hf.rotary import RotaryControl
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
@@ -129,6 +130,8 @@ class Enabled:
         model.forward = self._forward(model.forward)
         model.generate = self._generate(model.generate)
         model._prepare_cache_for_generation = self._prepare_cache
+        self._rotary = RotaryControl(model)
+        model.prepare_inputs_for_generation = self._rotary.wrap(model.prepare_inputs_for_generation)
         model._headinfer = self
 
     def new_cache(self, expected_tokens: int | str = 0, rows: int = 1) -> HeadCache:
@@ -210,7 +213,10 @@ class Enabled:
                 delattr(model, name)
             else:
                 setattr(model, name, before)
-        del model._prepare_cache_for_generation, model._headinfer
+        del model._prepare_cache_for_generation
+        del model.prepare_inputs_for_generation
+        del model._headinfer
+        self._rotary.remove()
         self._restore_defaults()
         model.set_attn_implementation(self._attention_before)
 
@@ -278,7 +284,8 @@ class Enabled:
             engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
         chunk_tokens = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
         result = None
-        with rollback_on_error(cache):
+        rotary = self._rotary.next_pass(inputs, cache)
+        with rollback_on_error(cache, empties=rotary.rereads), self._rotary.frequencies(rotary, cache):
             for chunk in chunks_of(inputs, self.model.config, chunk_tokens):
                 if result is not None:
                     self._after_forward(cache)
@@ -327,11 +334,14 @@ class Enabled:
             )
         else:
             cache = self.new_cache(max_cache_length, batch_size)
+            cache.rotary_min_tokens = self.options.expected_tokens
             model_kwargs["past_key_values"] = cache
         guesses = (generation_config.prompt_lookup_num_tokens or 1) - 1  # they may go beyond the last token
-        self._warn_about(max_cache_length + guesses - unused_positions(model_kwargs))
-        if wants_more_than_logits(model_kwargs, self.model.config):
-            generation_config.prefill_chunk_size = None  # generate() would return those of the last chunk only
+        longest = max_cache_length + guesses - unused_positions(model_kwargs)
+        self._warn_about(longest)
+        self._rotary.begin_generation(longest, is_assisted=mode == GenerationMode.ASSISTED_GENERATION)
+        if self._rotary.lengths or wants_more_than_logits(model_kwargs, self.model.config):
+            generation_config.prefill_chunk_size = None  # the pass must be whole: chunks_of() cuts it
         if isinstance(cache, HeadCache):
             self._prepare_head_cache(cache, generation_config, batch_size, max_cache_length)
 

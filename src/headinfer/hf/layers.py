@@ -54,10 +54,15 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
     Attributes:
         layer_kv: the KV of the layer; None before the first chunk.
         pending: the tag of a chunk whose attention has not run yet.
+        rotary_tokens: the context length whose rotary frequencies the keys have (rotary.py); 0 if that is unknown or
+            does not matter. Only the first offloaded layer of a cache has another value.
+        rotary_min_tokens: the context length whose rotary frequencies are used for shorter contexts as well.
     """
 
     is_croppable = True
     is_sliding = False
+    rotary_tokens = 0
+    rotary_min_tokens = 0
 
     def __init__(self, engine: Engine, is_first: bool) -> None:
         super().__init__()
@@ -187,11 +192,14 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.layer_kv = None
         self.pending = None
         self.is_initialized = False
+        for name in ("rotary_tokens", "rotary_min_tokens"):
+            self.__dict__.pop(name, None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: a negative number is how many, a positive number is the length to keep."""
         if self.layer_kv is None:
             return
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding passes a tensor in some versions
         length = self.layer_kv.tokens
         if tokens_to_remove <= 0:
             self.layer_kv.crop(max(length + tokens_to_remove, 0))

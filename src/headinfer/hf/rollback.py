@@ -11,7 +11,7 @@ __all__ = ["rollback_on_error"]
 
 
 @contextmanager
-def rollback_on_error(cache: HeadCache) -> Iterator[None]:
+def rollback_on_error(cache: HeadCache, *, empties: bool = False) -> Iterator[None]:
     """Restore a cache if the block ends with an exception, KeyboardInterrupt included, and raise the exception again.
 
     A forward pass appends to one layer after another. After an exception, some layers would have the chunk and others
@@ -19,7 +19,18 @@ def rollback_on_error(cache: HeadCache) -> Iterator[None]:
 
     Args:
         cache: the cache that the block fills.
+        empties: whether the cache is emptied first. It keeps the number of copies of its rows.
     """
+    if empties:
+        kept = cache.fork()
+        try:
+            cache.reset()
+            cache.copies = kept.copies
+            yield
+        except BaseException:
+            cache.take_back(kept)
+            raise
+        return
     before = cache.checkpoint()
     try:
         yield

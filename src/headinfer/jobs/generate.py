@@ -279,6 +279,7 @@ def run(
     torch.manual_seed(job.seed)
     options = dataclasses.replace(run_plan.options, expected_tokens=tokens_in + job.max_new_tokens)
     cache = HeadCache(model.config, **vars(options))
+    cache.rotary_min_tokens = job.options.expected_tokens
     summary.options = dataclasses.asdict(options) | {"chunk_tokens": run_plan.chunk_tokens}
     if prepared.device == "cpu":
         native.unavailable_reason()  # compiles the decode kernel, if it was never done here, before the clock starts
