@@ -357,6 +357,24 @@ def test_chat_template_is_split_at_the_end_of_the_document(tiny):
     assert (tokenizer.decode(head), tokenizer.decode(tail)) == ("  A text. ", "\nWhat?  It is")
 
 
+def test_a_chat_template_that_fails_is_refused_before_loading(tmp_path, monkeypatch, capsys):
+    from headinfer.cli import main as cli
+    from headinfer.hf.models import ModelSource
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
+    monkeypatch.setattr(ModelSource, "tokenizer", lambda self: tokenizer)
+    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded first"))
+    arguments = ["eval", "niah", TINY, "--lengths", "1K", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["headinfer", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "a system message is needed" in err
+    assert "--raw" in err
+
+
 def test_heatmap_is_a_png_file(tiny, tmp_path):
     results, _ = run(tiny, tmp_path, documents_of(2), compare=False)
     save_heatmap(results, tmp_path / "niah.png")

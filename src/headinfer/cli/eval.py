@@ -209,6 +209,7 @@ class _Evaluation:
         from headinfer.evals.run import Results
         from headinfer.hf.models import resolve
         from headinfer.jobs.generate import chosen_dtype
+        from headinfer.jobs.prompts import chat_texts
         from headinfer.plan.model_shape import ModelShape
 
         self._device_kv_budget_bytes = device_kv_budget
@@ -218,6 +219,7 @@ class _Evaluation:
         self._source = resolve(model)
         self._dtype = chosen_dtype(dtype, self._source, self._device)
         self._tokenizer = self._source.tokenizer()
+        chat_texts(self._tokenizer, is_raw=is_raw)  # raises if the chat template cannot be used
         self._shape = ModelShape.from_config(self._source.config)
         dtype_name = str(self._dtype).removeprefix("torch.")
         self._results = Results.open(out, {"model": model, "dtype": dtype_name, "seed": seed, **about, "raw": is_raw})
