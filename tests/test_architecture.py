@@ -14,6 +14,7 @@ from pathlib import Path
 import grimp
 import pytest
 from importlinter.cli import lint_imports
+from own_process import HANG_S
 
 import headinfer
 
@@ -87,7 +88,7 @@ def test_a_violation_is_seen(path, source, contract, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANG_S,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     shown = " ".join(done.stdout.split())
@@ -126,5 +127,5 @@ register()
 assert "headinfer" in AttentionInterface().valid_keys()
 assert registered() != before
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_process import HANG_S
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -20,7 +21,7 @@ def run(name, *arguments, launcher=()):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, EXAMPLES / f"{name}.py", *arguments]
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment, check=False, timeout=600
+        [str(part) for part in command], capture_output=True, text=True, env=environment, check=False, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

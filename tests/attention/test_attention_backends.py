@@ -15,6 +15,7 @@ import torch
 from attention_cases import BOUND, relative_error, seeded, with_head_stride
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from own_process import HANG_S
 
 from headinfer.attention import cuda, native, triton_calls
 from headinfer.attention.backends import BACKENDS, TABLE, Problem, backend_names, capability_of, choose, recorded
@@ -910,7 +911,7 @@ def test_the_native_kernel_can_be_switched_off():
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert done.stdout.splitlines() == ["switched off by HEADINFER_NATIVE=0", "cpu-flash"]
 

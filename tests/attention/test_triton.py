@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_process import run_pytest
+from own_process import HANG_S, run_pytest
 
 from headinfer.attention import triton_calls
 from headinfer.attention.backends import Problem, choose
@@ -25,7 +25,7 @@ SWITCHED_OFF = "switched off by HEADINFER_TRITON=0"
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_in_the_interpreter():
-    run_pytest(SUPPORT / "triton_on_cpu.py", timeout_s=600, TRITON_INTERPRET="1")
+    run_pytest(SUPPORT / "triton_on_cpu.py", TRITON_INTERPRET="1")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_importing_the_backends_does_not_import_triton():
     )
     environment = {**os.environ, "HEADINFER_TRITON": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=HANG_S
     )
     assert done.stdout.strip() == SWITCHED_OFF
 
@@ -173,6 +173,6 @@ def test_kernels_compile_for_several_gpus(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from measured import measured_section
+from own_process import HANG_S
 from transformers import DynamicCache
 
 from headinfer import enable
@@ -500,7 +501,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 def script(*arguments, python=sys.executable, **more):
     environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run(
-        ["bash", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+        ["bash", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=HANG_S
     )
 
 
@@ -525,7 +526,11 @@ def test_what_the_script_names_exists():
     text = SCRIPT.read_text()
     (one,) = (line.split("'")[1] for line in text.splitlines() if line.strip().startswith("one="))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", one], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-m", "pytest", "--collect-only", one],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stdout
     from headinfer.cli.bench import bench

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from own_process import HANG_S
 
 from headinfer.attention.backends import backend_names
 from headinfer.errors import UsageError
@@ -17,15 +18,11 @@ from headinfer.utils.units import parse_bytes
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
 
 
-def command(*arguments):
-    return [sys.executable, "-W", "error", "-m", "headinfer", *map(str, arguments)]
-
-
-def run(*arguments, **extra):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=300, check=False, env=environment, **extra
-    )
+def run(*arguments):
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-W", "error", "-m", "headinfer", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +43,12 @@ def test_generate_prints_text_and_a_summary(book):
     assert "writing" in done.stderr
 
 
-def test_generate_json_counts_every_byte(book):
-    done = run("generate", MODEL, "--file", book, "--max-new-tokens", 5, "--json", "--dtype", "bfloat16")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_generate_json_counts_every_byte(run_command, book):
+    code, out, err = run_command(
+        "generate", MODEL, "--file", book, "--max-new-tokens", 5, "--json", "--dtype", "bfloat16"
+    )
+    assert code == 0, err
+    result = json.loads(out)
     tokens = len(book.read_bytes())
     assert result["tokens_in"] == result["tokens_read"] == tokens
     assert result["tokens_out"] == len(result["token_ids"]) == 5
@@ -83,10 +82,10 @@ def test_the_same_seed_gives_the_same_text_with_any_chunks_and_tiles(book, capsy
     assert result_of(*options[:-1], 6)["token_ids"] != plain["token_ids"]
 
 
-def test_a_prompt_beyond_the_context_of_the_model_gets_a_warning(book):
-    done = run("generate", MODEL + "&context=1000", "--file", book, "--max-new-tokens", 2)
-    assert done.returncode == 0
-    assert "exceed the 1,000" in done.stderr
+def test_a_prompt_beyond_the_context_of_the_model_gets_a_warning(run_command, book):
+    code, _, err = run_command("generate", MODEL + "&context=1000", "--file", book, "--max-new-tokens", 2)
+    assert code == 0
+    assert "exceed the 1,000" in err
 
 
 @pytest.mark.parametrize("forwards", [1, 30], ids=["while reading", "while writing"])
@@ -216,16 +215,16 @@ import sys
 import headinfer.cli.main
 assert not {"torch", "transformers", "matplotlib"} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
 
 
-def test_info_lists_every_backend():
-    found = json.loads(run("info", "--json").stdout)
+def test_info_lists_every_backend(run_command):
+    found = json.loads(run_command("info", "--json")[1])
     names = [backend["name"] for backend in found["attention_backends"]]
     assert names == backend_names()
     assert found["memory"]["host_available_bytes"] > 0
-    shown = run("info").stdout
+    shown = run_command("info")[1]
     assert all(name in shown for name in names)
 
 

@@ -10,6 +10,7 @@ import huggingface_hub.constants
 import paper_notes
 import paper_tables
 import pytest
+from own_process import HANG_S
 
 from headinfer.errors import UsageError
 from headinfer.plan.compare import METHODS
@@ -23,33 +24,29 @@ JOB = ("llama-3-8b", "--context", "1M", "--gpu", "rtx4090", "--ram", "256GB")
 def run(*arguments, **environment):
     command = [sys.executable, "-W", "error", "-m", "headinfer", "plan", *map(str, arguments)]
     variables = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False, env=variables)
 
 
-def test_plan_takes_less_than_a_second_and_loads_neither_torch_nor_transformers():
+def test_plan_is_quick_and_loads_neither_torch_nor_transformers():
+    """Function calls are counted instead of seconds, which depend on the load: 5 million take less than a second."""
     script = f"""
-import sys
+import cProfile, pstats, sys
+profile = cProfile.Profile()
+profile.enable()
 from headinfer.cli.main import main
 sys.argv = ["headinfer", "plan", *{JOB!r}]
 try:
     main()
 except SystemExit as done:
     assert not done.code, done.code
+profile.disable()
+calls = pstats.Stats(profile).total_calls
+assert calls < 5_000_000, calls
 for name in ("torch", "transformers", "matplotlib", "numpy"):
     assert name not in sys.modules, name
 """
-    seconds = []
-    for _ in range(3):  # the least processor time of three runs, since the machine may be busy
-        start = _child_seconds()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-        seconds.append(_child_seconds() - start)
-        assert done.returncode == 0, done.stderr
-    assert min(seconds) < 1.0
-
-
-def _child_seconds():
-    times = os.times()
-    return times.children_user + times.children_system
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_tables_fit_a_terminal_and_show_the_main_figures():
@@ -185,7 +182,7 @@ def test_plots_are_drawn(job, tmp_path):
 
 def test_the_document_is_what_its_command_prints():
     command = [sys.executable, "-W", "error", ROOT / "benchmarks" / "paper" / "compare.py"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
     assert (ROOT / "docs" / "paper-comparison.md").read_text("utf-8") == done.stdout
 

@@ -38,7 +38,6 @@ def run_on_simulated_devices(*arguments, triton=False):
         "-p",
         "pretend_cuda",
         *arguments,
-        timeout_s=900,
         HEADINFER_TRITON=str(int(triton)),  # the interpreter runs kernels hundreds of times slower
         PYTHONPATH=os.pathsep.join(filter(None, [str(TESTS / "support"), os.environ.get("PYTHONPATH")])),
         TRITON_INTERPRET="1",

@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 import headinfer.embedded
 from headinfer import embedded
-from headinfer.cli import main as cli
 from headinfer.embedded import embedded_model, embedded_text
 from headinfer.errors import UsageError
 from headinfer.evals.demo import Demo, DemoResult, largest_demo
@@ -76,15 +73,13 @@ def test_errors_name_missing_and_changed_files(tmp_path, monkeypatch, name):
         embedded_text()
 
 
-def test_demo_end_to_end():
-    command = [sys.executable, "-m", "headinfer", "demo", "--context", "4K"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("What is the magic number for") == 4
-    assert "tokens are identical; all answers are right" in done.stdout
-    assert "reading, head-wise cache" in done.stderr
-    done = subprocess.run([*command, "--json", "--questions", "2"], capture_output=True, text=True, timeout=600)
-    result = json.loads(done.stdout)
+def test_demo_end_to_end(run_command):
+    code, out, err = run_command("demo", "--context", "4K")
+    assert code == 0, err
+    assert out.count("What is the magic number for") == 4
+    assert "tokens are identical; all answers are right" in out
+    assert "reading, head-wise cache" in err
+    result = json.loads(run_command("demo", "--context", "4K", "--json", "--questions", "2")[1])
     assert result["identical"] and result["right"]  # noqa: PT018
     standard, head_wise = result["runs"]
     assert standard["token_ids"] == head_wise["token_ids"]
@@ -93,20 +88,16 @@ def test_demo_end_to_end():
     assert standard["device_kv_bytes"] > result["tokens_in"] * 2048
 
 
-def test_demo_fails_if_an_answer_is_wrong_or_tokens_differ(monkeypatch, capsys):
+def test_demo_fails_if_an_answer_is_wrong_or_tokens_differ(run_command, monkeypatch):
     for name, message in (("right", "AN ANSWER IS WRONG"), ("identical", "THE TOKENS DIFFER")):
         with monkeypatch.context() as patch:
             patch.setattr(DemoResult, name, False)
-            patch.setattr(sys, "argv", ["headinfer", "demo", "--context", "1K", "--questions", "1"])
-            with pytest.raises(SystemExit) as stopped:
-                cli.main()
-        assert stopped.value.code == 1
-        assert message in capsys.readouterr().out
-    done = subprocess.run(
-        [sys.executable, "-m", "headinfer", "demo", "--context", "40"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "40 tokens cannot hold 4 needles" in done.stderr
+            code, out, _ = run_command("demo", "--context", "1K", "--questions", "1")
+        assert code == 1
+        assert message in out
+    code, _, err = run_command("demo", "--context", "40")
+    assert code == 2
+    assert "40 tokens cannot hold 4 needles" in err
 
 
 def test_result_detects_wrong_and_different_answers():

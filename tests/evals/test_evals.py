@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import subprocess
 import sys
 
 import pytest
@@ -18,7 +17,7 @@ from headinfer.evals.reader import HEAD_WISE, STANDARD, Reader
 from headinfer.evals.ruler import RULER_TASKS, ruler_documents
 from headinfer.evals.run import Results, evaluate
 from headinfer.evals.tasks import Document, Question, largest_fitting, match_all, match_part
-from headinfer.hf.models import byte_tokenizer, resolve
+from headinfer.hf.models import ModelSource, byte_tokenizer, resolve
 from headinfer.plan.model_shape import ModelShape
 
 ESSAY = " ".join(f"Sentence {n} of the essay says {'rather ' * (n % 7)}little." for n in range(900))
@@ -385,48 +384,41 @@ def test_heatmap_is_a_png_file(tiny, tmp_path):
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def headinfer(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "headinfer", *map(str, args)], capture_output=True, text=True, timeout=600
-    )
-
-
 TINY = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
 
 
-def test_eval_niah_and_ruler_end_to_end(tmp_path):
-    done = headinfer(
-        "eval", "niah", TINY, "--lengths", "600,900", "--depths", "0..100/3", "--compare", "--out", tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "6 of 6 answers identical, difference in score 0" in " ".join(done.stdout.split())
+def test_eval_niah_and_ruler_end_to_end(run_command, tmp_path):
+    niah = ("eval", "niah", TINY, "--lengths")
+    code, out, err = run_command(*niah, "600,900", "--depths", "0..100/3", "--compare", "--out", tmp_path)
+    assert code == 0, err
+    assert "6 of 6 answers identical, difference in score 0" in " ".join(out.split())
     assert (tmp_path / "niah.png").is_file()
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["command"].startswith("headinfer eval niah")
     assert {one["length"] for one in kept["answers"]} == {600, 900}
-    again = headinfer("eval", "niah", TINY, "--lengths", "600,900", "--depths", "0,50,100", "--out", tmp_path, "--json")
-    assert json.loads(again.stdout)["questions"] == 6
-    bare = headinfer("eval", "niah", TINY, "--lengths", "600", "--depths", "50", "--no-lead", "--json")
-    assert json.loads(bare.stdout)["questions"] == 1
-    mixed = headinfer("eval", "niah", TINY, "--lengths", "600", "--depths", "50", "--no-lead", "--out", tmp_path)
-    assert "holds another evaluation" in mixed.stderr
-    other = headinfer("eval", "ruler", TINY, "--lengths", "1K", "--out", tmp_path)
-    assert other.returncode == 2
-    assert "holds another evaluation" in other.stderr
+    _, again, _ = run_command(*niah, "600,900", "--depths", "0,50,100", "--out", tmp_path, "--json")
+    assert json.loads(again)["questions"] == 6
+    _, bare, _ = run_command(*niah, "600", "--depths", "50", "--no-lead", "--json")
+    assert json.loads(bare)["questions"] == 1
+    _, _, err = run_command(*niah, "600", "--depths", "50", "--no-lead", "--out", tmp_path)
+    assert "holds another evaluation" in err
+    code, _, err = run_command("eval", "ruler", TINY, "--lengths", "1K", "--out", tmp_path)
+    assert code == 2
+    assert "holds another evaluation" in err
     tasks = ("--tasks", "vt,niah_single_1", "--samples", 1, "--out", tmp_path / "r")
-    done = headinfer("eval", "ruler", TINY, "--lengths", "4000", *tasks)
-    assert done.returncode == 0, done.stderr
-    assert "vt" in done.stdout
+    code, out, err = run_command("eval", "ruler", TINY, "--lengths", "4000", *tasks)
+    assert code == 0, err
+    assert "vt" in out
 
 
-def test_eval_data_end_to_end(tmp_path):
+def test_eval_data_end_to_end(run_command, tmp_path):
     path = tmp_path / "data.jsonl"
     items = [{"context": text, "multi_turns": TURNS} for text in ("short " * 20, "long " * 2000)]
     path.write_text("\n".join(map(json.dumps, items)))
     options = ("--task", "scbench_kv", "--data", path, "--most-tokens", "2K", "--out", tmp_path / "a")
-    done = headinfer("eval", "data", TINY, *options)
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 texts are longer than 2,048 tokens and left out" in done.stderr
+    code, _, err = run_command("eval", "data", TINY, *options)
+    assert code == 0, err
+    assert "1 of 2 texts are longer than 2,048 tokens and left out" in err
     kept = json.loads((tmp_path / "a" / "results.json").read_text())
     assert len(kept["answers"]) == 2
 
@@ -446,11 +438,12 @@ def test_eval_data_end_to_end(tmp_path):
         (("data", TINY, "--task", "scbench_kv", "--data", "/nowhere"), "cannot read /nowhere"),
     ],
 )
-def test_mistakes_are_reported_in_one_sentence(tmp_path, args, message):
-    done = headinfer("eval", *args, "--out", tmp_path)
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
-    assert done.stderr.startswith("headinfer: error: "), "mistakes are reported before anything is loaded"
+def test_mistakes_are_reported_in_one_sentence(run_command, tmp_path, monkeypatch, args, message):
+    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("weights were loaded first"))
+    code, _, err = run_command("eval", *args, "--out", tmp_path)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert err.startswith("headinfer: error: ")
     assert not (tmp_path / "results.json").exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, present, splits, tiny_config, tiny_model
+from own_process import HANG_S
 from rank_worker import read
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
@@ -39,9 +40,9 @@ def torchrun(*arguments, inside=(), **extra):
     )
 
 
-def finish(process, timeout=200):
+def finish(process):
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=HANG_S)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -66,7 +67,7 @@ def test_families_with_a_tensor_parallel_plan_are_exact_over_two_ranks(tmp_path)
         save_file({"ids": ids}, tmp_path / family / "ids.safetensors")
         model = tiny_model(family)
         wanted[family] = read(model, ids, DynamicCache(config=model.config))
-    code, _, err = finish(torchrun(SUPPORT / "rank_worker.py", "families", tmp_path), timeout=500)
+    code, _, err = finish(torchrun(SUPPORT / "rank_worker.py", "families", tmp_path))
     assert code == 0, err
     for family in families:
         found = load_file(tmp_path / family / "found.safetensors")

@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -104,24 +103,11 @@ def token_ids(tokens):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-    from headinfer.cli import main as cli
-
+def command(run_command, monkeypatch, tmp_path):
+    """The fixture `run_command`, with a folder of sessions and a cache folder of its own."""
     monkeypatch.setenv("HEADINFER_SESSIONS", str(tmp_path / "sessions"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["headinfer", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            return stopped.code or 0, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
+    return run_command
 
 
 @pytest.fixture
@@ -286,9 +272,9 @@ def test_a_session_written_by_another_process_meanwhile_is_not_written_again(com
     from headinfer.jobs import read as reading
 
     root = tmp_path / "sessions"
-    job = reading.ReadJob(MODEL, book.read_text(), "mybook", root, chunk_tokens=200)
+    job = reading.ReadJob(MODEL, book.read_text(), "mybook", root, chunk_tokens=200, device="cpu")
     if held:
-        begun = reading.ReadJob(MODEL, book.read_text()[:held], "mybook", root, chunk_tokens=200)
+        begun = reading.ReadJob(MODEL, book.read_text()[:held], "mybook", root, chunk_tokens=200, device="cpu")
         reading.read(reading.prepare_read(begun))
     prepared = reading.prepare_read(job)
     assert prepared.done == held
@@ -303,7 +289,7 @@ def test_a_session_written_by_another_process_meanwhile_is_not_written_again(com
 def test_a_question_is_not_kept_in_a_session_that_changed_meanwhile(command, kept):
     from headinfer.jobs import ask as asking
 
-    job = asking.AskJob("mybook", kept.parent, ["When?"], max_new_tokens=2, keep=True)
+    job = asking.AskJob("mybook", kept.parent, ["When?"], max_new_tokens=2, keep=True, device="cpu")
     prepared = asking.prepare_ask(job)
     later = asking.prepare_ask(job)
     asking.ask(prepared, on_text=lambda _: None)
@@ -446,7 +432,7 @@ def commands_with_output(path):
         "bench --check-plan": (["bench", "--check-plan", "--quick", "--output", path], "headinfer.bench.run.run_check"),
         "probe": (["probe", "--device", "cpu", "--output", path], "headinfer.bench.probe.probe"),
         "plan --plot": (
-            ["plan", "llama-3-8b", "--gpu", "rtx4090", "--plot", path],
+            ["plan", "llama-3-8b", "--gpu", "rtx4090", "--ram", "64GB", "--plot", path],
             "headinfer.cli.plan_plots._draw_memory",
         ),
     }
@@ -583,7 +569,7 @@ def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
     monkeypatch.setattr("headinfer.bench.run.run_suites", lambda *_, **__: iter([[MEASUREMENT]]))
     monkeypatch.setattr("headinfer.bench.run.run_check", lambda *_, **__: [COMPARED])
     monkeypatch.setattr("headinfer.bench.probe.probe", lambda *_: PROBED)
-    plan = ["plan", "llama-3-8b", "--gpu", "rtx4090"]
+    plan = ["plan", "llama-3-8b", "--gpu", "rtx4090", "--ram", "64GB"]
     for name in ("plan.png", "plan.svg", "plan.pdf", "plan.PNG"):
         path = tmp_path / name
         path.touch()

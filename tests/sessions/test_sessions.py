@@ -16,6 +16,7 @@ import xxhash
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_process import HANG_S
 from safetensors import safe_open
 
 import headinfer
@@ -409,7 +410,7 @@ def test_symbolic_links_are_not_sessions(tmp_path):
 def _hold(folder, held, release):
     with Lock(folder):
         held.set()
-        release.wait(60)
+        release.wait(HANG_S)
 
 
 def test_only_one_process_can_write_a_session(model, saved, enabled):
@@ -418,7 +419,7 @@ def test_only_one_process_can_write_a_session(model, saved, enabled):
     release = context.Event()
     other = context.Process(target=_hold, args=(saved, held, release))
     other.start()
-    assert held.wait(60)
+    assert held.wait(HANG_S)
     cache = HeadCache.load(saved, model)
     forward(model, cache, token_ids(10))
     with pytest.raises(SessionError, match="another process is writing"):

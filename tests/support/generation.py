@@ -41,6 +41,13 @@ def padded(rows=3, tokens=500):
     return inputs
 
 
+def remembered(results, name, compute):
+    """A result that several tests compare with, computed once. `results` is a dict that these tests share."""
+    if name not in results:
+        results[name] = compute()
+    return results[name]
+
+
 def generate(model, inputs, **options):
     torch.manual_seed(3)
     found = model.generate(

@@ -15,6 +15,7 @@ The simulation cannot test the numbers of the real kernels, real times, or other
 """
 
 import ctypes
+import functools
 import importlib
 import time
 import types
@@ -137,11 +138,17 @@ def waits(what):
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
 
+@functools.cache
+def is_composite(func):
+    """Whether an operation consists of other operations."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
 def run(func, args, kwargs):
     """Run an operation with a tensor on a device."""
     if func is torch.ops.prim.device.default:
         return args[0].where
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if is_composite(func):
         with Mode():  # in inference_mode() composite operations arrive here undecomposed
             return func.decompose(*args, **kwargs)
     leaves = [*tensors_in(args), *tensors_in(kwargs)]
@@ -182,7 +189,9 @@ def wrap(host, where, sources=()):
     memory.count(host, where)
     storage = host.untyped_storage()._cdata
     origin = next((tensor for tensor in sources if tensor.host.untyped_storage()._cdata == storage), None)
-    with torch.inference_mode(torch.is_inference_mode_enabled() if origin is None else origin.is_inference()):
+    if origin is None or origin.is_inference() == torch.is_inference_mode_enabled():
+        return DeviceTensor(host, where)
+    with torch.inference_mode(origin.is_inference()):
         return DeviceTensor(host, where)
 
 

@@ -83,7 +83,7 @@ def _build() -> Path:
                 [compiler, *flags, "-c", str(_SOURCE), "-o", str(object_file)],
                 [compiler, "-shared", str(object_file), *openmp, "-lm", "-o", str(library)],
             ):
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
                 if done.returncode:
                     raise _BuildError(f"{' '.join(command[:1])} failed: {done.stderr.strip()[:300]}")
             library.replace(target)  # atomic, because other processes may build or load it at the same time
