@@ -11,6 +11,9 @@ Each message is one sentence that says what failed, why, and what would work. Th
 status 2. Each class also derives from a built-in exception.
 """
 
+import errno
+import re
+
 __all__ = [
     "CapacityError",
     "ContextLengthWarning",
@@ -20,7 +23,15 @@ __all__ = [
     "StateError",
     "UnsupportedError",
     "UsageError",
+    "is_out_of_memory",
 ]
+
+# What torch, the dynamic linker and Python say if the system or a device refuses memory.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment"
+    r"|can't start new thread|std::bad_alloc",
+    re.IGNORECASE,
+)
 
 
 class HeadinferError(Exception):
@@ -53,3 +64,9 @@ class ContextLengthWarning(UserWarning):
 
 class RereadWarning(UserWarning):
     """A cache is filled anew, since the model's rotary frequencies depend on the length of the context."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the system or a device has no memory left."""
+    is_refused = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return is_refused or _NO_MEMORY.search(str(error)) is not None

@@ -16,10 +16,10 @@ import headinfer
 from headinfer.attention import native
 from headinfer.attention.backends import BACKENDS, Problem, capability_of
 from headinfer.attention.problem import AMX
-from headinfer.hf.families import SUPPORTED_FAMILIES
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.numa import node_of
+from headinfer.plan.families import SUPPORTED_FAMILIES
 from headinfer.plan.memory import available_host_bytes
 from headinfer.utils.units import format_bytes
 

@@ -4,10 +4,13 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import headinfer
 from headinfer.bench.measurement import Measurement
@@ -174,6 +177,147 @@ def test_a_file_from_standard_input(book, capsys, monkeypatch):
 def test_standard_input_that_is_not_utf_8(refused, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     assert "cannot read standard input: it is not UTF-8 text" in refused("generate", MODEL, "--file", "-")
+
+
+# -- sizes that never end --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--context", "1000M"), "is too long for the demo's model"),
+        (("demo", "--questions", "50", "--context", "1000"), "of at least 5,000 tokens"),
+        (("generate", "random:llama-3-8b?layers=99999999", "--prompt", "x"), "is too large"),
+        (("generate", "random:gemma-3-4b?num_hidden_layers=9999999", "--prompt", "x"), "is too large"),
+        (("eval", "niah", "random:llama-3-8b?layers=99999999"), "is too large"),
+        (("eval", "niah", MODEL, "--lengths", "1000000M"), "tokens fit"),
+        (("eval", "niah", MODEL, "--depths", "0..100/99999999999"), "more than 1000 depths"),
+        (("read", MODEL + "&vocab=10", "--file", "book.txt", "--session", "s"), "the model has 10 tokens"),
+        (("generate", MODEL + "&vocab=10", "--prompt", "x"), "the model has 10 tokens"),
+        (("eval", "ruler", MODEL + "&vocab=10"), "the model has 10 tokens"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_a_size_that_is_too_large_is_refused_at_once(arguments, message, capsys, monkeypatch):
+    began = time.monotonic()
+    assert exit_code(arguments, monkeypatch) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert time.monotonic() - began < 30
+
+
+# -- broken models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good_model(tmp_path_factory):
+    """A model folder that works."""
+    from headinfer.hf.models import byte_tokenizer, resolve
+
+    folder = tmp_path_factory.mktemp("models") / "good"
+    resolve(MODEL).load(dtype=torch.float32, device="cpu", seed=0).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+BROKEN_CONFIGS = {
+    "no KV heads": (lambda folder: change_config(folder, num_key_value_heads=0), "num_key_value_heads is 0"),
+    "a text": (lambda folder: change_config(folder, hidden_size="sixty-four"), "hidden_size"),
+    "too few layer types": (lambda folder: change_config(folder, layer_types=[]), "layer_types"),
+    "no layers": (lambda folder: change_config(folder, num_hidden_layers=-1), "num_hidden_layers"),
+    "too many layers": (lambda folder: change_config(folder, num_hidden_layers=99999999), "99,999,999"),
+    "another text": (lambda folder: change_config(folder, max_position_embeddings="x"), "max_position_embeddings"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config"),
+    "deep JSON": (lambda folder: (folder / "config.json").write_text("[" * 100000), "recursion"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config"),
+    "another family": (
+        lambda folder: change_config(folder, model_type="bloom"),
+        "the model family bloom is not verified",
+    ),
+    "a refused family": (
+        lambda folder: change_config(folder, model_type="jetmoe"),
+        "the model family jetmoe cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_CONFIGS)
+def test_a_broken_config_is_refused_by_generate_and_plan(fault, refused, good_model, tmp_path):
+    folder = shutil.copytree(good_model, tmp_path / "model")
+    change, message = BROKEN_CONFIGS[fault]
+    change(folder)
+    generated = refused("generate", folder, "--prompt", "x")
+    planned = refused("plan", folder, "--gpu", "rtx4090", "--ram", "64GB")
+    assert message in generated
+    assert message in planned
+    if "family" in fault:
+        assert generated == planned
+
+
+BROKEN_WEIGHTS = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "incomplete metadata"),
+    "empty": (lambda path: path.write_bytes(b""), "header too small"),
+    "garbage": (lambda path: path.write_bytes(b"x" * 999), "header too large"),
+    "missing": (lambda path: path.unlink(), "no file named"),
+    "without a tensor": (lambda path: change_weights(path.parent, lambda found: found.pop("model.norm.weight")),
+                         "lack model.norm.weight"),
+    "with another shape": (lambda path: change_weights(path.parent, lambda found: found.update(
+        {"model.norm.weight": torch.ones(7)})), "model.norm.weight has shape [7]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN_WEIGHTS)
+def test_broken_weights_are_refused(fault, good_model, tmp_path, capsys, monkeypatch):
+    """transformers puts random numbers in the place of tensors that are missing."""
+    folder = shutil.copytree(good_model, tmp_path / "model")
+    change, message = BROKEN_WEIGHTS[fault]
+    change(folder / "model.safetensors")
+    assert exit_code(("generate", folder, "--prompt", "x"), monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    said = err.splitlines()[-1]
+    assert said.startswith(f"headinfer: error: the weights of {folder}")
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        lambda folder: (folder / "tokenizer_config.json").write_text("["),
+    ],
+    ids=["missing", "empty", "no JSON"],
+)
+@pytest.mark.parametrize("command", ["generate", "niah"])
+def test_a_broken_tokenizer_is_refused(command, change, refused, good_model, tmp_path):
+    folder = shutil.copytree(good_model, tmp_path / "model")
+    change(folder)
+    arguments = [folder if value == MODEL else value for value in COMMANDS[command]]
+    assert f"the tokenizer of {folder}" in refused(*arguments)
+
+
+def test_a_session_of_two_rows_is_refused_by_ask(refused, tmp_path):
+    from headinfer import HeadCache, enable
+    from headinfer.hf.models import resolve
+
+    model = resolve(MODEL).load(dtype=torch.float32, device="cpu", seed=0)
+    ids = torch.arange(200).view(2, 100)
+    with enable(model), torch.inference_mode():
+        cache = model(input_ids=ids, past_key_values=HeadCache(model.config)).past_key_values
+    cache.save(tmp_path / "root" / "s", ids, about={"model": MODEL})
+    assert "holds 2 rows" in refused("ask", "x", "--session", "s", "--sessions", tmp_path / "root")
 
 
 # -- files to write --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from families import (
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headinfer
-from headinfer.hf.families import SUPPORTED_FAMILIES
+from headinfer.plan.families import SUPPORTED_FAMILIES
 from headinfer.plan.model_shape import ModelShape
 
 TOKENS = 300

@@ -157,11 +157,12 @@ def test_ctrl_c_in_ask_stops_within_one_chunk(headinfer, book, tmp_path, monkeyp
     with monkeypatch.context() as patched:
         pressed = CtrlC(patched, in_pass)
         arguments = ["ask", "--session", "mybook", "--max-new-tokens", 8, "--json", *more]
-        code, out, _ = headinfer(*arguments, "--", LONG_QUESTION, "Another?")
+        code, out, err = headinfer(*arguments, "--", LONG_QUESTION, "Another?")
     assert code == 130
     assert pressed.passes == in_pass
     answers = json.loads(out)["answers"]
     assert [answer["interrupted"] for answer in answers] == [True]
+    assert ("this question is not kept" in err) == keep
     assert files_of(tmp_path / "sessions" / "mybook") == before
     assert ask(headinfer, LONG_QUESTION)[0]["token_ids"] == expected
 

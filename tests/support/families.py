@@ -4,9 +4,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from headinfer.errors import UnsupportedError
-from headinfer.hf.families import REFUSED as WHY
 from headinfer.hf.parallel import check_shards
 from headinfer.hf.ranks import Ranks
+from headinfer.plan.families import REFUSED as WHY
 from headinfer.plan.model_shape import ModelShape
 
 VOCAB = 128

@@ -105,4 +105,6 @@ def ask(
         header = ("question", "first token", "tokens/s", "KV on the device, peak")
         stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
     if summaries[-1].interrupted:
+        if keep:
+            say("interrupted: this question is not kept, and the session is as it was before it")
         raise typer.Exit(130)

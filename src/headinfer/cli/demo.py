@@ -47,6 +47,7 @@ def demo(
     if length is None:
         say("measuring the speed of this machine ...")
         length = largest_demo(made, _READING_SECONDS)
+    say(f"making a text of {length:,} tokens ...")
     document = made.document(length, questions, seed)
     if not as_json:
         _introduce(document, length)

@@ -27,6 +27,8 @@ app = typer.Typer(
     no_args_is_help=True, help="Measure what a model finds in long texts, and check that the cache does not change it."
 )
 
+_MOST_DEPTHS = 1000
+
 Lengths = Annotated[str, typer.Option(help="Tokens of a prompt and its answer, separated by commas.")]
 Samples = Annotated[int, number("--samples", "Documents per length, and per task if there are several.", high=100_000)]
 Out = Annotated[Path, typer.Option(help="Folder for the results. An interrupted evaluation resumes from it.")]
@@ -236,8 +238,14 @@ class _Evaluation:
         plan_run(RunRequest(self._shape, torch.device(self._device), self._dtype, tokens, options))
 
     def count(self, text: str) -> int:
-        """Return the number of tokens of a text."""
-        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+        """Return the number of tokens of a text.
+
+        Raises:
+            UsageError: the model has no embedding for a token.
+        """
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        self._source.check_ids(ids)
+        return len(ids)
 
     def run(self, documents: Iterable[Document], document_tokens: Sequence[int], *, compare: bool) -> Results:
         """Answer the questions that have no answer in the folder yet, with a progress bar.
@@ -305,7 +313,7 @@ def _depths(text: str) -> list[float]:
         if found:
             low = float(found[1])
             high = float(found[2])
-            count = int(found[3] or 11)
+            count = min(int((found[3] or "11")[:5]), _MOST_DEPTHS + 1)
             percents = [low + (high - low) * step / max(count - 1, 1) for step in range(count)]
         else:
             percents = [float(part) for part in text.split(",")]
@@ -313,6 +321,8 @@ def _depths(text: str) -> list[float]:
         percents = []
     if not percents or not all(0 <= percent <= 100 for percent in percents):
         raise UsageError(f"{text!r} is not a list of depths: write percents such as 0,50,100, or 0..100, or 0..100/5")
+    if len(percents) > _MOST_DEPTHS:
+        raise UsageError(f"{text[:40]!r} has more than {_MOST_DEPTHS} depths, and a document holds one needle for each")
     return sorted({round(percent / 100, 4) for percent in percents})
 
 

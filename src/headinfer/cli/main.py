@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
-import re
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import Annotated
@@ -27,7 +25,7 @@ from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.read import read
 from headinfer.cli.streams import BROKEN_PIPE, KeptOutput, open_missing_streams
-from headinfer.errors import HeadinferError, UsageError
+from headinfer.errors import HeadinferError, UsageError, is_out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -35,12 +33,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # Libraries whose warnings repeat or contradict headinfer's own.
 _QUIET_LIBRARIES = ("transformers", "huggingface_hub", "torchao", "torch.utils._pytree")
-# What torch, the dynamic linker and Python say if the system refuses memory.
-_NO_MEMORY = re.compile(
-    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment"
-    r"|can't start new thread|std::bad_alloc",
-    re.IGNORECASE,
-)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,14 +119,8 @@ def _run() -> int | str | None:
             say("headinfer: interrupted")
         return 130
     except (MemoryError, ImportError, OSError, RuntimeError) as raised:
-        if not _is_out_of_memory(raised):
+        if not is_out_of_memory(raised):
             raise
         reason = (str(raised).strip() or type(raised).__name__).splitlines()[0]
         error(f"the system refuses memory ({reason}): free some memory, or raise the limit (ulimit -v)", origin)
     return 2
-
-
-def _is_out_of_memory(raised: Exception) -> bool:
-    """Return whether an error says that the system or a device has no memory left."""
-    is_refused = isinstance(raised, MemoryError) or getattr(raised, "errno", None) == errno.ENOMEM
-    return is_refused or _NO_MEMORY.search(str(raised)) is not None

@@ -16,12 +16,14 @@ import torch
 
 from headinfer.attention import native
 from headinfer.embedded import EMBEDDED, embedded_text
-from headinfer.errors import UsageError
+from headinfer.errors import CapacityError, UsageError
 from headinfer.evals.niah import niah_document
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, OnText, Reader, Reading
 from headinfer.evals.tasks import Document
 from headinfer.hf.models import resolve
+from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.model_shape import ModelShape
+from headinfer.utils.units import format_bytes
 
 __all__ = ["DEMO_TOKENS", "Demo", "DemoResult", "largest_demo"]
 
@@ -30,6 +32,7 @@ DEMO_TOKENS = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
 
 _TRIAL_TOKENS = 8192
 _CHUNK_TOKENS = 2048
+_QUESTION_TOKENS = 100  # of the document for each question; in denser documents the model finds other needles
 _BUDGET_BYTES = 4 * 1024 * 1024
 
 
@@ -100,10 +103,10 @@ class Demo:
             The document.
 
         Raises:
-            UsageError: there are fewer than 1 token or 1 question, or the needles do not fit into the tokens.
+            UsageError: the context is longer than what the model was made for, or the needles do not fit into it.
+            CapacityError: the memory does not hold the KV of the standard cache and its copy for a question.
         """
-        if tokens < 1 or questions < 1:
-            raise UsageError(f"the demo needs at least 1 token and 1 question, not {tokens} and {questions}")
+        self._check(tokens, questions)
         depths = [(index + 0.5) / questions for index in range(questions)]
         return niah_document(
             tokens,
@@ -115,6 +118,27 @@ class Demo:
             gives_lead=False,
             accepts=self._is_split_into_syllables,
         )
+
+    def _check(self, tokens: int, questions: int) -> None:
+        """Check that a document can be made and read."""
+        if tokens < 1 or questions < 1:
+            raise UsageError(f"the demo needs at least 1 token and 1 question, not {tokens} and {questions}")
+        longest = self.shape.max_context_tokens
+        if tokens > longest:
+            raise UsageError(f"a context of {tokens:,} tokens is too long for the demo's model: it reads {longest:,}")
+        if questions > 1 and tokens < questions * _QUESTION_TOKENS:
+            raise UsageError(
+                f"{tokens:,} tokens cannot hold {questions:,} needles that the model tells apart: give a --context of "
+                f"at least {questions * _QUESTION_TOKENS:,} tokens, or fewer --questions"
+            )
+        token_bytes = 2 * self.shape.kv_bytes_per_token(torch.float32.itemsize)
+        free_bytes = available_host_bytes()
+        if tokens * token_bytes > free_bytes:
+            raise CapacityError(
+                f"{tokens:,} tokens need {format_bytes(tokens * token_bytes)} of memory for the KV of the standard "
+                f"cache and a copy, and {format_bytes(free_bytes)} are free: at most {free_bytes // token_bytes:,} "
+                "tokens fit"
+            )
 
     def _is_split_into_syllables(self, word: str) -> bool:
         tokens: list[str] = self.reader.tokenizer.tokenize(f" {word}")

@@ -36,7 +36,6 @@ from headinfer.hf.compat import (
 )
 from headinfer.hf.copies import distinct_rows, repeat_logits
 from headinfer.hf.defaults import use_cache_by_default
-from headinfer.hf.families import check_family
 from headinfer.hf.generation import prepare_generate
 from headinfer.hf.inputs import (
     check_attention_outputs,
@@ -51,6 +50,7 @@ from headinfer.hf.layers import HeadLayer
 from headinfer.hf.rollback import rollback_on_error
 from headinfer.hf.rotary import RotaryControl
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.plan.families import check_family
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.utils.stacklevel import stacklevel_of_user
@@ -75,7 +75,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"{family} does not use transformers' attention interface, so its KV cache cannot be offloaded: "
             "docs/models.md lists the families that are served"
         )
-    check_family(model.config)
+    check_family(model.config.model_type, model.config.get_text_config(decoder=True).model_type)
     HeadCache(model.config)  # raises if a layer is not served
 
 

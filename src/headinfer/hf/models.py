@@ -12,6 +12,8 @@ has this size unless `vocab=` sets another one.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from headinfer.embedded import EMBEDDED, embedded_model
-from headinfer.errors import UnsupportedError, UsageError
+from headinfer.errors import UnsupportedError, UsageError, is_out_of_memory
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
 from headinfer.hf.defaults import decode_one_text, leave_out_outputs
-from headinfer.hf.families import check_family
+from headinfer.plan.families import check_family
+from headinfer.plan.model_shape import MOST_LAYERS, ModelShape
+from headinfer.utils.values import shown
 
-__all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "first_line", "resolve"]
+__all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "first_line", "load_whole", "resolve"]
 
+_LONGEST_REASON = 300  # characters
 _PREFIX = "random:"
 _SHORT_NAMES = {
     "layers": "num_hidden_layers",
@@ -107,15 +112,36 @@ class ModelSource:
         """
         if self.is_random:
             return byte_tokenizer()
-        try:
-            return AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            _refuse_custom_code(self.name, error)
-            raise UsageError(f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}") from error
+        with transformers_reads(self.name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
+            has_tokens = bool(tokenizer("a").input_ids)
+        if not has_tokens:
+            raise UsageError(
+                f"the tokenizer of {self.name} has no tokens: add its tokenizer.json to the model's folder"
+            )
+        return tokenizer
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Check that the model has an embedding for each token id.
+
+        Raises:
+            UsageError: it has not.
+        """
+        size = int(self.config.get_text_config(decoder=True).vocab_size)
+        largest = max(ids, default=0)
+        if largest >= size:
+            raise UsageError(
+                f"the tokenizer of {self.name} gives the token id {largest:,}, and the model has {size:,} tokens: use "
+                "the tokenizer that belongs to the model" + (", or a larger vocab" if self.is_random else "")
+            )
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of the weights in a dtype. They are counted on the meta device, without memory."""
-        with torch.device("meta"):
+        """Return the bytes of the weights in a dtype. They are counted on the meta device, without memory.
+
+        Raises:
+            UsageError: transformers cannot make a model of this config.
+        """
+        with transformers_reads(self.name, "config"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         return sum(math.prod(p.shape) * p.element_size() for p in model.parameters())
 
@@ -135,12 +161,7 @@ class ModelSource:
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).to(device)
         else:
             disable_progress_bar()  # transformers shows one for local files too
-            try:
-                model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, trust_remote_code=False)
-                model = model.to(device)
-            except (OSError, ValueError) as error:
-                _refuse_custom_code(self.name, error)
-                raise UsageError(f"{self.name} cannot be loaded: {first_line(error)}") from error
+            model = load_whole(self.name, dtype=dtype).to(device)
         leave_out_outputs(model)
         decode_one_text(model)
         return model.eval()
@@ -153,11 +174,15 @@ def resolve(spec: str) -> ModelSource:
         spec: the argument: a folder, a hub name, `embedded`, or `random:NAME?layers=2&...`.
 
     Raises:
-        UsageError: there is no such model, or a field of a random model is out of range.
+        UsageError: there is no such model, its config is broken, or a field of a random model is out of range.
         UnsupportedError: the family or a layer of the model is not served.
     """
     source = _random_source(spec) if spec.startswith(_PREFIX) else _stored_source(spec)
-    check_family(source.config)
+    check_family(source.config.model_type, source.config.get_text_config(decoder=True).model_type)
+    try:
+        ModelShape.from_config(source.config)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"the config of {spec} is not that of a decoder: {error}") from error
     HeadCache(source.config)  # raises if a layer is not served
     return source
 
@@ -176,6 +201,8 @@ def _random_source(spec: str) -> ModelSource:
             raise UsageError(f"{spec}: {key}={text} is no whole number") from None
         if value < 1:
             raise UsageError(f"{spec}: {key}={text} must be positive")
+        if value >= 2**63 or (key in ("layers", "num_hidden_layers") and value > MOST_LAYERS):
+            raise UsageError(f"{spec}: {key}={shown(text)} is too large")
         changes[_SHORT_NAMES.get(key, key)] = value
     defaults = AutoConfig.for_model(family).to_dict()
     whole_numbers = {key for key, value in defaults.items() if value is None or type(value) is int}
@@ -205,12 +232,13 @@ def _stored_source(spec: str) -> ModelSource:
     folder = Path(spec)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UsageError(f"{spec} is not a model folder: it has no config.json")
+    if folder.exists():
+        with transformers_reads(spec, "config"):
+            return ModelSource(spec, AutoConfig.from_pretrained(spec, trust_remote_code=False), is_random=False)
     try:
         config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
     except (OSError, ValueError) as error:
         _refuse_custom_code(spec, error)
-        if folder.exists():
-            raise UsageError(f"the config of {spec} cannot be loaded: {first_line(error)}") from error
         raise UsageError(
             f"there is no model {spec!r}: it is not a local folder, and the hub does not provide it "
             f"({first_line(error)}), so try a folder, a hub name, or {_PREFIX}{next(iter(RANDOM_CONFIGS))}?layers=2"
@@ -225,6 +253,66 @@ def _refuse_custom_code(name: str, error: Exception) -> None:
             f"{name} needs Python code that is stored with the model, and headinfer does not run such code: choose a "
             "model of a family that transformers has itself, such as those in docs/models.md"
         ) from error
+
+
+def load_whole(name: str, **options: Any) -> PreTrainedModel:
+    """Load a model with transformers, and check that every weight was in its files.
+
+    Args:
+        name: the folder or the hub name of the model.
+        **options: arguments of from_pretrained().
+
+    Raises:
+        UsageError: files are missing or broken, or a weight is missing or has another shape. transformers would put
+            random numbers in its place.
+    """
+    with transformers_reads(name, "weights"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, **options, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    other = {weight: (stored, wanted) for weight, stored, wanted in found["mismatched_keys"]}
+    for weight, (stored, wanted) in sorted(other.items()):
+        raise UsageError(
+            f"the weights of {name} do not fit its config: {weight} has shape {list(stored)}, and the config needs "
+            f"{list(wanted)}; download the model again, or correct config.json"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise UsageError(f"the weights of {name} lack {missing[0]}{more}: download the model again")
+    return model
+
+
+@contextmanager
+def transformers_reads(name: str, what: str) -> Iterator[None]:
+    """Turn an error of transformers about a model's files into one sentence with its reason.
+
+    Broken files cause errors of any type. Only calls of transformers belong into the `with` statement, so that no error
+    of headinfer is hidden.
+
+    Args:
+        name: the folder or the hub name of the model.
+        what: what is read, such as "config".
+
+    Raises:
+        UsageError: there was such an error.
+        UnsupportedError: the model needs code of its author.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        _refuse_custom_code(name, error)
+        raise UsageError(f"the {what} of {name} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error in one line."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):  # the message of a KeyError is the key alone
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " ..."
 
 
 def first_line(error: Exception) -> str:

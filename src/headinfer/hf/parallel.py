@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_model
-from transformers import AutoModelForCausalLM
 
 from headinfer.errors import HeadinferError, StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import DistributedConfig, PreTrainedConfig, PreTrainedModel, tensor_parallel_plan
 from headinfer.hf.defaults import decode_one_text, leave_out_outputs
-from headinfer.hf.models import first_line
+from headinfer.hf.models import first_line, load_whole
 from headinfer.hf.ranks import Ranks
 from headinfer.plan.model_shape import ModelShape
 
@@ -174,11 +173,12 @@ def load_shard(name: str, ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedMode
         name: the folder or the hub name of the model.
         ranks: this rank.
         dtype: the dtype of the weights.
+
+    Raises:
+        UsageError: the model cannot be loaded.
     """
     distributed = DistributedConfig(tp_size=ranks.world, tp_plan="auto")
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, distributed_config=distributed, trust_remote_code=False
-    )
+    model = load_whole(name, dtype=dtype, distributed_config=distributed)
     leave_out_outputs(model)
     decode_one_text(model)
     return model

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,14 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
             f"the session {folder} holds {manifest.tokens:,} of the document's {wanted:,} tokens: run the same "
             "`headinfer read` again, which goes on from there"
         )
-    if read_consistently(folder, lambda found: saved_ids(folder, found)) is None:
+    held = read_consistently(folder, lambda found: saved_ids(folder, found))
+    if held is None:
         raise SessionError(f"the session {folder} does not hold its token ids: save it with token_ids to ask it here")
+    if held.shape[0] != 1:
+        raise SessionError(
+            f"the session {folder} holds {held.shape[0]} rows, and a question is asked to one: load it in Python with "
+            "HeadCache.load()"
+        )
     source = _source(job, folder, manifest)
     check_config(manifest.model, source.config, folder)
     tokenizer = source.tokenizer()
@@ -120,6 +127,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
     HeadCache(source.config, **{**kept_options(manifest), **job.options})  # raises if an option is out of range
     ids = _question_ids(job, tokenizer, manifest.about)
+    source.check_ids(chain.from_iterable(ids))
     slow = _slow(job, manifest, source, device)
     turns = [len(question) + job.max_new_tokens for question in ids]
     tokens = manifest.tokens + (sum(turns) if job.keep else max(turns))

@@ -230,6 +230,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()
     input_ids = _encode(job, tokenizer)
+    source.check_ids(input_ids[0].tolist())
     shape = ModelShape.from_config(source.config)
     weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
     if ranks.world > 1:

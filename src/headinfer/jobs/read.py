@@ -148,6 +148,7 @@ def prepare_read(job: ReadJob) -> PreparedRead:
     tokenizer = source.tokenizer()
     found = Manifest.read(folder) if has_manifest else None
     input_ids, chat = _encode(job, tokenizer, found)
+    source.check_ids(input_ids[0].tolist())
     tokens = input_ids.shape[1]
     shape = ModelShape.from_config(source.config)
     done = 0

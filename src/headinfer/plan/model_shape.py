@@ -13,7 +13,10 @@ from typing import Any
 
 from headinfer.errors import UsageError
 
-__all__ = ["LayerShape", "ModelShape"]
+__all__ = ["MOST_LAYERS", "LayerShape", "ModelShape"]
+
+MOST_LAYERS = 1000
+"""More layers are a mistake. Without this limit, a config with a wrong number would be processed for hours."""
 
 # Fields that a config.json may leave out, because the family's class has a default for them.
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
@@ -252,27 +255,38 @@ def _whole(get: _Get, name: str, default: Any = None) -> int:
     return value
 
 
+def _number(get: _Get, name: str, default: int = 0) -> int:
+    """Return a field that is a whole number and not negative."""
+    value = get(name, default)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value < 0 or value != int(value):
+        raise ValueError(f"the config's {name} is {value!r}: it must be a whole number that is not negative")
+    return int(value)
+
+
 def _read(get: _Get) -> ModelShape:
     """Read the shape with a function that returns a field of the config, or a default if it is missing."""
     hidden = _whole(get, "hidden_size")
     count = _whole(get, "num_hidden_layers")
+    if count > MOST_LAYERS:
+        raise ValueError(f"the config's num_hidden_layers is {count:,}: no model has more than {MOST_LAYERS:,} layers")
     vocab = _whole(get, "vocab_size")
     family = str(get("model_type", ""))
     kinds = _kinds(get, family, count)
-    own_kv_layers = count - int(get("num_kv_shared_layers", 0))
+    own_kv_layers = count - _number(get, "num_kv_shared_layers", 0)
     layers = tuple(_layer(get, family, index, kind, index >= own_kv_layers) for index, kind in enumerate(kinds))
     # Gemma 3n and 4 have a second, small embedding for each layer, and its projection. Gemma 3n also has the
     # projections of AltUp.
-    per_layer = int(get("hidden_size_per_layer_input", 0)) * count if family.startswith("gemma") else 0
-    extra = per_layer * (int(get("vocab_size_per_layer_input", 0)) + hidden)
+    per_layer = _number(get, "hidden_size_per_layer_input", 0) * count if family.startswith("gemma") else 0
+    extra = per_layer * (_number(get, "vocab_size_per_layer_input", 0) + hidden)
     if family == "gemma3n_text":
-        extra += 2 * (int(get("altup_num_inputs", 4)) - 1) * hidden * hidden
+        extra += 2 * (_number(get, "altup_num_inputs", 4) - 1) * hidden * hidden
     return ModelShape(
         layers=layers,
         hidden_size=hidden,
         intermediate_size=max(layer.mlp_width for layer in layers),
         vocab_size=vocab,
-        max_context_tokens=int(get("max_position_embeddings", 0)),
+        max_context_tokens=_number(get, "max_position_embeddings", 0),
         family=family,
         embedding_weights=vocab * hidden + extra,
         head_weights=vocab * hidden,
@@ -284,37 +298,40 @@ def _kinds(get: _Get, family: str, count: int) -> list[str]:
     """Return transformers' layer_types. Older configs lack them, and other fields determine the types."""
     kinds = get("layer_types")
     if kinds is not None:
-        if len(kinds) < count:
-            raise ValueError(f"the config's layer_types names {len(kinds)} layers, and num_hidden_layers is {count}")
+        if not isinstance(kinds, (list, tuple)) or len(kinds) < count:
+            named = len(kinds) if isinstance(kinds, (list, tuple)) else repr(kinds)
+            raise ValueError(f"the config's layer_types names {named} layers, and num_hidden_layers is {count}")
         return [str(kind) for kind in kinds[:count]]
     if family == "llama4_text":
         rope = get("no_rope_layers") or [int((index + 1) % 4 != 0) for index in range(count)]
         return ["chunked_attention" if rope[index] else "full_attention" for index in range(count)]
     if family in _LINEAR_FAMILIES:
-        every = int(get("full_attention_interval", 4))
+        every = _number(get, "full_attention_interval", 4)
         return ["full_attention" if (index + 1) % every == 0 else "linear_attention" for index in range(count)]
     if get("sliding_window") is None or not get("use_sliding_window", True):
         return ["full_attention"] * count
-    every = int(get("sliding_window_pattern", 0))
+    every = _number(get, "sliding_window_pattern", 0)
     if every:
         full = {index for index in range(count) if (index + 1) % every == 0}
         full |= {count - 1} if family.startswith("gemma4") else set()
         return ["full_attention" if index in full else "sliding_attention" for index in range(count)]
-    first = int(get("max_window_layers", 0)) if family.startswith("qwen") else 0
+    first = _number(get, "max_window_layers", 0) if family.startswith("qwen") else 0
     return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
 
 
 def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> LayerShape:
     hidden = _whole(get, "hidden_size")
     query_heads = _whole(get, "num_attention_heads")
-    kv_heads = 1 if get("multi_query", False) else int(get("num_key_value_heads", query_heads))
-    head_dim = int(get("head_dim", 0) or hidden // query_heads)
+    kv_heads = 1 if get("multi_query", False) else _whole(get, "num_key_value_heads", query_heads)
+    head_dim = _number(get, "head_dim", 0) or hidden // query_heads
+    if head_dim < 1:
+        raise ValueError(f"the config's hidden_size is {hidden} and its num_attention_heads {query_heads}: no head_dim")
     mlp_weights, mlp_active, mlp_width = _mlp(get, family, index, shares_kv)
     window = 0
     if kind == "sliding_attention":
-        window = int(get("sliding_window", 0))
+        window = _number(get, "sliding_window", 0)
     elif kind == "chunked_attention":
-        window = int(get("attention_chunk_size", 0))
+        window = _number(get, "attention_chunk_size", 0)
     state = 0
     score_dims = 0
     if kind == "linear_attention":
@@ -327,7 +344,7 @@ def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> La
         if family.startswith("gemma4") and kind == "full_attention":
             head_dim, kv_heads = _gemma4_full(get, index, kv_heads)
         key_dim = head_dim
-        value_dim = int(get("v_head_dim", 0) or head_dim)
+        value_dim = _number(get, "v_head_dim", 0) or head_dim
         gate = 2 if family in _LINEAR_FAMILIES else 1  # a second half of q_proj gates the output of their full layers
         kv_sides = 0 if shares_kv else key_dim + value_dim
         if family.startswith("gemma4") and kind == "full_attention" and get("attention_k_eq_v", False):
@@ -335,9 +352,9 @@ def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> La
         attention = hidden * (query_heads * (gate * key_dim + value_dim) + kv_heads * kv_sides)
     extra = 0
     if family.startswith("gemma") and get("hidden_size_per_layer_input", 0):
-        extra += 2 * hidden * int(get("hidden_size_per_layer_input", 0))
+        extra += 2 * hidden * _number(get, "hidden_size_per_layer_input", 0)
     if family == "gemma3n_text":
-        extra += 2 * hidden * int(get("laurel_rank", 64))
+        extra += 2 * hidden * _number(get, "laurel_rank", 64)
     return LayerShape(
         kind=kind,
         query_heads=query_heads,
@@ -356,10 +373,10 @@ def _layer(get: _Get, family: str, index: int, kind: str, shares_kv: bool) -> La
 
 def _linear_attention(get: _Get, hidden: int, query_heads: int) -> tuple[int, int, int]:
     """Return the heads, the elements of the state and the weights of a gated delta-rule layer (Qwen3-Next)."""
-    heads = int(get("linear_num_value_heads", query_heads))
-    key_dim = int(get("linear_key_head_dim", 128))
-    value_dim = int(get("linear_value_head_dim", 128))
-    keys = int(get("linear_num_key_heads", heads)) * key_dim
+    heads = _number(get, "linear_num_value_heads", query_heads)
+    key_dim = _number(get, "linear_key_head_dim", 128)
+    value_dim = _number(get, "linear_value_head_dim", 128)
+    keys = _number(get, "linear_num_key_heads", heads) * key_dim
     values = heads * value_dim
     return heads, heads * key_dim * value_dim, hidden * (2 * keys + 3 * values + 2 * heads)
 
@@ -375,7 +392,7 @@ def _latent_attention(get: _Get, hidden: int, query_heads: int) -> tuple[int, in
     rope = _whole(get, "qk_rope_head_dim")
     nope = _whole(get, "qk_nope_head_dim")
     value_dim = _whole(get, "v_head_dim")
-    query_rank = int(get("q_lora_rank", 0))
+    query_rank = _number(get, "q_lora_rank", 0)
     query = query_heads * (nope + rope)
     weights = query_rank * (hidden + query) if query_rank else hidden * query
     weights += hidden * (latent + rope) + latent * query_heads * (nope + value_dim) + query_heads * value_dim * hidden
@@ -396,16 +413,16 @@ def _mlp(get: _Get, family: str, index: int, shares_kv: bool) -> tuple[int, int,
     hidden = _whole(get, "hidden_size")
     width = get("intermediate_size", 4 * hidden)
     width = int(width[index] if isinstance(width, (list, tuple)) else width)
-    experts = next((int(get(n)) for n in ("num_local_experts", "n_routed_experts", "num_experts") if get(n)), 0)
+    experts = next((_number(get, n) for n in ("num_local_experts", "n_routed_experts", "num_experts") if get(n)), 0)
     if not experts or not _is_sparse(get, family, index):
         if family == "llama4_text":
-            width = int(get("intermediate_size_mlp", width))
+            width = _number(get, "intermediate_size_mlp", width)
         if shares_kv and get("use_double_wide_mlp", False):
             width *= 2
         return 3 * hidden * width, 3 * hidden * width, width
-    expert = int(get("moe_intermediate_size", 0) or width)
-    chosen = int(get("num_experts_per_tok", 0) or get("top_k_experts", 0) or 1)
-    shared = int(get("n_shared_experts", 0)) * expert + int(get("shared_expert_intermediate_size", 0))
+    expert = _number(get, "moe_intermediate_size", 0) or width
+    chosen = _number(get, "num_experts_per_tok", 0) or _number(get, "top_k_experts", 1) or 1
+    shared = _number(get, "n_shared_experts", 0) * expert + _number(get, "shared_expert_intermediate_size", 0)
     if family == "llama4_text" or get("enable_moe_block", False):
         shared += width
     router = hidden * experts
@@ -416,9 +433,9 @@ def _mlp(get: _Get, family: str, index: int, shares_kv: bool) -> tuple[int, int,
 def _is_sparse(get: _Get, family: str, index: int) -> bool:
     """Return whether a layer of a mixture-of-experts model has experts."""
     if family == "llama4_text":
-        step = int(get("interleave_moe_layer_step", 1))
+        step = _number(get, "interleave_moe_layer_step", 1)
         return index in get("moe_layers", range(step - 1, index + 1, step))
     if family.startswith("gemma4"):
         return bool(get("enable_moe_block", False))
-    dense = index < int(get("first_k_dense_replace", 0)) or index in get("mlp_only_layers", ())
-    return not dense and (index + 1) % int(get("decoder_sparse_step", 1)) == 0
+    dense = index < _number(get, "first_k_dense_replace", 0) or index in get("mlp_only_layers", ())
+    return not dense and (index + 1) % _number(get, "decoder_sparse_step", 1) == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from headinfer.embedded import EMBEDDED, embedded_model
 from headinfer.errors import UsageError
+from headinfer.plan.families import check_family
 from headinfer.plan.model_shape import ModelShape
 
 __all__ = ["BUILT_IN_CONFIGS", "find_shape"]
@@ -33,9 +34,6 @@ def _config(
 
 _QWEN3_MOE = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 _GPT_OSS = {"head_dim": 64, "sliding_window": 128, "num_local_experts": 32, "num_experts_per_tok": 4}
-_DEEPSEEK = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
-             "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
-             "moe_intermediate_size": 2048, "first_k_dense_replace": 3}  # fmt: skip
 
 # The fields of each model's published config.json that determine its shape.
 BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -55,7 +53,6 @@ BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma-3-4b": _config("gemma3_text", 34, 2560, 10240, 8, 4, 262_208, 131_072, sliding_window=1024),
     "gemma-3-12b": _config("gemma3_text", 48, 3840, 15360, 16, 8, 262_208, 131_072, sliding_window=1024),
     "gpt-oss-20b": _config("gpt_oss", 24, 2880, 2880, 64, 8, 201_088, 131_072, **_GPT_OSS),
-    "deepseek-v3": _config("deepseek_v3", 61, 7168, 18432, 128, 128, 129_280, 163_840, **_DEEPSEEK),
 }
 
 
@@ -68,6 +65,7 @@ def find_shape(model: str) -> ModelShape:
     Raises:
         UsageError: there is no such model, and the message names the nearest built-in ones; or its config.json is not
             the config of a decoder.
+        UnsupportedError: the family of the model is not served.
     """
     path = embedded_model() if model == EMBEDDED else Path(model)
     built_in = BUILT_IN_CONFIGS.get(_short(model))
@@ -88,9 +86,13 @@ def find_shape(model: str) -> ModelShape:
         path = cached
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return ModelShape.from_dict(config)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        shape = ModelShape.from_dict(config)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is not the config of a decoder: {error}") from error
+    family = str(config.get("model_type"))
+    text = config.get("text_config")
+    check_family(family, str(text.get("model_type", f"{family}_text")) if text else family)
+    return shape
 
 
 def _short(model: str) -> str:

@@ -86,7 +86,9 @@ def active_adapters(model: torch.nn.Module) -> dict[str, Any] | None:
             if not own:
                 continue  # this layer does not have this adapter
             names.add(adapter)
-            scaling = getattr(wrapper, "scaling", {}).get(adapter)
+            scaling = getattr(wrapper, "scaling", None)
+            if isinstance(scaling, dict):
+                scaling = scaling.get(adapter)
             checksum.update(f"{path} {adapter} {scaling};".encode())
             for weight in own:
                 _add(checksum, weight.name, weight.parameter, _data(model, weight))

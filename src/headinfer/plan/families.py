@@ -6,7 +6,6 @@ Each served family was compared with transformers' own results. docs/models.md i
 from __future__ import annotations
 
 from headinfer.errors import UnsupportedError
-from headinfer.hf.compat import PreTrainedConfig
 
 __all__ = ["REFUSED", "SUPPORTED_FAMILIES", "check_family"]
 
@@ -42,14 +41,16 @@ REFUSED = {
 }
 
 
-def check_family(config: PreTrainedConfig) -> None:
+def check_family(family: str, text: str) -> None:
     """Check that the family of a model is served exactly.
+
+    Args:
+        family: transformers' model_type of the model.
+        text: the model_type of its text model, which is the same unless the model is multimodal.
 
     Raises:
         UnsupportedError: it is not. The message says why.
     """
-    family = config.model_type
-    text = config.get_text_config(decoder=True).model_type
     if text in SUPPORTED_FAMILIES and family in (text, *_COMPOSITES):
         return
     reason = REFUSED.get(text)
