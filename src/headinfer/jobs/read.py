@@ -257,7 +257,12 @@ def _asked_for(job: ReadJob) -> dict[str, Any]:
 def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
     """Return the number of tokens that the session holds. They must be the beginning of the document."""
     held = read_consistently(folder, lambda manifest: saved_ids(folder, manifest))
-    if held is None or held.shape[0] != 1 or found.about.get("answers"):
+    if found.about.get("answers"):
+        raise SessionError(
+            f"the session {folder} holds answers after its document: remove them with `headinfer session undo`, or "
+            "choose another name"
+        )
+    if held is None or held.shape[0] != 1:
         raise SessionError(f"the session {folder} holds more than a document's beginning: choose another name")
     common = min(held.shape[1], input_ids.shape[1])
     equal = (held[0, :common] == input_ids[0, :common]).long().cumprod(0).sum().item()

@@ -81,7 +81,10 @@ def undo(folder: Path) -> Manifest:
         if not manifest.earlier:
             reason = "holds no kept answer"
             if manifest.about.get("answers"):
-                reason = "keeps answers of an earlier version of headinfer, which did not keep the state before them"
+                reason = (
+                    "does not hold the state before its last answer, because an earlier version of headinfer wrote it "
+                    "or the answer needed other KV for the whole text"
+                )
             raise SessionError(f"the session {folder} {reason}: there is nothing that `session undo` can remove")
         returned = manifest.returned()
         TensorFile(folder, returned.end)  # raises if the file is damaged
