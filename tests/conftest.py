@@ -31,6 +31,9 @@ def pytest_xdist_auto_num_workers():
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: name its parameters (ids=): the processes must find equal names")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
