@@ -94,3 +94,26 @@ def test_available_memory_is_within_the_cgroup_limit(tmp_path):
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("4000")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4500")
     assert available_host_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("limited", ["", "slice", "slice/job", "slice/job/step"])
+def test_a_limit_on_any_cgroup_above_the_process_counts(tmp_path, version, limited):
+    root = tmp_path / "cgroup"
+    top = root if version == 2 else root / "memory"
+    limit_name, used_name = ("memory.max", "memory.current")
+    if version == 1:
+        limit_name, used_name = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (top / "slice/job/step").mkdir(parents=True)
+    for folder in ("slice", "slice/job", "slice/job/step"):
+        (top / folder / limit_name).write_text("max" if version == 2 else str(2**63 - 4096))
+        (top / folder / used_name).write_text("100")
+    (top / limited / limit_name).write_text("9000\n")
+    (top / limited / used_name).write_text("2000\n")
+    own = tmp_path / "own"
+    other = "5:cpu,cpuacct:/elsewhere\n1:name=systemd:/slice\n"
+    own.write_text(other + ("0::/slice/job/step\n" if version == 2 else "4:hugetlb,memory:/slice/job/step\n0::/x\n"))
+    assert available_host_bytes(root, own) == 7000
+    own.write_text("0::/../../other\n")
+    assert (available_host_bytes(root, own) == 7000) == (limited == "")
+    assert (available_host_bytes(root, tmp_path / "missing") == 7000) == (limited == "")

@@ -14,7 +14,7 @@ from headinfer.hf.models import resolve
 from headinfer.kv import layer_kv
 from headinfer.plan import footprint
 from headinfer.plan.compare import METHODS, OURS, Baseline, memory_by_method, seconds_by_method
-from headinfer.plan.fit import CHUNK_TOKENS, HOST_OVERHEAD_BYTES, STREAMING_BYTES, longest_context
+from headinfer.plan.fit import CHUNK_TOKENS, HOST_OVERHEAD_BYTES, STREAMING_BYTES, longest_context, refusal
 from headinfer.plan.footprint import (
     BASELINES,
     Footprint,
@@ -75,6 +75,7 @@ def random_request(rng):
         streaming_budget_bytes=rng.choice([None, None, None, int(2 ** rng.uniform(20, 26))]),
         prefetches_next_layer=rng.random() < 0.5,
         keeps_resident=rng.random() < 0.7,
+        host_kv_budget_bytes=rng.choice([None, None, None, int(2 ** rng.uniform(20, 38))]),
     )
 
 
@@ -102,6 +103,7 @@ def test_no_plan_exceeds_a_budget_and_parts_add_up():
         if plan is None:
             refused += 1
             assert longest_context(request) < request.context_tokens
+            assert "KV budget of 0 B" not in str(refusal(request))
             continue
         fitted += 1
         memory = plan.footprint
@@ -490,6 +492,11 @@ def test_every_built_in_model_can_be_planned(name, device):
         ({"host_bytes": 94 * GIB}, r"1M tokens need 128 GiB of host RAM for KV; this machine has 92 GiB for it: "
          r"at most 753,888 tokens fit, or give it 130 GiB of RAM"),
         ({"host_bytes": 94 * GIB, "disk_bytes": GIB}, r"and 1 GiB of disk: at most 744K tokens fit"),
+        ({"host_kv_budget_bytes": 8 * GIB, "disk_bytes": 40 * GIB}, r"1M tokens need 128 GiB for KV, of which the host "
+         r"KV budget keeps 8 GiB in memory, and the disk has 40 GiB free for the other 120 GiB: at most 393,456 tokens "
+         r"fit; raise the host KV budget, or use another disk"),
+        ({"host_kv_budget_bytes": 8 * GIB}, "the disk has 0 B free for the other 120 GiB"),
+        ({"host_kv_budget_bytes": 95 * GIB, "host_bytes": 94 * GIB, "disk_bytes": GIB}, "92 GiB for it and 1 GiB of"),
         ({"device_bytes": 12 * GIB}, "the weights need 14.96 GiB at 16 bits each, and the RTX 4090 has 11 GiB"),
         ({"device_bytes": 16 * GIB}, "chunks of 128 need 16.* of device memory"),
         ({"device_kv_budget_bytes": 20 * MIB}, "a device KV budget of 20 MiB is too small"),

@@ -32,6 +32,7 @@ from headinfer.hf.compat import (
     shared_full_layers,
 )
 from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, uncroppable_reason
+from headinfer.hf.wrappers import unwrapped
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.sessions.cache import Saved
 from headinfer.sessions.loader import load_cache
@@ -391,6 +392,8 @@ class HeadCache(Cache):  # type: ignore[misc]
         path = Path(path_text(folder, "folder"))
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
             raise UsageError(f"model is {shown(model)}: it must be the model that made the session")
+
+        model = unwrapped(model)
 
         def new_cache(kept: dict[str, Any]) -> HeadCache:
             cache = cls(model.config, **{**kept, **options})

@@ -49,6 +49,7 @@ from headinfer.hf.inputs import (
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.rollback import rollback_on_error
 from headinfer.hf.rotary import RotaryControl
+from headinfer.hf.wrappers import unwrapped
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.families import check_family
 from headinfer.plan.model_shape import ModelShape
@@ -69,11 +70,10 @@ def check_model(model: PreTrainedModel) -> None:
         UnsupportedError: it is not. The message says why.
     """
     check_version()
-    if not isinstance(model, PreTrainedModel) or not takes_attention_interface(model):
-        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if not takes_attention_interface(model):
         raise UnsupportedError(
-            f"{family} does not use transformers' attention interface, so its KV cache cannot be offloaded: "
-            "docs/models.md lists the families that are served"
+            f"{model.config.model_type} does not use transformers' attention interface, so its KV cache cannot be "
+            "offloaded: docs/models.md lists the families that are served"
         )
     check_family(model.config.model_type, model.config.get_text_config(decoder=True).model_type)
     HeadCache(model.config)  # raises if a layer is not served
@@ -393,7 +393,8 @@ def enable(
             model.generate(**inputs)
 
     Args:
-        model: the model. Its classes are not patched.
+        model: the model. Its classes are not patched. A PeftModel or a result of torch.compile() stands for the model
+            in it.
         chunk_tokens: tokens of a prefill chunk, as a number or a text such as "4K".
         on_forward: called with the cache after each forward pass, for progress displays.
         **options: fields of `headinfer.Options`.
@@ -411,6 +412,7 @@ def enable(
     if on_forward is not None and not callable(on_forward):
         raise UsageError(f"on_forward is {shown(on_forward)}: it must be a function that gets the cache")
     chosen = Options.from_fields(options)
+    model = unwrapped(model)
     check_model(model)
     if "_headinfer" in model.__dict__:
         raise StateError("headinfer is already enabled on this model: disable it first, or leave its with block")

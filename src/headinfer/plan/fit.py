@@ -219,6 +219,14 @@ def refusal(request: Request) -> CapacityError:
             f"{format_bytes(room)}: {advice}; use fewer rows, a smaller model or more memory"
         )
     host_room = _host_room(request, least)
+    kept_bytes = host_room if request.host_kv_budget_bytes is None else min(host_room, request.host_kv_budget_bytes)
+    if kept_bytes >= 0 and kept_bytes < host_room and least.host_kv_bytes > kept_bytes + request.disk_bytes:
+        return CapacityError(
+            f"{tokens} tokens need {format_bytes(least.host_kv_bytes)} for KV, of which the host KV budget keeps "
+            f"{format_bytes(kept_bytes)} in memory, and the disk has {format_bytes(request.disk_bytes)} free for the "
+            f"other {format_bytes(least.host_kv_bytes - kept_bytes)}: {advice}; raise the host KV budget, or use "
+            "another disk"
+        )
     if least.host_kv_bytes > host_room + request.disk_bytes or host_room < 0:
         disk = f" and {format_bytes(request.disk_bytes)} of disk" if request.disk_bytes else ""
         needed = least.host_kv_bytes + request.host_bytes - host_room - request.disk_bytes

@@ -12,24 +12,25 @@ from headinfer.utils.units import format_bytes
 
 __all__ = ["address_space_limit", "available_host_bytes", "check_host_memory", "free_disk_bytes"]
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
-def available_host_bytes(cgroup: Path = _CGROUP) -> int:
+def available_host_bytes(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
     """Return the bytes of host memory that can be allocated without swapping, within the limits of this process.
 
+    A limit may be set on the process's cgroup or on any above it. The one that leaves the least counts.
+
     Args:
-        cgroup: the folder of the cgroup; tests pass another one.
+        root: the folder where the cgroups are mounted; tests pass another one.
+        own: the file that names the cgroups of this process.
     """
     available = int(psutil.virtual_memory().available)
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit_name, used_name in _memory_cgroups(root, own):
         try:
-            limit = (cgroup / limit_name).read_text().strip()
-            used = (cgroup / used_name).read_text().strip()
-        except OSError:  # there is no cgroup of this version
+            limit = (folder / limit_name).read_text().strip()
+            used = (folder / used_name).read_text().strip()
+        except OSError:  # there is no such cgroup, or it has no memory controller
             continue
         if limit != "max":
             available = min(available, max(int(limit) - int(used), 0))
@@ -47,6 +48,33 @@ def address_space_limit() -> int | None:
         return None
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _memory_cgroups(root: Path, own: Path) -> list[tuple[Path, str, str]]:
+    """Return the folders of the cgroups that may limit this process's memory, with the names of two files in each.
+
+    A line of `own` is `0::PATH` for cgroups of version 2, and `NUMBER:CONTROLLERS:PATH` for version 1. A container may
+    see only the root, under which its own cgroup is mounted.
+
+    Returns:
+        For each cgroup its folder, the name of the file with the limit, and that with the bytes that are used.
+    """
+    version_2 = ("memory.max", "memory.current")
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    found = [(root, *version_2), (root / "memory", *version_1)]
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (root / "memory", version_1) if controllers else (root, version_2)
+        inner = Path(path.lstrip("/"))
+        if ".." not in inner.parts:  # else the cgroup is above what this container sees
+            found += [(top / folder, *names) for folder in (inner, *inner.parents)]
+    return found
 
 
 def free_disk_bytes(folder: Path) -> int:
