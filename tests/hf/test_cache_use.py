@@ -125,6 +125,9 @@ def test_a_cache_that_holds_the_whole_prompt_goes_on_from_its_last_token(llama, 
         cache = enabled.new_cache()
         with torch.no_grad():
             llama(ids, attention_mask=mask if with_mask else None, past_key_values=cache, logits_to_keep=1)
+        with pytest.raises(ValueError, match="max_new_token"):
+            llama.generate(**given, past_key_values=cache, max_new_token=3, pad_token_id=0)
+        assert cache.get_seq_length() == 300, "an argument that transformers refuses changes nothing"
         found = llama.generate(**given, past_key_values=cache, **options(ids))
         assert torch.equal(found, wanted)
         assert cache.get_seq_length() == 305

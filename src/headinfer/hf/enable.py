@@ -36,7 +36,7 @@ from headinfer.hf.compat import (
 )
 from headinfer.hf.copies import distinct_rows, repeat_logits
 from headinfer.hf.defaults import use_cache_by_default
-from headinfer.hf.generation import prepare_generate
+from headinfer.hf.generation import check_generate
 from headinfer.hf.inputs import (
     check_attention_outputs,
     check_no_images,
@@ -122,6 +122,7 @@ class Enabled:
         self.plan: Plan | None = None
         self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
         self._has_warned = False
+        self._removes_last_token = False
         self._attention_before = model.config._attn_implementation
         self._before = {name: model.__dict__.get(name) for name in ("forward", "generate")}
         register()
@@ -269,7 +270,7 @@ class Enabled:
         def checked(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             given.setdefault("input_ids", given.get("inputs"))
-            prepare_generate(given, self.model.config)
+            self._removes_last_token = check_generate(given, self.model.config)
             return generate(*args, **kwargs)
 
         return checked
@@ -349,6 +350,8 @@ class Enabled:
         self, cache: HeadCache, generation_config: Any, batch_size: int, max_cache_length: int
     ) -> None:
         """Prepare the HeadCache that generate() will use."""
+        if self._removes_last_token:  # not before transformers has checked the arguments
+            cache.crop(-1)
         is_empty = cache.get_seq_length() == 0
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.separate()

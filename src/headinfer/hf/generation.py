@@ -1,4 +1,4 @@
-"""Checks the arguments of generate(), and prepares a cache that is not empty for it.
+"""Checks the arguments of generate(), above all a cache that is not empty.
 
 generate() skips as many tokens of the prompt as the cache holds. If the cache holds all of them, transformers reads the
 whole prompt again on top of itself.
@@ -18,15 +18,18 @@ from headinfer.hf.inputs import check_no_images
 from headinfer.hf.layers import uncroppable_reason
 from headinfer.utils.stacklevel import stacklevel_of_user
 
-__all__ = ["prepare_generate"]
+__all__ = ["check_generate"]
 
 
-def prepare_generate(given: Mapping[str, Any], config: Any) -> None:
+def check_generate(given: Mapping[str, Any], config: Any) -> bool:
     """Check the arguments of generate() before transformers does anything with them.
 
     Args:
         given: the arguments by name.
         config: the config of the model.
+
+    Returns:
+        Whether the cache holds exactly the prompt. Its last token must then be removed, since generate() reads it.
 
     Raises:
         UsageError: the cache holds more tokens than the prompt, or is known to hold other ones, or must not be used.
@@ -34,7 +37,7 @@ def prepare_generate(given: Mapping[str, Any], config: Any) -> None:
     """
     cache = given.get("past_key_values")
     if cache is not None and not isinstance(cache, HeadCache):
-        return
+        return False
     own_config = given.get("generation_config")
     use_cache = given.get("use_cache")
     if use_cache is None and own_config is not None:
@@ -48,36 +51,25 @@ def prepare_generate(given: Mapping[str, Any], config: Any) -> None:
     if use_cache is not False:
         check_no_images(given, config)
     if cache is None:
-        return
+        return False
     if use_cache is False:
         raise UsageError("use_cache=False contradicts past_key_values: leave out one of them")
-    _go_on_from(cache, given)
+    return _holds_the_prompt(cache, given)
 
 
-def _go_on_from(cache: HeadCache, given: Mapping[str, Any]) -> None:
-    """Check that the prompt of generate() goes on from what a cache holds.
-
-    If the cache holds exactly the prompt, the prompt's last token is removed from it, since generate() must read it.
-
-    Args:
-        cache: the cache.
-        given: the arguments of generate() by name.
-
-    Raises:
-        UsageError: the cache holds more tokens than the prompt, or is known to hold other ones.
-        UnsupportedError: the last token cannot be removed.
-    """
+def _holds_the_prompt(cache: HeadCache, given: Mapping[str, Any]) -> bool:
+    """Return whether a cache holds exactly the prompt of generate(). Raise an error if the two do not fit."""
     held = cache.get_seq_length()
     embeds = given.get("inputs_embeds")
     ids = given.get("input_ids")
     prompt = ids if embeds is None else embeds
     if not held or prompt is None:
-        return
+        return False
     mask = given.get("attention_mask")
     tokens = prompt.shape[1]
     if mask is not None and mask.shape[1] != tokens:  # the prompt has the new tokens only
         if embeds is None:
-            return
+            return False
         raise UsageError(
             f"the attention mask covers {mask.shape[1]} tokens and inputs_embeds has {tokens}: generate() takes the "
             "embeddings of all tokens, also of those in the cache, with a mask that covers them"
@@ -96,7 +88,7 @@ def _go_on_from(cache: HeadCache, given: Mapping[str, Any]) -> None:
                 f"the cache holds all {held} tokens of the prompt, and generate() must read the last one again, which "
                 f"cannot be removed: {reason}"
             )
-        cache.crop(-1)
+    return bool(tokens == held)
 
 
 def _check_same_tokens(cache: HeadCache, ids: torch.Tensor, held: int) -> None:
