@@ -320,6 +320,71 @@ def test_a_session_of_two_rows_is_refused_by_ask(refused, tmp_path):
     assert "holds 2 rows" in refused("ask", "x", "--session", "s", "--sessions", tmp_path / "root")
 
 
+# -- folders without permission --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forbid(tmp_path, saved, monkeypatch):
+    """Return a function that makes a folder unreadable. The superuser, who may run the tests, reads any folder."""
+    root = shutil.copytree(saved, tmp_path / "sessions")
+
+    def forbid(folder):
+        def refuse_in(name, real):
+            def call(path=".", *more, **named):
+                text = os.fspath(path) if not isinstance(path, int) else ""
+                is_listed = name in ("listdir", "scandir") and text == str(folder)
+                if is_listed or str(text).startswith(f"{folder}/"):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), text)
+                return real(path, *more, **named)
+
+            return call
+
+        for name in ("stat", "lstat", "listdir", "scandir", "open"):
+            monkeypatch.setattr(os, name, refuse_in(name, getattr(os, name)))
+        monkeypatch.setattr(io, "open", refuse_in("open", io.open))
+        return root
+
+    return forbid
+
+
+SESSION_COMMANDS = {
+    "list": ("session", "list"),
+    "info": ("session", "info", "s"),
+    "verify": ("session", "verify", "s"),
+    "rm": ("session", "rm", "s"),
+    "undo": ("session", "undo", "s"),
+    "export": ("session", "export", "s", "s.tar"),
+    "ask": ("ask", "x", "--session", "s"),
+    "read": ("read", MODEL, "--file", "book.txt", "--session", "s"),
+}
+
+
+@pytest.mark.parametrize("command", SESSION_COMMANDS)
+def test_an_unreadable_folder_of_sessions_is_named(command, refused, forbid, tmp_path):
+    root = forbid(tmp_path / "sessions")
+    said = refused(*SESSION_COMMANDS[command], "--sessions", root)
+    assert f"cannot read the folder of sessions {root} (Permission denied" in said
+
+
+@pytest.mark.parametrize("command", [name for name in SESSION_COMMANDS if name != "list"])
+def test_an_unreadable_session_is_named(command, refused, forbid, tmp_path):
+    root = forbid(tmp_path / "sessions" / "s")
+    assert str(root / "s") in refused(*SESSION_COMMANDS[command], "--sessions", root)
+
+
+def test_an_unreadable_session_is_listed(forbid, tmp_path, capsys, monkeypatch):
+    root = forbid(tmp_path / "sessions" / "s")
+    assert exit_code(("session", "list", "--sessions", root, "--json"), monkeypatch) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["name"] == "s"
+    assert "Permission denied" in found["error"]
+
+
+@pytest.mark.parametrize("command", SESSION_COMMANDS)
+def test_a_file_in_place_of_the_folder_of_sessions_is_named(command, refused, book):
+    assert str(book) in refused(*SESSION_COMMANDS[command], "--sessions", book)
+
+
 # -- files to write --------------------------------------------------------------------------------------------------
 
 WRITERS = {

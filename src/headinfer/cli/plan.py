@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,7 +129,7 @@ def plan(
 def _hardware(name: str | None) -> Hardware:
     if name is not None:
         return find_hardware(name)
-    if probe_path().is_file():
+    if os.path.isfile(probe_path()):
         return Hardware.load(probe_path())
     raise UsageError(
         f"name a device with --gpu, one of {', '.join(HARDWARE)}; or measure this machine once with headinfer probe"

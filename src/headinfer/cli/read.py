@@ -74,8 +74,13 @@ def read(
         warning(line)
     tokens = prepared.input_ids.shape[1]
     progress = report.GenerationProgress(prepared.shape, tokens, 0, show_decode=False, read_before=prepared.done)
+
+    def on_resumed(tokens_held: int, origin: str) -> None:
+        progress.on_resumed(tokens_held)
+        say(f"{tokens_held:,} tokens are stored already ({origin}): resuming after them")
+
     with progress:
-        result = reading.read(prepared, on_forward=progress.on_forward, on_resumed=_say_resumed)
+        result = reading.read(prepared, on_forward=progress.on_forward, on_resumed=on_resumed)
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     elif not result.interrupted:
@@ -87,7 +92,3 @@ def read(
     if result.interrupted:
         say(f"interrupted: {result.tokens:,} of {tokens:,} tokens are kept; run the same command again to resume")
         raise typer.Exit(130)
-
-
-def _say_resumed(tokens: int, origin: str) -> None:
-    say(f"{tokens:,} tokens are stored already ({origin}): resuming after them")

@@ -71,7 +71,7 @@ class GenerationProgress(_Shown):
         prompt_tokens: tokens of the prompt.
         new_tokens: most tokens that are generated.
         show_decode: whether the decode bar is shown. It would disturb text that is streamed to the same terminal.
-        read_before: tokens of the prompt that a session holds already; the rate leaves them out.
+        read_before: tokens of the prompt that a session holds already.
     """
 
     def __init__(
@@ -95,9 +95,16 @@ class GenerationProgress(_Shown):
             "reading",
             total=shape.prefill_flops(prompt_tokens),
             completed=int(shape.prefill_flops(read_before)),
-            shown=f"{read_before:,}/{prompt_tokens:,} tokens",
+            shown=self._read_so_far(read_before),
         )
         self._decode: TaskID | None = None
+
+    def on_resumed(self, tokens: int) -> None:
+        """Begin after tokens that need not be read. The rate and the remaining time leave them out."""
+        self._read_before = tokens
+        self._start = time.perf_counter()
+        completed = int(self._shape.prefill_flops(tokens))
+        self._progress.reset(self._prefill, completed=completed, shown=self._read_so_far(tokens))
 
     def on_forward(self, cache: HeadCache) -> None:
         """Update the bars. Called after each chunk and after each generated token."""
@@ -115,8 +122,11 @@ class GenerationProgress(_Shown):
         self._progress.update(
             self._prefill,
             completed=self._shape.prefill_flops(done),
-            shown=f"{done:,}/{self._prompt_tokens:,} tokens, {rate:,.0f} tokens/s",
+            shown=f"{self._read_so_far(done)}, {rate:,.0f} tokens/s",
         )
+
+    def _read_so_far(self, tokens: int) -> str:
+        return f"{tokens:,}/{self._prompt_tokens:,} tokens"
 
     def _begin_decode(self, now: float) -> TaskID:
         self._decode_start = now

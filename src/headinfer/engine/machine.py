@@ -8,6 +8,7 @@ gives the same tokens.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import psutil
@@ -73,7 +74,7 @@ def free_device_bytes(device: torch.device) -> int:
 def this_machine(device: torch.device) -> Hardware:
     """Return the probed, listed or guessed rates of a device of this machine, and its memory."""
     name = device_name(device)
-    if probe_path().is_file():
+    if os.path.isfile(probe_path()):
         probed = Hardware.load(probe_path())
         if probed.name == name:
             return probed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -56,7 +57,7 @@ class Results:
             UsageError: the folder contains the results of another evaluation, or results.json cannot be written.
         """
         results = cls(folder / "results.json", about)
-        if results.path.is_file() and results.path.stat().st_size:
+        if os.path.isfile(results.path) and results.path.stat().st_size:
             found = read_json_object(results.path)
             before = found.get("about")
             records = found.get("answers")

@@ -12,6 +12,7 @@ has this size unless `vocab=` sets another one.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,9 +231,9 @@ def _stored_source(spec: str) -> ModelSource:
     if spec == EMBEDDED:
         spec = str(embedded_model())
     folder = Path(spec)
-    if folder.exists() and not (folder / "config.json").is_file():
+    if os.path.exists(folder) and not os.path.isfile(folder / "config.json"):
         raise UsageError(f"{spec} is not a model folder: it has no config.json")
-    if folder.exists():
+    if os.path.exists(folder):
         with transformers_reads(spec, "config"):
             return ModelSource(spec, AutoConfig.from_pretrained(spec, trust_remote_code=False), is_random=False)
     try:

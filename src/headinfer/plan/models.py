@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,11 @@ def find_shape(model: str) -> ModelShape:
     """
     path = embedded_model() if model == EMBEDDED else Path(model)
     built_in = BUILT_IN_CONFIGS.get(_short(model))
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UsageError(f"{model} is not a model folder: it has no config.json")
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         cached = _in_hub_cache(model)
         if cached is None and built_in is not None:
             return ModelShape.from_dict(built_in)

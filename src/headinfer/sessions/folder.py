@@ -46,7 +46,7 @@ def session_folder(root: Path, name: str) -> Path:
 
     Raises:
         UsageError: the name is not valid, for example because it leads out of the root. Or the folder is a symbolic
-            link.
+            link, or the system refuses to look into it.
     """
     if not _NAME.fullmatch(name):
         raise UsageError(
@@ -54,16 +54,55 @@ def session_folder(root: Path, name: str) -> Path:
             "a letter or digit"
         )
     folder = root / name
-    if folder.is_symlink():
-        raise UsageError(f"{folder} is a link, and a session must be a folder of its own: choose another name")
+    try:
+        if _exists(folder) and folder.is_symlink():
+            raise UsageError(f"{folder} is a link, and a session must be a folder of its own: choose another name")
+        _exists(folder / MANIFEST)
+    except OSError as error:
+        raise _unreadable(root, error) from error
     return folder
 
 
 def session_names(root: Path) -> list[str]:
-    """Return the sorted names of all sessions in a root."""
-    if not root.is_dir():
+    """Return the sorted names of all sessions in a root, with those that cannot be read.
+
+    Raises:
+        UsageError: the root cannot be read.
+    """
+    names = []
+    try:
+        for path in root.iterdir():
+            if _NAME.fullmatch(path.name) and path.is_dir() and _may_exist(path / MANIFEST):
+                names.append(path.name)
+    except FileNotFoundError:
         return []
-    return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}") if _NAME.fullmatch(path.parent.name))
+    except OSError as error:
+        raise _unreadable(root, error) from error
+    return sorted(names)
+
+
+def _exists(path: Path) -> bool:
+    """Return whether a path exists; raise OSError if the system refuses to say it."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _may_exist(path: Path) -> bool:
+    """Return whether a path exists, or cannot be read."""
+    try:
+        return _exists(path)
+    except OSError:
+        return True
+
+
+def _unreadable(root: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot read the folder of sessions {root} ({error.strerror}: {error.filename}): name another one with "
+        "--sessions, or change its permissions"
+    )
 
 
 def read_consistently(folder: Path, read: Callable[[Manifest], T]) -> T:

@@ -1,0 +1,52 @@
+"""Progress of the commands, and the widths of their tables."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from headinfer.cli import main as cli
+from headinfer.cli import report
+from headinfer.plan.models import find_shape
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds of time.perf_counter() in report.py."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def cache_of(tokens):
+    return SimpleNamespace(head_layers=[SimpleNamespace(get_seq_length=lambda: tokens)])
+
+
+@pytest.mark.parametrize("known_before", [0, 8000], ids=["of another session", "of this session"])
+def test_progress_of_a_resumed_read_begins_at_what_is_there(clock, known_before):
+    shape = find_shape("llama-3-8b")
+    progress = report.GenerationProgress(shape, 10_000, 0, show_decode=False, read_before=known_before)
+    (task,) = progress._progress.tasks
+    clock.seconds += 60  # the model is loaded
+    progress.on_resumed(8000)
+    assert task.completed == pytest.approx(shape.prefill_flops(8000), rel=1e-6)
+    assert task.fields["shown"] == "8,000/10,000 tokens"
+    clock.seconds += 2
+    progress.on_forward(cache_of(9000))
+    assert task.fields["shown"] == "9,000/10,000 tokens, 500 tokens/s"
+    assert task.completed == pytest.approx(shape.prefill_flops(9000), rel=1e-6)
+
+
+def test_read_tells_the_progress_where_it_resumes(tmp_path, monkeypatch, capsys):
+    model = "random:tiny-llama?layers=1&hidden=64&intermediate=64&heads=4&kv_heads=2"
+    book = tmp_path / "book.txt"
+    resumed = []
+    monkeypatch.setattr(report.GenerationProgress, "on_resumed", lambda _, tokens: resumed.append(tokens))
+    for repeats, session in ((20, "a"), (40, "b"), (50, "b")):
+        book.write_text("It was a bright cold day in April.\n" * repeats, encoding="utf-8")
+        arguments = ["read", model, "--file", book, "--session", session, "--sessions", tmp_path / "root"]
+        monkeypatch.setattr(sys, "argv", ["headinfer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code, capsys.readouterr().err
+    assert resumed == [20 * 35, 40 * 35]
