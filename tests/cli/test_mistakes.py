@@ -476,6 +476,18 @@ def test_a_benchmark_prints_and_keeps_what_it_measured(tmp_path, monkeypatch, ca
         assert len(json.load(file)["lines"]) == 2
 
 
+@pytest.mark.parametrize("file", ["/dev/zero", ".", "no-such-file", "/proc/self/mem"])
+def test_a_file_that_is_no_text_is_refused(file, refused):
+    for arguments in (("generate", MODEL), ("read", MODEL, "--session", "s"), ("eval", "niah", MODEL)):
+        option = "--text" if arguments[0] == "eval" else "--file"
+        assert f"cannot read {file}" in refused(*arguments, option, file)
+
+
+def test_standard_input_that_is_closed(refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "cannot read standard input: it is closed" in refused("generate", MODEL, "--file", "-")
+
+
 # -- standard output ---------------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,16 @@
 """Progress of the commands, and the widths of their tables."""
 
+import dataclasses
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from headinfer.bench.measurement import Measurement
+from headinfer.cli import bench, report
 from headinfer.cli import main as cli
-from headinfer.cli import report
 from headinfer.plan.models import find_shape
 
 
@@ -50,3 +54,19 @@ def test_read_tells_the_progress_where_it_resumes(tmp_path, monkeypatch, capsys)
             cli.main()
         assert not stopped.value.code, capsys.readouterr().err
     assert resumed == [20 * 35, 40 * 35]
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("h200-*.json")), ids=lambda path: path.stem)
+def test_tables_of_benchmarks_fit_the_terminal(path, columns, capsys, monkeypatch):
+    known = {field.name for field in dataclasses.fields(Measurement)}
+    lines = json.loads(path.read_text(encoding="utf-8")).get("lines", [])
+    measurements = [Measurement(**{key: line[key] for key in known & line.keys()}) for line in lines]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    bench._print_tables(measurements)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()), default=0) <= columns
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown

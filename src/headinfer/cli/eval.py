@@ -328,7 +328,7 @@ def _depths(text: str) -> list[float]:
 
 def _text(path: Path | None) -> str:
     from headinfer.embedded import embedded_text
-    from headinfer.jobs.generate import read_text
+    from headinfer.utils.files import read_text
 
     text = read_text(path) if path is not None else embedded_text()
     if not text.strip():

@@ -33,6 +33,7 @@ from headinfer.cli.options import (
 )
 from headinfer.errors import UsageError
 from headinfer.hf.ranks import Ranks
+from headinfer.utils.files import read_text
 
 if TYPE_CHECKING:
     from headinfer.jobs.generate import Prepared, Summary
@@ -139,7 +140,7 @@ def generate(
         sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
         job = generation.Job(
             model=model,
-            document=generation.read_text(file) if file is not None else "",
+            document=read_text(file) if file is not None else "",
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             chunk_tokens=chunk_tokens,

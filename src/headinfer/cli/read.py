@@ -27,6 +27,7 @@ from headinfer.cli.options import (
     seed,
 )
 from headinfer.sessions.folder import default_root
+from headinfer.utils.files import read_text
 from headinfer.utils.units import format_bytes
 
 __all__ = ["read"]
@@ -53,13 +54,12 @@ def read(
     """
     from headinfer.cli import report
     from headinfer.engine.options import Options
-    from headinfer.jobs import generate as generation
     from headinfer.jobs import read as reading
 
     options = Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier))
     job = reading.ReadJob(
         model=model,
-        document=generation.read_text(file),
+        document=read_text(file),
         name=session,
         root=sessions or default_root(),
         chunk_tokens=chunk_tokens,

@@ -17,6 +17,7 @@ from typing import Any
 
 from headinfer.errors import UsageError
 from headinfer.evals.tasks import Document, Question, Score, match_all, match_part
+from headinfer.utils.files import read_text
 
 __all__ = ["DATA_TASKS", "data_documents"]
 
@@ -63,21 +64,18 @@ def _reason(error: Exception) -> str:
 
 def _items(path: Path) -> Iterator[tuple[int, Item]]:
     """Yield the lines of a file, or the entries of a JSON array, with their numbers from 1."""
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             yield from enumerate(json.loads(text), 1)
             return
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UsageError(f"cannot read {path}: {reason}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise UsageError(f"{path}, line {number} is not valid JSON: {error}") from error
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +37,6 @@ __all__ = [
     "already_warned",
     "chosen_dtype",
     "prepare",
-    "read_text",
     "run",
 ]
 
@@ -165,26 +161,6 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Return all fields, for JSON."""
         return {**dataclasses.asdict(self), "decode_tokens_per_s": self.decode_tokens_per_s}
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
-
-    Args:
-        path: the file; `-` reads standard input.
-
-    Raises:
-        UsageError: the file cannot be read, or is not UTF-8.
-    """
-    is_stdin = str(path) == "-"
-    name = "standard input" if is_stdin else str(path)
-    try:
-        data = sys.stdin.buffer.read() if is_stdin else path.read_bytes()
-        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # with the line ends of a text file
-    except UnicodeDecodeError as error:
-        raise UsageError(f"cannot read {name}: it is not UTF-8 text") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import json
 import os
 import secrets
@@ -34,6 +35,7 @@ __all__ = [
     "link_or_copy",
     "partial_path",
     "read_json_object",
+    "read_text",
     "remove",
     "sync_folder",
     "write_bytes",
@@ -205,6 +207,33 @@ def _keep(content: bytes, suffix: str) -> Path | None:
     except OSError:
         return None
     return Path(name)
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Args:
+        path: the file; `-` reads standard input.
+
+    Raises:
+        UsageError: the file cannot be read, is a device, or is not UTF-8.
+    """
+    is_stdin = str(path) == "-"
+    name = "standard input" if is_stdin else str(path)
+    problem = None
+    if is_stdin and sys.stdin is None:
+        problem = "it is closed"
+    elif not is_stdin and path.is_char_device():  # such as /dev/zero, which never ends
+        problem = "it is a device; name a file, or - for standard input"
+    if problem is not None:
+        raise UsageError(f"cannot read {name}: {problem}")
+    try:
+        data = sys.stdin.buffer.read() if is_stdin else path.read_bytes()
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # with the line ends of a text file
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read {name}: it is not UTF-8 text") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
