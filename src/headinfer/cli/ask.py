@@ -58,9 +58,10 @@ def ask(
 
     Each question is answered as if it were the only one, and the session does not change, unless --keep is given.
     """
-    from headinfer.cli.report import columns_table, summary_row
+    from headinfer.cli.report import AgainProgress, columns_table, summary_row
     from headinfer.engine.options import Options
     from headinfer.jobs import ask as asking
+    from headinfer.plan.model_shape import ModelShape
 
     given = kv_options(device_kv_budget, host_kv_budget, disk_tier)
     Options(**given)  # raises UsageError before anything is loaded
@@ -87,11 +88,13 @@ def ask(
     for message in prepared.slow:
         say(message)
     load_seconds: list[float] = []
-    summaries = asking.ask(
-        prepared,
-        on_text=discard if as_json else write,
-        on_loaded=lambda _: load_seconds.append(time.perf_counter() - checked),
-    )
+    with AgainProgress(ModelShape.from_config(prepared.source.config), prepared.manifest.tokens) as progress:
+        summaries = asking.ask(
+            prepared,
+            on_text=discard if as_json else write,
+            on_loaded=lambda _: load_seconds.append(time.perf_counter() - checked),
+            on_forward=progress.on_forward,
+        )
     if as_json:
         result = {
             "slow": prepared.slow,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headinfer.jobs.generate import Summary
 
 __all__ = [
+    "AgainProgress",
     "EvaluationProgress",
     "GenerationProgress",
     "ReadingProgress",
@@ -61,6 +62,53 @@ class _Shown:
         self._progress.stop()
 
 
+class _AgainBar:
+    """A bar for tokens that a model reads again (hf/rotary.py)."""
+
+    def __init__(self, progress: Progress, shape: ModelShape, tokens: int) -> None:
+        self._progress = progress
+        self._shape = shape
+        self._tokens = tokens
+        self._task = progress.add_task("reading again", total=shape.prefill_flops(tokens), shown="")
+        progress.start()
+
+    def update(self, done: int) -> bool:
+        """Show the tokens that are read. Returns whether these are all, after which the bar is removed."""
+        shown = f"{done:,}/{self._tokens:,} tokens"
+        self._progress.update(self._task, completed=self._shape.prefill_flops(done), shown=shown)
+        if done < self._tokens:
+            return False
+        self._progress.remove_task(self._task)
+        return True
+
+
+class AgainProgress(_Shown):
+    """A progress bar that is shown while the document of a session is read again.
+
+    Args:
+        shape: the model.
+        tokens: tokens of the session.
+    """
+
+    def __init__(self, shape: ModelShape, tokens: int) -> None:
+        super().__init__()
+        self._shape = shape
+        self._tokens = tokens
+        self._bar: _AgainBar | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def on_forward(self, cache: HeadCache) -> None:
+        """Update the bar. Called after each chunk and after each generated token."""
+        done = cache.head_layers[0].get_seq_length()
+        if self._bar is None and done < self._tokens:
+            self._bar = _AgainBar(self._progress, self._shape, self._tokens)
+        if self._bar is not None and self._bar.update(done):
+            self._bar = None
+            self._progress.stop()
+
+
 class GenerationProgress(_Shown):
     """A progress bar for prefill, then one for decode.
 
@@ -98,6 +146,8 @@ class GenerationProgress(_Shown):
             shown=self._read_so_far(read_before),
         )
         self._decode: TaskID | None = None
+        self._tokens = 0
+        self._again: _AgainBar | None = None
 
     def on_resumed(self, tokens: int) -> None:
         """Begin after tokens that need not be read. The rate and the remaining time leave them out."""
@@ -110,12 +160,20 @@ class GenerationProgress(_Shown):
         """Update the bars. Called after each chunk and after each generated token."""
         now = time.perf_counter()
         tokens = cache.head_layers[0].get_seq_length()
-        if self._decode is not None:
+        if tokens < self._tokens:
+            self._again = _AgainBar(self._progress, self._shape, self._tokens)
+        self._tokens = tokens
+        if self._again is not None:
+            if self._again.update(tokens):
+                self._again = None
+                if self._decode is not None and not self._show_decode:
+                    self._progress.stop()
+        elif self._decode is not None:
             self._update_decode(self._decode, tokens - self._prompt_tokens + 1, now)
-            return
-        self._update_prefill(min(tokens, self._prompt_tokens), now)
-        if tokens >= self._prompt_tokens:
-            self._decode = self._begin_decode(now)
+        else:
+            self._update_prefill(min(tokens, self._prompt_tokens), now)
+            if tokens >= self._prompt_tokens:
+                self._decode = self._begin_decode(now)
 
     def _update_prefill(self, done: int, now: float) -> None:
         rate = (done - self._read_before) / (now - self._start)

@@ -92,7 +92,8 @@ class Options:
         transport: how KV reaches the device. "auto" streams through a ring on CUDA, and reads segments in place on a
             CPU. "in_place" always reads in place. "eager" and "lazy" use the ring on a CPU, for tests
             (kv/streams.py).
-        expected_tokens: the final length of the context; 0 if it is unknown.
+        expected_tokens: the final length of the context; 0 if it is unknown. Models whose rotary frequencies depend on
+            the length use those of this length from the first token.
         rates: the rates that tiles are chosen for. None takes those of the machine.
         host_kv_budget_bytes: upper bound of KV bytes in host memory. It needs disk_tier.
         disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.

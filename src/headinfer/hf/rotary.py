@@ -30,7 +30,7 @@ from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
 from headinfer.hf.inputs import number_of_tokens
 from headinfer.utils.stacklevel import stacklevel_of_user
 
-__all__ = ["MIXED", "RotaryControl", "RotaryLengths", "RotaryPass"]
+__all__ = ["MIXED", "RotaryControl", "RotaryLengths", "RotaryPass", "crossing_warning"]
 
 MIXED = -1
 """The value of HeadLayer.rotary_tokens if the tokens of a cache have the frequencies of different lengths."""
@@ -88,6 +88,33 @@ class RotaryLengths:
         if rotary_tokens:
             return rotary_tokens
         return MIXED if self.normalized(tokens) > 1 else 1
+
+
+def crossing_warning(
+    lengths: RotaryLengths, *, held: int, past_tokens: int, prompt_tokens: int, longest_tokens: int
+) -> str | None:
+    """Return what the user of generate() should know beforehand about a context that is read again; None if it is not.
+
+    Args:
+        lengths: the lengths at which the model's frequencies change.
+        held: what RotaryLengths.held() says of the cache.
+        past_tokens: tokens of the cache; 0 if it is empty.
+        prompt_tokens: tokens of the whole prompt, with those of the cache.
+        longest_tokens: tokens of the longest context that can be reached.
+    """
+    needed = lengths.normalized(prompt_tokens)
+    if past_tokens and held != needed:
+        return (
+            f"the {past_tokens:,} tokens are read again for each answer: the model's rotary frequencies depend on the "
+            f"length of the context, which has {prompt_tokens:,} tokens with the question"
+        )
+    limit = lengths.limit(prompt_tokens)
+    if lengths.grows_beyond is not None or limit is None or longest_tokens <= limit:
+        return None
+    return (
+        f"the rotary frequencies of the model change beyond {limit:,} tokens of context: if the answer gets there, all "
+        "tokens are read again"
+    )
 
 
 @dataclass(frozen=True)

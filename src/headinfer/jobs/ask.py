@@ -18,10 +18,13 @@ from headinfer.engine.options import current_names
 from headinfer.engine.run_plan import check_saved_kv
 from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
+from headinfer.hf.compat import last_logits_only
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
+from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.generate import Streamer, Summary, already_warned
 from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, pad_id, question_ids
+from headinfer.jobs.rotary import held_rotary_tokens
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -131,8 +134,16 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     slow = _slow(job, manifest, source, device)
     turns = [len(question) + job.max_new_tokens for question in ids]
     tokens = manifest.tokens + (sum(turns) if job.keep else max(turns))
-    warning = context_warning(tokens, ModelShape.from_config(source.config))
-    warnings = [warning] if warning is not None else []
+    lengths = RotaryLengths.from_config(source.config)
+    crossing = crossing_warning(
+        lengths,
+        held=held_rotary_tokens(lengths, manifest, folder),
+        past_tokens=manifest.tokens,
+        prompt_tokens=manifest.tokens + max(map(len, ids)),
+        longest_tokens=tokens,
+    )
+    told = [context_warning(tokens, ModelShape.from_config(source.config)), crossing]
+    warnings = [line for line in told if line is not None]
     return PreparedAsk(job, folder, manifest, source, tokenizer, device, ids, slow, warnings)
 
 
@@ -211,6 +222,7 @@ def ask(
     *,
     on_text: Callable[[str], None],
     on_loaded: Callable[[HeadCache], None] = lambda cache: None,
+    on_forward: Callable[[HeadCache], None] | None = None,
 ) -> list[Summary]:
     """Load the model and the session, and answer each question.
 
@@ -222,6 +234,7 @@ def ask(
         prepared: the job.
         on_text: called with each part of an answer as it is written.
         on_loaded: called with the cache when the session is loaded.
+        on_forward: called with the cache after each chunk and each token.
 
     Returns:
         A summary for each question that was asked.
@@ -240,7 +253,7 @@ def ask(
         model = prepared.source.load(dtype=dtype, device=prepared.device, seed=about.get("seed", 0))
         native.unavailable_reason()  # compiles the decode kernel, if it was never done here
         stack.enter_context(already_warned())
-        stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens")))
+        stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
         stack.enter_context(torch.inference_mode())
         cache = HeadCache.load(prepared.folder, model, **job.options)
         on_loaded(cache)
@@ -276,7 +289,15 @@ def _read_to_the_end(model: Any, cache: HeadCache, written: torch.Tensor) -> tor
     ends = model.generation_config.eos_token_id
     last = written[:, cache.get_seq_length() :]
     if last.shape[1] and int(last[0, -1]) not in (ends if isinstance(ends, list) else [ends]):
-        model(input_ids=last.to(model.device), past_key_values=cache, use_cache=True)
+        inputs = model.prepare_inputs_for_generation(
+            written.to(model.device),
+            next_sequence_length=last.shape[1],
+            past_key_values=cache,
+            use_cache=True,
+            is_first_iteration=False,
+            **last_logits_only(model),
+        )
+        model(**inputs)
     return written[:, : cache.get_seq_length()]
 
 

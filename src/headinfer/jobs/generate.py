@@ -17,13 +17,14 @@ from headinfer.attention import native
 from headinfer.engine.machine import chosen_device
 from headinfer.engine.options import Options
 from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run
-from headinfer.errors import ContextLengthWarning, UsageError
+from headinfer.errors import ContextLengthWarning, RereadWarning, UsageError
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.parallel import check_shards, gather_from_ranks, load_random_shard, load_shard, rank_device
 from headinfer.hf.ranks import Ranks
+from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.prompts import prompt_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
@@ -226,9 +227,21 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     )
     run_plan = plan_run(request)
     HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
-    warning = context_warning(total_tokens, shape)
-    told = [warning] if warning is not None else []
+    told = _warnings(source, shape, input_ids.shape[1], job.max_new_tokens)
     return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks)
+
+
+def _warnings(source: ModelSource, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> list[str]:
+    """Return what the user should know about the length of the context before the run."""
+    crossing = crossing_warning(
+        RotaryLengths.from_config(source.config),
+        held=0,
+        past_tokens=0,
+        prompt_tokens=prompt_tokens,
+        longest_tokens=prompt_tokens + new_tokens - 1,  # the last one is not read
+    )
+    told = [context_warning(prompt_tokens + new_tokens, shape), crossing]
+    return [line for line in told if line is not None]
 
 
 def run(
@@ -292,9 +305,10 @@ def run(
 
 @contextmanager
 def already_warned() -> Iterator[None]:
-    """Suppress enable()'s warning about long contexts. The commands show it before anything is loaded."""
+    """Suppress enable()'s warnings about long contexts. The commands show them before anything is loaded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextLengthWarning)
+        warnings.simplefilter("ignore", RereadWarning)
         yield
 
 

@@ -22,8 +22,10 @@ from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
+from headinfer.hf.rotary import RotaryLengths
 from headinfer.jobs.generate import already_warned, chosen_dtype
 from headinfer.jobs.prompts import ChatTexts, chat_texts, document_ids
+from headinfer.jobs.rotary import check_document, check_resumed, held_rotary_tokens
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -151,11 +153,14 @@ def prepare_read(job: ReadJob) -> PreparedRead:
     source.check_ids(input_ids[0].tolist())
     tokens = input_ids.shape[1]
     shape = ModelShape.from_config(source.config)
+    lengths = RotaryLengths.from_config(source.config)
+    check_document(lengths, tokens)
     done = 0
     if found is not None:
         check_config(found.model, source.config, folder)
         check_tokenizer(found.about.get("tokenizer"), tokenizer, folder)
         done = _held_tokens(folder, found, input_ids)
+        check_resumed(lengths, found, tokens, folder)
         _check_same(job, folder, found)
         dtype = getattr(torch, found.model["dtype"])
         if done < tokens:  # otherwise nothing is written
@@ -323,8 +328,15 @@ def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable
     if not done:
         root = prepared.job.root
         whole_only = not all(type(layer) is HeadLayer for layer in HeadCache(model.config).layers)
+        lengths = RotaryLengths.from_config(model.config)
+        needed = lengths.normalized(prepared.input_ids.shape[1])
         found = find_prefix(
-            root, fingerprint(model), prepared.input_ids[0], exclude=prepared.job.name, whole_only=whole_only
+            root,
+            fingerprint(model),
+            prepared.input_ids[0],
+            exclude=prepared.job.name,
+            whole_only=whole_only,
+            is_usable=lambda manifest, folder: held_rotary_tokens(lengths, manifest, folder) == needed,
         )
         if found is not None:
             link_prefix(root, found, prepared.folder, prepared.arithmetic, prepared.about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,13 @@ class Prefix:
 
 
 def find_prefix(
-    root: Path, model: dict[str, Any], token_ids: torch.Tensor, *, exclude: str, whole_only: bool
+    root: Path,
+    model: dict[str, Any],
+    token_ids: torch.Tensor,
+    *,
+    exclude: str,
+    whole_only: bool,
+    is_usable: Callable[[Manifest, Path], bool],
 ) -> Prefix | None:
     """Find the session with the longest common prefix with a document.
 
@@ -50,6 +57,8 @@ def find_prefix(
         exclude: the name of the session that will be written. It does not count.
         whole_only: only sessions that are a prefix as a whole count. A model needs this if some of its layers have a
             state that cannot be cropped.
+        is_usable: returns whether the KV of a session, given its manifest and folder, is that of the document. It may
+            raise SessionError if it is not.
 
     Returns:
         The longest prefix whose files are not damaged; None if no session has any.
@@ -59,10 +68,13 @@ def find_prefix(
         if name == exclude:
             continue
         try:
-            prefix = _common_prefix(root, name, Manifest.read(root / name), model, token_ids)
+            manifest = Manifest.read(root / name)
+            prefix = _common_prefix(root, name, manifest, model, token_ids)
+            if prefix is None or not is_usable(manifest, root / name):
+                continue
         except SessionError:
             continue  # the session is damaged; `session list` reports it
-        if prefix is not None and (prefix.is_whole or not whole_only):
+        if prefix.is_whole or not whole_only:
             found.append(prefix)
     by_length = sorted(found, key=lambda prefix: -prefix.tokens)
     return next((prefix for prefix in by_length if _is_intact(root, prefix)), None)
