@@ -49,11 +49,12 @@ def finish(process):
     return process.returncode, out, err
 
 
-def alone(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "headinfer", *arguments, "--json"], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+@pytest.fixture
+def alone(run_command):
+    """The results of JOB in one process."""
+    code, out, err = run_command(*JOB, "--json")
+    assert code == 0, err
+    return json.loads(out)
 
 
 @pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore::DeprecationWarning")
@@ -79,14 +80,13 @@ def test_families_with_a_tensor_parallel_plan_are_exact_over_two_ranks(tmp_path)
         assert 2 * shape.shard(2).kv_bytes_per_token(4) == shape.kv_bytes_per_token(4)
 
 
-def test_two_ranks_give_the_tokens_and_messages_of_one_process():
+def test_two_ranks_give_the_tokens_and_messages_of_one_process(alone):
     code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--json", "--transport", "lazy"))
     assert code == 0, err
     assert out.count("\n") == 1
     found = json.loads(out)
-    one = alone(*JOB)
-    assert found["token_ids"] == one["token_ids"]
-    assert [stats["host_kv_bytes"] for stats in found["rank_stats"]] == [one["stats"]["host_kv_bytes"] // 2] * 2
+    assert found["token_ids"] == alone["token_ids"]
+    assert [stats["host_kv_bytes"] for stats in found["rank_stats"]] == [alone["stats"]["host_kv_bytes"] // 2] * 2
     assert err.count("writing") == 1
 
 
@@ -135,7 +135,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def test_two_hosts_give_the_tokens_of_one_process(two_hosts):
+def test_two_hosts_give_the_tokens_of_one_process(alone, two_hosts):
     processes = [
         torchrun(
             *("--nnodes", "2", "--node-rank", index, "--nproc-per-node", "1"),
@@ -148,7 +148,7 @@ def test_two_hosts_give_the_tokens_of_one_process(two_hosts):
     (code, out, err), (other_code, other_out, _) = [finish(process) for process in processes]
     assert (code, other_code, other_out) == (0, 0, ""), err
     found = json.loads(out)
-    assert found["token_ids"] == alone(*JOB)["token_ids"]
+    assert found["token_ids"] == alone["token_ids"]
     assert len(found["rank_stats"]) == 2
 
 
