@@ -177,29 +177,15 @@ class HeadCache(Cache):  # type: ignore[misc]
         updated: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
         return updated
 
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """Return the convolution state of a layer, which models change in place. It raises as update() does."""
-        self._check_in_forward()
-        state: torch.Tensor | None = super().get_conv_state(*args, **kwargs)
-        return state
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return the keys of a mask and the position of the first. Models call this before their layers.
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Add a chunk to the convolution state of a layer. It raises as update() does."""
+        Raises:
+            StateError: no forward pass of an enabled model is running.
+        """
         self._check_in_forward()
-        state: torch.Tensor = super().update_conv_state(*args, **kwargs)
-        return state
-
-    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """Return the linear-attention state of a layer, which models change in place. It raises as update() does."""
-        self._check_in_forward()
-        state: torch.Tensor | None = super().get_recurrent_state(*args, **kwargs)
-        return state
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Replace the linear-attention state of a layer. It raises as update() does."""
-        self._check_in_forward()
-        state: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
-        return state
+        sizes: tuple[int, int] = super().get_mask_sizes(*args, **kwargs)
+        return sizes
 
     def _check_in_forward(self) -> None:
         if not self.is_in_forward:
