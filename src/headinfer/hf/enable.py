@@ -59,6 +59,8 @@ from headinfer.utils.values import optional, shown, token_count, whole_number
 
 __all__ = ["Enabled", "check_model", "context_warning", "enable"]
 
+# The methods that enable() replaces on the model object.
+_REPLACED = ("forward", "generate", "prepare_inputs_for_generation", "_prepare_cache_for_generation")
 _UNPLANNED_CHUNK_TOKENS = 2048  # if no plan fits the free memory: the engine still tries
 _OUR_CACHES = (None, "dynamic", "hybrid")  # "hybrid": older Gemma checkpoints name it; a HeadCache is one
 
@@ -124,7 +126,7 @@ class Enabled:
         self._has_warned = False
         self._removes_last_token = False
         self._attention_before = model.config._attn_implementation
-        self._before = {name: model.__dict__.get(name) for name in ("forward", "generate")}
+        self._before = {name: model.__dict__.get(name) for name in _REPLACED}
         register()
         model.set_attn_implementation(NAME)
         self._restore_defaults = use_cache_by_default(model)
@@ -214,8 +216,6 @@ class Enabled:
                 delattr(model, name)
             else:
                 setattr(model, name, before)
-        del model._prepare_cache_for_generation
-        del model.prepare_inputs_for_generation
         del model._headinfer
         self._rotary.remove()
         self._restore_defaults()

@@ -124,11 +124,13 @@ class RotaryPass:
     Attributes:
         tokens: the length of the context that has them; None if the model's frequencies do not depend on it.
         held: the normalized length whose frequencies all tokens of the cache have after the pass, or MIXED.
+        min_tokens: the length whose frequencies shorter contexts of the cache have as well; 0 if there is none.
         rereads: whether the pass has all tokens of the context, so that the cache must be emptied first.
     """
 
     tokens: int | None = None
     held: int = 0
+    min_tokens: int = 0
     rereads: bool = False
 
 
@@ -263,7 +265,7 @@ class RotaryControl:
         end = context_end(inputs, past_tokens)
         needed = self._needed(end, cache)
         if change == _GROW:
-            return RotaryPass(end, MIXED)
+            return RotaryPass(end, MIXED, _min_tokens(cache))
         if change == _REREAD:
             warnings.warn(
                 f"{past_tokens:,} tokens are read again, since the model's rotary frequencies depend on the length of "
@@ -277,7 +279,7 @@ class RotaryControl:
                 f"of the cache have those of another length than {end:,} tokens: make the cache with expected_tokens="
                 f"{end} or more, or use generate() with the ids of all tokens, which reads them again"
             )
-        return RotaryPass(needed, needed, rereads=change == _REREAD)
+        return RotaryPass(needed, needed, _min_tokens(cache), rereads=change == _REREAD)
 
     @contextmanager
     def frequencies(self, chosen: RotaryPass, cache: HeadCache) -> Iterator[None]:
@@ -286,8 +288,8 @@ class RotaryControl:
             yield
             return
         layer = cache.head_layers[0]
-        if not cache.get_seq_length() and cache.rotary_min_tokens:
-            layer.rotary_min_tokens = cache.rotary_min_tokens
+        if chosen.min_tokens:
+            layer.rotary_min_tokens = chosen.min_tokens
         layer.rotary_tokens = chosen.held
         self._tokens = chosen.tokens
         try:
@@ -297,9 +299,7 @@ class RotaryControl:
 
     def _needed(self, end: int, cache: HeadCache) -> int:
         """Return the normalized length whose frequencies a pass needs that ends a context of `end` tokens."""
-        is_empty = not cache.get_seq_length()
-        least = cache.rotary_min_tokens if is_empty else cache.head_layers[0].rotary_min_tokens
-        return self.lengths.normalized(max(end, least))
+        return self.lengths.normalized(max(end, _min_tokens(cache)))
 
     def _held(self, cache: HeadCache) -> int:
         """Return the normalized length whose frequencies the tokens of a cache have, or MIXED."""
@@ -314,7 +314,7 @@ class RotaryControl:
         if self._tokens is None:
             return None
         x, positions, layer_type = _rotary_arguments(*args, **kwargs)
-        _reset(module, x, layer_type)
+        self._forget(module, x, layer_type)
         last = torch.full_like(positions[..., :1], self._tokens - 1)
         return (x, torch.cat([positions, last], dim=-1), *layer_type), {}
 
@@ -323,10 +323,20 @@ class RotaryControl:
         if self._tokens is None:
             return None
         x, _, layer_type = _rotary_arguments(*args, **kwargs)
-        _reset(module, x, layer_type)
+        self._forget(module, x, layer_type)
         if isinstance(output, torch.Tensor):
             return output[..., :-1, :]
         return tuple(part[..., :-1, :] for part in output)
+
+    def _forget(self, module: torch.nn.Module, x: torch.Tensor, layer_type: tuple[str, ...]) -> None:
+        """Let a dynamic NTK module forget the longest context that it has seen, whose frequencies it would keep."""
+        if self.lengths.grows_beyond is not None:
+            module.forward(x[:1, :1], torch.zeros(1, 1, dtype=torch.long, device=x.device), *layer_type)
+
+
+def _min_tokens(cache: HeadCache) -> int:
+    """Return the length whose frequencies shorter contexts of a cache have as well; 0 if there is none."""
+    return cache.head_layers[0].rotary_min_tokens if cache.get_seq_length() else cache.rotary_min_tokens
 
 
 def _depends_on_length(module: torch.nn.Module) -> bool:
@@ -341,11 +351,6 @@ def _rotary_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
     """Return the arguments of a rotary module: the last one, if it was given, in a tuple."""
     return x, position_ids, () if layer_type is None else (layer_type,)
-
-
-def _reset(module: torch.nn.Module, x: torch.Tensor, layer_type: tuple[str, ...]) -> None:
-    """Bring a dynamic NTK module back to its first frequencies. It keeps those of the longest context that it saw."""
-    module.forward(x[:1, :1], torch.zeros(1, 1, dtype=torch.long, device=x.device), *layer_type)
 
 
 def _inputs_with_cache(
