@@ -27,7 +27,7 @@ import torch
 from headinfer.errors import RereadWarning, StateError, UnsupportedError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
-from headinfer.hf.inputs import number_of_tokens
+from headinfer.hf.inputs import number_of_positions, number_of_tokens
 from headinfer.utils.stacklevel import stacklevel_of_user
 
 __all__ = ["MIXED", "RotaryControl", "RotaryLengths", "RotaryPass", "crossing_warning"]
@@ -134,20 +134,6 @@ class RotaryPass:
     rereads: bool = False
 
 
-def context_end(inputs: dict[str, Any], past_tokens: int) -> int:
-    """Return the length of the context at the end of a forward pass, as rotary embeddings count it.
-
-    Args:
-        inputs: the arguments of the pass by name. Its position_ids count if there are any: with padding in every row
-            they end before the number of tokens.
-        past_tokens: tokens of the cache.
-    """
-    positions = inputs.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.numel():
-        return int(positions.max()) + 1
-    return past_tokens + number_of_tokens(inputs)
-
-
 class RotaryControl:
     """Gives the forward passes of one model the rotary frequencies of the length that their context has.
 
@@ -215,7 +201,7 @@ class RotaryControl:
                 length at which the frequencies change.
         """
         past_tokens = cache.get_seq_length()
-        end = context_end(inputs, past_tokens)
+        end = number_of_positions(inputs, past_tokens)
         needed = self._needed(end, cache)
         changes_later = self._needed(max(self._longest_tokens, end), cache) != needed
         has_all_ids = input_ids.shape[1] >= past_tokens + number_of_tokens(inputs)
@@ -262,7 +248,7 @@ class RotaryControl:
         if not self.lengths:
             return RotaryPass()
         past_tokens = cache.get_seq_length()
-        end = context_end(inputs, past_tokens)
+        end = number_of_positions(inputs, past_tokens)
         needed = self._needed(end, cache)
         if change == _GROW:
             return RotaryPass(end, MIXED, _min_tokens(cache))
