@@ -167,6 +167,34 @@ def test_a_prompt_that_is_shorter_than_the_cache_is_refused(llama):
         llama.generate(ids, attention_mask=mask, past_key_values=cache, **options(ids))  # only new tokens, as before
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"input_ids": [[1, 2, 3]]}, r"input_ids is .*: it must be a tensor \[rows, tokens\]"),
+        ({"input_ids": torch.ones(5, dtype=torch.long)}, r"input_ids has shape \[5\]: it must be a tensor"),
+        ({"inputs_embeds": torch.ones(5, 64)}, r"inputs_embeds has shape \[5, 64\]: .*\[rows, tokens, hidden size\]"),
+    ],
+    ids=str,
+)
+def test_prompts_of_another_type_or_shape_are_refused(llama, given, says):
+    with headinfer.enable(llama) as enabled:
+        with pytest.raises(UsageError, match=says):
+            llama.generate(**given, max_new_tokens=2)
+        if "input_ids" in given:
+            with pytest.raises(UsageError, match=says):
+                llama.generate(given["input_ids"], max_new_tokens=2)
+        for tokens in (0, 5):
+            cache = enabled.new_cache()
+            if tokens:
+                llama(text(tokens), past_key_values=cache)
+            with pytest.raises(UsageError, match=says):
+                llama.generate(**given, past_key_values=cache, max_new_tokens=2)
+            with pytest.raises(UsageError, match=says):
+                llama(**given, past_key_values=cache)
+            assert cache.get_seq_length() == tokens
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "qwen3_next"])
 def test_a_last_token_that_cannot_be_removed_is_an_error_that_changes_nothing(family):
     model = tiny_model(family)

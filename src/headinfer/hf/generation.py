@@ -14,7 +14,7 @@ import torch
 
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.inputs import check_no_images
+from headinfer.hf.inputs import check_no_images, input_tokens
 from headinfer.hf.layers import uncroppable_reason
 from headinfer.utils.stacklevel import stacklevel_of_user
 
@@ -32,9 +32,12 @@ def check_generate(given: Mapping[str, Any], config: Any) -> bool:
         Whether the cache holds exactly the prompt. Its last token must then be removed, since generate() reads it.
 
     Raises:
-        UsageError: the cache holds more tokens than the prompt, or is known to hold other ones, or must not be used.
+        UsageError: the prompt is no tensor of the right shape. The cache holds more tokens than the prompt, or is known
+            to hold other ones, or must not be used.
         UnsupportedError: there are images, or the cache holds the whole prompt, whose last token cannot be removed.
     """
+    embeds = given.get("inputs_embeds")
+    prompt = input_tokens({"input_ids": given.get("input_ids")} if embeds is None else {"inputs_embeds": embeds})
     cache = given.get("past_key_values")
     if cache is not None and not isinstance(cache, HeadCache):
         return False
@@ -50,31 +53,34 @@ def check_generate(given: Mapping[str, Any], config: Any) -> bool:
             )
     if use_cache is not False:
         check_no_images(given, config)
-    if cache is None:
+    if cache is None or prompt is None:
         return False
     if use_cache is False:
         raise UsageError("use_cache=False contradicts past_key_values: leave out one of them")
-    return _holds_the_prompt(cache, given)
+    return _holds_the_prompt(cache, prompt, given.get("attention_mask"), is_embeds=embeds is not None)
 
 
-def _holds_the_prompt(cache: HeadCache, given: Mapping[str, Any]) -> bool:
-    """Return whether a cache holds exactly the prompt of generate(). Raise an error if the two do not fit."""
+def _holds_the_prompt(cache: HeadCache, prompt: torch.Tensor, mask: torch.Tensor | None, *, is_embeds: bool) -> bool:
+    """Return whether a cache holds exactly the prompt of generate(). Raise an error if the two do not fit.
+
+    Args:
+        cache: the cache.
+        prompt: token ids [B, T], or embeddings [B, T, H].
+        mask: the padding mask [B, T], or [B, the cache's tokens + T]. The prompt then has the new tokens only.
+        is_embeds: whether the prompt consists of embeddings.
+    """
     held = cache.get_seq_length()
-    embeds = given.get("inputs_embeds")
-    ids = given.get("input_ids")
-    prompt = ids if embeds is None else embeds
-    if not held or prompt is None:
-        return False
-    mask = given.get("attention_mask")
     tokens = prompt.shape[1]
-    if mask is not None and mask.shape[1] != tokens:  # the prompt has the new tokens only
-        if embeds is None:
+    if not held:
+        return False
+    if mask is not None and mask.shape[1] != tokens:
+        if not is_embeds:
             return False
         raise UsageError(
             f"the attention mask covers {mask.shape[1]} tokens and inputs_embeds has {tokens}: generate() takes the "
             "embeddings of all tokens, also of those in the cache, with a mask that covers them"
         )
-    if embeds is None:
+    if not is_embeds:
         _check_same_tokens(cache, prompt, held)
     if tokens < held:
         raise UsageError(

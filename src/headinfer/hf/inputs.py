@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from headinfer.errors import UnsupportedError
+from headinfer.errors import UnsupportedError, UsageError
+from headinfer.utils.values import shown
 
 __all__ = [
     "check_attention_outputs",
@@ -33,11 +34,18 @@ def input_tokens(inputs: Mapping[str, Any]) -> torch.Tensor | None:
 
     Args:
         inputs: the arguments by name.
+
+    Raises:
+        UsageError: it is no tensor, or has another number of dimensions.
     """
-    for name in ("input_ids", "inputs_embeds"):
+    for name, dims, shape in (("input_ids", 2, "[rows, tokens]"), ("inputs_embeds", 3, "[rows, tokens, hidden size]")):
         tokens = inputs.get(name)
-        if isinstance(tokens, torch.Tensor):
-            return tokens
+        if tokens is None:
+            continue
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != dims:
+            what = f"has shape {list(tokens.shape)}" if isinstance(tokens, torch.Tensor) else f"is {shown(tokens)}"
+            raise UsageError(f"{name} {what}: it must be a tensor {shape}")
+        return tokens
     return None
 
 
