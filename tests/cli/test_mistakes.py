@@ -1,5 +1,6 @@
 """Mistakes of the user on the command line: one sentence, exit code 2, nothing expensive first, nothing lost."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -18,6 +19,7 @@ from headinfer.cli import main as cli
 from headinfer.cli.streams import BROKEN_PIPE
 from headinfer.engine.machine import chosen_device
 from headinfer.errors import CapacityError, UsageError
+from headinfer.plan.hardware import HARDWARE
 from headinfer.utils.files import Output
 
 MODEL = "random:tiny-llama?layers=1&hidden=64&intermediate=64&heads=4&kv_heads=2"
@@ -383,6 +385,38 @@ def test_an_unreadable_session_is_listed(forbid, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("command", SESSION_COMMANDS)
 def test_a_file_in_place_of_the_folder_of_sessions_is_named(command, refused, book):
     assert str(book) in refused(*SESSION_COMMANDS[command], "--sessions", book)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    {
+        "head_dim=3": "must be even",
+        "layers=1&layers=2": "is given twice",
+        "layers=1&num_hidden_layers=2": "is given twice",
+        "hidden=1000000000000000&heads=1&kv_heads=1": "overflow",
+        "vocab=99999999999999999999": "is too large",
+    }.items(),
+)
+def test_fields_of_a_random_model_that_cannot_be(query, message, refused):
+    assert message in refused("generate", f"random:tiny-llama?{query}", "--prompt", "x")
+
+
+@pytest.mark.parametrize("model", ["", " "])
+def test_a_model_without_a_name_is_refused(model, refused):
+    assert "is not the name of a model" in refused("generate", model, "--prompt", "x")
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(HARDWARE["l4"])])
+def test_a_broken_description_of_hardware_is_refused(field, refused, tmp_path):
+    path = tmp_path / "hardware.json"
+    texts = ("name", "source", "is_host")
+    for value in ([], -1, {"bfloat16": "x"}, {"bfloat16": 0}, float("nan"), None, "x"):
+        if field in texts or (field == "kv_bytes_per_s" and value is None):
+            continue
+        path.write_text(json.dumps(dataclasses.asdict(HARDWARE["l4"]) | {field: value}))
+        assert field in refused("plan", "llama-3-8b", "--gpu", path, "--ram", "64GB")
+    path.write_text("[" * 100_000)
+    assert "is not a description of hardware" in refused("plan", "llama-3-8b", "--gpu", path)
 
 
 # -- files to write --------------------------------------------------------------------------------------------------

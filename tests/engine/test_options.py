@@ -110,6 +110,12 @@ def test_a_value_of_another_type_is_refused_with_its_name(name, value):
         Options(**{name: value, **other})
 
 
+@pytest.mark.parametrize("rates", [{"launch_s": 0}, {"launch_s": "x"}, {"speed": 1}, [1], TileRates(launch_s=None)])
+def test_rates_out_of_range_are_refused(rates):
+    with pytest.raises(UsageError, match="rates"):
+        Options(rates=rates)
+
+
 def test_none_is_refused_if_a_field_has_another_default():
     for name in ("expected_tokens", "transport"):
         with pytest.raises(UsageError, match=f"{name} is None"):

@@ -14,7 +14,16 @@ from headinfer.attention.backends import preferences
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
 from headinfer.utils.stacklevel import stacklevel_of_user
-from headinfer.utils.values import byte_count, choice, optional, path_text, shown, token_count, whole_number
+from headinfer.utils.values import (
+    byte_count,
+    choice,
+    optional,
+    path_text,
+    real_number,
+    shown,
+    token_count,
+    whole_number,
+)
 
 __all__ = ["OptionFields", "Options", "current_names", "known_fields"]
 
@@ -52,11 +61,13 @@ class OptionFields(TypedDict, total=False):
 def _rates(value: Any, name: str) -> TileRates:
     if isinstance(value, Mapping):  # from JSON
         try:
-            return TileRates(**value)
+            value = TileRates(**value)
         except TypeError as error:
             raise UsageError(f"{name} has other fields than TileRates: {error}") from error
     if not isinstance(value, TileRates):
         raise UsageError(f"{name} is {shown(value)}: it must be a TileRates")
+    for field in dataclasses.fields(value):
+        real_number(getattr(value, field.name), f"{name}.{field.name}", low=1e-12, high=1e30)
     return value
 
 

@@ -178,6 +178,8 @@ def resolve(spec: str) -> ModelSource:
         UsageError: there is no such model, its config is broken, or a field of a random model is out of range.
         UnsupportedError: the family or a layer of the model is not served.
     """
+    if not spec.strip() or "\0" in spec:
+        raise UsageError(f"{spec!r} is not the name of a model: give a folder, a hub name, or {EMBEDDED}")
     source = _random_source(spec) if spec.startswith(_PREFIX) else _stored_source(spec)
     check_family(source.config.model_type, source.config.get_text_config(decoder=True).model_type)
     try:
@@ -195,6 +197,7 @@ def _random_source(spec: str) -> ModelSource:
         raise UsageError(f"there is no built-in config {name!r}: choose one of {', '.join(RANDOM_CONFIGS)}")
     family, fields = RANDOM_CONFIGS[name]
     changes: dict[str, Any] = {"vocab_size": len(byte_tokenizer())}
+    given: set[str] = set()
     for key, text in parse_qsl(query, keep_blank_values=True):
         try:
             value = int(text)
@@ -204,7 +207,11 @@ def _random_source(spec: str) -> ModelSource:
             raise UsageError(f"{spec}: {key}={text} must be positive")
         if value >= 2**63 or (key in ("layers", "num_hidden_layers") and value > MOST_LAYERS):
             raise UsageError(f"{spec}: {key}={shown(text)} is too large")
-        changes[_SHORT_NAMES.get(key, key)] = value
+        field = _SHORT_NAMES.get(key, key)
+        if field in given:
+            raise UsageError(f"{spec}: {field} is given twice: give it once")
+        given.add(field)
+        changes[field] = value
     defaults = AutoConfig.for_model(family).to_dict()
     whole_numbers = {key for key, value in defaults.items() if value is None or type(value) is int}
     unknown = [key for key in changes if key not in whole_numbers]
@@ -218,10 +225,12 @@ def _random_source(spec: str) -> ModelSource:
     hidden = chosen["hidden_size"]
     heads = chosen["num_attention_heads"]
     kv_heads = chosen["num_key_value_heads"]
-    if heads % kv_heads or hidden % heads or (hidden // heads) % 2:
+    head_dim = chosen.get("head_dim") or hidden // heads
+    if head_dim % 2:
+        raise UsageError(f"{spec}: the head_dim is {head_dim}: it must be even, for rotary embeddings")
+    if heads % kv_heads or hidden % heads:
         raise UsageError(
-            f"{spec}: hidden={hidden} must be an even multiple of heads={heads}, and heads a multiple of "
-            f"kv_heads={kv_heads}"
+            f"{spec}: hidden={hidden} must be a multiple of heads={heads}, and heads a multiple of kv_heads={kv_heads}"
         )
     return ModelSource(spec, AutoConfig.for_model(family, **chosen), is_random=True)
 

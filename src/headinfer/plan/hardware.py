@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
@@ -26,7 +28,9 @@ TERA = 10**12
 _POSITIVE = (
     "device_memory_bytes", "device_bytes_per_s", "link_bytes_per_s", "link_back_bytes_per_s", "dram_bytes_per_s",
     "disk_read_bytes_per_s", "disk_write_bytes_per_s", "multiprocessors", "launch_s",
+    "compute_share", "device_share", "link_share", "dram_share",
 )  # fmt: skip
+_BY_DTYPE = ("flops_per_s", "attention_flops_per_s", "weight_bytes_per_s")
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,24 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise UsageError(f"hardware {self.name}: {name} is {value!r}: it must be a positive number")
+            self._check(name, getattr(self, name))
+        for name in _BY_DTYPE:
+            rates = getattr(self, name)
+            if not isinstance(rates, dict):
+                raise UsageError(f"hardware {self.name}: {name} is {rates!r}: it must be a rate for each dtype")
+            for dtype, rate in rates.items():
+                self._check(f"{name} of {dtype}", rate)
+        if not self.flops_per_s:
+            raise UsageError(f"hardware {self.name}: flops_per_s is empty: it must have a rate for a dtype")
+        if self.kv_bytes_per_s is not None:
+            self._check("kv_bytes_per_s", self.kv_bytes_per_s)
+        if self.overhead_bytes != 0:
+            self._check("overhead_bytes", self.overhead_bytes)
+
+    def _check(self, name: str, value: Any) -> None:
+        """Raise UsageError if a figure is not a positive, finite number."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UsageError(f"hardware {self.name}: {name} is {value!r}: it must be a positive number")
 
     def attained_flops_per_s(self, dtype: str) -> float:
         """Return the FLOP per second that kernels attain in a dtype.
@@ -150,8 +169,11 @@ class Hardware:
             UsageError: the file is missing or is not a description of hardware.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise TypeError("it holds no JSON object")
+            return cls(**fields)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{path} is not a description of hardware: {error}") from error
 
 
