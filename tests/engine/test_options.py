@@ -142,6 +142,12 @@ def test_public_functions_take_the_same_values():
         (lambda model, cache: cache.crop(None), "tokens_to_remove"),
         (lambda model, cache: cache.reorder_cache("x"), "beam_idx"),
         (lambda model, cache: cache.reorder_cache([[0]]), "beam_idx"),
+        (lambda model, cache: cache.reorder_cache([1]), "beam_idx"),
+        (lambda model, cache: cache.reorder_cache([-1]), "beam_idx"),
+        (lambda model, cache: cache.batch_select_indices([7]), "indices"),
+        (lambda model, cache: cache.batch_select_indices([True, False]), "indices"),
+        (lambda model, cache: Options(device_kv_budget=1, device_kv_budget_bytes=2), "device_kv_budget"),
+        (lambda model, cache: Options(staging="none", transport="eager"), "staging"),
         (lambda model, cache: cache.batch_repeat_interleave(0), "repeats"),
         (lambda model, cache: cache.batch_select_indices(None), "indices"),
         (lambda model, cache: cache.save(None), "folder"),
@@ -183,3 +189,15 @@ def test_rows_may_be_chosen_by_lists():
     assert cache.head_layers[0].rows == 1
     cache.batch_repeat_interleave(np.int64(3))
     assert cache.head_layers[0].rows == 3
+
+
+def test_an_old_name_replaces_an_option_of_a_session(tmp_path):
+    model = tiny_model("llama")
+    with headinfer.enable(model), torch.inference_mode():
+        empty = HeadCache(model.config, device_kv_budget_bytes="64MiB")
+        cache = model(input_ids=torch.arange(9)[None], past_key_values=empty).past_key_values
+    cache.save(tmp_path / "s")
+    with pytest.warns(DeprecationWarning, match="device_kv_budget is deprecated"):
+        loaded = HeadCache.load(tmp_path / "s", model, device_kv_budget=2**27)
+    assert loaded.engine.options.device_kv_budget_bytes == 2**27
+    assert HeadCache.load(tmp_path / "s", model).engine.options.device_kv_budget_bytes == 2**26

@@ -143,6 +143,10 @@ class Options:
             "staging": staging,
         }
         given = {name: value for name, value in old.items() if value is not None}
+        for field in dataclasses.fields(self):
+            old_name = next((name for name in given if _RENAMED[name] == field.name), None)
+            if old_name is not None and getattr(self, field.name) != field.default:
+                raise UsageError(f"{old_name} is the old name of {field.name}: give one of them")
         for name, value in current_names(given).items():
             object.__setattr__(self, name, value)
         for name in given:

@@ -16,7 +16,7 @@ import torch
 
 from headinfer.attention.backends import recorded
 from headinfer.engine.engine import Engine
-from headinfer.engine.options import OptionFields, Options
+from headinfer.engine.options import OptionFields, Options, current_names
 from headinfer.engine.run_plan import RunPlan
 from headinfer.errors import StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import (
@@ -262,9 +262,10 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace each row i by row beam_idx[i]; beam_idx is [rows], int64."""
-        rows = integer_tensor(beam_idx, "beam_idx", (1,))
+        rows = integer_tensor(beam_idx, "beam_idx", (1,)).cpu()  # one copy to the host instead of one per layer
         self.separate()
-        super().reorder_cache(rows.cpu())  # one copy to the host instead of one per layer
+        self._check_rows(rows, "beam_idx")
+        super().reorder_cache(rows)
         self._select_ids(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -279,8 +280,17 @@ class HeadCache(Cache):  # type: ignore[misc]
         """Keep the rows that a tensor of indices or a bool mask selects."""
         selected = integer_tensor(indices, "indices", (1,), allows_mask=True)
         self.separate()
+        self._check_rows(selected, "indices")
         super().batch_select_indices(selected)
         self._select_ids(selected)
+
+    def _check_rows(self, selected: torch.Tensor, name: str) -> None:
+        """Check that the rows that a tensor of indices or a bool mask selects exist. Any row of an empty cache does."""
+        rows = self.head_layers[0].rows
+        is_mask = selected.dtype == torch.bool
+        is_wrong = selected.numel() != rows if is_mask else bool(((selected < 0) | (selected >= rows)).any())
+        if rows and is_wrong:
+            raise UsageError(f"{name} is {shown(selected.tolist())}, and the cache holds {rows} rows, from 0")
 
     def _select_ids(self, rows: torch.Tensor) -> None:
         """Keep the token ids of the rows that a tensor of indices or a bool mask selects."""
@@ -378,11 +388,12 @@ class HeadCache(Cache):  # type: ignore[misc]
         path = Path(path_text(folder, "folder"))
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
             raise UsageError(f"model is {shown(model)}: it must be the model that made the session")
-
         model = unwrapped(model)
+        changed = current_names(options)
 
         def new_cache(kept: dict[str, Any]) -> HeadCache:
-            cache = cls(model.config, **{**kept, **options})
+            unchanged = {name: value for name, value in kept.items() if name not in changed}
+            cache = cls(model.config, **unchanged, **options)
             cache.model = weakref.ref(model)
             return cache
 
