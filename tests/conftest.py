@@ -20,14 +20,17 @@ os.environ["MPLCONFIGDIR"] = os.environ["XDG_CACHE_HOME"] + "/matplotlib"
 import pytest
 import torch
 
+from headinfer.plan.memory import available_host_bytes
+
 torch.set_num_threads(1)  # for tiny models a second thread costs more than it gains
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """As many workers as cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """One process for each core that may be used, if there is memory for as many: each takes up to 2 GiB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores, available_host_bytes() >> 31))
 
 
 def pytest_collection_modifyitems(items):
