@@ -225,13 +225,13 @@ def _random_source(spec: str) -> ModelSource:
     hidden = chosen["hidden_size"]
     heads = chosen["num_attention_heads"]
     kv_heads = chosen["num_key_value_heads"]
-    head_dim = chosen.get("head_dim") or hidden // heads
-    if head_dim % 2:
-        raise UsageError(f"{spec}: the head_dim is {head_dim}: it must be even, for rotary embeddings")
     if heads % kv_heads or hidden % heads:
         raise UsageError(
             f"{spec}: hidden={hidden} must be a multiple of heads={heads}, and heads a multiple of kv_heads={kv_heads}"
         )
+    head_dim = chosen.get("head_dim") or hidden // heads
+    if head_dim % 2:
+        raise UsageError(f"{spec}: the head_dim is {head_dim}: it must be even, for rotary embeddings")
     return ModelSource(spec, AutoConfig.for_model(family, **chosen), is_random=True)
 
 

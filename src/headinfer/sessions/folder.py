@@ -85,7 +85,7 @@ def _exists(path: Path) -> bool:
     """Return whether a path exists; raise OSError if the system refuses to say it."""
     try:
         os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
