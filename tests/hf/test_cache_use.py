@@ -1,6 +1,7 @@
 """A HeadCache is used within enable(), goes on from what it holds, and is copied. Anything else is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -297,3 +298,8 @@ def test_a_context_for_which_no_plan_fits_is_planned_once(llama, monkeypatch):
         monkeypatch.setattr(enabling, "plan_run", planning.plan_run)
         llama(text(50), past_key_values=enabled.new_cache(expected_tokens=50), logits_to_keep=1)
         assert enabled.plan is not None
+
+
+def test_pickling_a_cache_names_what_to_use(llama):
+    with pytest.raises(UnsupportedError, match=r"use its save\(\)"):
+        pickle.dumps(headinfer.HeadCache(llama.config))

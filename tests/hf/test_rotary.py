@@ -103,6 +103,20 @@ def test_expected_tokens_of_enable_count_in_generate(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_new_cache_has_the_expected_tokens_of_enable(name):
+    prompt = ids(400)
+    model = tiny(name)
+    with torch.no_grad(), headinfer.enable(model, chunk_tokens=64, expected_tokens=400) as enabled:
+        expected = tiny(name)(prompt, use_cache=False).logits[:, -1]
+        cache = enabled.new_cache()
+        model(prompt[:, :200], past_key_values=cache)
+        found = model(prompt[:, 200:], past_key_values=cache).logits[:, -1]
+        with_cache = greedy(model, prompt[:, :240], past_key_values=enabled.new_cache())
+        assert torch.equal(with_cache, greedy(model, prompt[:, :240]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_forward_pass_that_needs_other_frequencies_is_refused(name):
     model = tiny(name)
     with headinfer.enable(model, chunk_tokens=64), torch.no_grad():

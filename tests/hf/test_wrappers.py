@@ -78,3 +78,33 @@ def test_another_wrapper_is_named(wrap):
     wrapper = wrap(tiny_model("llama"))
     with pytest.raises(headinfer.UnsupportedError, match=f"{type(wrapper).__name__} is no model of transformers"):
         headinfer.enable(wrapper)
+
+
+@torch.no_grad()
+def test_a_cache_belongs_to_the_adapters_that_filled_it(tmp_path):
+    model = lora()
+    ids, question = text(), text(20)
+    whole = torch.cat([ids, question], dim=1)
+    with headinfer.enable(model, chunk_tokens=64) as enabled:
+        cache = enabled.new_cache()
+        with model.disable_adapter():
+            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        match = "the cache was filled with no adapter active, and the model has the adapter default active now"
+        with pytest.raises(headinfer.StateError, match=match):
+            cache.save(tmp_path / "s", ids)
+        with pytest.raises(headinfer.StateError, match=match):
+            model.generate(input_ids=whole, past_key_values=cache, max_new_tokens=2, pad_token_id=0)
+        assert cache.get_seq_length() == 300
+        cache.reset()
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        cache.save(tmp_path / "s", ids)
+        for used in (cache, cache.fork(), headinfer.HeadCache.load(tmp_path / "s", model)):
+            with model.disable_adapter(), pytest.raises(headinfer.StateError, match="with the adapter default active"):
+                model(input_ids=question, past_key_values=used)
+        model.add_adapter("other", model.peft_config["default"])
+        model.set_adapter("other")
+        with pytest.raises(headinfer.StateError, match="and the model has the adapter other active now"):
+            model(input_ids=question, past_key_values=cache)
+        model.set_adapter("default")
+        found = model(input_ids=question, past_key_values=cache).logits
+        assert torch.equal(found, model(input_ids=question, past_key_values=used).logits)

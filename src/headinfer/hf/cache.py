@@ -36,6 +36,7 @@ from headinfer.hf.wrappers import unwrapped
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.sessions.cache import Saved
 from headinfer.sessions.loader import load_cache
+from headinfer.sessions.weights import adapter_layers, applied_adapters
 from headinfer.sessions.writer import save_cache
 from headinfer.utils.tensors import integer_tensor
 from headinfer.utils.values import json_object, path_text, shown, whole_number
@@ -117,6 +118,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         copies: number of equal rows of the batch that each row of the layers represents (copies.py).
         model: a weak reference to the model that filled the cache: a call returns the model, or None.
         saved: the session that the cache was saved to or loaded from.
+        adapters: which adapters of peft computed the KV (sessions/weights.py).
         rotary_min_tokens: the option expected_tokens, if the user gave it: models whose rotary frequencies depend on
             the length of the context use those of this length from the first token (rotary.py).
         run_plan: the last plan of a generate() or a forward pass with this cache.
@@ -160,6 +162,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.copies = 1
         self.model: Callable[[], PreTrainedModel | None] = lambda: None
         self.saved: Saved | None = None
+        self.adapters: tuple[tuple[Any, ...], ...] = ()
         self.rotary_min_tokens = chosen.expected_tokens
         self.run_plan: RunPlan | None = None
         self.no_plan_for: tuple[int, int] | None = None
@@ -331,6 +334,9 @@ class HeadCache(Cache):  # type: ignore[misc]
     def __copy__(self) -> HeadCache:
         return self.fork()
 
+    def __reduce__(self) -> str:
+        raise UnsupportedError("a HeadCache cannot be pickled: use its save(), and HeadCache.load()")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
         return self.fork()
 
@@ -355,7 +361,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             SessionError: the folder holds another session or files that no session wrote, or another process writes
                 it.
             CapacityError: the disk is full. The checkpoint before is still there.
-            StateError: no enabled model has filled the cache, or it no longer exists.
+            StateError: no enabled model has filled the cache, it no longer exists, or other adapters are active now.
             UsageError: an argument is of another type, or token_ids has another shape than the cache.
         """
         path = Path(path_text(folder, "folder"))
@@ -366,6 +372,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             raise StateError(
                 "an enabled model must have filled the cache, and must still exist, before the cache can be saved"
             )
+        self.check_adapters(applied_adapters(adapter_layers(model)))
         save_cache(self, path, model, ids.view(1, -1) if ids is not None and ids.dim() == 1 else ids, facts)
 
     @classmethod
@@ -395,9 +402,23 @@ class HeadCache(Cache):  # type: ignore[misc]
             unchanged = {name: value for name, value in kept.items() if name not in changed}
             cache = cls(model.config, **unchanged, **options)
             cache.model = weakref.ref(model)
+            cache.adapters = applied_adapters(adapter_layers(model))
             return cache
 
         return load_cache(path, model, new_cache, lambda index: layer_device(model, index))
+
+    def check_adapters(self, adapters: tuple[tuple[Any, ...], ...]) -> None:
+        """Check that the KV was computed with certain adapters of peft, as applied_adapters() returns them.
+
+        Raises:
+            StateError: it was not.
+        """
+        if self.get_seq_length() and adapters != self.adapters:
+            there, here = (_names(found) for found in (self.adapters, adapters))
+            raise StateError(
+                f"the cache was filled with {there} active, and the model has {here} active now: activate the same "
+                "ones, or begin with an empty cache"
+            )
 
     def layer_kvs(self) -> dict[int, LayerKV]:
         """Return the KV of each offloaded layer that has any, by the layer's index."""
@@ -430,3 +451,9 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.engine.abandon()
         for layer, before in zip(self.layers, checkpoint, strict=True):
             restore(layer, before)
+
+
+def _names(adapters: tuple[tuple[Any, ...], ...]) -> str:
+    """Return the names of adapters, for a message."""
+    names = sorted({str(name) for layer in adapters for name, _ in layer})
+    return f"the adapter {' and '.join(names)}" if names else "no adapter"

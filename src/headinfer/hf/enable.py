@@ -54,6 +54,7 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.families import check_family
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
+from headinfer.sessions.weights import adapter_layers, applied_adapters
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.values import optional, shown, token_count, whole_number
 
@@ -134,6 +135,7 @@ class Enabled:
         model.generate = self._generate(model.generate)
         model._prepare_cache_for_generation = self._prepare_cache
         self._rotary = RotaryControl(model)
+        self._adapter_layers = adapter_layers(model)
         model.prepare_inputs_for_generation = self._rotary.wrap(model.prepare_inputs_for_generation)
         model._headinfer = self
 
@@ -141,13 +143,13 @@ class Enabled:
         """Create an empty cache to pass as past_key_values. What the options leave open is planned.
 
         Args:
-            expected_tokens: the final length of the context; 0 if it is unknown.
+            expected_tokens: the final length of the context; 0 stands for the option of enable().
             rows: rows of the batch.
 
         Raises:
             UsageError: a number is of another type or out of range.
         """
-        expected_tokens = token_count(expected_tokens, "expected_tokens", low=0)
+        expected_tokens = token_count(expected_tokens, "expected_tokens", low=0) or self.options.expected_tokens
         planned = self._plan(expected_tokens, whole_number(rows, "rows"))
         options = planned.options if planned is not None else self.options
         options = dataclasses.replace(options, expected_tokens=expected_tokens)
@@ -285,6 +287,9 @@ class Enabled:
             engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
         chunk_tokens = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
         result = None
+        adapters = applied_adapters(self._adapter_layers)
+        cache.check_adapters(adapters)
+        cache.adapters = adapters
         rotary = self._rotary.next_pass(inputs, cache)
         with rollback_on_error(cache, empties=rotary.rereads), self._rotary.frequencies(rotary, cache):
             for chunk in chunks_of(inputs, self.model.config, chunk_tokens):

@@ -8,7 +8,7 @@ library is imported.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
-__all__ = ["active_adapters", "add_weights", "base_model"]
+__all__ = ["active_adapters", "adapter_layers", "add_weights", "applied_adapters", "base_model"]
 
 _SAMPLES = 4096
 _ORIGINALS = ("base_layer", "original_module")
@@ -101,6 +101,34 @@ def active_adapters(model: torch.nn.Module) -> dict[str, Any] | None:
         "config": {name: _plain_config(configs[name]) for name in sorted(names) if name in configs},
         "weights": checksum.hexdigest(),
     }
+
+
+def adapter_layers(model: torch.nn.Module) -> list[Any]:
+    """Return the layers of peft in a model."""
+    return [wrapper for _, wrapper in _wrappers(model)]
+
+
+def applied_adapters(layers: Iterable[Any]) -> tuple[tuple[Any, ...], ...]:
+    """Return which adapters each layer of peft applies now, with their scaling, to compare it with another time.
+
+    Unlike active_adapters() it does not read weights, so that each forward pass can call it.
+
+    Args:
+        layers: what adapter_layers() returned.
+
+    Returns:
+        A tuple for each layer, which is empty if the layer applies none. It is empty as a whole if no layer does.
+    """
+    applied = tuple(_applied(layer) for layer in layers)
+    return applied if any(applied) else ()
+
+
+def _applied(layer: Any) -> tuple[Any, ...]:
+    if layer.disable_adapters:
+        return ()
+    scaling = getattr(layer, "scaling", None)
+    names = getattr(layer, "merged_adapters", None) or layer.active_adapters
+    return tuple((name, scaling.get(name) if isinstance(scaling, dict) else scaling) for name in names)
 
 
 def _wrappers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
