@@ -146,7 +146,7 @@ MISTAKES = {
     "negative heads": (["--prompt", "x", "--heads-per-group", "-1"], "must be a positive number"),
     "too many heads": (["--prompt", "x", "--heads-per-group", "3"], "1 to 2"),
     "negative tile": (["--prompt", "x", "--tile-tokens", "-5"], "must be a positive number"),
-    "unknown dtype": (["--prompt", "x", "--dtype", "int4"], "choose auto"),
+    "unknown dtype": (["--prompt", "x", "--dtype", "int4"], "--dtype is int4: it must be one of auto"),
     "unknown device": (["--prompt", "x", "--device", "abacus"], "choose cpu"),
     "unknown backend": (["--prompt", "x", "--backend", "abacus"], "choose one of"),
     "top-k when greedy": (["--prompt", "x", "--top-k", "3"], "--temperature"),

@@ -124,6 +124,21 @@ def test_tokens_may_have_a_unit_everywhere(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ask", "x", "--session", "s", "--host-kv-budget", "1"), "--host-kv-budget and --disk-tier go together"),
+        ((*COMMANDS["generate"], "--transport", "warp"), "--transport is warp"),
+        ((*COMMANDS["generate"], "--heads-per-group", "99"), "--heads-per-group"),
+        ((*COMMANDS["generate"], "--dtype", "int8"), "--dtype is int8"),
+        (("eval", "niah", MODEL, "--depths", "90..10"), "reversed range"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_message_names_the_option_of_the_command_line(arguments, message, refused):
+    assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("generate", MODEL, "--file", "a", "--file", "b"),
@@ -247,6 +262,10 @@ BROKEN_CONFIGS = {
         lambda folder: change_config(folder, model_type="bloom"),
         "the model family bloom is not verified",
     ),
+    "another family with other names": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "bloom", "n_layer": 2, "hidden_size": 64}'),
+        "the model family bloom is not verified",
+    ),
     "a refused family": (
         lambda folder: change_config(folder, model_type="jetmoe"),
         "the model family jetmoe cannot be",
@@ -267,7 +286,49 @@ def test_a_broken_config_is_refused_by_generate_and_plan(fault, refused, good_mo
         assert generated == planned
 
 
+BROKEN_GENERATION = (
+    {"eos_token_id": "x"}, {"stop_strings": 5}, {"bad_words_ids": 5}, {"suppress_tokens": ["x"]}, {"sequence_bias": 5},
+    {"exponential_decay_length_penalty": [1]}, {"min_new_tokens": "z"}, {"max_time": "soon"}, {"compile_config": {}},
+    {"forced_eos_token_id": 9999}, {"pad_token_id": "q"}, {"repetition_penalty": 0, "temperature": 0.6}, [], 5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [*map(json.dumps, BROKEN_GENERATION), "{", ""])
+def test_a_broken_generation_config_is_refused(content, refused, good_model, tmp_path):
+    folder = shutil.copytree(good_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(content)
+    for command in (("generate", folder, "--prompt", "x"), ("eval", "niah", folder)):
+        said = refused(*command)
+        assert f"the generation_config.json of {folder}" in said
+        if content.startswith("{") and len(content) > 1:
+            assert next(iter(json.loads(content))) in said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3], "transformers_version": "4.40.0"},
+        {"temperature": 0.0, "max_length": 4096},
+        {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True},
+        {"eos_token_id": -1, "pad_token_id": 99999, "chat_format": "chatml"},
+        {"use_mtp": True, "cache_implementation": "hybrid"},
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_works_is_accepted(fields, good_model, tmp_path):
+    from headinfer.hf.models import resolve
+
+    folder = shutil.copytree(good_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    state = torch.random.get_rng_state()
+    assert resolve(str(folder)).name == str(folder)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 BROKEN_WEIGHTS = {
+    "with another layer": (lambda path: change_weights(path.parent, lambda found: found.update(
+        {"model.layers.1.mlp.up_proj.weight": torch.ones(7)})), "such as model.layers.1.mlp.up_proj.weight"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "incomplete metadata"),
     "empty": (lambda path: path.write_bytes(b""), "header too small"),
     "garbage": (lambda path: path.write_bytes(b"x" * 999), "header too large"),
@@ -277,6 +338,15 @@ BROKEN_WEIGHTS = {
     "with another shape": (lambda path: change_weights(path.parent, lambda found: found.update(
         {"model.norm.weight": torch.ones(7)})), "model.norm.weight has shape [7]"),
 }  # fmt: skip
+
+
+def test_weights_that_are_not_of_a_layer_may_be_unused(good_model, tmp_path):
+    from headinfer.hf.models import resolve
+
+    folder = shutil.copytree(good_model, tmp_path / "model")
+    names = ("vision.layers.7.up.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.mtp.weight")
+    change_weights(folder, lambda found: found.update({name: torch.ones(2) for name in names}))
+    resolve(str(folder)).load(dtype=torch.float32, device="cpu", seed=0)
 
 
 @pytest.mark.parametrize("fault", BROKEN_WEIGHTS)
@@ -445,7 +515,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(command, refused, book,
     places = [book / "x", book / "x" / "y", tmp_path if takes_file else book, saved / "s" / "x", "/dev/null", "/proc/x"]
     before = sorted(tmp_path.rglob("*")), sorted(saved.rglob("*"))
     for place in places:
-        refused(*WRITERS[command], place)
+        assert "No such file" not in refused(*WRITERS[command], place)
     place = tmp_path / "new" / "x"
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES):
 

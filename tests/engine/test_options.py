@@ -13,7 +13,7 @@ from families import tiny_model
 
 import headinfer
 from headinfer import HeadCache, Options
-from headinfer.engine.options import OptionFields, current_names, known_fields
+from headinfer.engine.options import OptionFields, current_names, known_fields, merged
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
 
@@ -110,10 +110,25 @@ def test_a_value_of_another_type_is_refused_with_its_name(name, value):
         Options(**{name: value, **other})
 
 
-@pytest.mark.parametrize("rates", [{"launch_s": 0}, {"launch_s": "x"}, {"speed": 1}, [1], TileRates(launch_s=None)])
+@pytest.mark.parametrize("rates", [{"launch_s": 0}, {"launch_s": "x"}, {"speed": 1}, {}, [1], TileRates(launch_s=None)])
 def test_rates_out_of_range_are_refused(rates):
     with pytest.raises(UsageError, match="rates"):
         Options(rates=rates)
+
+
+def test_the_streaming_budget_is_a_part_of_the_device_budget():
+    with pytest.raises(UsageError, match="streaming_budget_bytes is 2,048: it is a part of device_kv_budget_bytes"):
+        Options(device_kv_budget_bytes=1024, streaming_budget_bytes=2048)
+    kept = {"device_kv_budget_bytes": 4096, "streaming_budget_bytes": 2048, "tile_tokens": 7}
+    for changed in ({"device_kv_budget_bytes": "1KiB"}, {"device_kv_budget": 1024}):
+        assert merged(kept, changed) == {**changed, "streaming_budget_bytes": 1024, "tile_tokens": 7}
+    assert merged(kept, {"tile_tokens": 8}) == {**kept, "tile_tokens": 8}
+
+
+@pytest.mark.parametrize("call", [headinfer.enable, lambda model, **options: HeadCache(model.config, **options)])
+def test_an_unknown_option_is_refused_with_the_name_of_the_function(call):
+    with pytest.raises(UsageError, match=r"^(enable|HeadCache)\(\) has no option 'budget': its options are device_kv"):
+        call(tiny_model("llama"), budget=1)
 
 
 def test_none_is_refused_if_a_field_has_another_default():

@@ -381,6 +381,8 @@ def test_saving_an_unsupported_cache_is_an_error(model, enabled, saved, tmp_path
         cache.save(saved)
     with pytest.raises(UsageError, match=r"the cache holds 1 x 10 tokens, and \(1, 9\) ids were given"):
         cache.save(tmp_path / "new", token_ids(9))
+    with pytest.raises(UsageError, match="token_ids has the negative number -"):
+        cache.save(tmp_path / "new", -token_ids(10))
     assert not (tmp_path / "new" / "manifest.json").exists()
     cache.save(tmp_path / "new")
     assert HeadCache.load(tmp_path / "new", model).token_ids is None

@@ -321,6 +321,8 @@ def _depths(text: str) -> list[float]:
         percents = []
     if not percents or not all(0 <= percent <= 100 for percent in percents):
         raise UsageError(f"{text!r} is not a list of depths: write percents such as 0,50,100, or 0..100, or 0..100/5")
+    if found and float(found[1]) > float(found[2]):
+        raise UsageError(f"{text!r} is a reversed range of depths: write the smaller percent first")
     if len(percents) > _MOST_DEPTHS:
         raise UsageError(f"{text[:40]!r} has more than {_MOST_DEPTHS} depths, and a document holds one needle for each")
     return sorted({round(percent / 100, 4) for percent in percents})

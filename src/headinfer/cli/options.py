@@ -6,6 +6,7 @@ its like attach to an option.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,17 @@ __all__ = [
 ]
 
 _LIBRARIES_BYTES = 2 * 2**30  # of address space; measured: 1.6 GiB for torch without CUDA
+# The options that become fields of headinfer.Options or of a job, whose errors have Python's names.
+_CACHE_OPTIONS = (
+    "backend",
+    "device_kv_budget",
+    "disk_tier",
+    "dtype",
+    "heads_per_group",
+    "host_kv_budget",
+    "tile_tokens",
+    "transport",
+)
 MEMORY_PANEL = "Memory and streaming"
 SAMPLING_PANEL = "Sampling"
 
@@ -59,7 +71,7 @@ DEVICE_KV_BUDGET_HELP = "Most KV bytes on the device, at any context length, e.g
 class Command(TyperCommand):
     """A command that checks its environment, and that each option is given once.
 
-    Otherwise all but the last value of an option would be dropped.
+    Otherwise all but the last value of an option would be dropped. Errors name options as on the command line.
     """
 
     needs_bytes = _LIBRARIES_BYTES
@@ -76,7 +88,24 @@ class Command(TyperCommand):
                 f"the limit of this process's memory (ulimit -v) is {format_bytes(limit_bytes)}, and torch and "
                 f"transformers alone need {format_bytes(self.needs_bytes)}: raise it"
             )
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except (UsageError, CapacityError) as error:
+            error.args = (self._with_options(str(error)),)
+            raise
+
+    def _with_options(self, message: str) -> str:
+        """Replace names of headinfer.Options in a message by those of this command's options.
+
+        A name that is a usual word, such as transport, is replaced only if it is the subject of the sentence.
+        """
+        for parameter in self.params:
+            name = str(parameter.name)
+            if parameter.param_type_name != "option" or name not in _CACHE_OPTIONS:
+                continue
+            pattern = rf"(?<![\w/.'-]){name}(_bytes)?(?![\w/.'-])" if "_" in name else f"^{name}(?= is )"
+            message = re.sub(pattern, parameter.opts[0], message)
+        return message
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse a command line.

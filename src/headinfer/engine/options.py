@@ -25,7 +25,7 @@ from headinfer.utils.values import (
     whole_number,
 )
 
-__all__ = ["OptionFields", "Options", "current_names", "known_fields"]
+__all__ = ["OptionFields", "Options", "current_names", "known_fields", "merged"]
 
 # Names and values of version 0.1.0, which sessions on disk hold and callers may still use.
 _RENAMED = {
@@ -59,7 +59,7 @@ class OptionFields(TypedDict, total=False):
 
 
 def _rates(value: Any, name: str) -> TileRates:
-    if isinstance(value, Mapping):  # from JSON
+    if isinstance(value, Mapping) and value:  # from JSON
         try:
             value = TileRates(**value)
         except TypeError as error:
@@ -154,6 +154,12 @@ class Options:
             warnings.warn(message, DeprecationWarning, stacklevel=stacklevel_of_user())
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, field.metadata["convert"](getattr(self, field.name), field.name))
+        budget = self.device_kv_budget_bytes
+        if budget is not None and self.streaming_budget_bytes is not None and self.streaming_budget_bytes > budget:
+            raise UsageError(
+                f"streaming_budget_bytes is {self.streaming_budget_bytes:,}: it is a part of device_kv_budget_bytes, "
+                f"which is {budget:,}, so it must be at most that"
+            )
         if (self.host_kv_budget_bytes is None) != (self.disk_tier is None):
             raise UsageError(
                 "host_kv_budget_bytes and disk_tier go together: the first is the KV in host memory, the second the "
@@ -161,8 +167,16 @@ class Options:
             )
 
     @classmethod
-    def from_fields(cls, fields: OptionFields) -> Options:
-        """Make options of the keywords that `headinfer.enable()` or `headinfer.HeadCache()` was given."""
+    def from_fields(cls, fields: OptionFields, function: str) -> Options:
+        """Make options of the keywords that a function such as `enable()` was given.
+
+        Raises:
+            UsageError: there is no option of a name, or a value is wrong.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = next((name for name in fields if name not in (*names, *_RENAMED)), None)
+        if unknown is not None:
+            raise UsageError(f"{function} has no option {unknown!r}: its options are {', '.join(names)}")
         return cls(**cast("dict[str, Any]", fields))
 
     def arithmetic(self) -> dict[str, Any]:
@@ -177,6 +191,20 @@ def known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = {field.name for field in dataclasses.fields(Options)}
     return {name: value for name, value in current_names(fields).items() if name in known}
+
+
+def merged(kept: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of Options that a session keeps, with those that a user changes.
+
+    A kept streaming budget becomes smaller if the changed device budget, whose part it is, is smaller.
+    """
+    names = current_names(changed)
+    fields = {name: value for name, value in kept.items() if name not in names}
+    budget = names.get("device_kv_budget_bytes")
+    if budget is not None and fields.get("streaming_budget_bytes") is not None:
+        most = byte_count(budget, "device_kv_budget_bytes")
+        fields["streaming_budget_bytes"] = min(fields["streaming_budget_bytes"], most)
+    return {**fields, **changed}
 
 
 def current_names(fields: Mapping[str, Any]) -> dict[str, Any]:

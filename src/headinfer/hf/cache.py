@@ -16,7 +16,7 @@ import torch
 
 from headinfer.attention.backends import recorded
 from headinfer.engine.engine import Engine
-from headinfer.engine.options import OptionFields, Options, current_names
+from headinfer.engine.options import OptionFields, Options, merged
 from headinfer.engine.run_plan import RunPlan
 from headinfer.errors import StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import (
@@ -128,12 +128,12 @@ class HeadCache(Cache):  # type: ignore[misc]
 
     Raises:
         UnsupportedError: the config has a layer that is not served, or no full-attention layer.
-        UsageError: an option is out of range.
+        UsageError: an option is unknown, of another type or out of range.
     """
 
     def __init__(self, config: PreTrainedConfig, **options: Unpack[OptionFields]) -> None:
         check_version()
-        chosen = Options.from_fields(options)
+        chosen = Options.from_fields(options, "HeadCache()")
         if not isinstance(config, PreTrainedConfig):
             raise UsageError(f"config is {shown(config)}: it must be the config of a model, such as model.config")
         layers = default_layers(config)
@@ -362,10 +362,12 @@ class HeadCache(Cache):  # type: ignore[misc]
                 it.
             CapacityError: the disk is full. The checkpoint before is still there.
             StateError: no enabled model has filled the cache, it no longer exists, or other adapters are active now.
-            UsageError: an argument is of another type, or token_ids has another shape than the cache.
+            UsageError: an argument is of another type, or token_ids has another shape than the cache or a negative id.
         """
         path = Path(path_text(folder, "folder"))
         ids = integer_tensor(token_ids, "token_ids", (1, 2)) if token_ids is not None else None
+        if ids is not None and bool((ids < 0).any()):
+            raise UsageError(f"token_ids has the negative number {int(ids.min())}: give the ids of the tokenizer")
         facts = json_object(about, "about") if about is not None else None
         model = self.model()
         if model is None:
@@ -396,11 +398,9 @@ class HeadCache(Cache):  # type: ignore[misc]
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
             raise UsageError(f"model is {shown(model)}: it must be the model that made the session")
         model = unwrapped(model)
-        changed = current_names(options)
 
         def new_cache(kept: dict[str, Any]) -> HeadCache:
-            unchanged = {name: value for name, value in kept.items() if name not in changed}
-            cache = cls(model.config, **unchanged, **options)
+            cache = cls(model.config, **merged(kept, options))
             cache.model = weakref.ref(model)
             cache.adapters = applied_adapters(adapter_layers(model))
             return cache

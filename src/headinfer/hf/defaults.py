@@ -20,6 +20,7 @@ _DECODING = (
     "num_return_sequences",
     "penalty_alpha",
     "prompt_lookup_num_tokens",
+    "use_mtp",
 )
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 

@@ -412,14 +412,14 @@ def enable(
 
     Raises:
         UnsupportedError: the model is not served exactly.
-        UsageError: an option is of another type or out of range.
+        UsageError: an option is unknown, of another type or out of range.
         StateError: headinfer is already enabled on the model.
         In each case the model is unchanged.
     """
     chunk = optional(token_count)(chunk_tokens, "chunk_tokens")
     if on_forward is not None and not callable(on_forward):
         raise UsageError(f"on_forward is {shown(on_forward)}: it must be a function that gets the cache")
-    chosen = Options.from_fields(options)
+    chosen = Options.from_fields(options, "enable()")
     model = unwrapped(model)
     check_model(model)
     if "_headinfer" in model.__dict__:

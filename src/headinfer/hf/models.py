@@ -11,8 +11,11 @@ has this size unless `vocab=` sets another one.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +25,16 @@ from urllib.parse import parse_qsl
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from headinfer.embedded import EMBEDDED, embedded_model
@@ -37,6 +49,9 @@ from headinfer.utils.values import shown
 __all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "first_line", "load_whole", "resolve"]
 
 _LONGEST_REASON = 300  # characters
+_GENERATION = "generation_config.json"
+_MOST_TRIAL_TOKENS = 2**22  # of the vocabulary of a trial model
+_FIRST_NUMBER = re.compile(r"(.*?\.)(\d+)\.")  # of the name of a weight: the index of a layer
 _PREFIX = "random:"
 _SHORT_NAMES = {
     "layers": "num_hidden_layers",
@@ -175,7 +190,8 @@ def resolve(spec: str) -> ModelSource:
         spec: the argument: a folder, a hub name, `embedded`, or `random:NAME?layers=2&...`.
 
     Raises:
-        UsageError: there is no such model, its config is broken, or a field of a random model is out of range.
+        UsageError: there is no such model, its config.json or generation_config.json is broken, or a field of a random
+            model is out of range.
         UnsupportedError: the family or a layer of the model is not served.
     """
     if not spec.strip() or "\0" in spec:
@@ -187,6 +203,8 @@ def resolve(spec: str) -> ModelSource:
     except (ValueError, TypeError) as error:
         raise UsageError(f"the config of {spec} is not that of a decoder: {error}") from error
     HeadCache(source.config)  # raises if a layer is not served
+    if not source.is_random:
+        _check_generation_config(source)
     return source
 
 
@@ -265,8 +283,82 @@ def _refuse_custom_code(name: str, error: Exception) -> None:
         ) from error
 
 
+def _check_generation_config(source: ModelSource) -> None:
+    """Check that transformers' generate() accepts the generation_config.json of a model, if there is one.
+
+    A tiny model with the same vocabulary generates with it, so transformers itself says what it cannot use. If the file
+    is no JSON, transformers ignores it, and with it the tokens that end an answer.
+
+    Raises:
+        UsageError: it does not. The message names the field.
+    """
+    path = cached_file(
+        source.name,
+        _GENERATION,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return
+    where = f"the {_GENERATION} of {source.name}"
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON ({first_line(error)}): correct or remove the file") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{where} is {shown(fields)}: it must be a JSON object; correct or remove the file")
+    vocab = min(int(source.config.get_text_config(decoder=True).vocab_size), _MOST_TRIAL_TOKENS)
+    failure = _trial_error(vocab, fields)
+    if failure is None:
+        return
+    for field, value in fields.items():
+        own = _trial_error(vocab, {field: value})
+        if own is not None:
+            raise UsageError(
+                f"{where} cannot be used: {field} is {shown(value)} ({_reason(own)}); correct or remove this field"
+            ) from own
+    raise UsageError(f"{where} cannot be used ({_reason(failure)}): correct or remove the file") from failure
+
+
+def _trial_error(vocab: int, fields: dict[str, Any]) -> Exception | None:
+    """Return the error of generate() of a tiny model with a vocabulary and fields of a generation config, if any."""
+    tiny = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=2,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = LlamaForCausalLM(tiny).eval()
+        try:
+            model.generation_config = GenerationConfig.from_dict(fields)
+            decode_one_text(model)
+            for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 1.0}):
+                model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=2,
+                    tokenizer=byte_tokenizer(),
+                    **sampling,
+                )
+        except Exception as error:  # of any type, and of transformers alone
+            if is_out_of_memory(error):
+                raise
+            return error
+    return None
+
+
 def load_whole(name: str, **options: Any) -> PreTrainedModel:
-    """Load a model with transformers, and check that every weight was in its files.
+    """Load a model with transformers, and check that every weight was in its files and that every layer is used.
 
     Args:
         name: the folder or the hub name of the model.
@@ -274,7 +366,7 @@ def load_whole(name: str, **options: Any) -> PreTrainedModel:
 
     Raises:
         UsageError: files are missing or broken, or a weight is missing or has another shape. transformers would put
-            random numbers in its place.
+            random numbers in its place. Or the files have more layers than the config, which it would leave out.
     """
     with transformers_reads(name, "weights"):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -290,7 +382,29 @@ def load_whole(name: str, **options: Any) -> PreTrainedModel:
     if missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise UsageError(f"the weights of {name} lack {missing[0]}{more}: download the model again")
+    _check_layers(name, model, found["unexpected_keys"])
     return model
+
+
+def _check_layers(name: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
+    """Check that no weight that a model does not use is that of a layer beyond its last one.
+
+    Other weights, such as those of a part for images, may be unused.
+
+    Raises:
+        UsageError: there is such a weight.
+    """
+    config = model.config.get_text_config(decoder=True)
+    # Some files hold layers after the last one that predict several tokens at once. transformers leaves them out.
+    extra = getattr(config, "num_nextn_predict_layers", None) or 0
+    layers = [found[1] for found in map(_FIRST_NUMBER.match, model.state_dict()) if found]
+    for weight in sorted(unused):
+        found = _FIRST_NUMBER.match(weight)
+        if found and found[1] in layers and int(found[2]) >= config.num_hidden_layers + extra:
+            raise UsageError(
+                f"the weights of {name} have more layers than the {config.num_hidden_layers} of its config, such as "
+                f"{weight}: correct config.json, or download the model again"
+            )
 
 
 @contextmanager

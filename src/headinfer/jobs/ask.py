@@ -14,7 +14,7 @@ import torch
 
 from headinfer.attention import native
 from headinfer.engine.machine import chosen_device, this_machine
-from headinfer.engine.options import current_names
+from headinfer.engine.options import current_names, merged
 from headinfer.engine.run_plan import check_saved_kv
 from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
@@ -128,7 +128,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     tokenizer = source.tokenizer()
     device = str(chosen_device(job.device))
     check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
-    HeadCache(source.config, **{**kept_options(manifest), **job.options})  # raises if an option is out of range
+    HeadCache(source.config, **merged(kept_options(manifest), job.options))  # raises if an option is out of range
     ids = _question_ids(job, tokenizer, manifest.about)
     source.check_ids(chain.from_iterable(ids))
     slow = _slow(job, manifest, source, device)

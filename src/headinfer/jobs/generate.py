@@ -28,6 +28,7 @@ from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.prompts import prompt_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
+from headinfer.utils.values import choice
 
 __all__ = [
     "DTYPES",
@@ -172,8 +173,7 @@ def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:
     Raises:
         UsageError: the name is unknown.
     """
-    if name not in ("auto", *DTYPES):
-        raise UsageError(f"dtype {name}: choose auto, {', '.join(DTYPES)}")
+    choice(name, "dtype", ("auto", *DTYPES))
     if name != "auto":
         return DTYPES[name]
     own = getattr(source.config, "dtype", None)

@@ -6,6 +6,8 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +87,26 @@ def find_shape(model: str) -> ModelShape:
                 f"config such as {', '.join(near)}"
             )
         path = cached
-    try:
+    with _decoder_config(path):
         config = json.loads(path.read_text(encoding="utf-8"))
+        family = str(config.get("model_type"))
+        text = config.get("text_config")
+        text_family = str(text.get("model_type", f"{family}_text")) if text else family
+    if "model_type" in config:
+        check_family(family, text_family)
+    with _decoder_config(path):
         shape = ModelShape.from_dict(config)
+    check_family(family, text_family)
+    return shape
+
+
+@contextmanager
+def _decoder_config(path: Path) -> Iterator[None]:
+    """Turn an error about the content of a config.json into one sentence."""
+    try:
+        yield
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is not the config of a decoder: {error}") from error
-    family = str(config.get("model_type"))
-    text = config.get("text_config")
-    check_family(family, str(text.get("model_type", f"{family}_text")) if text else family)
-    return shape
 
 
 def _short(model: str) -> str:

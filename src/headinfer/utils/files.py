@@ -100,7 +100,10 @@ def check_folder(folder: Path, purpose: str) -> None:
         _probe(nearest)
     except OSError as error:
         advice = "free some space, or name another one" if error.errno in _DISK_FULL else "name another one"
-        raise UsageError(f"{problem} is not a writable folder ({error.strerror or error}); {advice}") from error
+        # Folders of the kernel, such as /proc, say that a file that is to be made does not exist.
+        is_puzzling = error.errno == errno.ENOENT
+        reason = "no file can be made in it" if is_puzzling else error.strerror or error
+        raise UsageError(f"{problem} is not a writable folder ({reason}); {advice}") from error
 
 
 def is_session_folder(folder: Path) -> bool:
