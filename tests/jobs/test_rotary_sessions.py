@@ -1,7 +1,6 @@
 """Sessions of models whose rotary frequencies depend on the length. The oracle is transformers on the whole prompt."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -27,24 +26,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-    from headinfer.cli import main as cli
-
+def command(run_command, monkeypatch, tmp_path):
+    """Run a command in this process, with the sessions in a temporary folder."""
     monkeypatch.setenv("HEADINFER_SESSIONS", str(tmp_path / "sessions"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["headinfer", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return run_command
 
 
 @pytest.fixture(params=NAMES)
@@ -86,11 +71,11 @@ def session_ids(tmp_path, name="book"):
 
 
 def read(command, folder, path, name="book", chunk=64):
-    return command("read", folder, "--file", path, "--session", name, "--chunk-tokens", chunk, "--device", "cpu")
+    return command("read", folder, "--file", path, "--session", name, "--chunk-tokens", chunk)
 
 
 def ask(command, *more, name="book", new_tokens=8, question=QUESTION):
-    arguments = ("--session", name, "--max-new-tokens", new_tokens, "--json", "--device", "cpu", *more)
+    arguments = ("--session", name, "--max-new-tokens", new_tokens, "--json", *more)
     code, out, err = command("ask", *arguments, "--", question)
     assert code == 0, err
     return json.loads(out)["answers"][0]["token_ids"], err
@@ -98,7 +83,7 @@ def ask(command, *more, name="book", new_tokens=8, question=QUESTION):
 
 def generate(command, folder, path, new_tokens=8):
     more = ("--file", path, "--prompt", QUESTION, "--max-new-tokens", new_tokens, "--chunk-tokens", 64, "--json")
-    code, out, err = command("generate", folder, *more, "--device", "cpu")
+    code, out, err = command("generate", folder, *more)
     assert code == 0, err
     return json.loads(out)["token_ids"], err
 
@@ -176,7 +161,7 @@ def test_a_long_session_without_a_note_is_refused(command, folder, tmp_path):
         fields.pop("rotary_tokens", None)  # as an earlier version wrote it
     write_manifest(session, manifest)
     for arguments in (("ask", "--session", "book", "Where?"), ("read", folder, "--file", path, "--session", "book")):
-        code, _, err = command(*arguments, "--device", "cpu")
+        code, _, err = command(*arguments)
         assert code == 2
         assert "was read by an earlier version of headinfer" in err
 
