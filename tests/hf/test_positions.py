@@ -80,6 +80,23 @@ def test_generate(family, mode):
             model.generate(inputs_embeds=embeds, max_new_tokens=most + 1, **more)
 
 
+def test_a_draft_model_with_a_shorter_table_is_refused_before_anything_is_read():
+    model = tiny_model("llama")
+    draft = tiny_model("gpt2", max_position_embeddings=MOST)
+    read_tokens = []
+    options = {"do_sample": False, "pad_token_id": 0, "assistant_model": draft}
+
+    def on_forward(cache):
+        read_tokens.append(cache.get_seq_length())
+
+    with headinfer.enable(model, on_forward=on_forward), headinfer.enable(draft):
+        with pytest.raises(UsageError, match="exceed the 64 positions that this gpt2 has learned"):
+            model.generate(text(60), max_new_tokens=8, **options)
+        assert read_tokens == []
+        found = model.generate(text(40), max_new_tokens=8, **options)
+    assert torch.equal(found, model.generate(text(40), max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
 @pytest.mark.parametrize("family", TABLES)
 def test_padding_needs_no_positions(family):
     model = tiny_model(family, max_position_embeddings=MOST)

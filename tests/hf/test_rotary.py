@@ -224,9 +224,8 @@ def test_guesses_beyond_the_original_length():
         assert torch.equal(greedy(model, ids(300), assistant_model=draft), expected)
 
 
-def test_a_draft_model_crosses_its_original_length():
-    plain = {"rope_parameters": DEFAULT}
-    MODELS["llama"] = ("llama", plain)
+def test_a_draft_model_crosses_its_original_length(monkeypatch):
+    monkeypatch.setitem(MODELS, "llama", ("llama", {"rope_parameters": DEFAULT}))
     expected = greedy(tiny("llama"), ids(245), new_tokens=30)
     model = tiny("llama")
     draft = tiny("phi3", seed=7)

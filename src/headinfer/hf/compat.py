@@ -31,6 +31,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.hub import cached_file
 
 from headinfer.errors import UnsupportedError
 
@@ -54,6 +55,7 @@ __all__ = [
     "cuda_devices",
     "default_layers",
     "flash_attention_mask",
+    "generation_config_path",
     "is_constant_size",
     "is_unsupported_cache",
     "last_logits_only",
@@ -113,6 +115,25 @@ def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
 def default_layers(config: PreTrainedConfig) -> list[Any]:
     """Return the empty cache layers that transformers itself would use for a model."""
     return list(DynamicCache(config=config).layers)
+
+
+def generation_config_path(name: str) -> str | None:
+    """Return the path of the generation_config.json of a model.
+
+    Args:
+        name: the folder or the hub name of the model.
+
+    Returns:
+        The path; None if the model has no such file, or if the hub cannot be reached and it was not downloaded.
+    """
+    path: str | None = cached_file(
+        name,
+        "generation_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
 
 
 def is_constant_size(layer: object) -> bool:

@@ -126,6 +126,7 @@ class Enabled:
         self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
         self._has_warned = False
         self._removes_last_token = False
+        self._draft: Any = None  # the draft model of the generate() that is running
         self._attention_before = model.config._attn_implementation
         self._before = {name: model.__dict__.get(name) for name in _REPLACED}
         register()
@@ -272,6 +273,7 @@ class Enabled:
         def checked(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             given.setdefault("input_ids", given.get("inputs"))
+            self._draft = given.get("assistant_model")
             self._removes_last_token = check_generate(given, self.model.config)
             return generate(*args, **kwargs)
 
@@ -345,6 +347,9 @@ class Enabled:
         guesses = (generation_config.prompt_lookup_num_tokens or 1) - 1  # they may go beyond the last token
         longest = max_cache_length + guesses - unused_positions(model_kwargs)
         self._warn_about(longest)
+        draft = getattr(self._draft, "_headinfer", None)
+        if isinstance(draft, Enabled) and draft._shape.vocab_size == self._shape.vocab_size:
+            draft._shape.check_positions(longest)  # not in the middle of the answer
         self._rotary.begin_generation(longest, is_assisted=mode == GenerationMode.ASSISTED_GENERATION)
         if self._rotary.lengths or wants_more_than_logits(model_kwargs, self.model.config):
             generation_config.prefill_chunk_size = None  # the pass must be whole: chunks_of() cuts it

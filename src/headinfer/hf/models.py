@@ -34,13 +34,12 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from headinfer.embedded import EMBEDDED, embedded_model
 from headinfer.errors import UnsupportedError, UsageError, is_out_of_memory
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
+from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel, generation_config_path
 from headinfer.hf.defaults import decode_one_text, leave_out_outputs
 from headinfer.plan.families import check_family
 from headinfer.plan.model_shape import MOST_LAYERS, ModelShape
@@ -49,7 +48,6 @@ from headinfer.utils.values import shown
 __all__ = ["RANDOM_CONFIGS", "ModelSource", "byte_tokenizer", "first_line", "load_whole", "resolve"]
 
 _LONGEST_REASON = 300  # characters
-_GENERATION = "generation_config.json"
 _MOST_TRIAL_TOKENS = 2**22  # of the vocabulary of a trial model
 _FIRST_NUMBER = re.compile(r"(.*?\.)(\d+)\.")  # of the name of a weight: the index of a layer
 _PREFIX = "random:"
@@ -292,16 +290,10 @@ def _check_generation_config(source: ModelSource) -> None:
     Raises:
         UsageError: it does not. The message names the field.
     """
-    path = cached_file(
-        source.name,
-        _GENERATION,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    path = generation_config_path(source.name)
     if path is None:
         return
-    where = f"the {_GENERATION} of {source.name}"
+    where = f"the generation_config.json of {source.name}"
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

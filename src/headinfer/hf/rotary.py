@@ -217,7 +217,8 @@ class RotaryControl:
             )
         if not past_tokens or self._held(cache) == needed:
             return ""
-        if not is_first and self.lengths.grows_beyond is not None and needed == end:
+        grows_beyond = self.lengths.grows_beyond
+        if not is_first and grows_beyond is not None and needed == end > grows_beyond:
             return _GROW
         if not has_all_ids:
             raise UnsupportedError(
