@@ -16,12 +16,30 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def run(name, *arguments, launcher=()):
-    """The lines that an example prints. It runs in a process of its own, without a network and on the CPU."""
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function from the name of an example and its arguments to the lines that it prints on a CPU."""
+
+    def lines(name, *arguments):
+        path = EXAMPLES / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def run_ranks(name):
+    """The lines that an example prints with two processes of torchrun on a CPU, without a network."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, EXAMPLES / f"{name}.py", *arguments]
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment, check=False, timeout=HANG_S
+        [sys.executable, *TORCHRUN, str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -51,7 +69,7 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
-def test_enable(plain_answers):
+def test_enable(run, plain_answers):
     answer, facts = run("enable")
     assert [answer.strip()] == plain_answers("enable") == ["The magic number for bazuko is 40817."]
     tokens, host, device = map(int, re.findall(r"\d+", facts))
@@ -59,20 +77,20 @@ def test_enable(plain_answers):
     assert 0 < device < host
 
 
-def test_questions(plain_answers):
+def test_questions(run, plain_answers):
     answers = run("questions")
     assert answers == plain_answers("questions")
     assert [answer[-6:] for answer in answers] == ["40817.", "93265.", "57140."]
 
 
-def test_sessions(plain_answers, tmp_path):
+def test_sessions(run, plain_answers, tmp_path):
     reading, answer = run("sessions", "--session", tmp_path / "book")
     assert "Reading the document" in reading
     assert [answer] == plain_answers("sessions") == ["The magic number for bazuko is 40817."]
     assert run("sessions", "--session", tmp_path / "book") == [answer], "the document is not read again"
 
 
-def test_disk_tier(plain_answers, tmp_path):
+def test_disk_tier(run, plain_answers, tmp_path):
     answer, facts = run("disk_tier", "--disk-tier", tmp_path, "--host-kv-mib", 4)
     assert [answer.strip()] == plain_answers("disk_tier") == ["The magic number for bazuko is 40817."]
     host, disk = map(int, re.findall(r"\d+", facts))
@@ -81,7 +99,7 @@ def test_disk_tier(plain_answers, tmp_path):
 
 
 def test_tensor_parallel(plain_answers):
-    answer, facts = run("tensor_parallel", launcher=TORCHRUN)
+    answer, facts = run_ranks("tensor_parallel")
     assert [answer.strip()] == plain_answers("tensor_parallel") == ["The magic number for bazuko is 40817."]
     first, second = map(int, re.findall(r"\d+", facts))
     assert first == second > 0

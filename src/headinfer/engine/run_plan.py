@@ -24,7 +24,7 @@ from headinfer.plan.memory import available_host_bytes, check_host_memory, free_
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
-from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, FixedTile, LayerWork, choose_tiles, ring_slot_bytes
+from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, FixedTile, LayerWork, check_tiles, ring_slot_bytes
 from headinfer.utils.files import check_folder
 from headinfer.utils.units import format_bytes
 
@@ -231,7 +231,7 @@ def _planner_request(run: RunRequest) -> Request:
 
 
 def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
-    """Choose the tiles of the last chunk of a prefill and of a decode step, as the engine will.
+    """Check that tiles can be chosen for the last chunk of a prefill and for a decode step.
 
     Raises:
         CapacityError: the device budget holds no ring, or a slot holds no tile.
@@ -248,4 +248,4 @@ def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
         work = LayerWork.of_layer(
             layer, element_bytes, rows=1, query_tokens=query_tokens, past_tokens=run.context_tokens
         )
-        choose_tiles(work, slot_bytes, options.rates, fixed)
+        check_tiles(work, slot_bytes, fixed)

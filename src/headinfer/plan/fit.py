@@ -14,7 +14,7 @@ from headinfer.plan.footprint import (
     weight_bytes,
 )
 from headinfer.plan.request import Request
-from headinfer.plan.tiles import RING_SLOTS, FixedTile, LayerWork, TilePlan, choose_tiles
+from headinfer.plan.tiles import RING_SLOTS, FixedTile, LayerWork, TilePlan, check_tiles, choose_tiles
 from headinfer.utils.units import format_bytes, format_tokens
 
 __all__ = [
@@ -104,17 +104,28 @@ def tiles(request: Request, found: Footprint, query_tokens: int) -> TilePlan:
     Raises:
         CapacityError, UsageError: As choose_tiles().
     """
+    rates = request.hardware.tile_rates(request.dtype)
+    return choose_tiles(_largest_work(request, query_tokens), _slot_bytes(found), rates, _fixed_tile(request))
+
+
+def _largest_work(request: Request, query_tokens: int) -> LayerWork:
+    """Return the attention of the layer with the most KV at the end of the context."""
     layer = max(request.layers, key=lambda layer: layer.kv_bytes_per_token(1))
-    work = LayerWork.of_layer(
+    return LayerWork.of_layer(
         layer,
         request.element_bytes,
         rows=request.rows,
         query_tokens=query_tokens,
         past_tokens=request.context_tokens,
     )
-    fixed = FixedTile(request.heads_per_group, request.tile_tokens)
-    slot_bytes = found.ring_bytes // RING_SLOTS or None
-    return choose_tiles(work, slot_bytes, request.hardware.tile_rates(request.dtype), fixed)
+
+
+def _slot_bytes(found: Footprint) -> int | None:
+    return found.ring_bytes // RING_SLOTS or None
+
+
+def _fixed_tile(request: Request) -> FixedTile:
+    return FixedTile(request.heads_per_group, request.tile_tokens)
 
 
 def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> tuple[int, ...]:
@@ -259,7 +270,8 @@ def _footprint(
             rows=request.rows,
         )
         if resident is None:
-            tiles(request, found, 1)  # the tile of decode has the most heads: if it fits, the one of prefill does
+            # A tile of decode has the most heads: if it fits, the one of prefill does.
+            check_tiles(_largest_work(request, 1), _slot_bytes(found), _fixed_tile(request))
     except CapacityError:
         return None
     return found

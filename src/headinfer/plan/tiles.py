@@ -22,6 +22,7 @@ __all__ = [
     "LayerWork",
     "TilePlan",
     "TileRates",
+    "check_tiles",
     "choose_tiles",
     "filled_share",
     "layer_seconds",
@@ -195,22 +196,33 @@ def choose_tiles(
     rates = rates or TileRates()
     fixed = fixed or FixedTile()
     _check_fixed(fixed, work)
-    past = max(work.past_tokens, 1)
     if slot_bytes is None:
         why = "segments are read in place, all at once"
-        return TilePlan(fixed.heads_per_group or work.kv_heads, fixed.tile_tokens or past, why)
-    heads_to_try = [heads for heads in range(work.kv_heads, 0, -1) if work.kv_heads % heads == 0]
-    if fixed.heads_per_group is not None:
-        heads_to_try = [fixed.heads_per_group]
-    shapes = _candidates(work, slot_bytes, heads_to_try, fixed.tile_tokens, rates)
+        return TilePlan(fixed.heads_per_group or work.kv_heads, fixed.tile_tokens or max(work.past_tokens, 1), why)
+    shapes = _candidates(work, slot_bytes, fixed, rates)
     best = shapes[0]
+    best_s = layer_seconds(work, rates, *best)
     for shape in shapes[1:]:
-        if layer_seconds(work, rates, *shape) < _CLEARLY * layer_seconds(work, rates, *best):
+        shape_s = layer_seconds(work, rates, *shape)
+        if shape_s < _CLEARLY * best_s:
             best = shape
+            best_s = shape_s
     names = {"heads": fixed.heads_per_group, "tokens": fixed.tile_tokens}
     given = [name for name, value in names.items() if value is not None]
     why = f"{' and '.join(given)} fixed by option" if given else f"the cheapest of {len(shapes)} by the model of cost"
     return TilePlan(*best, why, is_even=work.is_prefill)
+
+
+def check_tiles(work: LayerWork, slot_bytes: int | None, fixed: FixedTile) -> None:
+    """Raise the error that choose_tiles() raises for these arguments, if any, without choosing.
+
+    Raises:
+        UsageError: a fixed number is out of range.
+        CapacityError: a slot does not hold a tile.
+    """
+    _check_fixed(fixed, work)
+    if slot_bytes is not None:
+        _longest_tiles(work, slot_bytes, fixed)
 
 
 def _check_fixed(fixed: FixedTile, work: LayerWork) -> None:
@@ -221,14 +233,21 @@ def _check_fixed(fixed: FixedTile, work: LayerWork) -> None:
             raise UsageError(f"{name} is {value}: it must be {allowed} for this model")
 
 
-def _candidates(
-    work: LayerWork, slot_bytes: int, heads_to_try: list[int], tile_tokens: int | None, rates: TileRates
-) -> list[tuple[int, int]]:
-    """Return the shapes (heads, tokens) that fit a slot, in the order in which they are preferred."""
+def _needed_tokens(work: LayerWork, fixed: FixedTile) -> int:
+    """Return the tokens that a tile has at least."""
+    return min(fixed.tile_tokens or _SMALLEST_TILE_TOKENS, max(work.past_tokens, 1))
+
+
+def _longest_tiles(work: LayerWork, slot_bytes: int, fixed: FixedTile) -> dict[int, int]:
+    """Return the tokens of the longest tile that fits a slot, by its number of heads. Numbers with which no tile
+    fits are left out."""
+    heads_to_try = [heads for heads in range(work.kv_heads, 0, -1) if work.kv_heads % heads == 0]
+    if fixed.heads_per_group is not None:
+        heads_to_try = [fixed.heads_per_group]
+    needed = _needed_tokens(work, fixed)
     past = max(work.past_tokens, 1)
-    needed = min(tile_tokens if tile_tokens is not None else _SMALLEST_TILE_TOKENS, past)
     longest = {heads: min(slot_bytes // (heads * work.head_token_bytes), past) for heads in heads_to_try}
-    fitting = [heads for heads in heads_to_try if longest[heads] >= needed]
+    fitting = {heads: tokens for heads, tokens in longest.items() if tokens >= needed}
     if not fitting:
         least = heads_to_try[-1] * needed * work.head_token_bytes
         raise CapacityError(
@@ -236,9 +255,16 @@ def _candidates(
             f"{slot_bytes}: raise device_kv_budget_bytes (or host_kv_budget_bytes, with a disk tier), or lower "
             "heads_per_group or tile_tokens"
         )
+    return fitting
+
+
+def _candidates(work: LayerWork, slot_bytes: int, fixed: FixedTile, rates: TileRates) -> list[tuple[int, int]]:
+    """Return the shapes (heads, tokens) that fit a slot, in the order in which they are preferred."""
+    longest = _longest_tiles(work, slot_bytes, fixed)
+    needed = _needed_tokens(work, fixed)
     shapes = []
-    for heads in sorted(fitting, key=_preference(work, rates)):
-        lengths = [-(-longest[heads] // factor) for factor in _SHORTENED] if tile_tokens is None else [needed]
+    for heads in sorted(longest, key=_preference(work, rates)):
+        lengths = [-(-longest[heads] // factor) for factor in _SHORTENED] if fixed.tile_tokens is None else [needed]
         shapes += [(heads, tokens) for tokens in lengths if tokens >= needed]
     return shapes
 
