@@ -17,6 +17,7 @@ from headinfer.engine.engine import Engine
 from headinfer.engine.options import Options
 from headinfer.engine.streaming import AttentionSpec
 from headinfer.hf.cache import HeadCache
+from headinfer.hf.models import resolve
 from headinfer.kv import host_memory
 from headinfer.kv.byte_counter import ByteCounter
 
@@ -234,3 +235,31 @@ def test_model_on_two_devices(llama):
         found = generate(model, to("cuda:0", prompt(tokens=700)))[0]
     assert torch.equal(found.cpu(), tokens)
     assert len(active.last_cache.engine.devices) == 2
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "embedded",
+        "random:qwen2-7b?layers=2&hidden=112&intermediate=32",
+        "random:gemma-3-4b?layers=6&hidden=64&intermediate=32",
+    ],
+)
+def test_models_are_made_on_their_device(device, spec):
+    """Random weights are drawn there, and stored ones are read there. Buffers are those of a model on the CPU."""
+    model = resolve(spec).load(dtype=torch.bfloat16, device=device, seed=3)
+    same = resolve(spec).load(dtype=torch.bfloat16, device=device, seed=3)
+    on_cpu = resolve(spec).load(dtype=torch.bfloat16, device="cpu", seed=3)
+    wanted = dict(on_cpu.named_parameters())
+    found = dict(model.named_parameters())
+    assert found.keys() == wanted.keys()  # tied weights are one parameter
+    for name, weight in found.items():
+        assert (weight.device.type, weight.dtype) == (device, torch.bfloat16)
+        assert torch.equal(weight.cpu(), same.get_parameter(name).cpu())
+        assert spec != "embedded" or torch.equal(weight.cpu(), wanted[name])
+        assert weight.float().std().item() == pytest.approx(wanted[name].float().std().item(), rel=0.1)
+    buffers = dict(on_cpu.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert (buffer.device.type, buffer.dtype) == (device, buffers[name].dtype)
+        torch.testing.assert_close(buffer.cpu(), buffers[name], rtol=1e-6, atol=0)

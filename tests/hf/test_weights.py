@@ -6,6 +6,7 @@ from families import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LogitsProcessor, TorchAoConfig
 
 import headinfer
+from headinfer.hf import models
 from headinfer.hf.models import resolve
 
 CHUNK_TOKENS = 64
@@ -150,3 +151,29 @@ def test_a_70b_shape_with_weights_on_the_host():
     assert model.model.layers[0].self_attn.q_proj.weight.device.type == "meta"
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (64, 8)
     assert_same_tokens(model, rows=1, bound=ROUNDED)
+
+
+def test_random_weights_of_a_cpu_are_those_of_transformers():
+    source = resolve("random:qwen3-8b?layers=2&hidden=128&intermediate=32")
+    found = source.load(dtype=torch.bfloat16, device="cpu", seed=5)
+    torch.manual_seed(5)
+    wanted = AutoModelForCausalLM.from_config(source.config, dtype=torch.bfloat16).state_dict()
+    assert found.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in found.state_dict().items())
+
+
+@pytest.mark.parametrize("has_accelerate", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_weights_are_read_straight_onto_a_gpu_if_accelerate_is_installed(monkeypatch, device, has_accelerate):
+    class Loaded(Exception):
+        pass
+
+    def load_whole(name, **options):
+        raise Loaded(options)
+
+    monkeypatch.setattr(models, "load_whole", load_whole)
+    monkeypatch.setattr(models, "is_accelerate_available", lambda: has_accelerate)
+    with pytest.raises(Loaded) as raised:
+        resolve("embedded").load(dtype=torch.float32, device=device, seed=0)
+    straight = {"device_map": device} if has_accelerate and device != "cpu" else {}
+    assert raised.value.args == ({"dtype": torch.float32, **straight},)

@@ -17,6 +17,7 @@ The simulation cannot test the numbers of the real kernels, real times, or other
 import ctypes
 import functools
 import importlib
+import os
 import time
 import types
 import warnings
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headinfer.attention.reference import attend_reference, causal_mask
 
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # Mode below is active in one thread only
 ATEN = torch.ops.aten
 DEVICES = 2
 TOTAL_BYTES = 4 << 30

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from headinfer.bench.sizes import CpuSizes, GpuSizes, Sizes
 from headinfer.bench.timing import device_timer
@@ -158,10 +157,7 @@ class GpuJob(Job):
     def model(self) -> Any:
         """The model of all suites. Its shape is real; its weights are noise that the device draws."""
         self.say(f"making {self.sizes.model} ...")
-        torch.manual_seed(0)
-        with self.device:
-            made = AutoModelForCausalLM.from_config(resolve(self.sizes.model).config, dtype=self.sizes.dtype)
-        return made.to(self.device).eval()
+        return resolve(self.sizes.model).load(dtype=self.sizes.dtype, device=str(self.device), seed=0)
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -185,7 +185,8 @@ Model = Annotated[
     str,
     typer.Argument(
         help="A local folder, a Hugging Face hub name, embedded (the model that ships with headinfer), or "
-        "random:NAME?layers=2 (a built-in config with random weights).",
+        "random:NAME?layers=2 (a built-in config with random weights, drawn on --device: with the same seed, a CPU and "
+        "a GPU draw different ones).",
         show_default=False,
     ),
 ]

@@ -6,7 +6,7 @@
 
 Random models run any shape on any machine without a download. The query changes whole numbers of the config, by the
 names of _SHORT_NAMES or those of the config. Their tokenizer has 256 bytes and 3 special tokens, and their vocabulary
-has this size unless `vocab=` sets another one.
+has this size unless `vocab=` sets another one. The weights are drawn on the device that computes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import is_accelerate_available
 from transformers.utils.logging import disable_progress_bar
 
 from headinfer.embedded import EMBEDDED, embedded_model
@@ -164,18 +165,21 @@ class ModelSource:
 
         Args:
             dtype: the dtype of the weights.
-            device: the device, such as "cpu" or "cuda:0".
-            seed: the seed of random weights, which depend on nothing else.
+            device: the device, such as "cpu" or "cuda:0". Weights go there without a copy in host memory: random ones
+                are drawn on it, and stored ones are read onto it if accelerate is installed.
+            seed: the seed of random weights, which depend on it and on the type of the device alone.
 
         Raises:
             UsageError: the model cannot be loaded.
         """
         if self.is_random:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).to(device)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).to(device)
         else:
             disable_progress_bar()  # transformers shows one for local files too
-            model = load_whole(self.name, dtype=dtype).to(device)
+            options = {"device_map": device} if device != "cpu" and is_accelerate_available() else {}
+            model = load_whole(self.name, dtype=dtype, **options).to(device)
         leave_out_outputs(model)
         decode_one_text(model)
         return model.eval()
