@@ -67,8 +67,10 @@ def test_results_name_command_machine_and_model(job, measurements):
     assert len(result["lines"]) == len(measurements)
     text = result_markdown(job, measurements, ["bench", "decode"])
     assert text.startswith("# CPU benchmark: ")
-    assert text.count("\n| ") == len(measurements) + len(DEFAULT_SUITES)  # with a header for each suite
-    assert "note" not in text.partition("## decode")[2].splitlines()[2]
+    points = {(measurement.suite, measurement.point) for measurement in measurements}
+    assert text.count("\n| ") == len(measurements) + len(points)  # with a header for each point
+    assert text.count("\n### ") == len(points)
+    assert "| way | measured | rounds | goal |" in text.partition("## decode")[2]
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu-amx", "disk", "check-plan-cpu", "h200-first", "h200-24gb"])

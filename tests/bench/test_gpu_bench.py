@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from headinfer import enable
 from headinfer.bench import gpu_point
 from headinfer.bench import run as bench_run
 from headinfer.bench.baselines import Baseline, baselines_of, compare, ring_budget_bytes
+from headinfer.bench.choice import choose
 from headinfer.bench.job import GpuJob, Rates
 from headinfer.bench.measurement import OURS, goal_reached, shown
 from headinfer.bench.past import Past, noise
@@ -32,12 +36,16 @@ LAYERS = 2
 KV_HEADS = 2
 DIM = 16
 TOKEN_BYTES = 2 * KV_HEADS * DIM * 4  # of one layer, float32
+MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
 SIZES = GpuSizes(
-    model="random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2",
+    model=MODEL,
     dtype=torch.float32,
     decode_tokens=(2048, 8192, 512),
     chunk_offsets=(2048, 8192),
     whole_tokens=(1024,),
+    real_model=MODEL,
+    real_tokens=(1000,),
+    real_new_tokens=4,
     chunk_tokens=384,
     floor_bytes=2 << 20,
     real_kv_bytes=2 * 4096 * TOKEN_BYTES,  # so 8,192 tokens are a simulation
@@ -54,7 +62,7 @@ def run(request):
     stages = []
     device = CPU if request.param == "cpu" else check_device("cuda")
     job = GpuJob(device, SIZES, stages.append)
-    by_suite = list(run_suites([], job))
+    by_suite = list(run_suites(list(GPU_SUITES), job))
     assert sum(stage.startswith("measuring ") for stage in stages) == len(by_suite) == len(GPU_SUITES)
     return job, [line for found in by_suite for line in found]
 
@@ -143,6 +151,65 @@ def test_a_whole_prefill_writes_all_kv_back_and_is_compared_with_the_resident_st
     assert ours.details["link_to_host_bytes"] == LAYERS * (1024 - 128) * TOKEN_BYTES
     assert resident.details["device_resident_bytes"] > 0 == ours.details["device_resident_bytes"]
     assert resident.ratio == resident.value / ours.value
+
+
+def test_a_real_prompt_is_read_and_continued(run):
+    job, lines = run
+    reading, of_product, decode, *of_link = of(lines, "real")
+    assert {line.point for line in of(lines, "real")} == {f"all of 1,000 tokens, {MODEL}"}
+    found = reading.details
+    assert found["tokens"] == found["chunks"][-1][0] == 1000
+    assert found["seconds"] == reading.value == found["chunks"][-1][1]
+    assert len(found["token_seconds"]) == decode.rounds == SIZES.real_new_tokens - 1
+    assert found["kv_bytes"] == 1000 * LAYERS * TOKEN_BYTES
+    assert of_product.value > 0
+    assert not of_link or of_link[0].value > 0
+    assert found["stats"]["host_kv_bytes"] > 0 < reading.device_kv_bytes
+    assert reading.point in result_markdown(job, lines, ["bench"])
+
+
+def test_a_real_prompt_needs_memory_and_time(job, monkeypatch):
+    from headinfer.bench import gpu_real
+
+    other = job.with_model(MODEL)
+    other.until = time.monotonic() + 0.001
+    found = gpu_real.real(other)
+    assert "it would take about" in found[0].note
+    monkeypatch.setattr(gpu_real, "available_host_bytes", lambda: 100 * LAYERS * TOKEN_BYTES)
+    assert gpu_real.longest_tokens(other) == 85
+    assert gpu_real.real(other)[0].note.startswith("does not fit: ")
+    monkeypatch.setattr(gpu_real, "available_host_bytes", lambda: 1 << 50)
+    assert gpu_real.longest_tokens(other) == (2**20 - SIZES.real_new_tokens) // 1024 * 1024
+
+
+def test_a_real_prompt_shows_its_progress_and_ends_when_its_time_has_passed(job, monkeypatch):
+    from headinfer.bench import gpu_real
+
+    said = []
+    now = [100.0]
+    other = job.with_model(MODEL)
+    other.say = said.append
+    other.until = time.monotonic() + 1000
+    monkeypatch.setattr(gpu_real.time, "perf_counter", lambda: now[0])
+    watch = gpu_real._Watch(other, 4096)
+
+    def cache(tokens):
+        return SimpleNamespace(
+            head_layers=[SimpleNamespace(get_seq_length=lambda: tokens)],
+            stats=lambda: SimpleNamespace(link_to_device_bytes=10 * tokens),
+        )
+
+    for tokens, seconds in ((1024, 105.0), (2048, 120.0), (4096, 130.0), (4097, 131.0), (4098, 133.0)):
+        now[0] = seconds
+        watch.on_forward(cache(tokens))
+    (line,) = said
+    assert line.startswith("  2K of 4K tokens, 20 s of about ")
+    assert watch.read_s == 30.0
+    assert watch.token_s == [1.0, 2.0]
+    assert watch.streamed_bytes == 20
+    other.until = time.monotonic() - 1
+    with pytest.raises(gpu_real._OutOfTimeError):
+        watch.on_forward(cache(1024))
 
 
 def test_kernels_are_exact_and_one_is_preferred(run):
@@ -372,13 +439,18 @@ def test_json_and_markdown_contain_all_measurements(run, tmp_path):
     assert len(result["lines"]) == len(lines)
     assert {"gpu_memory_bytes", "model", "dtype", "weights_bytes", "rates"} <= result.keys()
     text = result_markdown(job, lines, ["bench"])
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    headers = [line for line in rows if line.startswith("| point | way | measured")]
-    assert len(rows) - len(headers) == len(lines)
-    assert len(headers) == len({line.suite for line in lines})
-    for header in headers:
-        section = text[text.index(header) :].partition("\n\n")[0]
-        assert {row.count(" | ") for row in section.splitlines() if row.startswith("| ")} == {header.count(" | ")}
+    assert max(map(len, text.splitlines())) <= 100
+    sections = re.findall(r"^### (.*?)\n(.*?)(?=\n##|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(sections) == len({(line.suite, line.point) for line in lines})
+    assert {point for point, _ in sections} == {line.point for line in lines}
+    rows = [[row for row in section.splitlines() if row.startswith("| ")] for _, section in sections]
+    headers = [table[0] for table in rows if table]
+    assert all(header.startswith("| way | measured") for header in headers)
+    assert sum(map(len, rows)) - len(headers) == sum(line.value is not None for line in lines)
+    assert {row.count("|") for table in rows for row in table} <= set(range(3, 9))
+    assert all(len({row.count("|") for row in table}) <= 1 for table in rows)
+    words = " ".join(text.split())
+    assert all(" ".join(line.note.split()) in words for line in lines if line.value is None)
     goals = [line for line in lines if line.reached is not None]
     assert f"{sum(line.reached for line in goals)} of {len(goals)} goals are reached" in text
     assert result_paths(job, tmp_path / "x.json") == (tmp_path / "x.json", tmp_path / "x.md")
@@ -439,6 +511,15 @@ MISTAKES = {
     "no size": (["--device", "cuda", "--gpu-memory", "much"], "is not a size"),
     "no time": (["--device", "cuda", "--limit-s", "0"], "--limit-s is 0: it must be a number from 0.001"),
     "no place": (["--device", "cuda", "--output", f"{__file__}/results"], "cannot write results in"),
+    "no tokens": (["--device", "cuda", "--tokens", "1K,many"], "--tokens"),
+    "tokens of no tail": (["--device", "cuda", "--tokens", "1000"], "must be a multiple of 128"),
+    "tokens beyond the model": (["--device", "cuda", "--offsets", "64K,8M"], "takes at most 4,194,304 (4M)"),
+    "whole beyond the model": (["real", "--device", "cuda", "--whole", "5M"], "choose a shorter length"),
+    "no baseline": (["--device", "cuda", "--baselines", "paper,best"], "there is no baseline 'best': choose among"),
+    "none and more": (["--device", "cuda", "--baselines", "none,paper"], "or none alone"),
+    "lengths of other suites": (["link", "--device", "cuda", "--tokens", "1K"], "--tokens is for the decode suite"),
+    "no model": (["real", "--device", "cuda", "--model", "random:gpt-9"], "there is no built-in config 'gpt-9'"),
+    "lengths for a CPU": (["--tokens", "1K", "--whole", "1K"], "--tokens and --whole are for the GPU suites"),
     "a card for a CPU": (["--gpu-memory", "24GB"], "give --device cuda as well"),
     "a disk for a GPU": (["--device", "cuda", "--folder", "/tmp"], "leave --device out"),
 }
@@ -456,9 +537,46 @@ def test_mistakes_get_one_sentence_before_anything_is_made(without_cuda, monkeyp
     app.command()(bench_cli.bench)
     arguments, says = MISTAKES[name]
     result = CliRunner().invoke(app, arguments)
-    assert isinstance(result.exception, UsageError)
+    assert isinstance(result.exception, UsageError), result.output
     assert says in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+M = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("suites", "given", "names", "changes"),
+    [
+        ([], {}, [], {}),
+        ([], {"tokens": "1K, 4M,1K"}, ["decode"], {"decode_tokens": (1024, 4 * M)}),
+        ([], {"offsets": "64K"}, ["prefill"], {"chunk_offsets": (65536,), "whole_tokens": ()}),
+        ([], {"whole": "1000"}, ["prefill"], {"chunk_offsets": (), "whole_tokens": (1000,)}),
+        (["real"], {"whole": "1000"}, ["real"], {"real_tokens": (1000,)}),
+        (["real"], {"model": MODEL}, ["real"], {"real_model": MODEL}),
+        ([], {"model": MODEL}, ["real"], {"real_model": MODEL}),
+        ([], {"baselines": "free,paper"}, ["decode", "prefill"], {"baselines": ("free", "paper")}),
+        (["link", "decode"], {"baselines": "none"}, ["link", "decode"], {"baselines": ()}),
+        (
+            [],
+            {"tokens": "1M", "offsets": "1M", "whole": "2K"},
+            ["decode", "prefill"],
+            {"decode_tokens": (M,), "chunk_offsets": (M,), "whole_tokens": (2048,)},
+        ),
+    ],
+)
+def test_options_choose_suites_and_sizes(suites, given, names, changes):
+    assert choose(suites, GpuSizes(), **given) == (names, dataclasses.replace(GpuSizes(), **changes))
+
+
+def test_only_the_chosen_baselines_are_measured(job):
+    other = GpuJob(job.device, dataclasses.replace(SIZES, decode_tokens=(512,), baselines=("layer-wise",)), print)
+    whole = dataclasses.replace(SIZES, chunk_offsets=(), baselines=())
+    (lines,) = (found for found in run_suites(["decode"], other))
+    assert [line.who for line in of(lines, "decode")] == [OURS, f"{OURS}: streamed, of the pinned link", "layer-wise"]
+    assert all(line.rounds == 1 for line in of(lines, "decode"))
+    (lines,) = (found for found in run_suites(["prefill"], GpuJob(job.device, whole, print)))
+    assert [line.who for line in of(lines, "prefill")] == [OURS]
 
 
 def test_a_result_is_written_to_the_named_folder_and_printed(run, monkeypatch, tmp_path):

@@ -1,15 +1,15 @@
 """Baselines: ways of holding a long context that are measured in turns with headinfer's own.
 
-| name | what it is |
-|---|---|
-| resident store | headinfer with all KV on the device, as if the link took no time |
-| what is free | headinfer with all free device memory: the first tokens are resident, the rest is streamed |
-| paper's scheme | one KV head at a time, its whole past in a slot (arXiv 2502.12574) |
-| layer-wise | all KV heads of a layer at a time, their whole past in a slot; pinned, and only new KV is written back |
-| DynamicCache | transformers' cache, all of it on the device |
-| offloaded cache | transformers' `DynamicCache(offloading=True)`: one layer at a time, written back as a whole |
+| option | name in results | what it is |
+|---|---|---|
+| paper | paper's scheme | one KV head at a time, its whole past in a slot (arXiv 2502.12574) |
+| resident | resident store | headinfer with all KV on the device, as if the link took no time |
+| offloaded | offloaded cache | `DynamicCache(offloading=True)` of transformers: layer by layer, written back whole |
+| dynamic | DynamicCache | transformers' cache, all of it on the device |
+| layer-wise | layer-wise | all KV heads of a layer, their whole past in a slot; pinned, only new KV is written back |
+| free | what is free | headinfer with all free device memory: the first tokens are resident, the rest is streamed |
 
-The first four are headinfer's engine with other options, over the same host memory.
+All but those of transformers are headinfer's engine with other options, over the same host memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from headinfer.bench.job import GpuJob
-from headinfer.bench.measurement import OURS
+from headinfer.bench.measurement import OURS, reason_of
 from headinfer.bench.past import Past
 from headinfer.bench.runners import HeadRunner, Runner, TransformersRunner
 from headinfer.bench.timing import Rounds, in_turns, run_turn
@@ -108,7 +108,7 @@ class Outcome:
 
 
 def baselines_of(job: GpuJob, past: Past, tokens: int, pass_s: float, goals: dict[str, str]) -> list[Baseline]:
-    """Return the baselines for passes after a past, the most telling first.
+    """Return the baselines of a job for passes after a past, in the job's order.
 
     Args:
         job: the run.
@@ -119,14 +119,15 @@ def baselines_of(job: GpuJob, past: Past, tokens: int, pass_s: float, goals: dic
     """
     made = _Baselines(job, past, tokens, pass_s)
     layer = job.shape.layers[job.shape.offloaded_layers[0]]
-    baselines = [
-        made.whole_past("paper's scheme", 1),
-        made.resident(),
-        made.offloaded_cache(),
-        made.dynamic_cache(),
-        made.whole_past("layer-wise", layer.kv_heads),
-        made.what_is_free(),
-    ]
+    makers: dict[str, Callable[[], Baseline]] = {
+        "paper": lambda: made.whole_past("paper's scheme", 1),
+        "resident": made.resident,
+        "offloaded": made.offloaded_cache,
+        "dynamic": made.dynamic_cache,
+        "layer-wise": lambda: made.whole_past("layer-wise", layer.kv_heads),
+        "free": made.what_is_free,
+    }
+    baselines = [makers[name]() for name in job.sizes.baselines]
     return [dataclasses.replace(baseline, goal=goals.get(baseline.name, "")) for baseline in baselines]
 
 
@@ -240,6 +241,8 @@ def _against(job: GpuJob, own: Runner, own_s: float, baseline: Baseline) -> Outc
     reason = _refusal(job, own_s, baseline)
     if reason:
         return Outcome(baseline.name, goal=baseline.goal, note=reason)
+    rounds_s = min(job.sizes.rounds_s, job.sizes.rounds * (own_s + baseline.pass_s))
+    job.begin(f"  {baseline.name}", baseline.pass_s + rounds_s)
     runner: Runner | None = None
     try:
         runner = baseline.open()
@@ -248,11 +251,11 @@ def _against(job: GpuJob, own: Runner, own_s: float, baseline: Baseline) -> Outc
         rounds = in_turns({OURS: own, _BASELINE: runner}, count, job.timed, warm_up=False)
         return Outcome(baseline.name, rounds, runner.kv_bytes(), baseline.goal, facts=runner.facts())
     except (torch.OutOfMemoryError, CapacityError) as error:
-        return Outcome(baseline.name, goal=baseline.goal, note=f"ran out of memory: {str(error).splitlines()[0]}")
+        return Outcome(baseline.name, goal=baseline.goal, note=f"ran out of memory: {reason_of(error)}")
     except RuntimeError as error:
         if not baseline.is_foreign:
             raise
-        return Outcome(baseline.name, goal=baseline.goal, note=f"failed: {str(error).splitlines()[0]}")
+        return Outcome(baseline.name, goal=baseline.goal, note=f"failed: {reason_of(error)}")
     finally:
         runner = None  # so that clean() can free its memory
         job.clean()

@@ -71,7 +71,9 @@ def _long_decode(job: CpuJob, model: Any, ours_model: Any) -> list[Measurement]:
     details["weight_bytes"] = weights
 
     def line(who: str, value: float, unit: str, goal: str) -> Measurement:
-        return Measurement("decode", context_label(tokens), who, value, unit, details=details).with_goal(goal)
+        point = context_label(tokens)
+        found = Measurement("decode", point, who, value, unit, rounds=rounds.count, details=details)
+        return found.with_goal(goal)
 
     return [
         line(f"DynamicCache's time / {OURS}'s", rounds.ratio("default", "ours"), "x", ">= 10 x"),
@@ -90,6 +92,7 @@ def _short_decode(job: CpuJob, model: Any, ours_model: Any) -> list[Measurement]
         f"{OURS}'s time / DynamicCache's",
         rounds.ratio("ours", "default"),
         "x",
+        rounds=rounds.count,
         details=rounds.medians(),
     )
     return [found.with_goal("<= 1.15 x")]
@@ -119,6 +122,7 @@ def prefill(job: CpuJob) -> list[Measurement]:
         f"{OURS}'s time / DynamicCache's",
         rounds.ratio("ours", "default"),
         "x",
+        rounds=rounds.count,
         details=rounds.medians(),
     )
     return [found.with_goal("<= 0.95 x")]

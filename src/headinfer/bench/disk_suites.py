@@ -66,6 +66,7 @@ def _saving(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
         "saving: bytes per second / a file's",
         100 * rounds.ratio("file", "session"),
         "%",
+        rounds=rounds.count,
         details={"bytes": nbytes, **rounds.medians()},
     )
     return found.with_goal(">= 80 %")
@@ -81,6 +82,7 @@ def _beside_prefill(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
         "seconds with checkpoints / without",
         rounds.ratio("with", "without"),
         "x",
+        rounds=rounds.count,
         details={"with_s": rounds.median_s("with"), "without_s": rounds.median_s("without")},
     )
     return found.with_goal("<= 1.05 x")
@@ -136,9 +138,11 @@ def _ask(sizes: CpuSizes, root: Path, nbytes: int) -> list[Measurement]:
         point = f"{context_label(sizes.long_tokens)} {state}"
         total_s = typical["total_s"]
         share = 100 * nbytes / typical["kv_read_s"] / rate
-        reading = Measurement("session", point, "KV read for it: bytes per second / plain reading's", share, "%")
+        what = "KV read for it: bytes per second / plain reading's"
+        reading = Measurement("session", point, what, share, "%", rounds=len(answers))
+        first = "from `ask` to the first token"
         measurements += [
-            Measurement("session", point, "from `ask` to the first token", total_s, "s", details=details),
+            Measurement("session", point, first, total_s, "s", rounds=len(answers), details=details),
             reading.with_goal(">= 80 %"),
         ]
     return measurements
@@ -216,8 +220,11 @@ def _decode_with_tier(model: Any, sizes: CpuSizes, work: Path, nbytes: int) -> l
         "plain_read_bytes_per_s": nbytes / rounds.median_s("cached_file"),
     }
     memory = {"budget_bytes": budget, "held_bytes": held, "resident_growth_bytes": peak.rss_bytes - before}
-    by_order = Measurement("disk-tier", point, "rate / reading the same file in order", in_order, "%", details=rates)
-    by_cache = Measurement("disk-tier", point, "rate / reading another file through the page cache", cached, "%")
+    count = rounds.count
+    what = "rate / reading the same file in order"
+    by_order = Measurement("disk-tier", point, what, in_order, "%", rounds=count, details=rates)
+    what = "rate / reading another file through the page cache"
+    by_cache = Measurement("disk-tier", point, what, cached, "%", rounds=count)
     by_budget = Measurement(
         "disk-tier", point, "peak of KV in host memory / --host-kv-budget", held / budget, "x", details=memory
     )
@@ -246,6 +253,7 @@ def _chunk_with_tier(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
         f"{OURS}'s time with KV on disk / in memory",
         rounds.ratio("on_disk", "in_memory"),
         "x",
+        rounds=rounds.count,
         details=rounds.medians(),
     )
 

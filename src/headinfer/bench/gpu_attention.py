@@ -10,7 +10,7 @@ from headinfer.attention.backends import BACKENDS, Backend, choose
 from headinfer.attention.reference import attend_reference
 from headinfer.bench.gpu_link import tile_of
 from headinfer.bench.job import GpuJob
-from headinfer.bench.measurement import Measurement
+from headinfer.bench.measurement import Measurement, reason_of
 from headinfer.bench.timing import median_s
 from headinfer.engine.streaming import BLOCK_TOKENS
 from headinfer.errors import CapacityError
@@ -69,10 +69,10 @@ def _measured(
         seconds = median_s(attend, job.timed, rounds=_ROUNDS)
         error_found = _error(job, backend, min(q.shape[1], _ERROR_ROWS))
     except (torch.OutOfMemoryError, CapacityError) as error:
-        note = f"ran out of memory: {str(error).splitlines()[0]}"
+        note = f"ran out of memory: {reason_of(error)}"
         return Measurement("attention", point, backend.name, note=note)
     except RuntimeError as error:  # a library without a plan or kernel for this shape: go on with the others
-        return Measurement("attention", point, backend.name, note=f"failed: {str(error).splitlines()[0]}")
+        return Measurement("attention", point, backend.name, note=f"failed: {reason_of(error)}")
     finally:
         job.clean()
     flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2]
@@ -89,7 +89,7 @@ def _measured(
     note = f"{100 * roofline_s / seconds:.0f} % of the roofline, error {error_found:.1e}"
     if is_preferred:
         note += ", preferred"
-    return Measurement("attention", point, backend.name, seconds, "s", note=note, details=details)
+    return Measurement("attention", point, backend.name, seconds, "s", rounds=_ROUNDS, note=note, details=details)
 
 
 def _error(job: GpuJob, backend: Backend, rows: int) -> float:

@@ -40,9 +40,17 @@ def _at(job: GpuJob, tokens: int) -> list[Measurement]:
     facts = point.facts(job, own_s) | {"streamed_bytes": streamed, "streamed_bytes_per_s": streamed / own_s}
     kv_bytes = point.own.kv_bytes()
     budget = job.sizes.floor_bytes
-    own = Measurement("decode", name, OURS, own_s, "s/token", 1.0, kv_bytes, note=point.note, details=facts)
+    count = rounds.count
+    own = Measurement("decode", name, OURS, own_s, "s/token", 1.0, kv_bytes, count, note=point.note, details=facts)
     of_link = Measurement(
-        "decode", name, f"{OURS}: streamed, of the pinned link", share, "%", note=point.note, details=facts
+        "decode",
+        name,
+        f"{OURS}: streamed, of the pinned link",
+        share,
+        "%",
+        rounds=count,
+        note=point.note,
+        details=facts,
     )
     goals = {"paper's scheme": ">= 0.98" if is_long else "> 1", "offloaded cache": "> 1"}
     outcomes = compare(job, point.own, own_s, baselines_of(job, point.past, 1, job.pass_s(tokens, 1), goals))

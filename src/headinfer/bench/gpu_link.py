@@ -25,6 +25,7 @@ from headinfer.utils.units import format_bytes
 
 __all__ = ["link", "link_copy", "measure_rates", "rate_measurements", "tile_of"]
 
+_ROUNDS = 5
 _COPIES_EACH_WAY = 16  # many, so that it matters little that one way runs alone at the end
 _PREFILL_QUERY_TOKENS = 4096
 _LONG_TOKENS = 2**20
@@ -53,13 +54,13 @@ def rate_measurements(rates: Rates) -> list[Measurement]:
         ("pinned, to the device", rates.link_bytes_per_s / 1e9, "GB/s"),
         ("pinned, to the host", rates.back_bytes_per_s / 1e9, "GB/s"),
     )
-    return [Measurement("rates", "of this run", *figure) for figure in figures]
+    return [Measurement("rates", "of this run", *figure, rounds=_ROUNDS) for figure in figures]
 
 
 def _matrix_flops_per_s(job: GpuJob) -> float:
     size = job.sizes.matrix
     square = torch.randn(size, size, device=job.device, dtype=job.sizes.dtype)
-    return 2 * size**3 / median_s(lambda: torch.matmul(square, square), job.timed)
+    return 2 * size**3 / median_s(lambda: torch.matmul(square, square), job.timed, rounds=_ROUNDS)
 
 
 def _device_bytes_per_s(job: GpuJob) -> float:
@@ -91,11 +92,11 @@ def link(job: GpuJob) -> list[Measurement]:
         job.clean()
     measurements += [_tiles(job, query_tokens) for query_tokens in (1, _PREFILL_QUERY_TOKENS)]
     read = dram_reader()
-    dram_s = min(job.timed(read) for _ in range(3))
+    dram_s = median_s(read, job.timed, rounds=_ROUNDS)
     rate = DRAM_BUFFER_BYTES / dram_s / 1e9
     threads = f"{torch.get_num_threads()} threads"
     size = format_bytes(DRAM_BUFFER_BYTES)
-    return [*measurements, Measurement("link", size, "host DRAM, read", rate, "GB/s", note=threads)]
+    return [*measurements, Measurement("link", size, "host DRAM, read", rate, "GB/s", rounds=_ROUNDS, note=threads)]
 
 
 def _copies(job: GpuJob, nbytes: int) -> list[Measurement]:
@@ -114,16 +115,18 @@ def _copies(job: GpuJob, nbytes: int) -> list[Measurement]:
             "to the device": nbytes / _copy_s(job, device, host),
             "to the host": nbytes / _copy_s(job, host, device),
         }
-        rates |= _both_ways(job, device, host)
+        both_ways = _both_ways(job, device, host)
         measurements += [
-            Measurement("link", point, f"{kind}, {way}", rate / 1e9, "GB/s", note=note) for way, rate in rates.items()
+            Measurement("link", point, f"{kind}, {way}", rate / 1e9, "GB/s", rounds=rounds, note=note)
+            for found, rounds in ((rates, _ROUNDS), (both_ways, 1))
+            for way, rate in found.items()
         ]
     return measurements
 
 
 def _copy_s(job: GpuJob, target: torch.Tensor, source: torch.Tensor) -> float:
     """Return the seconds of a copy."""
-    return median_s(lambda: target.copy_(source, non_blocking=True), job.timed)
+    return median_s(lambda: target.copy_(source, non_blocking=True), job.timed, rounds=_ROUNDS)
 
 
 def _both_ways(job: GpuJob, device: torch.Tensor, host: torch.Tensor) -> dict[str, float]:
@@ -213,4 +216,4 @@ def _tiles(job: GpuJob, query_tokens: int) -> Measurement:
     head_bytes = plan.tile_tokens * problem.key_dim * problem.dtype.itemsize
     note = f"{plan.heads_per_group} heads x {plan.tile_tokens:,} tokens: copies of {format_bytes(head_bytes)}"
     details = {"heads_per_group": plan.heads_per_group, "tile_tokens": plan.tile_tokens}
-    return Measurement("link", f"{what}'s tiles", who, rate / 1e9, "GB/s", note=note, details=details)
+    return Measurement("link", f"{what}'s tiles", who, rate / 1e9, "GB/s", rounds=1, note=note, details=details)

@@ -10,7 +10,7 @@ import torch
 
 from headinfer.bench.baselines import Outcome, measure_alone
 from headinfer.bench.job import GpuJob
-from headinfer.bench.measurement import OURS, Measurement, context_label
+from headinfer.bench.measurement import OURS, Measurement, context_label, reason_of
 from headinfer.bench.past import Past
 from headinfer.bench.runners import HeadRunner
 from headinfer.errors import CapacityError
@@ -78,6 +78,7 @@ class Point:
             unit,
             ratio=outcome.ratio,
             device_kv_bytes=outcome.kv_bytes,
+            rounds=len(outcome.seconds) or None,
             note=outcome.note or (self.note if outcome.facts.get("simulation", True) else ""),
             details=details,
         )
@@ -98,9 +99,10 @@ def open_point(job: GpuJob, suite: str, past_tokens: int, tokens: int) -> Point 
     """
     name = context_label(past_tokens)
     filled = job.kv_bytes(past_tokens) / (len(job.shape.layers) if job.is_simulated(past_tokens) else 1)
-    if 3 * job.pass_s(past_tokens, tokens) + filled / _FILL_BYTES_PER_S > job.left_s:
+    about_s = 3 * job.pass_s(past_tokens, tokens) + filled / _FILL_BYTES_PER_S
+    if about_s > job.left_s:
         return Measurement(suite, name, OURS, note="not measured: out of time")
-    job.say(f"{suite} at {name} ...")
+    job.begin(f"{suite}, {name}", about_s)
     try:
         past = Past(job, past_tokens)
         job.clean()
@@ -109,4 +111,4 @@ def open_point(job: GpuJob, suite: str, past_tokens: int, tokens: int) -> Point 
         own = HeadRunner(job, cache, tokens)
         return Point(past, own, measure_alone(job, own), job.peak_device_bytes())
     except (torch.OutOfMemoryError, CapacityError) as error:
-        return Measurement(suite, name, OURS, note=f"ran out of memory: {str(error).splitlines()[0]}")
+        return Measurement(suite, name, OURS, note=f"ran out of memory: {reason_of(error)}")

@@ -15,7 +15,7 @@ import torch
 from headinfer.bench.baselines import Baseline, Outcome, baselines_of, compare
 from headinfer.bench.gpu_point import LONG_TOKENS, Point, open_point
 from headinfer.bench.job import GpuJob
-from headinfer.bench.measurement import OURS, Measurement, context_label
+from headinfer.bench.measurement import OURS, Measurement, context_label, reason_of
 from headinfer.bench.runners import HeadRunner
 from headinfer.bench.timing import run_turn
 from headinfer.errors import CapacityError
@@ -65,7 +65,16 @@ def _chunk_at(job: GpuJob, offset: int, tokens: int) -> list[Measurement]:
     facts = point.facts(job, statistics.median(own_seconds))
     facts["flops_per_s"] = job.flops(offset, tokens) / facts["seconds"]
     ours = Measurement(
-        "prefill", name, OURS, facts["seconds"], "s/chunk", 1.0, own.kv_bytes(), note=point.note, details=facts
+        "prefill",
+        name,
+        OURS,
+        facts["seconds"],
+        "s/chunk",
+        1.0,
+        own.kv_bytes(),
+        rounds=len(own_seconds),
+        note=point.note,
+        details=facts,
     )
     return [ours, *point.measurements("prefill", name, outcomes, "s/chunk")]
 
@@ -98,16 +107,21 @@ def _whole(job: GpuJob, whole: int, chunk_tokens: int) -> list[Measurement]:
     floor = job.sizes.floor_bytes
     about_s = job.pass_s(0, whole) + kv / _PIN_BYTES_PER_S
     measurements: list[Measurement] = []
-    for who, budget in ((OURS, floor), ("resident store", 2 * kv + 2 * floor)):
+    ways = [(OURS, floor)]
+    if "resident" in job.sizes.baselines:
+        ways.append(("resident store", 2 * kv + 2 * floor))
+    for who, budget in ways:
         needed = floor + (0 if who == OURS else kv)
         if about_s > job.left_s:
             measurements.append(Measurement("prefill", name, who, note="not measured: out of time"))
         elif kv > available_host_bytes() or needed > job.free_device_bytes():
             measurements.append(Measurement("prefill", name, who, note=f"does not fit: {format_bytes(kv)} of KV"))
         else:
-            job.say(f"prefill of {name}, {who} ...")
+            job.begin(f"prefill, {name}, {who}", about_s)
             measurements.append(_read_all(job, name, who, whole, min(chunk_tokens, whole), budget))
             job.clean()
+    if len(measurements) == 1:
+        return measurements
     ours, resident = measurements
     if ours.value is not None and resident.value is not None:
         ratio = resident.value / ours.value
@@ -131,7 +145,7 @@ def _read_all(job: GpuJob, name: str, who: str, whole: int, chunk_tokens: int, b
     try:
         seconds = job.timed(read)
     except (torch.OutOfMemoryError, CapacityError) as error:
-        return Measurement("prefill", name, who, note=f"ran out of memory: {str(error).splitlines()[0]}")
+        return Measurement("prefill", name, who, note=f"ran out of memory: {reason_of(error)}")
     stats = cache.stats()
     details = {
         "is_whole": True,
@@ -145,4 +159,4 @@ def _read_all(job: GpuJob, name: str, who: str, whole: int, chunk_tokens: int, b
         "peak_device_bytes": job.peak_device_bytes(),
     }
     ratio = 1.0 if who == OURS else None
-    return Measurement("prefill", name, who, seconds, "s", ratio, stats.device_kv_peak_bytes, details=details)
+    return Measurement("prefill", name, who, seconds, "s", ratio, stats.device_kv_peak_bytes, 1, details=details)

@@ -6,6 +6,7 @@ GPU suite also runs, and is tested, on a machine without a GPU; its seconds mean
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import math
@@ -28,6 +29,7 @@ from headinfer.hf.models import resolve
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.files import check_folder
+from headinfer.utils.units import format_seconds
 
 __all__ = ["CpuJob", "GpuJob", "Job", "Rates"]
 
@@ -79,6 +81,11 @@ class Job:
     def left_s(self) -> float:
         """Seconds until the running suite has to end."""
         return self.until - time.monotonic()
+
+    def begin(self, what: str, about_s: float) -> None:
+        """Say what begins, about how long it will take, and how much time its suite has left."""
+        left = "" if math.isinf(self.until) else f"; {format_seconds(max(self.left_s, 0.0))} are left"
+        self.say(f"{what}: about {format_seconds(max(about_s, 0.1))}{left}")
 
     def clean(self) -> None:
         """Free the memory that nothing refers to any more."""
@@ -158,6 +165,16 @@ class GpuJob(Job):
         """The model of all suites. Its shape is real; its weights are noise that the device draws."""
         self.say(f"making {self.sizes.model} ...")
         return resolve(self.sizes.model).load(dtype=self.sizes.dtype, device=str(self.device), seed=0)
+
+    def with_model(self, model: str) -> GpuJob:
+        """Return this run with another model, and free the memory of this one's."""
+        self.__dict__.pop("model", None)
+        self.clean()
+        other = copy.copy(self)
+        for name in ("model", "shape"):
+            other.__dict__.pop(name, None)
+        other.sizes = dataclasses.replace(self.sizes, model=model)
+        return other
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
-__all__ = ["OURS", "Measurement", "context_label", "goal_reached", "shown"]
+__all__ = ["OURS", "Measurement", "context_label", "goal_reached", "reason_of", "shown"]
 
 OURS = "headinfer"
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
@@ -28,6 +30,7 @@ class Measurement:
         unit: the unit of the figure, such as "s/token", "GB/s", "bytes", "%" or "x".
         ratio: the median over rounds in turns of this way's time over headinfer's time; 1 for headinfer itself.
         device_kv_bytes: the peak of KV on the device, in bytes.
+        rounds: how many rounds or passes the figure is the median of; None if it is not a median.
         goal: the figure to reach, such as ">= 92 %"; empty if there is none.
         reached: whether the goal is reached; None if there is no goal or no figure.
         note: what a reader must know to understand the figure.
@@ -41,6 +44,7 @@ class Measurement:
     unit: str = ""
     ratio: float | None = None
     device_kv_bytes: int | None = None
+    rounds: int | None = None
     goal: str = ""
     reached: bool | None = None
     note: str = ""
@@ -81,3 +85,13 @@ def shown(value: float | None, unit: str) -> str:
 def context_label(tokens: int) -> str:
     """Return the point of a context length, such as "64K tokens"."""
     return f"{format_tokens(tokens)} tokens"
+
+
+def reason_of(error: Exception) -> str:
+    """Return the message of an error for a note: its first line, and of torch's "out of memory" two sentences."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    if not isinstance(error, torch.OutOfMemoryError):
+        return lines[0]
+    return ". ".join(lines[0].split(". ")[:2]).rstrip(".") + "."

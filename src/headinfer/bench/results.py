@@ -10,7 +10,9 @@ import dataclasses
 import json
 import re
 import shlex
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from headinfer.bench.job import GpuJob, Job
@@ -19,10 +21,20 @@ from headinfer.info import accelerator, gather_info, machine
 from headinfer.utils.files import Output, read_json_object
 from headinfer.utils.units import format_bytes
 
-__all__ = ["ResultFiles", "is_result_json", "is_result_markdown", "result_json", "result_markdown", "result_paths"]
+__all__ = [
+    "Block",
+    "ResultFiles",
+    "blocks_of",
+    "is_result_json",
+    "is_result_markdown",
+    "result_json",
+    "result_markdown",
+    "result_paths",
+]
 
 _GPU_HEADING = "# GPU benchmark: "
 _CPU_HEADING = "# CPU benchmark: "
+_MARKDOWN_COLUMNS = 100
 
 
 class ResultFiles:
@@ -105,7 +117,7 @@ def result_json(job: Job, measurements: Sequence[Measurement], arguments: Sequen
 
 
 def result_markdown(job: Job, measurements: Sequence[Measurement], arguments: Sequence[str]) -> str:
-    """Return the measurements as Markdown: command, machine, goals that are missed, and a table for each suite."""
+    """Return the measurements as Markdown of at most 100 columns, apart from the command: a table for each point."""
     name = accelerator(job.device)["name"]
     heading = _CPU_HEADING + name.removeprefix("CPU, ")
     if isinstance(job, GpuJob):
@@ -113,41 +125,120 @@ def result_markdown(job: Job, measurements: Sequence[Measurement], arguments: Se
         heading = _GPU_HEADING + name + cap
     parts = [
         heading,
-        f"`{shlex.join(['headinfer', *arguments])}`\n\nMachine: {machine()}.\n\nModel: `{job.facts()['model']}`.",
+        f"`{shlex.join(['headinfer', *arguments])}`",
+        _wrapped(f"Machine: {machine()}."),
+        _wrapped(f"Model: `{job.facts()['model']}`."),
         _verdict(measurements),
     ]
     if any(measurement.ratio is not None for measurement in measurements):
         parts.append(
-            "Times are also given as multiples of headinfer's in the same turns. In a simulation all layers read the "
-            "KV of one layer."
+            _wrapped(
+                "A ratio is the median over the rounds of a way's time over headinfer's in the same turns. In a "
+                "simulation all layers read the KV of one layer."
+            )
         )
-    for suite in dict.fromkeys(measurement.suite for measurement in measurements):
-        rows = [_cells(measurement) for measurement in measurements if measurement.suite == suite]
-        parts.append(f"## {suite}\n\n{_table(rows)}")
+    suite = ""
+    for block in blocks_of(measurements, _MARKDOWN_COLUMNS):
+        if block.suite != suite:
+            suite = block.suite
+            parts.append(f"## {suite}")
+        parts.append(f"### {block.point}")
+        if block.note:
+            parts.append(_wrapped(f"{block.note}."))
+        if block.rows:
+            parts.append(_table(block))
+        if block.remarks:
+            parts.append("\n".join(_wrapped(f"- {remark}") for remark in block.remarks))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: Sequence[dict[str, str]]) -> str:
-    """Return a Markdown table of cells by column. A column without any text is left out."""
-    columns = [name for name in rows[0] if any(cells[name] for cells in rows)]
+@dataclass(frozen=True)
+class Block:
+    """The measurements of one point of a suite, as people read them.
+
+    Attributes:
+        suite: the name of the suite.
+        point: the point.
+        note: what all figures have in common; empty if nothing.
+        rows: the cells of each way with a figure, by column. All rows have the same columns, none of which is empty.
+        remarks: notes of single ways, and why others have no figure.
+    """
+
+    suite: str
+    point: str
+    note: str
+    rows: list[dict[str, str]]
+    remarks: list[str]
+
+
+def blocks_of(measurements: Sequence[Measurement], columns: int) -> list[Block]:
+    """Return a block for each point of each suite.
+
+    Args:
+        measurements: the measurements.
+        columns: the width of a page. If notes of single ways do not fit it beside the figures, they are remarks.
+    """
+    grouped: dict[tuple[str, str], list[Measurement]] = {}
+    for measurement in measurements:
+        grouped.setdefault((measurement.suite, measurement.point), []).append(measurement)
+    return [_block(suite, point, found, columns) for (suite, point), found in grouped.items()]
+
+
+def _block(suite: str, point: str, measurements: Sequence[Measurement], columns: int) -> Block:
+    """Return the block of one point."""
+    measured = [measurement for measurement in measurements if measurement.value is not None]
+    notes = {measurement.note for measurement in measured}
+    common = notes.pop() if len(notes) == 1 and len(measured) > 1 else ""
+    rows = [_cells(measurement, "" if common else measurement.note) for measurement in measured]
+    has_own_notes = not common and bool(rows) and _table_width(rows) > columns
+    if has_own_notes:
+        rows = [_cells(measurement, "") for measurement in measured]
+    ways: dict[str, list[str]] = {}  # by their notes
+    for measurement in measurements:
+        if measurement.value is None:
+            goal = f" (goal: {measurement.goal})" if measurement.goal else ""
+            ways.setdefault(measurement.note, []).append(measurement.who + goal)
+        elif measurement.note and has_own_notes:
+            ways.setdefault(measurement.note, []).append(measurement.who)
+    remarks = [f"{', '.join(names)}: {note}" for note, names in ways.items()]
+    used = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
+    return Block(suite, point, common, [{name: row[name] for name in used} for row in rows], remarks)
+
+
+def _cells(measurement: Measurement, note: str) -> dict[str, str]:
+    """Return the cells of a row by the headers of their columns."""
+    device_kv = measurement.device_kv_bytes
+    verdict = {True: ": yes", False: ": NO", None: ""}[measurement.reached]
+    return {
+        "way": measurement.who,
+        "measured": shown(measurement.value, measurement.unit),
+        "ratio": f"{measurement.ratio:.3f}" if measurement.ratio is not None else "",
+        "device KV": format_bytes(device_kv) if device_kv is not None else "",
+        "rounds": str(measurement.rounds) if measurement.rounds is not None else "",
+        "goal": f"{measurement.goal}{verdict}",
+        "note": note,
+    }
+
+
+def _table_width(rows: Sequence[dict[str, str]]) -> int:
+    """Return the characters of the widest line of a Markdown table without padding."""
+    return max(sum(len(cell) + 3 for cell in row.values()) + 1 for row in rows)
+
+
+def _table(block: Block) -> str:
+    """Return the Markdown table of a block."""
+    columns = list(block.rows[0])
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(cells[name] for name in columns)} |" for cells in rows]
+    lines += [f"| {' | '.join(row.values())} |".replace("|  |", "| |") for row in block.rows]
     return "\n".join(lines)
 
 
-def _cells(measurement: Measurement) -> dict[str, str]:
-    """Return the cells of a row in the Markdown by the headers of their columns."""
-    device_kv = measurement.device_kv_bytes
-    return {
-        "point": measurement.point,
-        "way": measurement.who,
-        "measured": shown(measurement.value, measurement.unit),
-        "x headinfer's": f"{measurement.ratio:.3f}" if measurement.ratio is not None else "",
-        "KV on the device": format_bytes(device_kv) if device_kv is not None else "",
-        "to reach": measurement.goal,
-        "reached": {True: "yes", False: "NO", None: ""}[measurement.reached],
-        "note": measurement.note.replace("|", "/"),
-    }
+def _wrapped(text: str) -> str:
+    """Return a paragraph or an item of a list in lines of at most 100 characters."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(
+        text, _MARKDOWN_COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _verdict(measurements: Sequence[Measurement]) -> str:
@@ -161,5 +252,5 @@ def _verdict(measurements: Sequence[Measurement]) -> str:
         figure = shown(measurement.value, measurement.unit)
         ratio = f", {measurement.ratio:.3f} x" if measurement.ratio is not None else ""
         subject = f"{measurement.suite}, {measurement.point}, {measurement.who}"
-        lines.append(f"- {subject}: {figure}{ratio}; to reach: {measurement.goal}")
+        lines.append(_wrapped(f"- {subject}: {figure}{ratio}; to reach: {measurement.goal}"))
     return "\n".join(lines)

@@ -15,12 +15,14 @@ from headinfer.bench.gpu_attention import attention
 from headinfer.bench.gpu_decode import decode
 from headinfer.bench.gpu_link import link, measure_rates, rate_measurements
 from headinfer.bench.gpu_prefill import prefill
+from headinfer.bench.gpu_real import real
 from headinfer.bench.job import CpuJob, GpuJob
 from headinfer.bench.measurement import Measurement
 from headinfer.bench.plan_check import check_plan
 from headinfer.bench.probe import probe
 from headinfer.engine.machine import chosen_device
 from headinfer.errors import UsageError
+from headinfer.utils.units import format_seconds
 
 __all__ = ["CPU_SUITES", "GPU_SUITES", "Suite", "check_device", "check_suites", "run_check", "run_suites"]
 
@@ -42,7 +44,7 @@ class Suite(Generic[J]):
     by_default: bool = True
 
 
-# Suites run in this order. Those that write gigabytes to a disk run only if they are named.
+# Suites run in this order. Those that write gigabytes to a disk or take many minutes run only if they are named.
 CPU_SUITES: Mapping[str, Suite[CpuJob]] = {
     "decode": Suite(cpu_suites.decode),
     "prefill": Suite(cpu_suites.prefill),
@@ -56,6 +58,7 @@ GPU_SUITES: Mapping[str, Suite[GpuJob]] = {
     "decode": Suite(decode, share=0.52),
     "prefill": Suite(prefill, share=0.36),
     "attention": Suite(attention, share=0.06),
+    "real": Suite(real, by_default=False),
 }
 
 
@@ -98,7 +101,7 @@ def run_suites(names: Sequence[str], job: CpuJob | GpuJob) -> Iterator[list[Meas
     says so.
 
     Args:
-        names: the suites to run; if it is empty, all that do not write to a disk.
+        names: the suites to run; if it is empty, those that run by default.
         job: the run.
 
     Raises:
@@ -117,12 +120,14 @@ def _run(chosen: Mapping[str, Suite[Any]], job: CpuJob | GpuJob) -> Iterator[lis
     if isinstance(job, GpuJob):
         job.rates = measure_rates(job)
         found = rate_measurements(job.rates)
+    if not math.isinf(job.limit_s):
+        job.say(f"suites: {', '.join(chosen)}; at most {format_seconds(job.limit_s)} in all")
     total = sum(suite.share for suite in chosen.values())
     passed = 0.0
     for name, suite in chosen.items():
         passed += suite.share
         job.until = start + job.limit_s * passed / total
-        limit = "" if math.isinf(job.limit_s) else f", up to {max(job.left_s, 0):.0f} s"
+        limit = "" if math.isinf(job.limit_s) else f", at most {format_seconds(max(job.left_s, 0))}"
         job.say(f"measuring {name}{limit} ...")
         with torch.inference_mode():
             found += suite.run(job)

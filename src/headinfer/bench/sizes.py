@@ -12,10 +12,11 @@ import torch
 
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES
 
-__all__ = ["QUICK_CPU", "QUICK_GPU", "CpuSizes", "GpuSizes", "PlanCase", "Sizes"]
+__all__ = ["BASELINES", "QUICK_CPU", "QUICK_GPU", "CpuSizes", "GpuSizes", "PlanCase", "Sizes"]
 
 K = 2**10
 M = 2**20
+BASELINES = ("paper", "resident", "offloaded", "dynamic", "layer-wise", "free")  # the most telling ones first
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class GpuSizes(Sizes):
         decode_tokens: the contexts after which a token is decoded.
         chunk_offsets: the contexts after which a prefill chunk is read.
         whole_tokens: the lengths of prompts that are read as a whole.
+        baselines: the baselines (baselines.py) that are measured, in this order.
+        real_model: the model of the suite `real`.
+        real_tokens: the lengths of its prompts; empty: the longest one that host memory holds.
+        real_new_tokens: the tokens that it decodes after each prompt.
         chunk_tokens: tokens of a prefill chunk; None: chosen for the rates that this run measures.
         floor_bytes: the device KV budget of headinfer's own measurements, in bytes.
         real_kv_bytes: the most KV that is kept for all layers; beyond it all layers read the KV of one. None: what host
@@ -113,6 +118,10 @@ class GpuSizes(Sizes):
     decode_tokens: tuple[int, ...] = (64 * K, 1024 * K, K, 4096 * K, 256 * K, 16 * K, 4 * K)
     chunk_offsets: tuple[int, ...] = (64 * K, 1024 * K)
     whole_tokens: tuple[int, ...] = (10 * K, 40 * K, 100 * K, 200 * K)
+    baselines: tuple[str, ...] = BASELINES
+    real_model: str = "random:qwen2-7b?vocab=152064&context=4194304"
+    real_tokens: tuple[int, ...] = ()
+    real_new_tokens: int = 16
     chunk_tokens: int | None = None
     floor_bytes: int = DEFAULT_BUDGET_BYTES
     real_kv_bytes: int | None = None
@@ -145,6 +154,8 @@ QUICK_GPU = GpuSizes(
     decode_tokens=(16 * K, K),
     chunk_offsets=(16 * K,),
     whole_tokens=(10 * K,),
+    real_model="random:qwen2-7b?layers=2&context=4194304",
+    real_tokens=(10 * K,),
     copy_bytes=(64 * M,),
     matrix=4096,
     rounds=2,

@@ -93,6 +93,11 @@ class Rounds:
 
     seconds: Mapping[str, Sequence[float]]
 
+    @property
+    def count(self) -> int:
+        """The number of rounds."""
+        return len(next(iter(self.seconds.values())))
+
     def median_s(self, name: str) -> float:
         """Return the median of the seconds of one alternative."""
         return statistics.median(self.seconds[name])

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from headinfer.cli.console import say, show
 from headinfer.cli.options import real, size
 from headinfer.errors import HeadinferError, UsageError
-from headinfer.utils.units import format_bytes
 
 if TYPE_CHECKING:
     from headinfer.bench.job import CpuJob, GpuJob
     from headinfer.bench.measurement import Measurement
+    from headinfer.bench.results import Block
 
 __all__ = ["bench"]
 
 _DEFAULT_LIMIT_S = 480.0
-_WAY_WIDTH = 30  # characters; longer names of ways are wrapped in the terminal
+_WAY_WIDTH = 20  # characters at least of the names of ways, which are wrapped in a narrow terminal
 
 
 def bench(
@@ -33,10 +33,43 @@ def bench(
         list[str] | None,
         typer.Argument(
             help="decode, prefill, memory, device-kv (all of these if you name none); session, disk-tier. "
-            "With --device cuda: link, decode, prefill, attention (all if you name none)."
+            "With --device cuda: link, decode, prefill, attention (all of these if you name none); real, a whole "
+            "prompt that is really read, which can take many minutes."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS,...", help="GPU suite decode: contexts after which a token is decoded: 1K,1M,4M."),
+    ] = None,
+    offsets: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS,...", help="GPU suite prefill: contexts after which a chunk is read: 64K,1M."),
+    ] = None,
+    whole: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS,...",
+            help="GPU suites prefill and real: lengths of whole prompts, such as 100K. real reads the longest prompt "
+            "that host memory holds if you leave it out.",
+        ),
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="GPU suites decode and prefill: measure these in turns with headinfer, in this order: paper, "
+            "resident, offloaded, dynamic, layer-wise, free (all if you leave it out), or none.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="GPU suite real: the model, as for headinfer generate.",
+            show_default="the shape of Qwen2-7B with random weights",
+        ),
+    ] = None,
     gpu_memory: Annotated[
         int | None,
         size("--gpu-memory", "GPU suites: limit the process to this much GPU memory, e.g. 24GB, like a smaller card."),
@@ -68,17 +101,25 @@ def bench(
         typer.Option("--check-plan", help="Compare the planner's bytes and seconds with measured ones, on the CPU."),
     ] = False,
 ) -> None:
-    """Measure speed and memory on this machine's CPU or GPU, in turns with transformers' caches and other baselines."""
+    """Measure speed and memory on this machine's CPU or GPU, in turns with transformers' caches and other baselines.
+
+    The options for contexts and lengths run only their suites if you name none.
+    """
     names = suites or []
+    lengths = {"tokens": tokens, "offsets": offsets, "whole": whole, "baselines": baselines, "model": model}
     if device == "cpu":
-        if gpu_memory is not None or limit_s is not None:
-            raise UsageError("--gpu-memory and --limit-s are for the GPU suites: give --device cuda as well")
+        for_gpus = {**lengths, "gpu-memory": gpu_memory, "limit-s": limit_s}
+        given = [f"--{name}" for name, value in for_gpus.items() if value is not None]
+        if given:
+            verb = "is" if len(given) == 1 else "are"
+            raise UsageError(f"{' and '.join(given)} {verb} for the GPU suites: give --device cuda as well")
         _run(_cpu_job(names, folder, quick=quick), names, output, markdown=markdown, check_plan=check_plan)
         return
     if folder is not None or check_plan:
         raise UsageError("--folder and --check-plan are for the CPU: leave --device out")
     limit = _DEFAULT_LIMIT_S if limit_s is None else limit_s
-    _run(_gpu_job(names, device, gpu_memory, limit, output, quick=quick), names, output, markdown=markdown)
+    names, job = _gpu_job(names, lengths, device, gpu_memory, limit, output, quick=quick)
+    _run(job, names, output, markdown=markdown)
 
 
 def _cpu_job(names: Sequence[str], folder: Path | None, *, quick: bool) -> CpuJob:
@@ -92,19 +133,26 @@ def _cpu_job(names: Sequence[str], folder: Path | None, *, quick: bool) -> CpuJo
 
 
 def _gpu_job(
-    names: Sequence[str], device: str, gpu_memory: int | None, limit_s: float, output: Path | None, *, quick: bool
-) -> GpuJob:
-    """Check the options of the GPU suites, and return their job."""
+    suites: Sequence[str],
+    lengths: Mapping[str, str | None],
+    device: str,
+    gpu_memory: int | None,
+    limit_s: float,
+    output: Path | None,
+    *,
+    quick: bool,
+) -> tuple[list[str], GpuJob]:
+    """Check the options of the GPU suites, and return the suites that run and their job."""
+    from headinfer.bench.choice import choose
     from headinfer.bench.job import GpuJob
-    from headinfer.bench.run import check_device, check_suites
+    from headinfer.bench.run import check_device
     from headinfer.bench.sizes import QUICK_GPU, GpuSizes
     from headinfer.utils.files import check_folder
 
-    check_suites(names, is_gpu=True)
+    names, sizes = choose(suites, QUICK_GPU if quick else GpuSizes(), **lengths)
     if output is not None:
         check_folder(output.parent if output.suffix == ".json" else output, "write results")
-    sizes = QUICK_GPU if quick else GpuSizes()
-    return GpuJob(check_device(device), sizes, say, limit_s=limit_s, gpu_memory_bytes=gpu_memory)
+    return names, GpuJob(check_device(device), sizes, say, limit_s=limit_s, gpu_memory_bytes=gpu_memory)
 
 
 def _run(
@@ -152,65 +200,43 @@ def _measured(job: CpuJob | GpuJob, names: Sequence[str], *, check_plan: bool) -
 
 
 def _print_tables(measurements: Sequence[Measurement]) -> None:
-    """Print a table for each suite, with its rows grouped by point. Notes that do not fit are printed below it."""
-    width = Console().width
-    for suite in dict.fromkeys(measurement.suite for measurement in measurements):
-        rows = [measurement for measurement in measurements if measurement.suite == suite]
-        footnotes = _footnotes(rows, width)
-        show(_suite_table(suite, rows, footnotes))
-        for number, note in enumerate(footnotes, start=1):
-            show(f"  [{number}] {note}")
+    """Print a block for each point, with its notes below it. All blocks of a suite have the same columns."""
+    from headinfer.bench.results import blocks_of
+
+    blocks = blocks_of(measurements, Console().width)
+    for suite in dict.fromkeys(block.suite for block in blocks):
+        show(f"headinfer bench: {suite}")
+        of_suite = [block for block in blocks if block.suite == suite]
+        widths = _widths(of_suite)
+        for block in of_suite:
+            show("")
+            show(Text(f"{block.point}: {block.note}" if block.note else block.point, style="bold"))
+            if block.rows:
+                show(_block_table(block, widths))
+            for remark in block.remarks:
+                show(Padding(Text(remark), (0, 0, 0, 2)))
+        show("")
 
 
-def _footnotes(rows: Sequence[Measurement], width: int) -> list[str]:
-    """Return the notes that do not fit into a table of this width, beside its other columns."""
-    cells = [_cells(measurement, []) for measurement in rows]
-    taken = 1
-    for name in cells[0]:
-        longest = max(len(row[name]) for row in cells)
-        if name == "":
-            taken += min(longest, _WAY_WIDTH) + 1
-        elif name != "note" and longest:
-            taken += max(longest, len(name)) + 1
-    notes = dict.fromkeys(measurement.note for measurement in rows if measurement.note)
-    return [note for note in notes if len(note) > width - taken]
+def _widths(blocks: Sequence[Block]) -> dict[str, int]:
+    """Return the width of each column over several blocks, by its header."""
+    widths: dict[str, int] = {}
+    for block in blocks:
+        for row in block.rows:
+            for name, text in row.items():
+                widths[name] = max(widths.get(name, len(name)), len(text))
+    return widths
 
 
-def _suite_table(suite: str, rows: Sequence[Measurement], footnotes: Sequence[str]) -> Table:
-    """Return a table of one suite. A column without any text is left out.
-
-    Args:
-        suite: the name of the suite.
-        rows: its measurements.
-        footnotes: notes that are printed below the table, and are numbers in it.
-    """
-    cells = [_cells(measurement, footnotes) for measurement in rows]
-    columns = [name for name in cells[0] if any(row[name] for row in cells)]
-    table = Table(title=f"headinfer bench: {suite}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("", "note") else "right", no_wrap=name != "")
-    point = None
-    for measurement, row in zip(rows, cells, strict=True):
-        if measurement.point != point:
-            point = measurement.point
-            table.add_row(Text(point, style="bold"))
-        table.add_row(*(Text(row[name]) for name in columns))
+def _block_table(block: Block, widths: Mapping[str, int]) -> Table:
+    """Return the table of a block. The names of ways and the notes are wrapped if it is wider than the terminal."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", width=1)
+    for name in block.rows[0]:
+        is_text = name in ("way", "note")
+        width = None if is_text else widths[name]
+        table.add_column(name, justify="left" if is_text else "right", width=width, no_wrap=not is_text)
+    table.columns[1].min_width = min(widths["way"], _WAY_WIDTH)
+    for row in block.rows:
+        table.add_row("", *(Text(text) for text in row.values()))
     return table
-
-
-def _cells(measurement: Measurement, footnotes: Sequence[str]) -> dict[str, str]:
-    """Return the cells of a row in the terminal by the headers of their columns."""
-    from headinfer.bench.measurement import shown
-
-    device_kv = measurement.device_kv_bytes
-    is_footnote = measurement.note in footnotes
-    mark = f" [{footnotes.index(measurement.note) + 1}]" if is_footnote else ""
-    verdict = {True: ": yes", False: ": NO", None: ""}[measurement.reached]
-    return {
-        "": f"  {measurement.who}{mark}",
-        "measured": shown(measurement.value, measurement.unit),
-        "ratio": f"{measurement.ratio:.3f}" if measurement.ratio is not None else "",
-        "device KV": format_bytes(device_kv) if device_kv is not None else "",
-        "goal": f"{measurement.goal}{verdict}",
-        "note": "" if is_footnote else measurement.note,
-    }
