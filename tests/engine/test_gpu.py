@@ -221,6 +221,37 @@ def test_device_memory_does_not_grow_with_the_context():
 
 
 @pytest.mark.gpu
+def test_a_pass_that_runs_out_of_memory_gives_back_resident_kv():
+    """The limit leaves less memory than the activations need, so resident KV is dropped and chunks are shortened."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16_384, "num_hidden_layers": 2}
+    model = make_model("llama", head_dim=128, num_key_value_heads=8, **sizes)
+    ids = prompt(tokens=1200)["input_ids"]
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -1]
+        model = model.to("cuda")
+        budget = {"device_kv_budget_bytes": 128 << 20, "streaming_budget_bytes": 32 << 20}
+        with headinfer.enable(model, chunk_tokens=600, **budget):
+            cache = HeadCache(model.config, expected_tokens=1200, **budget)
+            model(ids[:, :600].to("cuda"), past_key_values=cache, logits_to_keep=1)
+            resident_bytes = cache.stats().device_resident_bytes
+            gc.collect()
+            torch.cuda.empty_cache()
+            total_bytes = torch.cuda.get_device_properties("cuda").total_memory
+            try:
+                limit_bytes = torch.cuda.memory_reserved() + (64 << 20)
+                torch.cuda.set_per_process_memory_fraction(limit_bytes / total_bytes)
+                with pytest.warns(UserWarning, match="a device ran out of memory in a forward pass"):
+                    found = model(ids[:, 600:].to("cuda"), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+    stats = cache.stats()
+    assert stats.tokens == 1200
+    assert stats.oom_retries > 0
+    assert 0 < stats.oom_given_back_bytes <= resident_bytes
+    assert (found.cpu() - wanted).abs().max() < 1e-3 * wanted.std()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_model_on_two_devices(llama):
     from accelerate import dispatch_model

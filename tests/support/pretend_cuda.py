@@ -399,8 +399,9 @@ class Memory:
         self.upper[index] += storage.nbytes()  # an upper bound: freed storage is not subtracted yet
         if self.upper[index] > self.peak[index]:
             self.peak[index] = max(self.peak[index], self.allocated(index))
-            if self.peak[index] > current["fraction"] * TOTAL_BYTES:
-                raise torch.OutOfMemoryError("CUDA out of memory: the simulated device is full")
+        limit = current["fraction"] * TOTAL_BYTES
+        if self.upper[index] > limit and self.allocated(index) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory: the simulated device is full")
 
     def allocated(self, index):
         """The bytes of all tensors on a device."""

@@ -36,10 +36,11 @@ from headinfer.plan.tiles import (
     ring_slot_bytes,
 )
 
-__all__ = ["DeviceKV", "PassShape", "default_budget_bytes"]
+__all__ = ["DeviceKV", "PassShape", "Shortage", "default_budget_bytes"]
 
 _RESERVE_SHARE = 8  # 1/8 of the device is left to activations if no plan has counted them
 _LEAST_RESERVE_BYTES = 2 * 2**30
+_LEAST_RESIDENT_SHARE = 8  # less than 1/8 of the resident KV is given back at once if memory runs out
 _RESERVED_HOST_SHARE = 0.9  # of the free host memory: the expected length is often only an upper bound
 
 
@@ -56,6 +57,23 @@ class PassShape:
     query_heads: int = 1
     query_tokens: int = 1
     row_copies: int = 1
+
+
+@dataclass
+class Shortage:
+    """What was done when a device ran out of memory (hf/recovery.py).
+
+    Attributes:
+        retries: chunks or decode steps that were computed again.
+        given_back_bytes: bytes of resident KV that were dropped from the devices.
+        chunk_tokens: tokens that a chunk has at most since; 0 if chunks were not shortened.
+        has_warned: whether the user has been told.
+    """
+
+    retries: int = 0
+    given_back_bytes: int = 0
+    chunk_tokens: int = 0
+    has_warned: bool = False
 
 
 def default_budget_bytes(device: torch.device) -> int:
@@ -115,6 +133,8 @@ class DeviceKV:
         self._has_slots = False  # whether the plan's tiles can come from the host
         self.write: Writer = WriteInPlace()
         self.residency: Residency | None = None
+        self._abandoned_bytes = 0  # resident bytes when a pass was abandoned last
+        self._most_resident_bytes = 0  # when memory first ran out
         if self.streams is not None:
             buffer_bytes = write_back_bytes(self.streaming_budget_bytes)
             self.write = StagingWriter(buffer_bytes, device, counter, self.streams)
@@ -199,8 +219,28 @@ class DeviceKV:
 
     def abandon(self) -> None:
         """Drop all transfers that are under way."""
+        if self.residency is not None:
+            self._abandoned_bytes = self.residency.held_bytes
         if self.ring is not None:
             self.ring.abandon()
+
+    def give_back(self) -> int:
+        """Keep at most half as much KV resident after the device ran out of memory, and lower the budget.
+
+        Returns:
+            The bytes that are free because of it. What the abandoned pass had made resident counts.
+        """
+        if self.residency is None:
+            return 0
+        held = max(self.residency.held_bytes, self._abandoned_bytes)
+        self._abandoned_bytes = 0
+        self._most_resident_bytes = max(self._most_resident_bytes, held)
+        room_bytes = held // 2
+        if room_bytes < self._most_resident_bytes // _LEAST_RESIDENT_SHARE:
+            room_bytes = 0
+        self.residency.shrink(room_bytes)
+        self.device_kv_budget_bytes = min(self.device_kv_budget_bytes, self.streaming_budget_bytes + room_bytes)
+        return held - self.residency.held_bytes
 
     def _begin_streaming(self, layer_kv: LayerKV, shape: PassShape, taken: int) -> None:
         slot_bytes = ring_slot_bytes(self.streaming_budget_bytes, taken)
@@ -245,6 +285,7 @@ class DeviceKV:
             return
         if self.ring is not None:
             self.ring.close()
+            self.ring = None  # the new one may not fit
         ring: Ring = InPlace()
         if slot_bytes is not None:
             assert self.streams is not None

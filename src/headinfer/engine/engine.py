@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from headinfer.engine.device_kv import DeviceKV, PassShape
+from headinfer.engine.device_kv import DeviceKV, PassShape, Shortage
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import Options
 from headinfer.engine.streaming import AttentionSpec, Tile, attend_streaming, tiles_of
@@ -42,6 +42,7 @@ class Engine:
         row_copies: rows that each row will become during the pass or soon after (hf/copies.py).
         attentions: attentions that ran since the start of the forward pass.
         disk: the disk tier, if there is one.
+        shortage: what was done when a device ran out of memory.
     """
 
     def __init__(self, options: Options, layers: int) -> None:
@@ -55,6 +56,7 @@ class Engine:
         self.row_copies = 1
         self.attentions = 0
         self.disk: DiskTier | None = None
+        self.shortage = Shortage()
         self._shape = PassShape()
         self._begun: set[torch.device] = set()  # the devices that have begun the current pass
         self._layer_order = _LayerOrder()
@@ -179,6 +181,20 @@ class Engine:
         self.awaiting = None
         for kv in self.devices.values():
             kv.abandon()
+
+    def give_back(self) -> int:
+        """Drop resident KV from the devices, about half of it, and free the memory that torch has cached.
+
+        Call it after a device ran out of memory, and after abandon(), so that no queue reads the resident KV.
+
+        Returns:
+            The bytes that were dropped; 0 if no KV was resident.
+        """
+        given = sum(kv.give_back() for kv in self.devices.values())
+        self.shortage.given_back_bytes += given
+        if any(device.type == "cuda" for device in self.devices):
+            torch.cuda.empty_cache()
+        return given
 
     def drop_prefetched(self) -> None:
         """Drop all prefetched tiles."""

@@ -72,6 +72,9 @@ class Stats:
         tile_tokens: tokens that are streamed together; 0 before the first forward pass.
         tile_reason: why this tile was chosen.
         attention_backends: names of the attention backends that ran. As the option `backend` they repeat every choice.
+        oom_retries: chunks or decode steps that were computed again, because a device ran out of memory.
+        oom_given_back_bytes: bytes of resident KV that were dropped from the device for it.
+        oom_chunk_tokens: tokens that a chunk has at most since; 0 if chunks were not shortened.
     """
 
     tokens: int
@@ -95,6 +98,9 @@ class Stats:
     tile_tokens: int
     tile_reason: str
     attention_backends: tuple[str, ...]
+    oom_retries: int
+    oom_given_back_bytes: int
+    oom_chunk_tokens: int
 
 
 class HeadCache(Cache):  # type: ignore[misc]
@@ -233,6 +239,9 @@ class HeadCache(Cache):  # type: ignore[misc]
             tile_tokens=plan.tile_tokens if plan else 0,
             tile_reason=plan.why if plan else "",
             attention_backends=recorded(self.engine.backends_used, self.engine.options.backend),
+            oom_retries=self.engine.shortage.retries,
+            oom_given_back_bytes=self.engine.shortage.given_back_bytes,
+            oom_chunk_tokens=self.engine.shortage.chunk_tokens,
         )
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -47,6 +47,7 @@ from headinfer.hf.inputs import (
     wants_more_than_logits,
 )
 from headinfer.hf.layers import HeadLayer
+from headinfer.hf.recovery import Recovery
 from headinfer.hf.rollback import rollback_on_error
 from headinfer.hf.rotary import RotaryControl
 from headinfer.hf.wrappers import unwrapped
@@ -280,7 +281,10 @@ class Enabled:
         return checked
 
     def _guarded_chunks(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
-        """Run a forward pass, in chunks if it is long. After an error the cache is as it was before."""
+        """Run a forward pass, in chunks if it is long. After an error the cache is as it was before.
+
+        If a device runs out of memory, the pass goes on with less resident KV or shorter chunks (recovery.py).
+        """
         engine = cache.engine
         engine.row_copies = cache.copies
         cache.model = weakref.ref(self.model)
@@ -288,17 +292,23 @@ class Enabled:
             offloaded = (index for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer))
             engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
         chunk_tokens = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
-        result = None
         adapters = applied_adapters(self._adapter_layers)
         cache.check_adapters(adapters)
         cache.adapters = adapters
         rotary = self._rotary.next_pass(inputs, cache)
-        with rollback_on_error(cache, empties=rotary.rereads), self._rotary.frequencies(rotary, cache):
-            for chunk in chunks_of(inputs, self.model.config, chunk_tokens):
-                if result is not None:
-                    self._after_forward(cache)
-                    cache.crop_recorded_past()
-                result = self._one_chunk(forward, chunk, cache)
+        config = self.model.config
+        is_sharded = (getattr(self.model, "tp_size", None) or 1) > 1
+        recovery = Recovery(cache, self._shape, config, self.model.dtype.itemsize, is_sharded=is_sharded)
+        with (
+            rollback_on_error(cache, empties=rotary.rereads) as before,
+            self._rotary.frequencies(rotary, cache) as has_noted,
+        ):
+            result = recovery.run(
+                chunks_of(inputs, config, chunk_tokens),
+                lambda chunk: self._one_chunk(forward, chunk, cache),
+                lambda: self._between_chunks(cache),
+                cache.checkpoint() if has_noted else before,
+            )
         self._after_forward(cache)
         return result
 
@@ -315,6 +325,10 @@ class Enabled:
                 "full attentions through headinfer: use it without headinfer"
             )
         return result
+
+    def _between_chunks(self, cache: HeadCache) -> None:
+        self._after_forward(cache)
+        cache.crop_recorded_past()
 
     def _after_forward(self, cache: HeadCache) -> None:
         self.last_cache = cache

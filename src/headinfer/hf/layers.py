@@ -302,11 +302,15 @@ def restore(layer: Any, state: dict[str, Any]) -> None:
     """Return a layer to a state that state_of() took. Offloaded KV is cropped to its length at that time."""
     kept = {name: value for name, value in layer.__dict__.items() if name in _NOT_IN_STATE}
     layer.__dict__.clear()
-    layer.__dict__.update(state["fields"])
+    # The state may be restored again, after a pass has written to these tensors.
+    layer.__dict__.update({name: _copied(value) for name, value in state["fields"].items()})
     layer.__dict__.update(kept)
     if isinstance(layer, HeadLayer):
         layer.pending = None
-        if layer.layer_kv is not None:
+        if layer.layer_kv is not None:  # it may have been created since
+            layer.dtype = layer.layer_kv.dtype
+            layer.device = layer.layer_kv.device
+            layer.is_initialized = True
             layer.layer_kv.crop(state["tokens"])
 
 

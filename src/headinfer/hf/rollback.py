@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from headinfer.hf.cache import HeadCache
 
@@ -11,7 +12,7 @@ __all__ = ["rollback_on_error"]
 
 
 @contextmanager
-def rollback_on_error(cache: HeadCache, *, empties: bool = False) -> Iterator[None]:
+def rollback_on_error(cache: HeadCache, *, empties: bool = False) -> Iterator[list[dict[str, Any]]]:
     """Restore a cache if the block ends with an exception, KeyboardInterrupt included, and raise the exception again.
 
     A forward pass appends to one layer after another. After an exception, some layers would have the chunk and others
@@ -20,20 +21,23 @@ def rollback_on_error(cache: HeadCache, *, empties: bool = False) -> Iterator[No
     Args:
         cache: the cache that the block fills.
         empties: whether the cache is emptied first. It keeps the number of copies of its rows.
+
+    Yields:
+        The checkpoint of the cache at the beginning of the block, for HeadCache.rollback().
     """
     if empties:
         kept = cache.fork()
         try:
             cache.reset()
             cache.copies = kept.copies
-            yield
+            yield cache.checkpoint()
         except BaseException:
             cache.take_back(kept)
             raise
         return
     before = cache.checkpoint()
     try:
-        yield
+        yield before
     except BaseException:
         cache.rollback(before)
         raise

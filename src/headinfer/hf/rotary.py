@@ -269,10 +269,14 @@ class RotaryControl:
         return RotaryPass(needed, needed, _min_tokens(cache), rereads=change == _REREAD)
 
     @contextmanager
-    def frequencies(self, chosen: RotaryPass, cache: HeadCache) -> Iterator[None]:
-        """Use the frequencies that next_pass() chose within the block, and note them in the cache."""
+    def frequencies(self, chosen: RotaryPass, cache: HeadCache) -> Iterator[bool]:
+        """Use the frequencies that next_pass() chose within the block, and note them in the cache.
+
+        Yields:
+            Whether anything was noted.
+        """
         if chosen.tokens is None:
-            yield
+            yield False
             return
         layer = cache.head_layers[0]
         if chosen.min_tokens:
@@ -280,7 +284,7 @@ class RotaryControl:
         layer.rotary_tokens = chosen.held
         self._tokens = chosen.tokens
         try:
-            yield
+            yield True
         finally:
             self._tokens = None
 

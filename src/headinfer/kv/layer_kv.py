@@ -193,16 +193,17 @@ class LayerKV:
         from_tail = min(leaving, self.tail_tokens)
         from_new = leaving - from_tail
         kept = self.tail_tokens - from_tail
-        # The grown tables are built beside the old ones, so that a failed allocation changes nothing. Writing past
-        # the end of a row's last slice is harmless, since only the table says what is seen.
+        # All memory is allocated before anything changes. Writing past the end of a row's last slice is harmless, since
+        # only the table says what is seen.
+        kept_tails = [tail[:, :, from_tail : self.tail_tokens].clone() for tail in (self._tail_k, self._tail_v) if kept]
         tables = [self._with_room(table, leaving) for table in self._tables]
         for row, table in enumerate(tables):
             self._fill(table, self._tail_k[row, :, :from_tail], self._tail_v[row, :, :from_tail], 0)
             self._fill(table, k[row, :, :from_new], v[row, :, :from_new], from_tail)
         self._tables = tables
+        for tail, new in zip((self._tail_k, self._tail_v), kept_tails, strict=False):
+            tail[:, :, :kept] = new
         for tail, new in ((self._tail_k, k), (self._tail_v, v)):
-            if kept:
-                tail[:, :, :kept] = tail[:, :, from_tail : self.tail_tokens].clone()
             tail[:, :, kept : total - leaving] = new[:, :, from_new:]
         self.host_tokens += leaving
         self.tail_tokens = total - leaving

@@ -70,7 +70,7 @@ class Residency:
     def shrink(self, room_bytes: int) -> None:
         """Reduce `room_bytes`, and drop the newest buffers that exceed it. Their tokens stream from the host again."""
         self.room_bytes = room_bytes
-        while self.held_bytes > room_bytes:
+        while self._buffers and self.held_bytes > room_bytes:
             buffer = self._buffers.pop()()
             if buffer is not None:
                 for segment in list(buffer.segments):
