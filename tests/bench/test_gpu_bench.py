@@ -63,7 +63,9 @@ def run(request):
     device = CPU if request.param == "cpu" else check_device("cuda")
     job = GpuJob(device, SIZES, stages.append)
     by_suite = list(run_suites(list(GPU_SUITES), job))
-    assert sum(stage.startswith("measuring ") for stage in stages) == len(by_suite) == len(GPU_SUITES)
+    assert sum(stage.startswith("measuring ") for stage in stages) == len(GPU_SUITES)
+    # each point of decode and prefill, and the device bytes of all contexts, come as soon as they are measured
+    assert len(by_suite) == len(SIZES.decode_tokens) + 1 + len(SIZES.chunk_offsets) + len(SIZES.whole_tokens) + 3
     return job, [line for found in by_suite for line in found]
 
 
@@ -173,11 +175,10 @@ def test_a_real_prompt_needs_memory_and_time(job, monkeypatch):
 
     other = job.with_model(MODEL)
     other.until = time.monotonic() + 0.001
-    found = gpu_real.real(other)
-    assert "it would take about" in found[0].note
+    assert "it would take about" in next(gpu_real.real(other))[0].note
     monkeypatch.setattr(gpu_real, "available_host_bytes", lambda: 100 * LAYERS * TOKEN_BYTES)
     assert gpu_real.longest_tokens(other) == 85
-    assert gpu_real.real(other)[0].note.startswith("does not fit: ")
+    assert next(gpu_real.real(other))[0].note.startswith("does not fit: ")
     monkeypatch.setattr(gpu_real, "available_host_bytes", lambda: 1 << 50)
     assert gpu_real.longest_tokens(other) == (2**20 - SIZES.real_new_tokens) // 1024 * 1024
 
@@ -572,7 +573,7 @@ def test_options_choose_suites_and_sizes(suites, given, names, changes):
 def test_only_the_chosen_baselines_are_measured(job):
     other = GpuJob(job.device, dataclasses.replace(SIZES, decode_tokens=(512,), baselines=("layer-wise",)), print)
     whole = dataclasses.replace(SIZES, chunk_offsets=(), baselines=())
-    (lines,) = (found for found in run_suites(["decode"], other))
+    lines = [line for found in run_suites(["decode"], other) for line in found]
     assert [line.who for line in of(lines, "decode")] == [OURS, f"{OURS}: streamed, of the pinned link", "layer-wise"]
     assert all(line.rounds == 1 for line in of(lines, "decode"))
     (lines,) = (found for found in run_suites(["prefill"], GpuJob(job.device, whole, print)))
@@ -637,13 +638,16 @@ def test_the_script_refuses_in_one_sentence_if_there_is_no_gpu(tmp_path):
     assert "name a Python" in done.stderr
     done = script(STEPS="tests bnch")
     assert done.returncode == 2
-    assert "choose among tests, sanitizer, bench and bench-24gb" in done.stderr
+    assert "choose among tests decode " in done.stderr
+    done = script("4")
+    assert done.returncode == 2
+    assert "choose 1, 2 or 3" in done.stderr
 
 
 def test_what_the_script_names_exists():
-    """The script contains the name of a test, options and suites as strings; each of them must exist."""
+    """The script contains the name of a test as a string; it must exist."""
     text = SCRIPT.read_text()
-    (one,) = (line.split("'")[1] for line in text.splitlines() if line.strip().startswith("one="))
+    (one,) = (line.split("'")[1] for line in text.splitlines() if line.strip().startswith("local one="))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", one],
         capture_output=True,
@@ -652,9 +656,41 @@ def test_what_the_script_names_exists():
         timeout=HANG_S,
     )
     assert done.returncode == 0, done.stdout
-    from headinfer.cli.bench import bench
 
-    for option in ("--device", "--gpu-memory", "--limit-s", "--output"):
-        assert option in text
-        assert option.removeprefix("--").replace("-", "_") in bench.__annotations__
-    assert "bench decode prefill" in text
+
+def test_the_script_runs_three_parts_of_five_minutes(tmp_path):
+    """With a program in place of Python that prints its arguments. All commands and their options must exist."""
+    import typer
+
+    from headinfer.cli.main import app
+
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\nif [ $# = 1 ]; then cat > /dev/null; printf 'nvidia-x1\\n6\\n'; else echo \"$@\"; fi\n"
+    )
+    python.chmod(0o755)
+    text = SCRIPT.read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)\b", text)}
+    parts = re.search(r'parts=\(\[1\]="(.*?)" \[2\]="(.*?)" \[3\]="(.*?)"\)', text).groups()
+    for number, steps in enumerate(parts, start=1):
+        assert sum(limits[name] for name in steps.split()) <= 290
+        done = script(number, tmp_path / "results", python=python)
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"^== (\w+): at most (\d+) s$", done.stderr, re.MULTILINE) == [
+            (name, str(limits[name])) for name in steps.split()
+        ]
+    names = " ".join(parts).split()
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == sorted(f"{name}-gpu.txt" for name in names)
+    group = typer.main.get_command(app)
+    for name in names:
+        arguments = (tmp_path / "results" / f"{name}-gpu.txt").read_text().splitlines()[1].split()
+        if arguments[:2] != ["-m", "headinfer"]:
+            assert name in ("tests", "embedded")
+            continue
+        command = group.commands[arguments[2]]
+        given = command.make_context(arguments[2], arguments[3:]).params
+        if arguments[2] == "bench":
+            options = {one: given[one] for one in ("tokens", "offsets", "whole", "baselines", "model")}
+            choose(given["suites"], GpuSizes(), **options)
+            assert given["limit_s"] < limits[name]
+            assert str(given["output"]).endswith(f"nvidia-x1-{name}.json")

@@ -737,13 +737,14 @@ def test_a_benchmark_of_a_disk_leaves_its_folder_unchanged(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted([*NAMES, "checkpoints"])
 
 
-@pytest.mark.parametrize("name", ["tests-gpu.txt", "bench-gpu.txt", "sanitizer.txt"])
+@pytest.mark.parametrize("name", ["tests-gpu.txt", "decode-gpu.txt", "sanitizer-gpu.txt"])
 def test_the_gpu_script_replaces_only_its_own_logs(tmp_path, name):
     """The part of the script that writes logs runs twice with its own log, then with other files."""
     script = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    logs = script[script.index("mark=") : script.index("if wanted tests")]
-    begin = 'stop() { echo "$1" >&2; exit 2; }\nresults=$1\nsteps="tests sanitizer bench bench-24gb"\n'
-    run_step = f"\nstep {name.removesuffix('.txt')} 10 echo 1 passed\n"
+    logs = script[script.index("mark=") : script.index("bench() {")]
+    begin = script[script.index("declare -A") : script.index("steps=")]
+    begin += 'stop() { echo "$1" >&2; exit 2; }\nresults=$1\nsteps="tests sanitizer decode"\n'
+    run_step = f"\nstep {name.removesuffix('-gpu.txt')} echo 1 passed\n"
 
     def run():
         command = ["bash", "-c", begin + logs + run_step, "-", str(tmp_path)]
@@ -781,6 +782,11 @@ def test_training_replaces_only_its_own_runs(tmp_path, monkeypatch):
     assert evaluate.is_table(ROOT / "benchmarks" / "results" / "embedded.json")
     folder = put(tmp_path / "results")
     assert not [name for name in NAMES if evaluate.is_table(folder / name)]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "embedded.json").read_text())
+    new = {**rows[-1], "tokens": "1M"}
+    assert evaluate.with_row(rows, new) == [*rows, new]
+    again = {**rows[0], "exact": 0.5}
+    assert evaluate.with_row([*rows, new], again) == [again, *rows[1:], new]
 
 
 # -- all calls that change files -------------------------------------------------------------------------------

@@ -18,13 +18,15 @@ __all__ = ["decode"]
 _SHORT_TOKENS = 2**10
 
 
-def decode(job: GpuJob) -> list[Measurement]:
+def decode(job: GpuJob) -> Iterator[list[Measurement]]:
     """Measure each context against the link and all baselines, and compare the device bytes of all contexts."""
     measurements: list[Measurement] = []
     for tokens in job.sizes.decode_tokens:
-        measurements += _at(job, tokens)
+        found = _at(job, tokens)
         job.clean()
-    return [*measurements, *_equal_bytes(measurements)]
+        measurements += found
+        yield found
+    yield _equal_bytes(measurements)
 
 
 def _at(job: GpuJob, tokens: int) -> list[Measurement]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,17 +31,15 @@ _RESIDENT_GOAL = ">= 0.97"  # the time with all KV on the device over headinfer'
 _SAME_KERNELS = "resident store, its kernels in both"
 
 
-def prefill(job: GpuJob) -> list[Measurement]:
-    """Measure a chunk at each offset in turns with all baselines, then whole prompts, the shortest first."""
+def prefill(job: GpuJob) -> Iterator[list[Measurement]]:
+    """Measure a chunk at each offset in turns with all baselines, then whole prompts, in the order of the job."""
     tokens = job.chunk_tokens()
-    measurements: list[Measurement] = []
     for offset in job.sizes.chunk_offsets:
-        measurements += _chunk_at(job, offset, tokens)
+        yield _chunk_at(job, offset, tokens)
         job.clean()
     for whole in job.sizes.whole_tokens:
-        measurements += _whole(job, whole, tokens)
+        yield _whole(job, whole, tokens)
         job.clean()
-    return measurements
 
 
 def _chunk_at(job: GpuJob, offset: int, tokens: int) -> list[Measurement]:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,15 +34,13 @@ class _OutOfTimeError(Exception):
     """The limit of time has passed."""
 
 
-def real(job: GpuJob) -> list[Measurement]:
+def real(job: GpuJob) -> Iterator[list[Measurement]]:
     """Read prompts of several lengths, the shortest first, and decode tokens after each."""
     own = job.with_model(job.sizes.real_model)
     lengths = own.sizes.real_tokens or (longest_tokens(own),)
-    measurements: list[Measurement] = []
     for tokens in sorted(lengths):
-        measurements += _at(own, tokens)
+        yield _at(own, tokens)
         own.clean()
-    return measurements
 
 
 def longest_tokens(job: GpuJob) -> int:

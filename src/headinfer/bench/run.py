@@ -34,12 +34,12 @@ class Suite(Generic[J]):
     """A suite that can be named on the command line.
 
     Attributes:
-        run: measures; it gets the job.
+        run: measures; it gets the job. A suite that takes long yields the measurements of each point.
         share: its share of the time if the job has a limit. A later suite also gets what an earlier one leaves.
         by_default: whether it runs if no suite is named.
     """
 
-    run: Callable[[J], list[Measurement]]
+    run: Callable[[J], list[Measurement] | Iterator[list[Measurement]]]
     share: float = 1.0
     by_default: bool = True
 
@@ -94,9 +94,9 @@ def check_suites(names: Sequence[str], *, is_gpu: bool) -> None:
 
 
 def run_suites(names: Sequence[str], job: CpuJob | GpuJob) -> Iterator[list[Measurement]]:
-    """Run suites, and yield the measurements of each when it has ended.
+    """Run suites, and yield the measurements of each point, or of each suite, when they are there.
 
-    So a caller can write results after each suite, and an error in a later suite does not lose them. On a GPU, the
+    So a caller can write results as they come, and an error in a later suite does not lose them. On a GPU, the
     machine's rates come with the first suite. If there is no time for a measurement within the job's limit, its note
     says so.
 
@@ -130,10 +130,17 @@ def _run(chosen: Mapping[str, Suite[Any]], job: CpuJob | GpuJob) -> Iterator[lis
         limit = "" if math.isinf(job.limit_s) else f", at most {format_seconds(max(job.left_s, 0))}"
         job.say(f"measuring {name}{limit} ...")
         with torch.inference_mode():
-            found += suite.run(job)
-        job.clean()
-        yield found
-        found = []
+            measured = suite.run(job)
+            parts = iter([measured]) if isinstance(measured, list) else measured
+        while True:
+            with torch.inference_mode():
+                part = next(parts, None)
+            job.clean()
+            if part is None:
+                break
+            if found or part:
+                yield found + part
+                found = []
 
 
 def run_check(job: CpuJob) -> list[Measurement]:

@@ -158,7 +158,7 @@ def _gpu_job(
 def _run(
     job: CpuJob | GpuJob, names: Sequence[str], output: Path | None, *, markdown: bool, check_plan: bool = False
 ) -> None:
-    """Measure, write the results after each suite, and print them.
+    """Measure, write the results as they come, and print them.
 
     If they cannot be written, all is measured and printed before the error is raised.
     """
@@ -168,6 +168,8 @@ def _run(
     files = ResultFiles(job, output, arguments) if output is not None else None
     measurements: list[Measurement] = []
     refused: HeadinferError | None = None
+    if files is not None:
+        say(f"results are written to {' and '.join(str(path) for path in files.paths)} as they come")
     for found in _measured(job, names, check_plan=check_plan):
         measurements += found
         if files is None or refused is not None:
@@ -176,8 +178,6 @@ def _run(
             files.write(measurements)
         except HeadinferError as error:
             refused = error
-        else:
-            say(f"written to {' and '.join(str(path) for path in files.paths)}")
     if markdown:
         print(result_markdown(job, measurements, arguments), end="")
     else:
@@ -189,7 +189,7 @@ def _run(
 
 
 def _measured(job: CpuJob | GpuJob, names: Sequence[str], *, check_plan: bool) -> Iterator[list[Measurement]]:
-    """Yield the measurements of each suite, or of --check-plan."""
+    """Yield the measurements of each point or suite, or of --check-plan."""
     from headinfer.bench.job import CpuJob
     from headinfer.bench.run import run_check, run_suites
 
