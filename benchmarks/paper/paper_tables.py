@@ -20,10 +20,12 @@ from headinfer.plan.roofline import operating_points
 __all__ = [
     "CHUNK_TOKENS",
     "CONTEXTS_K",
+    "DECODE_LINK_BYTES_PER_S",
     "DECODE_S",
     "GIB",
     "MEMORY_1M",
     "MEMORY_AT_LIMIT",
+    "PREFILL_LINK_BYTES_PER_S",
     "PREFILL_S",
     "TABLES",
     "K",

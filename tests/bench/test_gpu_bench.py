@@ -471,9 +471,13 @@ def test_the_papers_tables_beside_what_was_measured(run, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     text = measured_section(tmp_path)
     assert "no GPU measurement" not in text
-    assert "RTX 4090 has 24 GB" in text
-    assert "| 10K | 1.24 | 1.5 |" in text
-    assert "| 1M (simulation) | - | - | - | - | 6.51 | 2.5 | 6.41 | 2.75 |" in text
+    assert "| matrix product in bfloat16, TFLOP/s | 165, data sheet | " in text
+    link = "[gpu](../benchmarks/results/gpu.json)"
+    assert f"- {link}, by `headinfer bench --device cuda`. Versions: headinfer " in text
+    assert f"| 10K | adaptive | 1.24 | headinfer | 1.5 | 0.83 | {link} |" in text
+    assert f"| 1M (simulation) | 1 head | 6.51 | paper's scheme | 2.5 | 2.60 | {link} |" in text
+    assert f"| 1M (simulation) | adaptive | 6.41 | headinfer | 2.75 | 2.33 | {link} |" in text
+    assert "which were not measured here" in text
     assert "| head-wise (paper), 1M, the paper | 1 | 16.7 | 1 |" in text
     assert "| headinfer, 1M, measured | 0.25 | 17 | |" in text
     (tmp_path / "bad.json").write_text("{")
