@@ -59,6 +59,17 @@ def test_device_bytes_are_equal_at_both_lengths_and_add_up(measurements):
     assert long.details["link_bytes_of_the_pass"] <= long.details["host_kv_bytes"]
 
 
+def test_the_hosts_time_is_measured_with_all_kv_resident(measurements):
+    resident, in_place, dynamic, ratio = (one for one in measurements if one.suite == "host")
+    assert resident.details["streamed_bytes"] == 0
+    assert {one.unit for one in (resident, in_place, dynamic)} == {"us/layer"}
+    assert resident.ratio == 1
+    assert ratio.who == "headinfer, all KV resident / DynamicCache"
+    for one in (resident, in_place, dynamic):
+        assert sum(one.details["operations"].values()) > 0
+        assert one.rounds == QUICK_CPU.short_steps
+
+
 def test_results_name_command_machine_and_model(job, measurements):
     result = json.loads(result_json(job, measurements, ["bench", "decode"]))
     assert result["command"] == "headinfer bench decode"

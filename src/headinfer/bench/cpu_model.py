@@ -76,9 +76,9 @@ def _append(cache: HeadCache, k: torch.Tensor, v: torch.Tensor) -> None:
         layer.layer_kv.append(k, v)
 
 
-def fill_dynamic(cache: Any, config: Any, tokens: int) -> None:
+def fill_dynamic(cache: Any, config: Any, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Put the same noise into every layer of an empty DynamicCache."""
-    chunks = _noise(config, tokens)
+    chunks = _noise(config, tokens, dtype)
     k, v = (torch.cat(sides, dim=2) for sides in zip(*chunks, strict=True))
     for layer in cache.layers:
         layer.update(k, v)

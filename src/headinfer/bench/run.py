@@ -16,6 +16,7 @@ from headinfer.bench.gpu_decode import decode
 from headinfer.bench.gpu_link import link, measure_rates, rate_measurements
 from headinfer.bench.gpu_prefill import prefill
 from headinfer.bench.gpu_real import real
+from headinfer.bench.host_time import host
 from headinfer.bench.job import CpuJob, GpuJob
 from headinfer.bench.measurement import Measurement
 from headinfer.bench.plan_check import check_plan
@@ -50,6 +51,7 @@ CPU_SUITES: Mapping[str, Suite[CpuJob]] = {
     "prefill": Suite(cpu_suites.prefill),
     "memory": Suite(cpu_suites.memory),
     "device-kv": Suite(cpu_suites.device_kv),
+    "host": Suite(host),
     "session": Suite(disk_suites.session, by_default=False),
     "disk-tier": Suite(disk_suites.disk_tier, by_default=False),
 }

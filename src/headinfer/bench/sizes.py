@@ -57,6 +57,7 @@ class CpuSizes(Sizes):
 
     Attributes:
         model: the attention of Llama-3-8B, with a small MLP and vocabulary, so that attention is what is measured.
+        host_model: the model of the suite `host`: many layers with little to compute.
         short_tokens: a short context.
         long_tokens: a long context.
         chunk_tokens: tokens of a prefill chunk.
@@ -71,6 +72,7 @@ class CpuSizes(Sizes):
     """
 
     model: str = "random:llama-3-8b?layers=2&intermediate=256&vocab=256&context=1048576"
+    host_model: str = "random:llama-3-8b?layers=32&hidden=64&intermediate=64&heads=4&kv_heads=2&context=1048576"
     short_tokens: int = 1024
     long_tokens: int = 131_072
     chunk_tokens: int = 2048
@@ -133,6 +135,7 @@ class GpuSizes(Sizes):
 
 
 QUICK_CPU = CpuSizes(
+    host_model="random:llama-3-8b?layers=4&hidden=64&intermediate=64&heads=4&kv_heads=2",
     short_tokens=256,
     long_tokens=4096,
     chunk_tokens=64,
