@@ -14,6 +14,7 @@ from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import streaming
 from headinfer.engine.streaming import AttentionSpec, attend_streaming, tiles_of
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.device_buffer import pieces_of
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.resident import LayerResidency, Residency
@@ -467,8 +468,8 @@ def test_resident_tokens_of_a_known_length_are_one_piece():
     for tokens in (300, 600, 700):
         bench.fill(tokens)
         (first, second) = tiles_of(bench.layer_kv, slice(0, 2), TilePlan(2, 100, ""), None)
-        assert [len(tile.resident) for tile in (first, second)] == [1, 1]
-        assert first.resident[0][0].shape[1] == bench.layer_kv.host_tokens
+        assert [len(pieces_of(tile.resident, slice(0, 2))) for tile in (first, second)] == [1, 1]
+        assert first.resident[-1].stop == bench.layer_kv.host_tokens
     assert bench.counter.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
     bench.assert_step(3)
 

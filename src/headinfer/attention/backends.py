@@ -7,10 +7,14 @@ A backend implements two operations (`AttendFull` and `AttendCausal` below):
 
 choose() returns the first backend that supports a problem. The choice depends on the problem only, never on timing: the
 same call gives the same bits. The tests compare every backend with reference.attend_reference().
+
+If one tensor holds all K and V of a decode step, nothing has to be merged, and torch's scaled_dot_product_attention is
+called, as transformers does without headinfer (sdpa_serves()).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +28,7 @@ from headinfer.utils.tensors import Piece
 
 __all__ = [
     "BACKENDS",
+    "SDPA",
     "TABLE",
     "Backend",
     "Problem",
@@ -33,6 +38,7 @@ __all__ = [
     "choose",
     "preferences",
     "recorded",
+    "sdpa_serves",
 ]
 
 AttendFull = Callable[[torch.Tensor, Sequence[Piece], float, float | None], AttentionState]
@@ -244,9 +250,35 @@ TABLE: tuple[Rule, ...] = (
 )
 
 
+SDPA = "sdpa"
+"""The name of torch's scaled_dot_product_attention, which returns no log-sum-exp."""
+
+_SDPA_LARGEST_HEAD_DIM = 256
+
+
+@functools.lru_cache(maxsize=256)
+def sdpa_serves(device_type: str, dtype: torch.dtype, key_dim: int, value_dim: int, preferred: str | None) -> bool:
+    """Return whether torch's scaled_dot_product_attention computes a decode step whose K and V are one piece.
+
+    On CUDA it is used where it takes grouped KV heads as they are, which is flash attention. Other kernels would get a
+    copy of K and V for each query head.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        dtype: the dtype of q, k and v.
+        key_dim: the head dim of q and k.
+        value_dim: the head dim of v.
+        preferred: names of backends, as for preferences(). Other names only exclude it.
+    """
+    names = preferences(preferred)
+    if (names and SDPA not in names) or key_dim != value_dim:
+        return False
+    return device_type == "cpu" or (dtype in HALVES and key_dim <= _SDPA_LARGEST_HEAD_DIM)
+
+
 def backend_names() -> list[str]:
-    """Return the names of all backends, in the order of BACKENDS."""
-    return [backend.name for backend in BACKENDS]
+    """Return the names of all backends: sdpa, and those of BACKENDS in their order."""
+    return [SDPA, *_BY_NAME]
 
 
 def preferences(preferred: str | None) -> list[str]:
@@ -260,7 +292,7 @@ def preferences(preferred: str | None) -> list[str]:
     """
     names = [name.strip() for name in preferred.split(",")] if preferred is not None else []
     for name in names:
-        if name not in _BY_NAME:
+        if name != SDPA and name not in _BY_NAME:
             raise UsageError(f"there is no attention backend {name!r}: choose one of {', '.join(backend_names())}")
     return names
 
@@ -278,6 +310,8 @@ def choose(problem: Problem, preferred: str | None = None) -> Backend:
     """
     row = next((rule.names for rule in TABLE if rule.matches(problem)), ("eager",))
     for name in (*preferences(preferred), *row):
+        if name == SDPA:
+            continue
         backend = _BY_NAME[name]
         if backend.device_type in (problem.device_type, "any") and backend.refuses(problem) is None:
             return backend

@@ -182,8 +182,11 @@ class DeviceKV:
             CapacityError: the budget does not hold a ring, also if no token stays resident.
         """
         # There is one tail more than there are layers, since reordering rows copies a tail. Forks have tails too.
+        # Rows that become several leave their own tails behind, in the buffers of their resident tokens.
         held = self.counter.device_bytes
         tails = (self.layers + 1) * layer_kv.tail_bytes * shape.row_copies
+        if shape.row_copies > 1:
+            tails += self.layers * layer_kv.tail_bytes
         tails = max(tails, held["tail"] + layer_kv.tail_bytes)
         taken = tails + held["staging"]
         most_resident = max(self.device_kv_budget_bytes - taken, 0)

@@ -17,8 +17,8 @@ from headinfer.errors import UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.host_memory import HostTier
-from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
-from headinfer.kv.segments import Segment
+from headinfer.kv.layer_kv import LayerKV, TokenRanges
+from headinfer.kv.segments import Segment, first_of
 from headinfer.kv.slices import DiskSlice
 from headinfer.kv.streams import Transport
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan

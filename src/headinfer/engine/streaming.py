@@ -8,7 +8,8 @@ For each head group of a layer:
         state = merge(state, attention on tile i)                               compute queue
     write the state into the output
 
-The tail is on the device. In decode it is attended to together with the first tile, in one kernel.
+The tail is on the device, behind the resident tokens. In decode the new token is written behind the tail. If all tokens
+of a layer are resident, these are all keys, and the loop is one kernel call.
 
 If the host is the compute device (CPU), nothing is copied: a tile consists of the segments themselves, and one call
 reads all of them.
@@ -24,10 +25,11 @@ from typing import Any
 
 import torch
 
-from headinfer.attention.backends import Backend, Problem, capability_of, choose
+from headinfer.attention.backends import SDPA, Backend, Problem, capability_of, choose, sdpa_serves
 from headinfer.attention.state import AttentionState
-from headinfer.kv.layer_kv import LayerKV, TokenRanges, first_of
-from headinfer.kv.segments import ResidentBuffer, SegmentSlice, SharedPrefix
+from headinfer.kv.device_buffer import BufferSlice, pieces_of
+from headinfer.kv.layer_kv import LayerKV, TokenRanges
+from headinfer.kv.segments import SegmentSlice, SharedPrefix, first_of
 from headinfer.kv.slices import AnyPiece
 from headinfer.kv.transfer import InPlace, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
@@ -69,14 +71,14 @@ class Tile:
         pieces: what must be fetched; empty for a resident tile.
         after: events of the write-back of these pieces.
         key: equal for tiles of the same tokens of the same segments, as long as their content is the same.
-        resident: pieces that are on the device.
+        resident: what is on the device.
     """
 
     rows: tuple[int, ...]
     pieces: tuple[AnyPiece, ...] = ()
     after: tuple[Any, ...] = ()
     key: Hashable = None
-    resident: tuple[Piece, ...] = ()
+    resident: tuple[BufferSlice, ...] = ()
 
 
 @dataclass
@@ -92,6 +94,7 @@ class LayerPass:
         past_tokens: how many of these tokens are attended to.
         backend: attention backends to try first.
         used: collects the names of the backends that ran.
+        staged_tokens: tokens of the chunk that were written behind the tail: 1 or 0.
     """
 
     q: torch.Tensor
@@ -102,6 +105,7 @@ class LayerPass:
     past_tokens: int
     backend: str | None = None
     used: set[str] = field(default_factory=set)
+    staged_tokens: int = 0
 
     @property
     def is_decode(self) -> bool:
@@ -176,9 +180,16 @@ def attend_streaming(
     Returns:
         [B, T, Hq, Dv] in q's dtype. Query rows that see no key give 0.
     """
+    used = used if used is not None else set()
+    is_staged = q.shape[2] == 1 and past_tokens is None and layer_kv.stage(k, v)
+    if is_staged and layer_kv.is_one_piece:
+        out = _attend_one_piece(q, layer_kv, spec, backend)
+        if out is not None:
+            used.add(SDPA)
+            return out
     q = q.contiguous()  # packed once, not for each tile
     past = layer_kv.tokens if past_tokens is None else past_tokens
-    layer = LayerPass(q, k, v, layer_kv, spec, past, backend, used if used is not None else set())
+    layer = LayerPass(q, k, v, layer_kv, spec, past, backend, used, int(is_staged))
     past_ranges = spec.token_ranges
     if past != layer_kv.tokens:
         past_ranges = first_of(spec.token_ranges, past, q.shape[0])
@@ -189,22 +200,47 @@ def attend_streaming(
     for heads, tiles in zip(groups, tiles_by_group, strict=True):
         state, on_device = _own_state(layer, heads, past_ranges)
         for tile in tiles:
-            # In decode the tail joins the first tile of its row, since launches are what a kernel costs.
-            tail: tuple[Piece, ...] = ()
-            if layer.is_decode and len(tile.rows) == 1:
-                tail = on_device.pop(tile.rows[0], ())
-            pieces = tile.resident or fetcher.next_tile()
+            # The tail of a row follows its resident tokens in memory: one piece. In decode it joins the first tile that
+            # is fetched, since launches are what a kernel costs.
+            near = _Near()
+            if len(tile.rows) == 1 and (tile.resident or layer.is_decode):
+                near = on_device.pop(tile.rows[0], near)
+            if tile.resident:
+                pieces = pieces_of((*tile.resident, *near.tail), heads)
+                own = near.chunk
+            else:
+                pieces = list(fetcher.next_tile())
+                own = near.pieces(heads)
             for some in _calls(layer, len(tile.rows), pieces):
-                state = _attend_tile(layer, heads, state, tile.rows, (*some, *tail))
+                state = _attend_tile(layer, heads, state, tile.rows, (*some, *own))
+                own = ()
             if not tile.resident:
                 fetcher.release()
-        for row, tail in on_device.items():
-            state = _attend_tile(layer, heads, state, (row,), tail)
+        for row, near in on_device.items():
+            state = _attend_tile(layer, heads, state, (row,), near.pieces(heads))
         state = state or _empty(layer, heads)
         queries = slice(heads.start * layer.group_queries, heads.stop * layer.group_queries)
         merged = state.out if spec.sinks is None else state.with_sinks(spec.sinks[queries, None])
         out[:, :, queries] = merged.transpose(1, 2)
     return out
+
+
+def _attend_one_piece(
+    q: torch.Tensor, layer_kv: LayerKV, spec: AttentionSpec, backend: str | None
+) -> torch.Tensor | None:
+    """Compute attention of a staged token on all tokens, which are one piece, as without offloading.
+
+    Returns:
+        [B, 1, Hq, Dv]; None if sdpa does not serve the layer.
+    """
+    if spec.token_ranges is not None or spec.softcap is not None or spec.sinks is not None:
+        return None
+    if not sdpa_serves(q.device.type, q.dtype, layer_kv.key_dim, layer_kv.value_dim, backend):
+        return None
+    k, v = layer_kv.one_piece(1)
+    is_grouped = q.shape[1] != layer_kv.heads
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=spec.scale, enable_gqa=is_grouped)
+    return out.transpose(1, 2)
 
 
 class _Fetcher:
@@ -255,7 +291,7 @@ def tiles_of(
     for shared in layer_kv.shared_prefixes(token_ranges):
         resident, streamed = _split_by_residency(shared)
         if resident:
-            yield Tile(shared.rows, resident=tuple(_joined(resident, heads)))
+            yield Tile(shared.rows, resident=tuple(part.segment.resident(part.start, part.stop) for part in resident))
         most = _tile_tokens(plan, sum(part.tokens for part in streamed))
         slices: list[SegmentSlice] = []
         room = most
@@ -294,23 +330,6 @@ def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[
         if stop < part.stop:
             streamed.append(SegmentSlice(part.segment, stop, part.stop))
     return resident, streamed
-
-
-def _joined(slices: Sequence[SegmentSlice], heads: slice) -> Iterator[Piece]:
-    """Return resident slices as pieces. Neighbours in a resident buffer become one piece."""
-    buffer: ResidentBuffer | None = None
-    begin = 0
-    end = 0
-    for part in slices:
-        start = part.segment.resident_start + part.start
-        if part.segment.resident_buffer is not buffer or start != end:
-            if buffer is not None:
-                yield buffer.k[heads, begin:end], buffer.v[heads, begin:end]
-            buffer = part.segment.resident_buffer
-            begin = start
-        end = start + part.tokens
-    if buffer is not None:
-        yield buffer.k[heads, begin:end], buffer.v[heads, begin:end]
 
 
 def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
@@ -376,16 +395,28 @@ def _empty(layer: LayerPass, heads: slice) -> AttentionState:
     return AttentionState.empty(shape, layer.v.shape[3], layer.q.device)
 
 
+@dataclass(frozen=True)
+class _Near:
+    """What a row sees on the device beside its resident tokens: the tail, and a chunk of one token, unless the tail has
+    it."""
+
+    tail: tuple[BufferSlice, ...] = ()
+    chunk: tuple[Piece, ...] = ()
+
+    def pieces(self, heads: slice) -> tuple[Piece, ...]:
+        return (*pieces_of(self.tail, heads), *self.chunk)
+
+
 def _own_state(
     layer: LayerPass, heads: slice, past_ranges: Sequence[TokenRanges] | None
-) -> tuple[AttentionState | None, dict[int, tuple[Piece, ...]]]:
-    """Attend to the KV that is on the device anyway: the chunk itself and the tail of each row.
+) -> tuple[AttentionState | None, dict[int, _Near]]:
+    """Attend from the chunk to itself, and return what else is on the device without being resident.
 
-    A chunk of one token is returned as a piece too.
+    A chunk of one token is returned too.
 
     Returns:
-        The state [B, h * G, T, Dv] of the head group, None for a chunk of one token, and the pieces of each row that
-        the state lacks.
+        The state [B, h * G, T, Dv] of the head group, None for a chunk of one token, and what of each row the state
+        lacks.
     """
     token_ranges = layer.spec.token_ranges
     rows, _, tokens, _ = layer.q.shape
@@ -393,15 +424,14 @@ def _own_state(
     q = layer.q[:, heads.start * layer.group_queries : heads.stop * layer.group_queries]
     k = layer.k[:, heads]
     v = layer.v[:, heads]
-    on_device: dict[int, tuple[Piece, ...]] = {}
+    on_device: dict[int, _Near] = {}
     for row in range(rows):
-        tail = layer.layer_kv.tail(row, past_ranges[row] if past_ranges is not None else None)
-        pieces = [(tail_k[heads], tail_v[heads]) for tail_k, tail_v in tail]
+        row_ranges = past_ranges[row] if past_ranges is not None else None
+        tail = layer.layer_kv.tail_slices(row, row_ranges, layer.staged_tokens)
         sees_itself = token_ranges is None or any(start <= past < stop for start, stop in token_ranges[row])
-        if tokens == 1 and sees_itself:
-            pieces.append((k[row], v[row]))
-        if pieces:
-            on_device[row] = tuple(pieces)
+        chunk = ((k[row], v[row]),) if tokens == 1 and sees_itself and not layer.staged_tokens else ()
+        if tail or chunk:
+            on_device[row] = _Near(tuple(tail), chunk)
     if tokens == 1:
         return None, on_device
     chunk_is_seen = token_ranges is None or all(

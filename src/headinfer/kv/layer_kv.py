@@ -18,16 +18,22 @@ import torch
 
 from headinfer.errors import StateError
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.device_buffer import (
+    TAIL_TOKENS,
+    TAIL_UNIT_TOKENS,
+    BufferShape,
+    BufferSlice,
+    DeviceBuffer,
+    no_action,
+    pieces_of,
+)
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.resident import LayerResidency
 from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRanges, clip, group, seal
 from headinfer.kv.write_back import Writer
 from headinfer.utils.tensors import Piece
 
-__all__ = ["TAIL_UNIT_TOKENS", "LayerKV", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "first_of"]
-
-TAIL_UNIT_TOKENS = 128
-"""The tail holds up to two units; after a flush it holds at least one."""
+__all__ = ["TAIL_UNIT_TOKENS", "LayerKV", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges"]
 
 _SMALL_SEGMENT_TOKENS = 256
 _LARGE_SEGMENT_TOKENS = 16_384
@@ -84,9 +90,9 @@ class LayerKV:
         self.tail_tokens = 0
         self._tables: list[list[SegmentSlice]] = [[] for _ in range(k.shape[0])]
         self._whole_prefixes: list[SharedPrefix] | None = None
-        self._tail_count = _TailCount(counter)
-        weakref.finalize(self, self._tail_count.set, 0).atexit = False  # close() may not be called
-        self._new_tail(k.shape[0])
+        self._buffer = self._new_buffer(0)
+        self._is_in_order = True  # whether the resident tokens of each row are in the buffer's row of the same number
+        self._staged: torch.Tensor | None = None  # K of the chunk that stage() has written behind the tail
 
     # -- content ---------------------------------------------------------------------------------------------
 
@@ -114,15 +120,20 @@ class LayerKV:
 
     def tail(self, row: int, token_ranges: TokenRanges | None = None) -> list[Piece]:
         """Return the tail of a row as views k [Hkv, T, Dk] and v [Hkv, T, Dv], one pair for each range that is seen."""
-        if self.tail_tokens == 0:
-            return []
-        found = []
-        for start, stop in token_ranges if token_ranges is not None else ((0, self.tokens),):
-            first = max(start - self.host_tokens, 0)
-            last = min(stop - self.host_tokens, self.tail_tokens)
-            if first < last:
-                found.append((self._tail_k[row, :, first:last], self._tail_v[row, :, first:last]))
-        return found
+        return pieces_of(self.tail_slices(row, token_ranges), slice(None))
+
+    def tail_slices(
+        self, row: int, token_ranges: TokenRanges | None = None, chunk_tokens: int = 0
+    ) -> list[BufferSlice]:
+        """Return where the tail of a row is in device memory: one slice for each range that is seen.
+
+        Args:
+            row: the row.
+            token_ranges: the ranges of the row's tokens that are seen; None for all.
+            chunk_tokens: tokens of the chunk that stage() has written behind the tail; 0 leaves it out.
+        """
+        tokens = self.tail_tokens + chunk_tokens
+        return self._buffer.tail_slices(row, self.host_tokens, tokens, token_ranges)
 
     def dense(self) -> Piece:
         """Return a copy of everything in host memory: k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv]. For tests."""
@@ -135,41 +146,87 @@ class LayerKV:
                 k, v = part.segment.dense()
                 pairs.append((k[:, : part.stop], v[:, : part.stop]))
             pairs += [(k.cpu(), v.cpu()) for k, v in self.tail(row)]
-            rows_k.append(torch.cat([k for k, _ in pairs] or [self._tail_k[row, :, :0].cpu()], dim=1))
-            rows_v.append(torch.cat([v for _, v in pairs] or [self._tail_v[row, :, :0].cpu()], dim=1))
+            rows_k.append(torch.cat([k for k, _ in pairs] or [self._buffer.k[row, :, :0].cpu()], dim=1))
+            rows_v.append(torch.cat([v for _, v in pairs] or [self._buffer.v[row, :, :0].cpu()], dim=1))
         return torch.stack(rows_k), torch.stack(rows_v)
 
     def saved_tables(self) -> list[list[SegmentSlice]]:
         """Return the tables of all rows. Their segments are sealed: they are never written again."""
-        for table in self._tables:
-            seal(table)
+        self._seal()
         return [list(table) for table in self._tables]
 
     def tails(self) -> Piece:
         """Return the tails of all rows as views k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
-        return self._tail_k[:, :, : self.tail_tokens], self._tail_v[:, :, : self.tail_tokens]
+        return self._buffer.views(self._buffer.tail_start(self.host_tokens), self.tail_tokens)
 
     def restore(self, tables: Sequence[list[SegmentSlice]], tail_k: torch.Tensor, tail_v: torch.Tensor) -> None:
         """Fill an empty LayerKV with what saved_tables() and tails() returned."""
         self._tables = [list(table) for table in tables]
         self._whole_prefixes = None
         self.host_tokens = sum(part.tokens for part in tables[0])
+        self._buffer.first = self.host_tokens
         self.tail_tokens = tail_k.shape[2]
-        self._tail_k[:, :, : self.tail_tokens] = tail_k
-        self._tail_v[:, :, : self.tail_tokens] = tail_v
+        for own, restored in zip(self.tails(), (tail_k, tail_v), strict=True):
+            own.copy_(restored)
         self._is_promoted = False
 
     def promote(self) -> None:
-        """Make restored segments resident, as far as the residency allows. Called before they are first used."""
-        if not self._is_promoted and self.residency is not None:
-            for table in self._tables:
-                self.residency.promote(table, self.rows)
+        """Copy the first tokens of restored rows to the device, as many as the residency allows.
+
+        Called before the tokens are first used.
+        """
+        if self._is_promoted:
+            return
         self._is_promoted = True
+        buffer = self.residency.promote(self._tables, self._shape) if self.residency is not None else None
+        if buffer is not None:
+            self._use_buffer(buffer)
+            self._is_in_order = True
 
     @property
     def is_all_resident(self) -> bool:
         """Whether all host tokens are on the device too."""
-        return all(part.stop <= part.segment.resident_tokens for table in self._tables for part in table)
+        return self.is_one_piece or all(
+            part.stop <= part.segment.resident_tokens for table in self._tables for part in table
+        )
+
+    @property
+    def is_one_piece(self) -> bool:
+        """Whether the buffer holds all tokens of each row in order, one behind the other."""
+        buffer = self._buffer
+        return self.host_tokens == 0 or (
+            self._is_in_order and buffer.first == 0 and self.host_tokens <= buffer.resident_tokens
+        )
+
+    # -- attention -------------------------------------------------------------------------------------------
+
+    def stage(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Write a chunk behind the tail, so that attention finds it there. append() then does not copy it again.
+
+        Args:
+            k: [B, Hkv, T, Dk] on the device.
+            v: [B, Hkv, T, Dv] on the device.
+
+        Returns:
+            Whether the chunk fits behind the tail.
+        """
+        buffer = self._buffer
+        start = buffer.tail_start(self.host_tokens) + self.tail_tokens
+        if start + k.shape[2] > buffer.tokens:
+            return False
+        buffer.put(start, k, v)
+        self._staged = k
+        return True
+
+    def one_piece(self, chunk_tokens: int) -> Piece:
+        """Return views k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] of all tokens, if `is_one_piece`.
+
+        Args:
+            chunk_tokens: tokens of the chunk that stage() has written behind the tail.
+        """
+        tokens = self.host_tokens + self.tail_tokens + chunk_tokens
+        start = 0 if self._buffer.first == 0 else self._buffer.tail_start(self.host_tokens)
+        return self._buffer.views(start, tokens)
 
     # -- growing and shrinking -------------------------------------------------------------------------------
 
@@ -183,28 +240,28 @@ class LayerKV:
             k: [B, Hkv, T, Dk] on the device.
             v: [B, Hkv, T, Dv] on the device.
         """
-        total = self.tail_tokens + k.shape[2]
-        if total <= self._tail_k.shape[2]:
-            self._tail_k[:, :, self.tail_tokens : total] = k
-            self._tail_v[:, :, self.tail_tokens : total] = v
+        is_staged = self._staged is k
+        self._staged = None
+        added = k.shape[2]
+        total = self.tail_tokens + added
+        if total <= TAIL_TOKENS:
+            if not is_staged:
+                self._buffer.put(self._buffer.tail_start(self.host_tokens) + self.tail_tokens, k, v)
             self.tail_tokens = total
             return
         leaving = (total - TAIL_UNIT_TOKENS) // TAIL_UNIT_TOKENS * TAIL_UNIT_TOKENS
         from_tail = min(leaving, self.tail_tokens)
         from_new = leaving - from_tail
-        kept = self.tail_tokens - from_tail
-        # All memory is allocated before anything changes. Writing past the end of a row's last slice is harmless, since
-        # only the table says what is seen.
-        kept_tails = [tail[:, :, from_tail : self.tail_tokens].clone() for tail in (self._tail_k, self._tail_v) if kept]
-        tables = [self._with_room(table, leaving) for table in self._tables]
+        self._grow_resident(self.host_tokens + leaving)
+        # The grown tables are built beside the old ones, and advance() allocates before it writes, so a failed allocation
+        # changes nothing. Writing past the end of a row's last slice is harmless: only the table says what is seen.
+        tables = [self._with_room(row, table, leaving) for row, table in enumerate(self._tables)]
+        tail_k, tail_v = self.tails()
         for row, table in enumerate(tables):
-            self._fill(table, self._tail_k[row, :, :from_tail], self._tail_v[row, :, :from_tail], 0)
+            self._fill(table, tail_k[row, :, :from_tail], tail_v[row, :, :from_tail], 0)
             self._fill(table, k[row, :, :from_new], v[row, :, :from_new], from_tail)
+        self._buffer.advance(k, v, leaving, host_tokens=self.host_tokens, tail_tokens=self.tail_tokens)
         self._tables = tables
-        for tail, new in zip((self._tail_k, self._tail_v), kept_tails, strict=False):
-            tail[:, :, :kept] = new
-        for tail, new in ((self._tail_k, k), (self._tail_v, v)):
-            tail[:, :, kept : total - leaving] = new[:, :, from_new:]
         self.host_tokens += leaving
         self.tail_tokens = total - leaving
         self._whole_prefixes = None
@@ -217,6 +274,7 @@ class LayerKV:
         """Keep the first `tokens` tokens of every row. Removing tokens of the tail does not change the host part."""
         if not 0 <= tokens <= self.tokens:
             raise StateError(f"cannot crop a layer of {self.tokens} tokens to {tokens}")
+        self._staged = None
         if tokens >= self.host_tokens:
             self.tail_tokens = tokens - self.host_tokens
             return
@@ -224,10 +282,24 @@ class LayerKV:
             for part in table:
                 if not part.segment.sealed:
                     part.segment.version += 1  # prefetched copies are outdated
+        is_shared = any(self._shares_buffer_after(table, tokens) for table in self._tables)
         self._tables = [clip(table, [(0, tokens)]) for table in self._tables]
         self.host_tokens = tokens
         self.tail_tokens = 0
         self._whole_prefixes = None
+        if is_shared or tokens < self._buffer.first:
+            self._seal()
+            self._replace_buffer(self._new_buffer(tokens))
+
+    def _shares_buffer_after(self, table: list[SegmentSlice], tokens: int) -> bool:
+        """Return whether sealed segments, which another row or fork may see, have resident tokens in the buffer behind
+        the first `tokens` tokens of a row."""
+        stop = 0
+        for part in table:
+            stop += part.tokens
+            if stop > tokens and part.segment.sealed and part.segment.resident_buffer is self._buffer:
+                return True
+        return False
 
     # -- rows ------------------------------------------------------------------------------------------------
 
@@ -238,28 +310,27 @@ class LayerKV:
         """
         if list(indices) == list(range(self.rows)):
             return
-        seen: set[int] = set()
-        for index in indices:
-            if index in seen:
-                seal(self._tables[index])
-            seen.add(index)
+        self._seal()  # each row goes on in a segment of its own, whose resident tokens are in its own row of the buffer
         self._tables = [list(self._tables[index]) for index in indices]
         chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.device)
-        old_tails = (self._tail_k, self._tail_v)
-        old_bytes = self.tail_bytes
-        self._new_tail(len(indices))
-        self._tail_count.set(old_bytes + self.tail_bytes)  # both exist until the copies are done
-        for new, old in zip((self._tail_k, self._tail_v), old_tails, strict=True):
-            new[:, :, : self.tail_tokens] = old[chosen, :, : self.tail_tokens]
-            self.counter.tail_moved_bytes += new[:, :, : self.tail_tokens].numel() * new.element_size()
-        self._tail_count.set(self.tail_bytes)
+        tails = [tail[chosen] for tail in self.tails()]
+        moved_bytes = sum(tail.numel() * tail.element_size() for tail in tails)
+        self.counter.tail_moved_bytes += moved_bytes
+        self.counter.hold_device("tail", moved_bytes)  # both exist until the copies are done
+        if len(indices) != self._buffer.k.shape[0]:
+            self._replace_buffer(self._new_buffer(self.host_tokens))
+        for own, tail in zip(self.tails(), tails, strict=True):
+            own.copy_(tail)
+        self.counter.hold_device("tail", -moved_bytes)
+        self._is_in_order = False
         self._whole_prefixes = None
 
     def fork(self) -> LayerKV:
         """Return a second LayerKV with the same content. Segments are shared, the tail is copied."""
+        self.promote()  # so that this one, not the fork, has its tail behind the resident tokens
         twin = LayerKV(
-            self._tail_k[:, :, :0],
-            self._tail_v[:, :, :0],
+            self._buffer.k[:, :, :0],
+            self._buffer.v[:, :, :0],
             tier=self.tier,
             counter=self.counter,
             write=self.write,
@@ -270,8 +341,9 @@ class LayerKV:
         twin._tables = self.saved_tables()
         twin.host_tokens = self.host_tokens
         twin.tail_tokens = self.tail_tokens
-        twin._tail_k.copy_(self._tail_k)
-        twin._tail_v.copy_(self._tail_v)
+        twin._buffer.first = twin.host_tokens
+        for own, tail in zip(twin.tails(), self.tails(), strict=True):
+            own.copy_(tail)
         self.counter.tail_moved_bytes += self.tail_bytes
         return twin
 
@@ -280,29 +352,74 @@ class LayerKV:
         self._tables = []
         self._whole_prefixes = None
         self._reserved = []
-        self._tail_k = torch.empty(0, 0, 0, 0)
-        self._tail_v = torch.empty(0, 0, 0, 0)
-        self._tail_count.set(0)
+        self._staged = None
         self.host_tokens = 0
         self.tail_tokens = 0
+        self._replace_buffer(self._new_buffer(0))  # of no rows
 
     # -- inside ----------------------------------------------------------------------------------------------
 
     @property
     def tail_bytes(self) -> int:
         """Device bytes of the tail, which depend on the batch only."""
-        return sum(tail.numel() * tail.element_size() for tail in (self._tail_k, self._tail_v))
+        return self._buffer.tail_bytes
 
-    def _new_tail(self, rows: int) -> None:
-        shape = (rows, self.heads, 2 * TAIL_UNIT_TOKENS)
-        with torch.inference_mode(False):  # a cache that was filled in inference mode may be used outside of it
-            self._tail_k = torch.zeros(*shape, self.key_dim, dtype=self.dtype, device=self.device)
-            self._tail_v = torch.zeros(*shape, self.value_dim, dtype=self.dtype, device=self.device)
-        self._tail_count.set(self.tail_bytes)
+    @property
+    def _shape(self) -> BufferShape:
+        return BufferShape(self.rows, self.heads, self.key_dim, self.value_dim, self.dtype, self.device)
 
-    def _with_room(self, table: list[SegmentSlice], tokens: int) -> list[SegmentSlice]:
-        """Return the table with slices for `tokens` more tokens, which are not written yet."""
+    def _new_buffer(self, first: int) -> DeviceBuffer:
+        """Return a buffer for a tail behind `first` tokens, without resident tokens."""
+        return DeviceBuffer(self._shape, first, 0, self.counter)
+
+    def _replace_buffer(self, buffer: DeviceBuffer) -> None:
+        """Use another buffer. The old one stays as long as segments have resident tokens in it."""
+        self._buffer.on_drop = no_action
+        self._buffer = buffer
+        buffer.on_drop = weakref.WeakMethod(self._leave_dropped)
+        self._staged = None
+
+    def _use_buffer(self, buffer: DeviceBuffer) -> None:
+        """Use another buffer, and move the tail to it."""
+        tails = self.tails()
+        self._replace_buffer(buffer)
+        for own, tail in zip(self.tails(), tails, strict=True):
+            own.copy_(tail)
+
+    def _leave_dropped(self) -> None:
+        """Move the tail, because the resident tokens of its buffer were dropped."""
+        self._use_buffer(self._new_buffer(self.host_tokens))
+
+    def _seal(self) -> None:
+        """Seal the segments of all rows: each row goes on in a new segment."""
+        for table in self._tables:
+            seal(table)
+
+    def _grow_resident(self, tokens: int) -> None:
+        """Make memory for the first `tokens` tokens of each row to be resident, as far as the residency allows.
+
+        The buffer is replaced by a larger one, or, if there is no memory for both, followed by another one. Only tokens
+        that follow resident tokens become resident.
+        """
+        buffer = self._buffer
+        if self.residency is None or tokens - buffer.first <= buffer.resident_tokens:
+            return
+        if self.host_tokens - buffer.first > buffer.resident_tokens or not self.is_all_resident:
+            return
+        grown = self.residency.buffer_for(self._shape, buffer.first, tokens, buffer.resident_tokens)
+        if grown is not None:
+            grown.copy_from(buffer, self.host_tokens - buffer.first)
+        else:
+            grown = self.residency.buffer_for(self._shape, self.host_tokens, tokens, 0)
+            if grown is not None:
+                self._seal()
+        if grown is not None:
+            self._use_buffer(grown)
+
+    def _with_room(self, row: int, table: list[SegmentSlice], tokens: int) -> list[SegmentSlice]:
+        """Return the table of a row with slices for `tokens` more tokens, which are not written yet."""
         table = list(table)
+        at = self.host_tokens - self._buffer.first
         while tokens:
             last = table[-1] if table else None
             if last is not None and not last.segment.sealed and last.stop < last.segment.tokens:
@@ -310,12 +427,11 @@ class LayerKV:
                 table[-1] = SegmentSlice(last.segment, last.start, last.stop + taken)
             else:
                 segment = self._new_segment(self._next_segment_tokens(table, tokens))
-                if self.residency is not None:
-                    start = sum(part.tokens for part in table)
-                    self.residency.assign(segment, start, last.segment if last is not None else None, self.rows)
+                segment.keep_resident(self._buffer, row, at)
                 taken = min(tokens, segment.tokens)
                 table.append(SegmentSlice(segment, 0, taken))
             tokens -= taken
+            at += taken
         return table
 
     def _new_segment(self, tokens: int) -> Segment:
@@ -375,27 +491,7 @@ class LayerKV:
         tokens = slice(start, start + k.shape[1])
         self.write(segment.k[:, tokens], k, segment.write_done)
         self.write(segment.v[:, tokens], v, segment.write_done)
-        segment.write_through(start, k, v)
-
-
-def first_of(token_ranges: Sequence[TokenRanges] | None, tokens: int, rows: int) -> list[TokenRanges]:
-    """Return the parts of each row's token ranges within the first `tokens` tokens. None stands for all tokens."""
-    whole = token_ranges if token_ranges is not None else [[(0, tokens)]] * rows
-    return [[(start, min(stop, tokens)) for start, stop in ranges if start < tokens] for ranges in whole]
 
 
 def _whole_units(tokens: int) -> int:
     return -(-tokens // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS
-
-
-class _TailCount:
-    """Counts the bytes of the tail of one LayerKV."""
-
-    def __init__(self, counter: ByteCounter) -> None:
-        self._counter = counter
-        self._nbytes = 0
-
-    def set(self, nbytes: int) -> None:
-        """Set the current bytes of the tail."""
-        self._counter.hold_device("tail", nbytes - self._nbytes)
-        self._nbytes = nbytes

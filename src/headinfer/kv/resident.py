@@ -1,12 +1,13 @@
 """Resident KV: the first tokens of each row stay on the device, as many as a budget allows.
 
-Resident tokens are written through to the host like all other tokens, so they can be dropped from the device without
-a copy. The resident tokens of a row are stored in buffers, head by head, and neighbours are read as one piece. If all
-tokens of a row are resident, attention is one kernel call on them, as it is without offloading.
+Resident tokens are written to the host like all other tokens, so they can be dropped from the device without a copy.
+They are stored in the buffers that hold the tails (device_buffer.py). If all tokens of a layer are resident, attention
+is one kernel call on one buffer, as it is without offloading.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.kv.byte_counter import ByteCounter
-from headinfer.kv.segments import ResidentBuffer, Segment, SegmentSlice
+from headinfer.kv.device_buffer import BufferShape, DeviceBuffer, pieces_of
+from headinfer.kv.segments import SegmentSlice
 from headinfer.kv.streams import Streams
 
 __all__ = ["RESIDENT_UNIT_TOKENS", "LayerResidency", "Residency"]
 
 RESIDENT_UNIT_TOKENS = 128
-_FIRST_BUFFER_TOKENS = 4096  # if the final length is unknown; later buffers double what the row has
+_FIRST_BUFFER_TOKENS = 4096  # if the final length is unknown; later buffers are twice as large
 
 
 class Residency:
@@ -38,31 +40,25 @@ class Residency:
         self.device = device
         self.streams = streams
         self._counter = counter
-        self._buffers: list[weakref.ref[ResidentBuffer]] = []
+        self._buffers: list[weakref.ref[DeviceBuffer]] = []
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all resident buffers."""
+        """Bytes of all resident tokens."""
         return self._counter.device_bytes["resident"]
 
-    def take(self, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> ResidentBuffer | None:
-        """Allocate a buffer for k [heads, tokens, key_dim] and v [heads, tokens, value_dim].
+    def take(self, shape: BufferShape, first: int, tokens: int) -> DeviceBuffer | None:
+        """Allocate a buffer with `tokens` resident tokens.
 
         Returns:
             The buffer, or None if it exceeds `room_bytes` or the device is out of memory.
         """
-        nbytes = heads * tokens * (key_dim + value_dim) * dtype.itemsize
-        if self.held_bytes + nbytes > self.room_bytes:
+        if self.held_bytes + tokens * shape.token_bytes > self.room_bytes:
             return None
         try:
-            with torch.inference_mode(False):
-                k = torch.empty(heads, tokens, key_dim, dtype=dtype, device=self.device)
-                v = torch.empty(heads, tokens, value_dim, dtype=dtype, device=self.device)
+            buffer = DeviceBuffer(shape, first, tokens, self._counter)
         except torch.OutOfMemoryError:  # other allocations took the free memory: these tokens stream
             return None
-        buffer = ResidentBuffer(k, v)
-        self._counter.hold_device("resident", nbytes)
-        weakref.finalize(buffer, self._counter.hold_device, "resident", -nbytes).atexit = False
         self._buffers = [known for known in self._buffers if known() is not None]
         self._buffers.append(weakref.ref(buffer))
         return buffer
@@ -73,9 +69,7 @@ class Residency:
         while self._buffers and self.held_bytes > room_bytes:
             buffer = self._buffers.pop()()
             if buffer is not None:
-                for segment in list(buffer.segments):
-                    segment.resident_buffer = None
-                    segment.resident_tokens = 0
+                buffer.drop()
             del buffer
 
 
@@ -93,72 +87,76 @@ class LayerResidency:
     nbytes: int
     host_tokens: int
 
-    def most_tokens(self, token_bytes: int, rows: int) -> int:
+    def most_tokens(self, shape: BufferShape) -> int:
         """Return the maximum number of resident tokens of a row."""
-        return self.nbytes // (token_bytes * rows) // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
+        return self.nbytes // shape.token_bytes // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
 
-    def assign(self, segment: Segment, start: int, before: Segment | None, rows: int) -> bool:
-        """Make the first tokens of a segment resident, as many as the limits allow.
+    def buffer_for(self, shape: BufferShape, first: int, tokens: int, held_tokens: int) -> DeviceBuffer | None:
+        """Allocate a buffer for more resident tokens, as many as the limits allow.
+
+        It reaches the expected length if that is known. Otherwise it has at least twice the tokens held so far.
 
         Args:
-            segment: a segment without resident tokens.
-            start: the position of its first token in the row.
-            before: the previous segment of the row. Only tokens that follow resident tokens become resident.
-            rows: rows of the batch.
+            shape: the shape of the layer.
+            first: the position of the buffer's first token in a row.
+            tokens: tokens of each row, from the first one of the row on, that should be resident.
+            held_tokens: tokens of the buffer that it replaces.
 
         Returns:
-            Whether any token became resident.
+            The buffer, or None if it would hold no more than held_tokens.
         """
-        heads, _, key_dim = segment.k.shape
-        value_dim = segment.v.shape[2]
-        dtype = segment.k.dtype
-        most = self.most_tokens(heads * (key_dim + value_dim) * dtype.itemsize, rows)
-        is_planned = start < self.host_tokens
-        if is_planned:
-            most = min(most, self.host_tokens)
-        wanted = min(segment.tokens, most - start)
-        if wanted <= 0 or (before is not None and before.resident_tokens < before.tokens):
-            return False
-        buffer = _buffer_with_room(before, wanted)
-        if buffer is None:
-            tokens = most - start
-            if not is_planned:
-                tokens = min(max(wanted, start, _FIRST_BUFFER_TOKENS), most - start)
-            buffer = self.pool.take(heads, tokens, key_dim, value_dim, dtype)
-        if buffer is None:
-            return False
-        segment.resident_buffer = buffer
-        segment.resident_start = buffer.used
-        segment.resident_tokens = wanted
-        buffer.segments.add(segment)
-        return True
-
-    def promote(self, table: Sequence[SegmentSlice], rows: int) -> None:
-        """Copy the first segments of a row to the device if they were not written through, such as a session's."""
-        start = 0
-        before: Segment | None = None
-        for part in table:
-            segment = part.segment
-            if segment.resident_tokens == 0:
-                if segment.location is not None or not self.assign(segment, start, before, rows):
-                    return
-                if segment.write_done is not None:
-                    self.pool.streams.wait(segment.write_done, "compute")
-                tokens = segment.resident_tokens
-                k, v = segment.resident(slice(None), 0, tokens)
-                copies = [
-                    *zip(k, segment.k[:, :tokens], strict=True),
-                    *zip(v, segment.v[:, :tokens], strict=True),
-                ]
-                self.pool.streams.copy(copies, "compute")
-            start += part.tokens
-            before = segment
-
-
-def _buffer_with_room(before: Segment | None, tokens: int) -> ResidentBuffer | None:
-    """Return the buffer of the previous segment, if the segment is the last one in it and `tokens` more tokens fit."""
-    if before is None or before.resident_buffer is None:
+        most = self.most_tokens(shape) - first
+        needed = min(tokens - first, most)
+        wanted = max(needed, 2 * held_tokens, _FIRST_BUFFER_TOKENS)
+        if tokens <= self.host_tokens:
+            wanted = self.host_tokens - first
+        for size in dict.fromkeys((min(wanted, most), needed)):
+            if size > held_tokens:
+                buffer = self.pool.take(shape, first, size)
+                if buffer is not None:
+                    return buffer
         return None
-    buffer = before.resident_buffer
-    is_last = before.resident_start + before.tokens == buffer.used
-    return buffer if is_last and buffer.left >= tokens else None
+
+    def promote(self, tables: Sequence[Sequence[SegmentSlice]], shape: BufferShape) -> DeviceBuffer | None:
+        """Copy the first tokens of each row to the device, if they were not written there, such as a session's.
+
+        Args:
+            tables: the slices of each row. All rows have equal lengths.
+            shape: the shape of the layer.
+
+        Returns:
+            A buffer with as many resident tokens as the limits allow; None if these allow none, the first tokens are on
+            a disk, or some tokens are resident already.
+        """
+        if any(part.segment.resident_tokens for table in tables for part in table):
+            return None
+        host_tokens = sum(part.tokens for part in tables[0])
+        tokens = min(sum(part.tokens for part in itertools.takewhile(_is_in_memory, table)) for table in tables)
+        buffer = self.buffer_for(shape, 0, tokens, 0) if tokens else None
+        if buffer is None:
+            return None
+        if tokens < host_tokens:  # the tokens behind these are not copied, so no later ones can follow them
+            buffer.resident_tokens = min(buffer.resident_tokens, tokens)
+        for row, table in enumerate(tables):
+            start = 0
+            for part in table:
+                part.segment.keep_resident(buffer, row, start)
+                self._fetch(part)
+                start += part.tokens
+        return buffer
+
+    def _fetch(self, part: SegmentSlice) -> None:
+        """Copy the resident tokens of a segment to the device."""
+        segment = part.segment
+        tokens = min(segment.resident_tokens, part.stop)
+        if not tokens:
+            return
+        if segment.write_done is not None:
+            self.pool.streams.wait(segment.write_done, "compute")
+        ((k, v),) = pieces_of([segment.resident(0, tokens)], slice(None))
+        copies = [*zip(k, segment.k[:, :tokens], strict=True), *zip(v, segment.v[:, :tokens], strict=True)]
+        self.pool.streams.copy(copies, "compute")
+
+
+def _is_in_memory(part: SegmentSlice) -> bool:
+    return part.start == 0 and part.segment.location is None

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from headinfer.kv.device_buffer import BufferSlice, DeviceBuffer
 from headinfer.kv.disk_file import DiskFile
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.slices import AnyPiece, DiskLocation, DiskSlice, PageableSlice
 from headinfer.utils.tensors import Piece
 
-__all__ = ["ResidentBuffer", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "group", "seal"]
+__all__ = ["Segment", "SegmentSlice", "SharedPrefix", "TokenRanges", "clip", "first_of", "group", "seal"]
 
 TokenRanges = Sequence[tuple[int, int]]
 """Half-open ranges [start, stop) of the tokens of one row."""
@@ -32,14 +33,17 @@ class Segment:
         sealed: whether it is never written again, for example because two rows share it.
         location: where it is stored on a disk; None while it is in host memory.
         is_pageable: whether it should be pinned and is not. Devices copy from pinned memory only.
-        resident_buffer: the device memory that holds its first resident_tokens too, from resident_start on.
+        resident_buffer: the device memory that holds its first resident_tokens too.
+        resident_row: the row of the buffer.
+        resident_start: where the first of these tokens is in the row.
         write_done: the event of the last write to it.
         version: incremented by crop(), after which tokens may be written again. It invalidates prefetched copies.
     """
 
     location: DiskLocation | None = None
     is_pageable = False
-    resident_buffer: ResidentBuffer | None = None
+    resident_buffer: DeviceBuffer | None = None
+    resident_row = 0
     resident_start = 0
     resident_tokens = 0
     write_done: Any = None
@@ -74,24 +78,21 @@ class Segment:
         v = self.v[heads, start:stop]
         return PageableSlice(k, v) if self.is_pageable else (k, v)
 
-    def resident(self, heads: slice, start: int, stop: int) -> Piece:
-        """Return some heads of the resident tokens [start, stop), in device memory."""
+    def keep_resident(self, buffer: DeviceBuffer, row: int, start: int) -> None:
+        """Note that a row of a buffer holds the first tokens of the segment, from `start` on, as far as it reaches."""
+        self.resident_tokens = max(min(self.tokens, buffer.resident_tokens - start), 0)
+        self.resident_buffer = buffer if self.resident_tokens else None
+        self.resident_row = row
+        self.resident_start = start
+        if self.resident_tokens:
+            buffer.segments.add(self)
+
+    def resident(self, start: int, stop: int) -> BufferSlice:
+        """Return where the resident tokens [start, stop) are in device memory."""
         assert self.resident_buffer is not None
-        tokens = slice(self.resident_start + start, self.resident_start + stop)
-        return self.resident_buffer.k[heads, tokens], self.resident_buffer.v[heads, tokens]
-
-    def write_through(self, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write new tokens to the resident part, as far as it reaches.
-
-        Args:
-            start: the first token.
-            k: [Hkv, T, Dk] on the device.
-            v: [Hkv, T, Dv] on the device.
-        """
-        tokens = min(k.shape[1], self.resident_tokens - start)
-        if tokens > 0:
-            for own, new in zip(self.resident(slice(None), start, start + tokens), (k, v), strict=True):
-                own.copy_(new[:, :tokens])
+        return BufferSlice(
+            self.resident_buffer, self.resident_row, self.resident_start + start, self.resident_start + stop
+        )
 
     def dense(self) -> Piece:
         """Return K and V in host memory. A segment on a disk is read into new memory."""
@@ -116,26 +117,6 @@ class Segment:
         self.location = DiskLocation(file, start, k.shape[0], self.tokens, key_bytes, value_bytes, dtype)
         weakref.finalize(self, file.free, start, self._memory.numel() * dtype.itemsize).atexit = False
         del self._memory, self._pair
-
-
-class ResidentBuffer:
-    """Device memory for consecutive tokens of one row: k [Hkv, tokens, Dk] and v [Hkv, tokens, Dv]. See resident.py."""
-
-    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k = k
-        self.v = v
-        self.segments: weakref.WeakSet[Segment] = weakref.WeakSet()
-
-    @property
-    def used(self) -> int:
-        """Tokens up to the end of its last segment."""
-        ends = (segment.resident_start + segment.resident_tokens for segment in self.segments)
-        return max(ends, default=0)
-
-    @property
-    def left(self) -> int:
-        """Tokens after its last segment."""
-        return int(self.k.shape[1]) - self.used
 
 
 @dataclass(frozen=True)
@@ -185,6 +166,12 @@ def clip(table: list[SegmentSlice], token_ranges: TokenRanges) -> list[SegmentSl
                 clipped.append(SegmentSlice(part.segment, part.start + first - at, part.start + last - at))
         at += part.tokens
     return clipped
+
+
+def first_of(token_ranges: Sequence[TokenRanges] | None, tokens: int, rows: int) -> list[TokenRanges]:
+    """Return the parts of each row's token ranges within the first `tokens` tokens. None stands for all tokens."""
+    whole = token_ranges if token_ranges is not None else [[(0, tokens)]] * rows
+    return [[(start, min(stop, tokens)) for start, stop in ranges if start < tokens] for ranges in whole]
 
 
 def group(tables: Sequence[list[SegmentSlice]]) -> list[SharedPrefix]:
