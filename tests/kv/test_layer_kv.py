@@ -18,14 +18,19 @@ from hypothesis.stateful import (
 
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.device_buffer import TAIL_UNIT_TOKENS, pieces_of
 from headinfer.kv.host_memory import HostTier
-from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS, LayerKV
+from headinfer.kv.layer_kv import LayerKV
+from headinfer.kv.resident import LayerResidency, Residency
+from headinfer.kv.streams import open_streams
 from headinfer.kv.write_back import WriteInPlace
+from headinfer.plan.footprint import host_kv_tokens
 
 UNIT = TAIL_UNIT_TOKENS
 HEADS = 2
 KEY_DIM = 3
 VALUE_DIM = 5
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,9 +84,22 @@ class Bench:
     def token_bytes(self):
         return self.heads * sum(self.dims) * self.dtype.itemsize
 
-    def layer_kv(self, rows=1, expected_tokens=0):
+    def layer_kv(self, rows=1, expected_tokens=0, resident_tokens=0):
         k, v = self.new(rows, 0)
-        return LayerKV(k, v, tier=self.tier, counter=self.counter, write=self.write, expected_tokens=expected_tokens)
+        residency = None
+        if resident_tokens:
+            room = resident_tokens * self.token_bytes * rows
+            pool = Residency(room, CPU, self.counter, open_streams("eager", CPU))
+            residency = LayerResidency(pool, room, host_kv_tokens(expected_tokens))
+        return LayerKV(
+            k,
+            v,
+            tier=self.tier,
+            counter=self.counter,
+            write=self.write,
+            expected_tokens=expected_tokens,
+            residency=residency,
+        )
 
     def new(self, rows, tokens):
         """Make new K and V in the layout of a model, tokens before heads in memory."""
@@ -161,10 +179,11 @@ class LayerKVMachine(RuleBasedStateMachine):
         rows=st.integers(1, 3),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         expected_tokens=st.sampled_from([0, 0, 900, 5000]),
+        resident_tokens=st.sampled_from([0, 300, 1500, 9000, 30_000]),
     )
-    def open(self, rows, dtype, expected_tokens):
+    def open(self, rows, dtype, expected_tokens, resident_tokens):
         self.bench = Bench(dtype)
-        self.pairs = [[self.bench.layer_kv(rows, expected_tokens), *self.bench.new(rows, 0)]]
+        self.pairs = [[self.bench.layer_kv(rows, expected_tokens, resident_tokens), *self.bench.new(rows, 0)]]
 
     def pick(self, which):
         return self.pairs[which % len(self.pairs)]
@@ -236,7 +255,7 @@ class LayerKVMachine(RuleBasedStateMachine):
         moved = self.bench.counter.tail_moved_bytes
         fork = layer_kv.fork()
         assert before == (self.bench.write.calls, self.bench.counter.host_bytes)
-        assert self.bench.counter.tail_moved_bytes - moved == fork.tail_bytes == layer_kv.tail_bytes
+        assert self.bench.counter.tail_moved_bytes - moved == layer_kv.rows * fork.tail_tokens * self.bench.token_bytes
         self.pairs.append([fork, k, v])
 
     @precondition(lambda self: 0 < len(self.pairs) < 4)
@@ -247,6 +266,24 @@ class LayerKVMachine(RuleBasedStateMachine):
         for index in (which % (len(self.pairs) - 1), len(self.pairs) - 1):
             self.crop(index, share, few=False)
             self.append(index, tokens)
+
+    @precondition(lambda self: self.pairs and self.pairs[0][0].residency is not None)
+    @rule(share=st.floats(0, 1))
+    def shrink_residency(self, share):
+        pool = self.pairs[0][0].residency.pool
+        pool.shrink(int(share * pool.held_bytes))
+
+    @precondition(lambda self: self.pairs)
+    @rule(which=st.integers(0, 3), tokens=st.integers(1, 3))
+    def stage_and_append(self, which, tokens):
+        pair = self.pick(which)
+        layer_kv, k, v = pair
+        new_k, new_v = self.bench.new(layer_kv.rows, tokens)
+        whole = [torch.cat([old, new], dim=2) for old, new in zip((k, v), (new_k, new_v), strict=True)]
+        if layer_kv.stage(new_k, new_v) and layer_kv.is_one_piece:
+            assert all(map(torch.equal, layer_kv.one_piece(tokens), whole))
+        layer_kv.append(new_k, new_v)
+        pair[1:] = whole
 
     @precondition(lambda self: len(self.pairs) > 1)
     @rule(which=st.integers(0, 3))
@@ -300,6 +337,21 @@ class LayerKVMachine(RuleBasedStateMachine):
                 assert torch.equal(found_v, v[row, :, : layer_kv.host_tokens])
 
     @invariant()
+    def resident_tokens_are_right(self):
+        for layer_kv, k, v in self.pairs:
+            for row, table in enumerate(layer_kv._tables):
+                at = 0
+                for part in table:
+                    stop = min(part.segment.resident_tokens, part.stop)
+                    if stop > part.start:
+                        (found,) = pieces_of([part.segment.resident(part.start, stop)], slice(None))
+                        tokens = slice(at, at + stop - part.start)
+                        assert all(map(torch.equal, found, (k[row, :, tokens], v[row, :, tokens])))
+                    at += part.tokens
+            if layer_kv.is_one_piece:
+                assert all(map(torch.equal, layer_kv.one_piece(0), (k, v)))
+
+    @invariant()
     def the_byte_counter_is_exact(self):
         gc.collect()
         layer_kvs = [pair[0] for pair in self.pairs]
@@ -310,6 +362,13 @@ class LayerKVMachine(RuleBasedStateMachine):
         assert counter.host_bytes == held
         assert counter.host_peak_bytes >= held
         tails = sum(layer_kv.rows * 2 * UNIT * self.bench.token_bytes for layer_kv in layer_kvs)
+        residency = layer_kvs[0].residency
+        if residency is not None:  # tails that were left behind stay as long as tokens beside them are resident
+            buffers = {id(one): one for layer_kv in layer_kvs for one in buffers_of(layer_kv)}.values()
+            assert counter.device_bytes["tail"] == sum(one.tail_bytes for one in buffers)
+            assert counter.device_bytes["resident"] == sum(one.resident_bytes for one in buffers)
+            assert counter.device_bytes["resident"] <= residency.pool.room_bytes
+            return
         assert counter.device_bytes == {"ring": 0, "tail": tails, "staging": 0, "resident": 0}
         assert sum(layer_kv.tail_bytes for layer_kv in layer_kvs) == tails
 
@@ -321,6 +380,12 @@ class LayerKVMachine(RuleBasedStateMachine):
             gc.collect()
             assert self.bench.counter.host_bytes == 0
             assert self.bench.counter.device_bytes["tail"] == 0
+
+
+def buffers_of(layer_kv):
+    """The buffers that hold a layer's tail or resident tokens."""
+    found = [part.segment.resident_buffer for table in layer_kv._tables for part in table]
+    return [layer_kv._buffer, *(buffer for buffer in found if buffer is not None)]
 
 
 def sorted_tokens(x):

@@ -344,7 +344,7 @@ class LayerKV:
         twin._buffer.first = twin.host_tokens
         for own, tail in zip(twin.tails(), self.tails(), strict=True):
             own.copy_(tail)
-        self.counter.tail_moved_bytes += self.tail_bytes
+            self.counter.tail_moved_bytes += tail.numel() * tail.element_size()
         return twin
 
     def close(self) -> None:
