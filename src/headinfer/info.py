@@ -14,7 +14,7 @@ import transformers
 
 import headinfer
 from headinfer.attention import native
-from headinfer.attention.backends import BACKENDS, Problem, capability_of
+from headinfer.attention.backends import BACKENDS, SDPA, Problem, capability_of
 from headinfer.attention.problem import AMX
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.host_memory import HostTier
@@ -28,6 +28,13 @@ __all__ = ["accelerator", "gather_info", "machine", "pinning"]
 _TRIAL_BYTES = 256 * 2**20  # pinned to see whether the system allows it
 _DRIVER = Path("/proc/driver/nvidia/version")
 _NUMA_NODES = Path("/sys/devices/system/node")
+
+_SDPA = {
+    "name": SDPA,
+    "device": "any",
+    "what": "torch's scaled_dot_product_attention: a decode step whose KV is one piece on the device",
+    "available": "yes",
+}
 
 
 def gather_info() -> dict[str, Any]:
@@ -59,7 +66,7 @@ def gather_info() -> dict[str, Any]:
         },
         "numa_nodes": len(list(_NUMA_NODES.glob("node[0-9]*"))) or 1,
         "native_kernel": native.unavailable_reason() or "built",
-        "attention_backends": [_backend(backend) for backend in BACKENDS],
+        "attention_backends": [_SDPA, *(_backend(backend) for backend in BACKENDS)],
         "families": list(SUPPORTED_FAMILIES),
     }
 

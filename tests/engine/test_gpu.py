@@ -4,6 +4,7 @@
 transformers.
 """
 
+import collections
 import gc
 import warnings
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 from engine_runs import attend_all
 from generation import generate, make_model, padded, prompt
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 import headinfer
 from headinfer.engine.engine import Engine
@@ -294,3 +298,64 @@ def test_models_are_made_on_their_device(device, spec):
     for name, buffer in model.named_buffers():
         assert (buffer.device.type, buffer.dtype) == (device, buffers[name].dtype)
         torch.testing.assert_close(buffer.cpu(), buffers[name], rtol=1e-6, atol=0)
+
+
+# -- calls of a decode step ----------------------------------------------------------------------------------------
+
+
+NO_KERNEL = ("empty", "unsafe_view", "prim::")
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute or copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        if not func.is_view and not any(part in func.name() for part in NO_KERNEL):
+            self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Calls(TorchFunctionMode):
+    """Counts functions of torch that Python calls, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+        if func.__name__ != "__get__":
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(mode, device, layers, options):
+    """The number of calls in a decode step after 600 tokens; options are None for transformers' DynamicCache."""
+    model = make_model("llama", num_hidden_layers=layers).to(device, torch.bfloat16)
+    cache = DynamicCache(config=model.config)
+    if options is not None:
+        cache = headinfer.enable(model, **options).new_cache()
+    ids = prompt(tokens=600)["input_ids"].to(device)
+    with torch.no_grad():
+        for part in (ids, ids[:, :1], ids[:, :1], ids[:, :1]):
+            counting = mode()
+            with counting:
+                model(part, past_key_values=cache)
+    return counting.counts.total()
+
+
+@on_devices
+@pytest.mark.parametrize(("mode", "resident", "streamed"), [(Kernels, 0, 17), (Calls, 2, 110)])
+def test_calls_of_a_decode_step(device, mode, resident, streamed):
+    """How many calls more than transformers' DynamicCache a layer makes, if its KV is resident or streams as one tile."""
+
+    def of_a_layer(options=None):
+        return (calls_of_a_step(mode, device, 4, options) - calls_of_a_step(mode, device, 2, options)) / 2
+
+    theirs = of_a_layer()
+    one_tile = {"tile_tokens": None, "heads_per_group": None}
+    assert of_a_layer(options_on(device, 4096)) <= theirs + resident
+    assert of_a_layer(options_on(device, **one_tile)) <= theirs + streamed

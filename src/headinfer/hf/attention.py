@@ -9,6 +9,7 @@ headinfer_attention() gets Q, K and V of every attention of an enabled model:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,7 +178,7 @@ def headinfer_attention(
         if token_ranges is None:
             token_ranges = visible_token_ranges(attention_mask.flatten(1))
     spec = AttentionSpec(scale, softcap, s_aux, token_ranges)
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         if shares:
             return tag.layer.attend_shared(query, key, value, spec, tag.past_tokens), None
         return tag.layer.attend(query, key, value, spec), None

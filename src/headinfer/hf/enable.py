@@ -155,6 +155,9 @@ class Enabled:
         planned = self._plan(expected_tokens, whole_number(rows, "rows"))
         options = planned.options if planned is not None else self.options
         options = dataclasses.replace(options, expected_tokens=expected_tokens)
+        if not expected_tokens:  # a plan would give the cache no more memory than its first token needs
+            budgets = ("device_kv_budget_bytes", "streaming_budget_bytes")
+            options = dataclasses.replace(options, **{name: getattr(self.options, name) for name in budgets})
         cache = HeadCache(self.model.config, **vars(options))
         cache.run_plan = planned
         cache.no_plan_for = (expected_tokens, rows) if planned is None else None
