@@ -479,7 +479,7 @@ def test_choice_on_a_gpu():
             (Problem("cuda", half, 4, 320, 128), "cuda-efficient"),
             (Problem("cuda", half, 4096, 128, 512), "cuda-efficient"),
             (Problem("cuda", single, 0, 128, 128), "cuda-efficient"),
-            (Problem("cuda", single, 4, 128, 128), "cuda-efficient"),
+            (Problem("cuda", single, 4, 128, 128), "cuda-triton"),
             (Problem("cuda", half, 0, 256, 256, softcap=True), "cuda-triton"),
             (Problem("cuda", single, 4, 64, 64, softcap=True), "cuda-triton"),
             (Problem("cuda", half, 0, 320, 320, softcap=True), "eager"),

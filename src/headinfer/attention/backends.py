@@ -246,6 +246,7 @@ TABLE: tuple[Rule, ...] = (
     # On other GPUs flash attention is as fast as cuDNN, or it has not been measured (Blackwell). It needs no plans.
     Rule(("cuda-flash", "cuda-varlen", "cuda-efficient", "cuda-triton", "eager"), "cuda", dtypes=HALVES),
     # In float32 efficient attention uses tensor cores, in several products that keep the precision; Triton's does not.
+    # But Triton's splits the keys, so efficient_refuses() leaves few query rows to it.
     Rule(("cuda-efficient", "cuda-triton", "eager"), "cuda"),
 )
 

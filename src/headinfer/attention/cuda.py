@@ -223,10 +223,13 @@ def cudnn_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
 def efficient_refuses(problem: Problem) -> str | None:
     """Return why torch's memory-efficient attention does not support a problem; None if it does.
 
-    The kernel has no soft cap, and needs an Ampere GPU or newer for bfloat16.
+    The kernel has no soft cap, and needs an Ampere GPU or newer for bfloat16. It does not split keys: with few query
+    rows in float32 it is left to the Triton kernel, which does.
     """
     if problem.softcap:
         return _NO_SOFTCAP
+    if problem.dtype == torch.float32 and problem.is_decode and triton_refuses(problem) is None:
+        return "does not split the keys among the multiprocessors, which cuda-triton does"
     if problem.dtype not in _ALL_TYPES:
         return f"does not support {problem.dtype}"
     if problem.dtype == torch.bfloat16 and _is_before_ampere(problem):
