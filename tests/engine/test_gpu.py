@@ -350,7 +350,7 @@ def calls_of_a_step(mode, device, layers, options):
 @on_devices
 @pytest.mark.parametrize(("mode", "resident", "streamed"), [(Kernels, 0, 17), (Calls, 2, 110)])
 def test_calls_of_a_decode_step(device, mode, resident, streamed):
-    """How many calls more than transformers' DynamicCache a layer makes, if its KV is resident or streams as one tile."""
+    """How many calls a layer makes more than with transformers' DynamicCache, if its KV is resident or one tile."""
 
     def of_a_layer(options=None):
         return (calls_of_a_step(mode, device, 4, options) - calls_of_a_step(mode, device, 2, options)) / 2

@@ -185,7 +185,7 @@ class DeviceKV:
         # Rows that become several leave their own tails behind, in the buffers of their resident tokens.
         held = self.counter.device_bytes
         tails = (self.layers + 1) * layer_kv.tail_bytes * shape.row_copies
-        if shape.row_copies > 1:
+        if shape.row_copies > 1 and self.residency is not None and self.residency.room_bytes:
             tails += self.layers * layer_kv.tail_bytes
         tails = max(tails, held["tail"] + layer_kv.tail_bytes)
         taken = tails + held["staging"]

@@ -13,17 +13,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.utils.tensors import Piece
 
-if TYPE_CHECKING:
-    from headinfer.kv.segments import Segment
-
-__all__ = ["TAIL_TOKENS", "TAIL_UNIT_TOKENS", "BufferShape", "BufferSlice", "DeviceBuffer", "no_action", "pieces_of"]
+__all__ = [
+    "TAIL_TOKENS",
+    "TAIL_UNIT_TOKENS",
+    "BufferShape",
+    "BufferSlice",
+    "DeviceBuffer",
+    "ResidentTokens",
+    "no_action",
+    "pieces_of",
+]
 
 TAIL_UNIT_TOKENS = 128
 TAIL_TOKENS = 2 * TAIL_UNIT_TOKENS
@@ -45,6 +51,24 @@ class BufferShape:
     def token_bytes(self) -> int:
         """Bytes of K and V of one token of all rows."""
         return self.rows * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class ResidentTokens(Protocol):
+    """Tokens of one row whose first ones a buffer may hold. Segments implement it.
+
+    Attributes:
+        resident_row: the row of the buffer.
+        resident_start: where the first token is in the row.
+    """
+
+    resident_row: int
+    resident_start: int
+
+    def keep_resident(self, buffer: DeviceBuffer, row: int, start: int) -> None:
+        """Note that a row of a buffer holds the first tokens, from `start` on, as far as it reaches."""
+
+    def drop_resident(self) -> None:
+        """Note that no buffer holds tokens any more."""
 
 
 class DeviceBuffer:
@@ -74,7 +98,7 @@ class DeviceBuffer:
         self.resident_tokens = resident_tokens
         self.resident_bytes = resident_tokens * shape.token_bytes
         self.tail_bytes = TAIL_TOKENS * shape.token_bytes
-        self.segments: weakref.WeakSet[Segment] = weakref.WeakSet()
+        self.segments: weakref.WeakSet[ResidentTokens] = weakref.WeakSet()
         self.on_drop: Callable[[], Callable[[], None] | None] = no_action
         counter.hold_device("tail", self.tail_bytes)
         counter.hold_device("resident", self.resident_bytes)
@@ -156,8 +180,7 @@ class DeviceBuffer:
     def drop(self) -> None:
         """Make the resident tokens host tokens only. The memory is freed with the last reference to the buffer."""
         for segment in list(self.segments):
-            segment.resident_buffer = None
-            segment.resident_tokens = 0
+            segment.drop_resident()
         self.segments.clear()
         move_tail = self.on_drop()
         if move_tail is not None:

@@ -132,8 +132,7 @@ class LayerKV:
             token_ranges: the ranges of the row's tokens that are seen; None for all.
             chunk_tokens: tokens of the chunk that stage() has written behind the tail; 0 leaves it out.
         """
-        tokens = self.tail_tokens + chunk_tokens
-        return self._buffer.tail_slices(row, self.host_tokens, tokens, token_ranges)
+        return self._buffer.tail_slices(row, self.host_tokens, self.tail_tokens + chunk_tokens, token_ranges)
 
     def dense(self) -> Piece:
         """Return a copy of everything in host memory: k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv]. For tests."""
@@ -210,11 +209,10 @@ class LayerKV:
         Returns:
             Whether the chunk fits behind the tail.
         """
-        buffer = self._buffer
-        start = buffer.tail_start(self.host_tokens) + self.tail_tokens
-        if start + k.shape[2] > buffer.tokens:
+        start = self._buffer.tail_start(self.host_tokens) + self.tail_tokens
+        if start + k.shape[2] > self._buffer.tokens:
             return False
-        buffer.put(start, k, v)
+        self._buffer.put(start, k, v)
         self._staged = k
         return True
 
@@ -253,8 +251,8 @@ class LayerKV:
         from_tail = min(leaving, self.tail_tokens)
         from_new = leaving - from_tail
         self._grow_resident(self.host_tokens + leaving)
-        # The grown tables are built beside the old ones, and advance() allocates before it writes, so a failed allocation
-        # changes nothing. Writing past the end of a row's last slice is harmless: only the table says what is seen.
+        # All memory is allocated before anything changes. Writing past the end of a row's last slice is harmless, since
+        # only the table says what is seen.
         tables = [self._with_room(row, table, leaving) for row, table in enumerate(self._tables)]
         tail_k, tail_v = self.tails()
         for row, table in enumerate(tables):
@@ -312,16 +310,21 @@ class LayerKV:
             return
         self._seal()  # each row goes on in a segment of its own, whose resident tokens are in its own row of the buffer
         self._tables = [list(self._tables[index]) for index in indices]
-        chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.device)
-        tails = [tail[chosen] for tail in self.tails()]
-        moved_bytes = sum(tail.numel() * tail.element_size() for tail in tails)
-        self.counter.tail_moved_bytes += moved_bytes
-        self.counter.hold_device("tail", moved_bytes)  # both exist until the copies are done
-        if len(indices) != self._buffer.k.shape[0]:
+        tails = self.tails()
+        if len(indices) == self._buffer.k.shape[0]:
+            chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.device)
+            for tail in tails:
+                moved = tail[chosen]
+                nbytes = moved.numel() * moved.element_size()
+                self.counter.hold_device("tail", nbytes)  # both exist until the copy is done
+                tail.copy_(moved)
+                self.counter.hold_device("tail", -nbytes)
+        else:
             self._replace_buffer(self._new_buffer(self.host_tokens))
-        for own, tail in zip(self.tails(), tails, strict=True):
-            own.copy_(tail)
-        self.counter.hold_device("tail", -moved_bytes)
+            for own, tail in zip(self.tails(), tails, strict=True):
+                for row, index in enumerate(indices):
+                    own[row].copy_(tail[index])
+        self.counter.tail_moved_bytes += sum(tail.numel() * tail.element_size() for tail in self.tails())
         self._is_in_order = False
         self._whole_prefixes = None
 

@@ -87,6 +87,11 @@ class Segment:
         if self.resident_tokens:
             buffer.segments.add(self)
 
+    def drop_resident(self) -> None:
+        """Note that no buffer holds tokens of the segment any more."""
+        self.resident_buffer = None
+        self.resident_tokens = 0
+
     def resident(self, start: int, stop: int) -> BufferSlice:
         """Return where the resident tokens [start, stop) are in device memory."""
         assert self.resident_buffer is not None
