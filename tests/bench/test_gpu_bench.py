@@ -576,11 +576,13 @@ def test_options_choose_suites_and_sizes(suites, given, names, changes):
 
 def test_only_the_chosen_baselines_are_measured(job):
     other = GpuJob(job.device, dataclasses.replace(SIZES, decode_tokens=(512,), baselines=("layer-wise",)), print)
-    whole = dataclasses.replace(SIZES, chunk_offsets=(), baselines=())
+    whole = GpuJob(job.device, dataclasses.replace(SIZES, chunk_offsets=(), baselines=()), print)
+    for one in (other, whole):
+        one.__dict__["model"] = job.model
     lines = [line for found in run_suites(["decode"], other) for line in found]
     assert [line.who for line in of(lines, "decode")] == [OURS, f"{OURS}: streamed, of the pinned link", "layer-wise"]
     assert all(line.rounds == 1 for line in of(lines, "decode"))
-    (lines,) = (found for found in run_suites(["prefill"], GpuJob(job.device, whole, print)))
+    (lines,) = (found for found in run_suites(["prefill"], whole))
     assert [line.who for line in of(lines, "prefill")] == [OURS]
 
 

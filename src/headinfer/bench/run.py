@@ -137,12 +137,12 @@ def _run(chosen: Mapping[str, Suite[Any]], job: CpuJob | GpuJob) -> Iterator[lis
         while True:
             with torch.inference_mode():
                 part = next(parts, None)
-            job.clean()
             if part is None:
                 break
             if found or part:
                 yield found + part
                 found = []
+        job.clean()
 
 
 def run_check(job: CpuJob) -> list[Measurement]:
