@@ -167,7 +167,10 @@ def test_a_real_prompt_is_read_and_continued(run):
     assert of_product.value > 0
     assert not of_link or of_link[0].value > 0
     assert found["stats"]["host_kv_bytes"] > 0 < reading.device_kv_bytes
-    assert reading.point in result_markdown(job, lines, ["bench"])
+    assert "Model: " in result_markdown(job, lines, ["bench"])
+    text = result_markdown(job, of(lines, "rates") + of(lines, "real"), ["bench", "real"])
+    assert f"### {reading.point}" in text
+    assert not any(words in text for words in ("Model: ", "goals"))
 
 
 def test_a_real_prompt_needs_memory_and_time(job, monkeypatch):

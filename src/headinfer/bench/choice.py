@@ -13,7 +13,7 @@ from headinfer.errors import UsageError
 from headinfer.hf.models import resolve
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
 from headinfer.utils.units import format_tokens
-from headinfer.utils.values import shown, token_count
+from headinfer.utils.values import token_count
 
 __all__ = ["SUITES_OF", "choose", "parse_lengths"]
 
@@ -122,7 +122,7 @@ def _baselines(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in BASELINES:
             raise UsageError(
-                f"there is no baseline {shown(name)!r}: choose among {', '.join(BASELINES)}, or {_NONE} alone"
+                f"there is no baseline {name[:40]!r}: choose among {', '.join(BASELINES)}, or {_NONE} alone"
             )
     return tuple(dict.fromkeys(names))
 

@@ -35,6 +35,7 @@ __all__ = [
 _GPU_HEADING = "# GPU benchmark: "
 _CPU_HEADING = "# CPU benchmark: "
 _MARKDOWN_COLUMNS = 100
+_WITH_OTHER_MODELS = {"rates", "host", "real"}  # suites without a model, or with one of their own
 
 
 class ResultFiles:
@@ -127,9 +128,11 @@ def result_markdown(job: Job, measurements: Sequence[Measurement], arguments: Se
         heading,
         f"`{shlex.join(['headinfer', *arguments])}`",
         _wrapped(f"Machine: {machine()}."),
-        _wrapped(f"Model: `{job.facts()['model']}`."),
-        _verdict(measurements),
     ]
+    if not {measurement.suite for measurement in measurements} <= _WITH_OTHER_MODELS:
+        parts.append(_wrapped(f"Model: `{job.facts()['model']}`."))
+    if any(measurement.reached is not None for measurement in measurements):
+        parts.append(_verdict(measurements))
     if any(measurement.ratio is not None for measurement in measurements):
         parts.append(
             _wrapped(
