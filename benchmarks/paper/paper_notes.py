@@ -41,8 +41,6 @@ NOTES: dict[tuple[str, str], str] = {
     ("3", "standard"): _LARGE_ACTIVATIONS,
     ("3", "4-bit KV"): _LARGE_ACTIVATIONS,
     ("3", "layer-wise"): _LARGE_ACTIVATIONS,
-    ("6", "1 head, 1K"): "queueing 256 head groups takes longer in the paper than the ten launches a group that the "
-    "model counts",
     ("7", "1K"): "0.03 in the paper stands for 0.025 to 0.035, and the model adds the time to queue the copies",
     ("12", "decode"): "the paper counts 32 KV heads in decode; the model counts 8, as in prefill",
 }

@@ -234,9 +234,12 @@ def test_the_link_both_ways_and_as_the_ring_copies(run):
     for kind in ("pageable", "pinned"):
         for way in ("to the device", "to the host"):
             assert {f"{kind}, {way}", f"{kind}, {way}, both at once"} <= ways
-    tiles = [line for line in found if line.who == "pinned, through the ring"]
-    assert [line.point for line in tiles] == ["decode's tiles", "prefill's tiles"]
-    assert all(line.details["tile_tokens"] > 0 for line in tiles)
+    for more, copies in (("", 0), (", a copy for each K and V", 2), (", from two segments", 4)):
+        tiles = [line for line in found if line.who == "pinned, through the ring" + more]
+        assert [line.point for line in tiles] == ["decode's tiles", "prefill's tiles"]
+        for line in tiles:
+            assert line.details["tile_tokens"] > 0
+            assert line.details["copies_per_tile"] == max(copies * line.details["heads_per_group"], 1)
     rates = {line.who: line.value for line in of(lines, "rates")}
     assert rates["pinned, to the device"] == job.rates.link_bytes_per_s / 1e9
 

@@ -26,11 +26,18 @@ def hidden_chunk(rates):
 
 
 @on_both
-@pytest.mark.parametrize("past_tokens", LONG)
-def test_decode_keeps_the_link_busy(monkeypatch, rates, past_tokens):
+@pytest.mark.parametrize(("past_tokens", "copies"), [(LONG[0], 20), (LONG[1], 32), (LONG[2], 80)])
+def test_decode_keeps_the_link_busy(monkeypatch, rates, past_tokens, copies):
+    """A segment of 16,384 tokens is one copy for all heads. The last one, which is not full, is two for each head.
+
+    With tiles of 24,448 tokens, cut anywhere in the segments, a layer took 112, 432 and 1,712 copies, and the H100's
+    link reached 94.0, 94.2 and 94.2 % of its rate. An H200 measured 93.4 to 94.2 %.
+    """
     found = last_pass(monkeypatch, rates, past_tokens, 1)
     assert found.fetched_bytes == pytest.approx(LAYERS * past_tokens * TOKEN_BYTES, rel=0.01)
-    assert found.fetched_bytes / found.seconds >= 0.99 * rates.link_bytes_per_s
+    assert found.fetch_s >= 0.99 * found.seconds
+    assert found.copies == LAYERS * copies
+    assert found.fetched_bytes / found.seconds >= 0.985 * rates.link_bytes_per_s
 
 
 @on_both
@@ -68,10 +75,11 @@ def test_a_short_last_tile_takes_time(monkeypatch):
     tiles_of = streaming.tiles_of
 
     def uneven(layer_kv, heads, plan, token_ranges):
-        return tiles_of(layer_kv, heads, dataclasses.replace(plan, is_even=False), token_ranges)
+        return tiles_of(layer_kv, heads, dataclasses.replace(plan, even_tokens=0), token_ranges)
 
     monkeypatch.setattr(streaming, "tiles_of", uneven)
-    found = last_pass(monkeypatch, H100, LONG[0], hidden_chunk(H100), count=2)
+    shape = {"heads_per_group": 4, "tile_tokens": 48_896}
+    found = last_pass(monkeypatch, H100, LONG[0], hidden_chunk(H100), count=2, **shape)
     assert found.seconds > 1.04 * found.needed_s
 
 

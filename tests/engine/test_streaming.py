@@ -70,10 +70,11 @@ class Bench:
         seed=0,
         model_layout=True,
         resident_tokens=0,
-        is_even=False,
+        even_tokens=0,
+        keeps_segments=False,
     ):
         self.shape = shape
-        self.plan = TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "", is_even)
+        self.plan = TilePlan(heads_per_group or shape.kv_heads, tile_tokens, "", even_tokens, keeps_segments)
         self.rng = torch.Generator().manual_seed(seed)
         self.counter = ByteCounter()
         self.model_layout = model_layout
@@ -188,7 +189,8 @@ def benches(draw):
         tile_tokens=draw(st.sampled_from([1000, 128, 100, 37, 16])),
         seed=draw(st.integers(0, 2**31 - 1)),
         resident_tokens=draw(st.sampled_from([0, 0, 128, 256, 640, 10_000])),
-        is_even=draw(st.booleans()),
+        even_tokens=draw(st.sampled_from([0, 128])),
+        keeps_segments=draw(st.booleans()),
     )
 
 
@@ -474,6 +476,24 @@ def test_resident_tokens_of_a_known_length_are_one_piece():
     bench.assert_step(3)
 
 
+@pytest.mark.parametrize("transport", ["eager", "lazy"])
+def test_a_large_segment_is_a_tile_and_one_copy(transport, monkeypatch):
+    """Parts of a segment are a copy for each head's K and V: of one that is partly resident, or longer than a tile."""
+    monkeypatch.setattr(streaming, "_KEPT_SEGMENT_TOKENS", 256)
+    bench = Bench(Shape(rows=1, kv_heads=2), transport, 2, 1024, keeps_segments=True, resident_tokens=128)
+    bench.layer_kv.expected_tokens = 0
+    for tokens in (128, 512, 100, 300, 128, 1024, 1500):
+        bench.fill(tokens)
+    segments = [part.segment.tokens for part in bench.layer_kv.shared_prefixes()[0].slices]
+    assert segments == [512, 384, 256, 896, 1408]
+    tiles = [tile for tile in tiles_of(bench.layer_kv, slice(0, 2), bench.plan, None) if not tile.resident]
+    lengths = [[k.shape[1] for k, _ in tile.pieces] for tile in tiles]
+    assert lengths == [[384], [384], [256], [896], [1024], [384]]
+    before = bench.counter.copies
+    bench.assert_step(1)
+    assert bench.counter.copies - before == 3 * 1 + 3 * 4
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(tokens=st.integers(1, 5000), tile_tokens=st.integers(1, 3000), resident=st.sampled_from([0, 256]))
 def test_even_tiles_have_similar_sizes_and_contain_all_streamed_tokens(tokens, tile_tokens, resident):
@@ -481,7 +501,7 @@ def test_even_tiles_have_similar_sizes_and_contain_all_streamed_tokens(tokens, t
     bench.fill(tokens)
     even, usual = (
         [tile for tile in tiles_of(bench.layer_kv, slice(0, 1), plan, None) if not tile.resident]
-        for plan in (TilePlan(1, tile_tokens, "", is_even=True), TilePlan(1, tile_tokens, ""))
+        for plan in (TilePlan(1, tile_tokens, "", even_tokens=128), TilePlan(1, tile_tokens, ""))
     )
     lengths = [sum(k.shape[1] for k, _ in tile.pieces) for tile in even]
     assert sum(lengths) == max(bench.layer_kv.host_tokens - min(resident, bench.layer_kv.host_tokens), 0)

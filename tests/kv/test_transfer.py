@@ -16,6 +16,7 @@ from headinfer.kv import streams
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.layer_kv import LayerKV
+from headinfer.kv.segments import Segment
 from headinfer.kv.streams import EagerStreams, LazyStreams
 from headinfer.kv.transfer import InPlace, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace
@@ -84,6 +85,41 @@ def test_tiles_contain_their_pieces(kind, data):
     assert counter.device_bytes["ring"] == counter.device_peak_bytes == slots * 4096
     ring.close()
     assert counter.device_bytes["ring"] == 0
+
+
+@both_streams
+@PROPERTY
+@given(data=st.data())
+def test_whole_heads_of_a_segment_are_one_copy(kind, data):
+    """The tile has the segment's layout. Fewer tokens than the segment's are two copies for each head."""
+    draw = data.draw
+    rng = seeded(draw(st.integers(0, 2**31 - 1)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    heads = draw(st.integers(1, 4))
+    tokens = draw(st.integers(1, 9))
+    key_dim, value_dim = draw(st.sampled_from([(4, 4), (3, 5), (16, 1)]))
+    counter = ByteCounter()
+    segment = Segment(HostTier(counter), heads, tokens, key_dim, value_dim, dtype)
+    segment.k.copy_(torch.randn(segment.k.shape, generator=rng))
+    segment.v.copy_(torch.randn(segment.v.shape, generator=rng))
+    ring = SlotRing(2, heads * tokens * (key_dim + value_dim) * dtype.itemsize + draw(st.integers(0, 1)) * 64, CPU,
+                    counter, kind())  # fmt: skip
+    first = draw(st.integers(0, heads - 1))
+    last = draw(st.integers(first + 1, heads))
+    start = draw(st.integers(0, tokens - 1))
+    for chosen, copies in ((slice(0, tokens), 1), (slice(start, tokens), 1 if start == 0 else 2 * (last - first))):
+        piece = segment.piece(slice(first, last), chosen.start, chosen.stop)
+        before = counter.copies
+        handle = ring.fetch([piece])
+        assert counter.copies - before == copies
+        ((k, v),) = ring.wait(handle)
+        assert torch.equal(k, segment.k[first:last, chosen])
+        assert torch.equal(v, segment.v[first:last, chosen])
+        assert k.is_contiguous() == piece[0].is_contiguous() or start
+        ring.release(handle)
+    assert (
+        counter.host_to_device_bytes == (2 * tokens - start) * (last - first) * (key_dim + value_dim) * dtype.itemsize
+    )
 
 
 @both_streams

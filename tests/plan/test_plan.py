@@ -1,6 +1,7 @@
 """The planner: it keeps all budgets, more memory never makes a plan worse, and figures equal independent counts."""
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -263,15 +264,30 @@ def seconds_of(request, chunk, ring, resident, host_tokens):
     return prefill.total_s + 256 * decode_seconds(request.shape, request.hardware, tokens, schedule).total_s
 
 
+def busy_by_hand(heads, chunk):
+    """The share of an H200 that 8 heads keep busy, `heads` at a time: 132 multiprocessors, a block of 128 rows each."""
+    seconds = 0.0
+    for first in range(0, 8, heads):
+        blocks = min(heads, 8 - first) * (chunk // 128)
+        seconds += 1 if blocks < 132 else blocks // 132
+        if blocks > 132 and blocks % 132:
+            seconds += 0.75 + 0.25 * (blocks % 132) / 132
+    return 8 * (chunk // 128) / 132 / seconds
+
+
 @settings(PROPERTY, max_examples=400)
 @given(
     st.sampled_from([128, 512, 4096]), st.integers(1, 40), st.floats(0, 1.1), st.integers(1, 8), st.floats(1, 6),
     st.floats(8, 11.5), st.floats(8, 11.5), st.floats(9, 13), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from([1, 512]),
 )  # fmt: skip
 def test_closed_forms_are_sums_over_chunks(
-    chunk, chunks, share, heads, tile_power, link_power, back_power, flop_power, merges, writes_back, prefetches
+    chunk, chunks, share, heads, tile_power, link_power, back_power, flop_power, merges, writes_back, prefetches, block
 ):
-    """Compare the closed form of prefill with a sum over its chunks."""
+    """Compare the closed form of prefill with a sum over its chunks.
+
+    With blocks of 512 tokens another kernel, of half the rate, serves the chunk itself and the rest of a past or tile.
+    """
     hardware = dataclasses.replace(
         RTX4090,
         link_bytes_per_s=10**link_power,
@@ -279,6 +295,11 @@ def test_closed_forms_are_sums_over_chunks(
         flops_per_s={"bfloat16": 10**flop_power},
         launch_s=1e-15,
         link_share=1,
+        multiprocessors=132,
+        blocks_at_once=1,
+        idle_gain=0.25,
+        block_tokens=block,
+        rest_share=1 if block == 1 else 0.5,
     )
     layer = LayerShape("full_attention", 8, 8, 64, 64)
     tokens = chunk * chunks
@@ -292,17 +313,32 @@ def test_closed_forms_are_sums_over_chunks(
     flops = hardware.attained_flops_per_s("bfloat16")
     bandwidth = hardware.attained_device_bytes_per_s
     token_s = 8 * 128 * 2 / hardware.attained_link_bytes_per_s
+    copied_s = token_s
+    if merges:
+        slices = 1 if 16_384 % tile_tokens == 0 else 1 + tile_tokens / 16_384
+        copied_s += math.ceil(8 / heads) * 2 * heads * slices * hardware.copy_s / tile_tokens
+    else:
+        copied_s += math.ceil(8 / heads) * 2 * hardware.copy_s / tile_tokens
+    flops_of_pair = 2 * 8 * 128 / busy_by_hand(heads, chunk)
+    calls = 1
+    rest = 0
+    if block > 1:
+        blocks = tile_tokens // block
+        rest = tile_tokens % block
+        calls = blocks // 4 + [0, 1, 1, 2][blocks % 4] + (rest > 0)
     linear_s = max(2 * shape.active_weights * chunk / flops, 2 * shape.layers[0].weights / bandwidth)
     tile_s = min(tile_tokens, max(tokens - resident, 0)) * heads / 8 * token_s
     back_s = chunk * 8 * 128 * 2 / 10**back_power if writes_back else 0.0
     attention_s = merge_s = exposed_s = transfer_s = 0.0
     for past in range(0, tokens, chunk):
         streamed = max(past - resident, 0)
-        square = 2 * 8 * 128 * chunk * chunk / 2 / flops
-        attention = square + max(2 * 8 * 128 * chunk * past / flops, past * 8 * 128 * 2 / bandwidth)
-        passes = streamed / tile_tokens + 1 if merges and past else 0
+        square = flops_of_pair * chunk * chunk / 2 / flops * (1 if block == 1 else 2)
+        attention = square + max(flops_of_pair * chunk * past / flops, past * 8 * 128 * 2 / bandwidth)
+        if past and block > 1:
+            attention += flops_of_pair * chunk * (block / 2 + streamed * rest / tile_tokens) / flops
+        passes = streamed / tile_tokens * calls + 1 if merges and past else 0
         merge = 8 * 64 * chunk * MERGE_BYTES / bandwidth * passes
-        fetch = streamed * token_s
+        fetch = streamed * copied_s
         early = min(tile_s, linear_s) if prefetches else 0.0
         exposed_s += max(0.0, fetch - early - attention - merge, back_s - linear_s - attention - merge)
         if merges and not prefetches and streamed:
@@ -321,14 +357,15 @@ def test_decode_by_hand():
     kept = 64 * 1024
     tile = (8, 8192)
     schedule = Schedule(8192, (kept,) * 32, tile, tile, merges=True, writes_back=True)
-    machine = dataclasses.replace(RTX4090, launch_s=1e-9)
+    machine = dataclasses.replace(RTX4090, launch_s=1e-9, copy_s=3e-6)
     link = RTX4090.attained_link_bytes_per_s
     device = RTX4090.attained_device_bytes_per_s
-    fetch_s = (M - kept) * 4096 / link
+    copies = (M - kept) // 8192 * 16  # K and V of each head, in half of a segment
+    fetch_s = (M - kept) * 4096 / link + copies * 3e-6
     attention_s = M * 4096 / device
     linear_s = 2 * (LLAMA.active_weights + LLAMA.head_weights) / device / 32
     last_s = 8192 * 4096 / device
-    tile_s = 8192 * 4096 / link
+    tile_s = 8192 * 4096 / link + 16 * 3e-6
     late = decode_seconds(LLAMA, machine, M, schedule)
     assert late.exposed_transfer_s == pytest.approx(32 * (fetch_s - attention_s + last_s))
     assert late.total_s == pytest.approx(32 * (linear_s + fetch_s + last_s))
@@ -549,6 +586,7 @@ def test_a_broken_hardware_file_says_so(tmp_path):
 def test_field_names_end_with_their_unit():
     """The name of each field of bytes, seconds or a rate ends with its unit."""
     counts = {"multiprocessors", "disk_share", "name", "source", "is_host", "flops_per_s", "transfer_name"}
+    counts |= {"blocks_at_once", "idle_gain", "block_tokens"}
     for kind in (Footprint, Hardware):
         for field in dataclasses.fields(kind):
             assert field.name.endswith(("_bytes", "_s", "_share")) or field.name in counts, field.name

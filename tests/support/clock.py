@@ -59,9 +59,10 @@ class Clock:
 
     def copy(self, copies, queue):
         rate = self.rates.device_bytes_per_s / 2 if queue == "compute" else self.rates.link_bytes_per_s
+        copy_s = 0.0 if queue == "compute" else self.rates.copy_s
         for destination, source in copies:
             assert destination.shape == source.shape
-            self.work(queue, source.numel() * source.element_size() / rate)
+            self.work(queue, source.numel() * source.element_size() / rate + copy_s)
 
     def finish(self, event):
         self.now["host"] = max(self.now["host"], event.seconds)
@@ -126,11 +127,15 @@ class Pass:
         seconds: the total time.
         needed_s: the time of the kernels, without merging tiles.
         fetched_bytes: the bytes that were copied to the device.
+        fetch_s: the time in which the link copied to the device.
+        copies: the copies between host and device.
     """
 
     seconds: float
     needed_s: float
     fetched_bytes: int
+    fetch_s: float
+    copies: int
 
 
 def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits=False, **options):
@@ -168,6 +173,8 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
         start = clock.now["compute"]
         busy_before = clock.busy["compute"]
         fetched_before = engine.counter.host_to_device_bytes
+        fetch_before = clock.busy["fetch"]
+        copies_before = engine.counter.copies
         for layer_kv in layer_kvs:
             if layer_kv is layer_kvs[0]:
                 engine.begin(layer_kv, HEADS, query_tokens)
@@ -184,4 +191,6 @@ def last_pass(monkeypatch, rates, past_tokens, query_tokens, count=3, host_waits
         clock.now["compute"] - start,
         clock.busy["compute"] - busy_before,
         engine.counter.host_to_device_bytes - fetched_before,
+        clock.busy["fetch"] - fetch_before,
+        engine.counter.copies - copies_before,
     )

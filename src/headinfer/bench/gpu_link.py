@@ -29,6 +29,13 @@ _ROUNDS = 5
 _COPIES_EACH_WAY = 16  # many, so that it matters little that one way runs alone at the end
 _PREFILL_QUERY_TOKENS = 4096
 _LONG_TOKENS = 2**20
+# Names, segments that a tile is copied from, and tokens of each segment that are not copied. Heads of a whole segment
+# are one copy; of other segments, K and V of each head are one.
+_WAYS_TO_COPY = (
+    ("pinned, through the ring", 1, 0),
+    ("pinned, through the ring, a copy for each K and V", 1, 128),
+    ("pinned, through the ring, from two segments", 2, 128),
+)
 
 
 def host_tier(job: GpuJob) -> HostTier:
@@ -90,7 +97,8 @@ def link(job: GpuJob) -> list[Measurement]:
     for nbytes in job.sizes.copy_bytes:
         measurements += _copies(job, nbytes)
         job.clean()
-    measurements += [_tiles(job, query_tokens) for query_tokens in (1, _PREFILL_QUERY_TOKENS)]
+    for query_tokens in (1, _PREFILL_QUERY_TOKENS):
+        measurements += [_tiles(job, query_tokens, *way) for way in _WAYS_TO_COPY]
     read = dram_reader()
     dram_s = median_s(read, job.timed, rounds=_ROUNDS)
     rate = DRAM_BUFFER_BYTES / dram_s / 1e9
@@ -187,33 +195,42 @@ def _tile_rates(job: GpuJob) -> TileRates | None:
     return machine.tile_rates(dtype) if job.is_cuda and dtype in machine.flops_per_s else None
 
 
-def _tiles(job: GpuJob, query_tokens: int) -> Measurement:
-    """Fetch tiles through the ring as the engine does, a contiguous copy for each head's K and V. Computes nothing."""
+def _tiles(job: GpuJob, query_tokens: int, who: str, parts: int, left_tokens: int) -> Measurement:
+    """Fetch tiles through the ring as the engine does, from all or a part of some segments. Computes nothing."""
     plan, slot_bytes, problem = tile_of(job, query_tokens)
-    what = "decode" if query_tokens == 1 else "prefill"
-    who = "pinned, through the ring"
+    point = ("decode" if query_tokens == 1 else "prefill") + "'s tiles"
     counter = ByteCounter()
     streams = open_streams("cuda" if job.is_cuda else "eager", job.device)
     assert streams is not None
     tier = host_tier(job)
-    segment = Segment(tier, plan.heads_per_group, plan.tile_tokens, problem.key_dim, problem.value_dim, problem.dtype)
-    if segment.is_pageable:
-        return Measurement("link", "tiles", who, note=f"could not be pinned: {tier.pin_refusal}")
+    heads = plan.heads_per_group
+    tokens = plan.tile_tokens // parts
+    dims = (problem.key_dim, problem.value_dim)
+    segments = [Segment(tier, heads, tokens + left_tokens, *dims, problem.dtype) for _ in range(parts)]
+    if segments[0].is_pageable:
+        return Measurement("link", point, who, note=f"could not be pinned: {tier.pin_refusal}")
+    pieces = [(segment.k[:, :tokens], segment.v[:, :tokens]) for segment in segments]
     ring = SlotRing(RING_SLOTS, slot_bytes, job.device, counter, streams)
     rounds = max(2, max(job.sizes.copy_bytes) // slot_bytes)
 
     def stream() -> None:
         for _ in range(rounds):
-            handle = ring.fetch([(segment.k, segment.v)])
+            handle = ring.fetch(pieces)
             ring.wait(handle)
             ring.release(handle)
 
     job.timed(stream)
-    before = counter.host_to_device_bytes
+    bytes_before = counter.host_to_device_bytes
+    copies_before = counter.copies
     seconds = job.timed(stream)
-    rate = (counter.host_to_device_bytes - before) / seconds
+    nbytes = counter.host_to_device_bytes - bytes_before
+    copies = counter.copies - copies_before
     ring.close()
-    head_bytes = plan.tile_tokens * problem.key_dim * problem.dtype.itemsize
-    note = f"{plan.heads_per_group} heads x {plan.tile_tokens:,} tokens: copies of {format_bytes(head_bytes)}"
-    details = {"heads_per_group": plan.heads_per_group, "tile_tokens": plan.tile_tokens}
-    return Measurement("link", f"{what}'s tiles", who, rate / 1e9, "GB/s", rounds=1, note=note, details=details)
+    note = f"{heads} heads x {plan.tile_tokens:,} tokens: copies of {format_bytes(nbytes // copies)}"
+    details = {
+        "heads_per_group": heads,
+        "tile_tokens": plan.tile_tokens,
+        "copies_per_tile": copies // rounds,
+        "bytes_per_copy": nbytes // copies,
+    }
+    return Measurement("link", point, who, nbytes / seconds / 1e9, "GB/s", rounds=1, note=note, details=details)

@@ -41,7 +41,7 @@ BLOCK_TOKENS = (32_768, 16_384, 8192)
 """Lengths of the pieces that kernels with one plan per shape are given. Merging a piece of 32K tokens costs about a
 hundredth of its attention."""
 
-_EVEN_TOKENS = 128
+_KEPT_SEGMENT_TOKENS = 4096  # a smaller segment is copied with its neighbours, since a tile takes launches too
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def tiles_of(
 ) -> Iterator[Tile]:
     """Return the host segments of a head group as tiles.
 
-    Resident tokens are one tile. The plan cuts the others.
+    Resident tokens are one tile. The plan cuts the others, or keeps large segments as tiles of their own.
 
     Args:
         layer_kv: the KV of the layer.
@@ -292,11 +292,18 @@ def tiles_of(
         resident, streamed = _split_by_residency(shared)
         if resident:
             yield Tile(shared.rows, resident=tuple(part.segment.resident(part.start, part.stop) for part in resident))
-        most = _tile_tokens(plan, sum(part.tokens for part in streamed))
+        most = plan.length(sum(part.tokens for part in streamed))
         slices: list[SegmentSlice] = []
         room = most
         for part in streamed:
             start = part.start
+            if plan.keeps_segments and _KEPT_SEGMENT_TOKENS <= part.tokens == part.segment.tokens <= most:
+                if slices:
+                    yield _tile(shared.rows, heads, slices)
+                yield _tile(shared.rows, heads, [part])
+                slices = []
+                room = most
+                continue
             while start < part.stop:
                 stop = min(part.stop, start + room)
                 slices.append(SegmentSlice(part.segment, start, stop))
@@ -308,15 +315,6 @@ def tiles_of(
                     room = most
         if slices:
             yield _tile(shared.rows, heads, slices)
-
-
-def _tile_tokens(plan: TilePlan, tokens: int) -> int:
-    """Return the length of the tiles that `tokens` tokens are cut into. The last tile may be shorter."""
-    if not plan.is_even or not tokens:
-        return plan.tile_tokens
-    tiles = -(-tokens // plan.tile_tokens)
-    even = -(-tokens // tiles // _EVEN_TOKENS) * _EVEN_TOKENS
-    return min(even, plan.tile_tokens)
 
 
 def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:

@@ -6,6 +6,9 @@ For each tile the loop calls, in this order:
     pieces = ring.wait(handle)       the tile, which the compute queue may read: pairs of k [h, T, Dk] and v [h, T, Dv]
     ring.release(handle)             the compute queue's reads are queued, so the slot may be used again
 
+A tile that is a contiguous run on the host, such as some heads of a whole segment, is one copy and has the same layout
+in its slot. Other tiles are one piece too, joined from a copy for each piece, head and side.
+
 The loop fetches tile i + 1 before it waits for tile i. In the last tile of a layer it prefetches the first tiles of
 the next layer. Events order the work of the queues (streams.py):
 
@@ -160,14 +163,22 @@ class SlotRing:
         slot = self._slot(handle)
         if self._is_in_use(handle):
             raise StateError("a tile was fetched into a slot that is still in use: release tiles in order")
-        tile = self._tile_in(slot, pieces)
+        run = _contiguous(pieces[0]) if len(pieces) == 1 else None
+        if run is None:
+            tile = self._tile_in(slot, pieces)
+            copies = _copies(tile, pieces)
+        else:
+            tile, copy = self._same_layout(slot, pieces[0], run)
+            copies = [copy]
         self._in_use[handle] = (tile, pieces)
         self._next_handle += 1
         self._streams.wait(self._free[slot], "fetch")
         for event in after:
             self._streams.wait(event, "fetch")
-        self._streams.copy(self._copies(tile, pieces), "fetch")
+        self._streams.copy(copies, "fetch")
         self._streams.record(self._ready[slot], "fetch")
+        self._counter.copies += len(copies)
+        self._counter.host_to_device_bytes += sum(x.numel() * x.element_size() for piece in pieces for x in piece)
         return handle
 
     def _tile_in(self, slot: int, pieces: Sequence[Piece]) -> Piece:
@@ -180,9 +191,8 @@ class SlotRing:
         heads = k.shape[0]
         tokens = sum(k.shape[1] for k, _ in pieces)
         token_bytes = heads * (k.shape[2] + v.shape[2]) * k.element_size()
+        self._check_size(tokens * token_bytes)
         capacity = self.slot_bytes // token_bytes
-        if tokens > capacity:
-            raise StateError(f"a tile of {tokens * token_bytes} bytes exceeds a slot of {self.slot_bytes}")
         flat = self._memory[slot].view(k.dtype)
         k_size, v_size = (heads * capacity * x.shape[2] for x in (k, v))
         return (
@@ -190,18 +200,49 @@ class SlotRing:
             flat[k_size : k_size + v_size].view(heads, capacity, v.shape[2])[:, :tokens],
         )
 
-    def _copies(self, tile: Piece, pieces: Sequence[Piece]) -> list[Copy]:
-        """Plan one copy for each piece, head and side (K or V), which is contiguous on the host and in the slot."""
-        copies: list[Copy] = []
-        for destination, sources in zip(tile, zip(*pieces, strict=True), strict=True):
-            start = 0
-            for source in sources:
-                stop = start + source.shape[1]
-                copies += [(destination[head, start:stop], source[head]) for head in range(source.shape[0])]
-                start = stop
-                self._counter.host_to_device_bytes += source.numel() * source.element_size()
-        self._counter.copies += len(copies)
-        return copies
+    def _same_layout(self, slot: int, piece: Piece, run: torch.Tensor) -> tuple[Piece, Copy]:
+        """Lay out a piece in a slot as it is on the host, where it is all of a contiguous run.
+
+        Returns:
+            The tile, and the copy of the run.
+        """
+        self._check_size(run.numel() * run.element_size())
+        target = self._memory[slot].view(run.dtype)[: run.numel()]
+        k, v = (target.as_strided(x.shape, x.stride(), x.storage_offset() - run.storage_offset()) for x in piece)
+        return (k, v), (target, run)
+
+    def _check_size(self, nbytes: int) -> None:
+        if nbytes > self.slot_bytes:
+            raise StateError(f"a tile of {nbytes} bytes exceeds a slot of {self.slot_bytes}")
+
+
+def _contiguous(piece: Piece) -> torch.Tensor | None:
+    """Return the memory of K and V as one tensor if they fill it without gaps, as some heads of a segment do.
+
+    K and V have no element in common, so they fill a range of memory that has as many elements as they.
+    """
+    k, v = piece
+    if k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr():
+        return None
+    first = min(x.storage_offset() for x in piece)
+    end = max(
+        x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+        for x in piece
+    )
+    elements = k.numel() + v.numel()
+    return k.as_strided((elements,), (1,), first) if end - first == elements else None
+
+
+def _copies(tile: Piece, pieces: Sequence[Piece]) -> list[Copy]:
+    """Plan one copy for each piece, head and side (K or V), which is contiguous on the host and in the slot."""
+    copies: list[Copy] = []
+    for destination, sources in zip(tile, zip(*pieces, strict=True), strict=True):
+        start = 0
+        for source in sources:
+            stop = start + source.shape[1]
+            copies += [(destination[head, start:stop], source[head]) for head in range(source.shape[0])]
+            start = stop
+    return copies
 
 
 class InPlace:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headinfer.plan.model_shape import LayerShape, ModelShape
-from headinfer.plan.tiles import RING_SLOTS, ring_slot_bytes
+from headinfer.plan.tiles import RING_SLOTS, SEGMENT_TOKENS, ring_slot_bytes
 
 __all__ = [
     "BASELINES",
@@ -28,9 +28,7 @@ __all__ = [
     "write_back_bytes",
 ]
 
-# Both equal the constants of kv/layer_kv.py, which a test checks.
-TAIL_UNIT_TOKENS = 128
-SEGMENT_TOKENS = 16_384  # of the largest segment
+TAIL_UNIT_TOKENS = 128  # as in kv/layer_kv.py, which a test checks
 # K of one layer of Llama-3-8B for a chunk of 8,192 tokens, which is then packed without a wait.
 _WRITE_BACK_BYTES = 16 * 2**20
 BASELINES = ("standard", "chunked prefill", "4-bit KV", "layer-wise offload", "head-wise (paper)")

@@ -27,8 +27,8 @@ GIGA = 10**9
 TERA = 10**12
 _POSITIVE = (
     "device_memory_bytes", "device_bytes_per_s", "link_bytes_per_s", "link_back_bytes_per_s", "dram_bytes_per_s",
-    "disk_read_bytes_per_s", "disk_write_bytes_per_s", "multiprocessors", "launch_s",
-    "compute_share", "device_share", "link_share", "dram_share",
+    "disk_read_bytes_per_s", "disk_write_bytes_per_s", "multiprocessors", "launch_s", "blocks_at_once", "idle_gain",
+    "block_tokens", "rest_share", "copy_s", "compute_share", "device_share", "link_share", "dram_share",
 )  # fmt: skip
 _BY_DTYPE = ("flops_per_s", "attention_flops_per_s", "weight_bytes_per_s")
 
@@ -51,8 +51,15 @@ class Hardware:
         multiprocessors: the multiprocessors that a kernel must fill.
         is_host: whether the device is the host's CPU. Device memory is then host RAM, and nothing crosses a link.
         launch_s: host seconds to queue one kernel or copy from Python.
+        blocks_at_once: see TileRates; of half types, as are the next three.
+        idle_gain: see TileRates.
+        block_tokens: see TileRates.
+        rest_share: see TileRates.
+        copy_s: seconds that each copy takes on the link beside its bytes.
         overhead_bytes: device memory for the driver's context, libraries and the allocator's gaps, and a reserve.
         compute_share: the attained share of flops_per_s.
+        attention_share: the share of flops_per_s that prefill's attention attains in half types if no multiprocessor
+            is idle; None for compute_share.
         device_share: the attained share of device_bytes_per_s.
         link_share: the attained share of link_bytes_per_s and link_back_bytes_per_s.
         dram_share: the attained share of dram_bytes_per_s.
@@ -74,8 +81,14 @@ class Hardware:
     multiprocessors: int = 1
     is_host: bool = False
     launch_s: float = 20e-6
+    blocks_at_once: int = 2
+    idle_gain: float = 1.0
+    block_tokens: int = 1
+    rest_share: float = 1.0
+    copy_s: float = 2.8e-6
     overhead_bytes: int = 1024 * MIB
     compute_share: float = 0.85
+    attention_share: float | None = None
     device_share: float = 0.85
     link_share: float = 0.8
     dram_share: float = 0.8
@@ -94,8 +107,9 @@ class Hardware:
                 self._check(f"{name} of {dtype}", rate)
         if not self.flops_per_s:
             raise UsageError(f"hardware {self.name}: flops_per_s is empty: it must have a rate for a dtype")
-        if self.kv_bytes_per_s is not None:
-            self._check("kv_bytes_per_s", self.kv_bytes_per_s)
+        for name in ("kv_bytes_per_s", "attention_share"):
+            if getattr(self, name) is not None:
+                self._check(name, getattr(self, name))
         if self.overhead_bytes != 0:
             self._check("overhead_bytes", self.overhead_bytes)
 
@@ -115,8 +129,11 @@ class Hardware:
         return self.flops_per_s[dtype] * self.compute_share
 
     def attained_attention_flops_per_s(self, dtype: str) -> float:
-        """Return the FLOP per second that attention attains in prefill."""
-        return self.attention_flops_per_s.get(dtype) or self.attained_flops_per_s(dtype)
+        """Return the FLOP per second that attention attains in prefill if no multiprocessor is idle."""
+        attained = self.attained_flops_per_s(dtype)
+        if self.attention_share is not None and dtype != "float32":
+            attained = self.flops_per_s[dtype] * self.attention_share
+        return self.attention_flops_per_s.get(dtype) or attained
 
     def attained_weight_bytes_per_s(self, dtype: str) -> float:
         """Return the bytes of weights that are read per second to multiply them with one token."""
@@ -141,12 +158,22 @@ class Hardware:
 
     def tile_rates(self, dtype: str) -> TileRates:
         """Return the rates that `choose_tiles` needs."""
+        kernels: dict[str, Any] = {}
+        if dtype != "float32":  # other kernels serve float32
+            kernels = {
+                "blocks_at_once": self.blocks_at_once,
+                "idle_gain": self.idle_gain,
+                "block_tokens": self.block_tokens,
+                "rest_share": self.rest_share,
+            }
         return TileRates(
-            flops_per_s=self.attained_flops_per_s(dtype),
+            flops_per_s=self.attained_attention_flops_per_s(dtype),
             device_bytes_per_s=self.attained_device_bytes_per_s,
             link_bytes_per_s=self.attained_link_bytes_per_s,
             launch_s=self.launch_s,
             multiprocessors=self.multiprocessors,
+            copy_s=self.copy_s,
+            **kernels,
         )
 
     def text(self) -> str:
@@ -199,6 +226,7 @@ def _gpu(
     *,
     server: bool = False,
     has_bfloat16: bool = True,
+    **attained: Any,
 ) -> Hardware:
     """Describe a GPU of a data sheet.
 
@@ -213,6 +241,7 @@ def _gpu(
         source: the data sheet.
         server: whether its host is assumed to be a server.
         has_bfloat16: whether it has tensor cores for bfloat16.
+        attained: further fields of Hardware.
 
     Returns:
         The GPU and its assumed host.
@@ -232,9 +261,22 @@ def _gpu(
         multiprocessors=units,
         disk_read_bytes_per_s=_DISK_READ,
         disk_write_bytes_per_s=_DISK_WRITE,
+        **attained,
     )
 
 
+# Hopper attends to blocks of 8K keys with cuDNN, and to the rest with flash attention (attention/backends.py). Measured
+# on an H200 (benchmarks/results): 757 and 791 TFLOP/s of 989.4 in a matrix product. All chunks of 5,376 tokens are
+# predicted best with 605 TFLOP/s for cuDNN and one block of query rows at once. For the same tile flash attention took
+# 1.94 times as long as cuDNN (tests/plan/test_measured.py).
+_HOPPER: dict[str, Any] = {
+    "compute_share": 0.78,
+    "attention_share": 0.61,
+    "blocks_at_once": 1,
+    "idle_gain": 0.25,
+    "block_tokens": 8192,
+    "rest_share": 0.5,
+}
 _AMPERE = "NVIDIA Ampere GA102 whitepaper and product page"
 _ADA = "NVIDIA Ada GPU architecture whitepaper and product page"
 
@@ -248,8 +290,12 @@ HARDWARE: dict[str, Hardware] = {
     "rtx5090": _gpu("RTX 5090", 32_607, 209.5, 104.8, 1792, 170, "5 x16", "NVIDIA RTX Blackwell whitepaper"),
     "a100-40": _gpu("A100 40 GB", 40_960, 312, 19.5, 1555, 108, "4 x16", "NVIDIA A100 data sheet (PCIe)", server=True),
     "a100-80": _gpu("A100 80 GB", 81_920, 312, 19.5, 1935, 108, "4 x16", "NVIDIA A100 data sheet (PCIe)", server=True),
-    "h100": _gpu("H100 80 GB", 81_559, 989.4, 66.9, 3350, 132, "5 x16", "NVIDIA H100 data sheet (SXM)", server=True),
-    "h200": _gpu("H200 141 GB", 143_771, 989.4, 66.9, 4800, 132, "5 x16", "NVIDIA H200 data sheet (SXM)", server=True),
+    "h100": _gpu(
+        "H100 80 GB", 81_559, 989.4, 66.9, 3350, 132, "5 x16", "NVIDIA H100 data sheet (SXM)", server=True, **_HOPPER
+    ),
+    "h200": _gpu(
+        "H200 141 GB", 143_771, 989.4, 66.9, 4800, 132, "5 x16", "NVIDIA H200 data sheet (SXM)", server=True, **_HOPPER
+    ),
     "l4": _gpu("L4", 23_034, 121, 30.3, 300, 58, "4 x16", "NVIDIA L4 data sheet", server=True),
     "t4": _gpu("T4", 15_360, 65, 8.1, 320, 40, "3 x16", "NVIDIA T4 data sheet", server=True, has_bfloat16=False),
     # Eight cores x 3.5 GHz x 32 float32 FLOP a cycle (two 256-bit multiply-adds); half types are converted to float32.

@@ -3,7 +3,7 @@
 Chunk i of a prefill has a past of p = i * chunk_tokens tokens. The first `resident_tokens` of them stay on the device.
 Three streams run at the same time, and the seconds of each are linear in p:
 
-    compute      attention_first_s + attention_s_per_token * p, plus merging
+    compute      attention_first_s + attention_s_per_token * p, plus merging and what a slower kernel adds
     copy         fetch_s_per_token * max(0, p - resident_tokens)
     write-back   back_s
 
@@ -30,6 +30,8 @@ class LayerChunks:
         attention_s_per_token: seconds of a chunk's attention on one token of the past.
         merge_first_s: seconds of merging in each chunk with a past, for the resident tokens or a shorter last tile.
         merge_s_per_token: seconds of merging for each streamed token.
+        rest_first_s: seconds that a slower kernel adds in each chunk with a past.
+        rest_s_per_token: seconds that it adds for each streamed token.
         fetch_s_per_token: seconds to copy one token to the device.
         back_s: seconds to write a chunk's KV back to the host.
         early_s: seconds of a chunk's fetching that are hidden behind other layers' work.
@@ -43,6 +45,8 @@ class LayerChunks:
     attention_s_per_token: float
     merge_first_s: float
     merge_s_per_token: float
+    rest_first_s: float
+    rest_s_per_token: float
     fetch_s_per_token: float
     back_s: float
     early_s: float
@@ -65,6 +69,11 @@ class LayerChunks:
         return self.merge_first_s * (self.chunks - 1) + self.merge_s_per_token * self.streamed_tokens
 
     @property
+    def rest_s(self) -> float:
+        """Seconds that a slower kernel adds in all chunks."""
+        return self.rest_first_s * (self.chunks - 1) + self.rest_s_per_token * self.streamed_tokens
+
+    @property
     def transfer_s(self) -> float:
         """Seconds that the link is busy. Fetching and write-back use its two directions at the same time."""
         first = self._first_above(self.back_s)
@@ -76,9 +85,9 @@ class LayerChunks:
         """Seconds of copies that neither this layer's attention nor other layers' work hides."""
         back_s = self.back_s - self.back_early_s
         slope = self.attention_s_per_token
-        merge = self.merge_s_per_token
+        merge = self.merge_s_per_token + self.rest_s_per_token
         start_s = self.attention_first_s
-        later_s = start_s + self.merge_first_s
+        later_s = start_s + self.merge_first_s + self.rest_first_s
         first = self._first_above(0.0)
         above = max(self._first_above(back_s + self.early_s), first)
         return (

@@ -10,6 +10,9 @@ In each layer of each forward pass three streams run at the same time, and the l
 
 The past grows by one chunk per forward pass, so the seconds of each stream are linear in the number of past tokens. The
 sums over chunks have closed forms, see overlap.py.
+
+Attention in prefill leaves multiprocessors idle in its last wave of blocks, and a slower kernel serves the chunk itself
+and the rest of the past that is no multiple of block_tokens, half of block_tokens on average (tiles.py).
 """
 
 from __future__ import annotations
@@ -21,7 +24,15 @@ from dataclasses import dataclass
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.overlap import LayerChunks
-from headinfer.plan.tiles import MERGE_BYTES, TILE_LAUNCHES
+from headinfer.plan.tiles import (
+    MERGE_BYTES,
+    TILE_LAUNCHES,
+    TileRates,
+    busy_share_of_groups,
+    kernel_calls,
+    rest_factor,
+    tile_copies,
+)
 
 __all__ = [
     "OperatingPoint",
@@ -163,6 +174,7 @@ def prefill_seconds(
     weight_bytes_per_s = hardware.attained_weight_bytes_per_s(dtype)
     element_bytes = 4 if dtype == "float32" else 2
     transfer_s_per_byte, transfer_name = _transfer(hardware, schedule)
+    rates = hardware.tile_rates(dtype)
     chunks = max(math.ceil(tokens / schedule.chunk_tokens), 1)
     chunk = tokens / chunks
     total = _Sum()
@@ -183,12 +195,19 @@ def prefill_seconds(
 
     linear_s = max(linear_flop_s, linear_byte_s) / len(shape.layers)
     for layer, count, resident in _distinct(shape, schedule):
-        causal_s = layer.flops_per_pair * _own_pairs(layer, chunk, tokens) * rows / attention_flops_per_s
+        heads, tile_tokens = schedule.prefill_tile
+        if resident is None:
+            heads = layer.kv_heads
+        busy = 1.0 if hardware.is_host else _busy_share(rates, layer, heads, chunk)
+        pair_s = layer.flops_per_pair * rows / (attention_flops_per_s * busy)
+        causal_s = pair_s * _own_pairs(layer, chunk, tokens) / rates.rest_share
         past_sum = chunk * chunks * (chunks - 1) / 2
         seen_sum = 0.0 if layer.window_tokens else past_sum
         kv_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
-        flop_slope = layer.flops_per_pair * chunk * rows / attention_flops_per_s
+        flop_slope = pair_s * chunk
         byte_slope = kv_bytes / hardware.attained_kv_bytes_per_s
+        # A past that is no multiple of block_tokens has a rest of half of them, on average, and each tile has its own.
+        rest_first_s = flop_slope * (rest_factor(rates, 1, 1) - 1) * rates.block_tokens / 2 if seen_sum else 0.0
         attention_s = chunks * causal_s + max(flop_slope, byte_slope) * seen_sum
         total.attention_s += count * attention_s
         if flop_slope >= byte_slope:
@@ -197,8 +216,13 @@ def prefill_seconds(
             total.compute_s += count * chunks * causal_s
             total.device_memory_s += count * byte_slope * seen_sum
         if resident is None:
+            rest_s = (chunks - 1) * rest_first_s
+            total.attention_s += count * rest_s
+            total.compute_s += count * rest_s
             continue
-        heads, tile_tokens = schedule.prefill_tile
+        rest_slope = flop_slope * (rest_factor(rates, tile_tokens, tile_tokens % rates.block_tokens) - 1)
+        copies = tile_copies(heads, tile_tokens) if schedule.merges else 2
+        groups = math.ceil(layer.kv_heads / heads)
         output_s = rows * layer.query_heads * layer.value_dim * chunk * MERGE_BYTES / bytes_per_s
         merge_s = output_s if schedule.merges else 0.0
         back_s = chunk * kv_bytes / (hardware.link_back_bytes_per_s * hardware.link_share)
@@ -210,12 +234,16 @@ def prefill_seconds(
             attention_first_s=causal_s,
             attention_s_per_token=max(flop_slope, byte_slope),
             merge_first_s=merge_s,
-            merge_s_per_token=merge_s / tile_tokens,
-            fetch_s_per_token=kv_bytes * transfer_s_per_byte,
+            merge_s_per_token=merge_s * kernel_calls(rates, tile_tokens) / tile_tokens,
+            rest_first_s=rest_first_s,
+            rest_s_per_token=rest_slope,
+            fetch_s_per_token=kv_bytes * transfer_s_per_byte + groups * rows * copies * rates.copy_s / tile_tokens,
             back_s=back_s if schedule.writes_back else 0.0,
             early_s=min(tile_s, linear_s) if schedule.prefetches_next_layer else 0.0,
             back_early_s=linear_s,
         )
+        total.attention_s += count * layer_chunks.rest_s
+        total.compute_s += count * layer_chunks.rest_s
         total.merge_s += count * layer_chunks.merge_s
         total.transfer_s += count * layer_chunks.transfer_s
         exposed_s = layer_chunks.exposed_s
@@ -225,10 +253,11 @@ def prefill_seconds(
         total.exposed_transfer_s += count * exposed_s
         passes = layer_chunks.streamed_tokens / tile_tokens
         passes += layer_chunks.streaming_chunks if schedule.merges else chunks
-        groups = math.ceil(layer.kv_heads / heads)
-        tile_launch_s = groups * passes * _tile_launches(schedule, heads) * hardware.launch_s
+        tile_launch_s = groups * passes * _tile_launches(schedule, copies) * hardware.launch_s
         total.launch_s += count * tile_launch_s
-        covered_s = attention_s + layer_chunks.merge_s + exposed_s if schedule.merges else 0.0
+        covered_s = 0.0
+        if schedule.merges:
+            covered_s = attention_s + layer_chunks.rest_s + layer_chunks.merge_s + exposed_s
         total.exposed_launch_s += count * max(0.0, tile_launch_s - covered_s)
     return total.seconds(transfer_name)
 
@@ -288,7 +317,8 @@ def decode_seconds(
             continue
         heads, tile_tokens = schedule.decode_tile
         tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed / tile_tokens)
-        transfer_s = streamed / seen * kv_bytes * transfer_s_per_byte
+        copies = tile_copies(heads, tile_tokens) if schedule.merges else 2
+        transfer_s = streamed / seen * kv_bytes * transfer_s_per_byte + tiles * rows * copies * hardware.copy_s
         total.transfer_s += count * transfer_s
         # While the last tile is computed, only the first tile of the next layer can be copied.
         tile_share = min(tile_tokens, streamed) / streamed * heads / layer.kv_heads
@@ -296,15 +326,23 @@ def decode_seconds(
         early_s = min(transfer_s * tile_share, linear_s + last_s) if schedule.prefetches_next_layer else 0.0
         exposed_s = max(0.0, transfer_s - attention_s + last_s - early_s)
         total.exposed_transfer_s += count * exposed_s
-        tile_launch_s = tiles * _tile_launches(schedule, heads) * hardware.launch_s
+        tile_launch_s = tiles * _tile_launches(schedule, copies) * hardware.launch_s
         total.launch_s += count * tile_launch_s
         covered_s = attention_s + exposed_s if schedule.merges else 0.0
         total.exposed_launch_s += count * max(0.0, tile_launch_s - covered_s)
     return total.seconds(transfer_name)
 
 
-def _tile_launches(schedule: Schedule, heads: int) -> int:
-    return TILE_LAUNCHES + 2 * heads if schedule.merges else GROUP_LAUNCHES
+def _tile_launches(schedule: Schedule, copies: float) -> float:
+    return TILE_LAUNCHES + copies if schedule.merges else GROUP_LAUNCHES
+
+
+def _busy_share(rates: TileRates, layer: LayerShape, heads: int, chunk: float) -> float:
+    """Return the share of the device that a chunk's attention keeps busy, with `heads` KV heads at a time."""
+    if not layer.flops_per_pair:
+        return 1.0
+    query_rows = math.ceil(layer.query_heads / layer.kv_heads * chunk)
+    return busy_share_of_groups(rates, layer.kv_heads, min(heads, layer.kv_heads), query_rows)
 
 
 def _distinct(shape: ModelShape, schedule: Schedule) -> list[tuple[LayerShape, int, int | None]]:
