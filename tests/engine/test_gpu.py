@@ -359,5 +359,5 @@ def test_calls_of_a_decode_step(device):
     assert resident_kernels <= kernels
     assert resident_calls <= calls + 2
     tile_kernels, tile_calls = of_a_layer(options_on(device, tile_tokens=None, heads_per_group=None))
-    assert tile_kernels <= kernels + 17  # 8 of them copy the tile
-    assert tile_calls <= calls + 110
+    assert tile_kernels <= kernels + 12  # copies of the tile, attention to it, and a merge without Triton
+    assert tile_calls <= calls + 85
