@@ -589,7 +589,13 @@ def test_only_the_chosen_baselines_are_measured(job):
     assert [line.who for line in of(lines, "decode")] == [OURS, f"{OURS}: streamed, of the pinned link", "layer-wise"]
     assert all(line.rounds == 1 for line in of(lines, "decode"))
     (lines,) = (found for found in run_suites(["prefill"], whole))
-    assert [line.who for line in of(lines, "prefill")] == [OURS]
+    ours, *pinning = of(lines, "prefill")
+    assert ours.who == OURS
+    assert [line.who for line in pinning] == ["pinning"] * job.is_cuda  # a CPU pins nothing
+    for line in pinning:
+        assert 0 < line.value < ours.value
+        assert line.details["touched_bytes"] == line.details["registered_bytes"]
+        assert "% of the time; touched at" in line.note
 
 
 def test_a_result_is_written_to_the_named_folder_and_printed(run, monkeypatch, tmp_path):

@@ -253,6 +253,7 @@ def test_pages_are_unmapped_after_they_are_unpinned(monkeypatch):
     assert not mapped, "a view still uses them"
     del view
     gc.collect()
+    host_memory.finish_release()
     assert mapped == [True]
     assert not is_mapped(address)
 
@@ -270,6 +271,7 @@ def test_a_tier_reports_what_is_not_pinned(monkeypatch):
     del first, second
     gc.collect()
     assert counter.host_bytes == 0
+    host_memory.finish_release()
     assert not tier._pinned
 
 

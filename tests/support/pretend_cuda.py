@@ -18,6 +18,7 @@ import ctypes
 import functools
 import importlib
 import os
+import threading
 import time
 import types
 import warnings
@@ -38,7 +39,25 @@ TOTAL_BYTES = 4 << 30
 CAPABILITY = (9, 0)
 HALVES = (torch.bfloat16, torch.float16)
 OURS = ("cuda", "meta")  # for "cuda" without an index, torch asks the guard of guard_devices(), which returns "meta"
-current = {"device": 0, "is_strict": False, "streams": [[] for _ in range(DEVICES)], "fraction": 1.0}
+
+
+class Current(dict):
+    """The state of torch.cuda. Each thread has a current device of its own."""
+
+    own = threading.local()
+
+    def __getitem__(self, name):
+        return getattr(self.own, name, 0) if name == "device" else super().__getitem__(name)
+
+    def __setitem__(self, name, value):
+        if name == "device":
+            self.own.device = value
+        else:
+            super().__setitem__(name, value)
+
+
+current = Current(is_strict=False, streams=[[] for _ in range(DEVICES)], fraction=1.0)
+LOCK = threading.RLock()  # threads that release host memory wait for all streams
 
 
 def device_of(where):
@@ -266,11 +285,12 @@ class Stream:
 
     def finish(self, count=None):
         """Run all jobs, or only the first `count` ones of all that were ever queued."""
-        while self.jobs and (count is None or self.done < count):
-            job = self.jobs.popleft()
-            self.done += 1
-            with torch.inference_mode():
-                job()
+        with LOCK:
+            while self.jobs and (count is None or self.done < count):
+                job = self.jobs.popleft()
+                self.done += 1
+                with torch.inference_mode():
+                    job()
 
     def wait_event(self, event):
         if event.stream is None:
@@ -430,7 +450,7 @@ def is_pinned(tensor, device=None):
     if isinstance(tensor, DeviceTensor):
         return False
     at = tensor.data_ptr()
-    return any(begin <= at < begin + nbytes for begin, nbytes in pinned.items()) or tensor.numel() == 0
+    return any(begin <= at < begin + nbytes for begin, nbytes in list(pinned.items())) or tensor.numel() == 0
 
 
 def pin_memory(tensor, device=None):

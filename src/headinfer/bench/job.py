@@ -26,6 +26,7 @@ from headinfer.bench.timing import device_timer
 from headinfer.engine.machine import free_device_bytes
 from headinfer.errors import UsageError
 from headinfer.hf.models import resolve
+from headinfer.kv.host_memory import finish_release
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.files import check_folder
@@ -265,6 +266,7 @@ class GpuJob(Job):
     def clean(self) -> None:
         """Free the memory that nothing refers to any more, on the device and pinned memory of the host."""
         super().clean()
+        finish_release()
         if self.is_cuda:
             torch.cuda.empty_cache()
             empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)  # not in every torch

@@ -15,7 +15,7 @@ from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
-from headinfer.kv.host_memory import HostTier
+from headinfer.kv.host_memory import HostTier, releasing_bytes
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.numa import node_of
 from headinfer.kv.read_ahead import ReadAhead, read_slot_bytes
@@ -169,7 +169,8 @@ class DeviceKV:
 
     def _host_room_bytes(self) -> int:
         """Return host memory that is free, or holds KV of this cache already."""
-        return available_host_bytes() + self.tier.counter.host_bytes
+        counter = self.tier.counter
+        return available_host_bytes() + counter.host_bytes - counter.host_untouched_bytes + releasing_bytes()
 
     def begin(self, layer_kv: LayerKV, shape: PassShape) -> None:
         """Fit the ring to the budget and choose the tile, before the first attention of a forward pass.
@@ -181,6 +182,8 @@ class DeviceKV:
         Raises:
             CapacityError: the budget does not hold a ring, also if no token stays resident.
         """
+        if layer_kv.tokens:  # each layer has reserved its host memory in the first pass
+            self.tier.prepare_ahead()
         # There is one tail more than there are layers, since reordering rows copies a tail. Forks have tails too.
         # Rows that become several leave their own tails behind, in the buffers of their resident tokens.
         held = self.counter.device_bytes
@@ -221,7 +224,8 @@ class DeviceKV:
             )
 
     def abandon(self) -> None:
-        """Drop all transfers that are under way."""
+        """Drop all transfers that are under way, and pause the preparation of host memory."""
+        self.tier.pause()
         if self.residency is not None:
             self._abandoned_bytes = self.residency.held_bytes
         if self.ring is not None:

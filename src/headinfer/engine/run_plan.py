@@ -18,6 +18,7 @@ import torch
 from headinfer.engine.machine import free_device_bytes, this_machine
 from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
+from headinfer.kv.host_memory import finish_release
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
 from headinfer.plan.footprint import weight_bytes, write_back_bytes
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
@@ -112,7 +113,7 @@ def plan_run(run: RunRequest) -> RunPlan:
             run.context_tokens,
             run.shape.kv_bytes_per_token(run.dtype.itemsize),
             run.host_weight_bytes,
-            available=available_host_bytes() // run.ranks_on_host,
+            available=_free_host_bytes() // run.ranks_on_host,
             kv_budget=options.host_kv_budget_bytes,
         )
     plan = make_plan(_planner_request(run))
@@ -141,7 +142,7 @@ def check_saved_kv(tokens: int, nbytes: int, weight_bytes: int, options: Mapping
         UsageError: the folder of the disk tier is not writable.
     """
     budget_bytes = options.get("host_kv_budget_bytes")
-    free_bytes = available_host_bytes()
+    free_bytes = _free_host_bytes()
     if budget_bytes is not None or not is_mapped:
         token_bytes = -(-nbytes // tokens)
         check_host_memory(tokens, token_bytes, weight_bytes, available=free_bytes, kv_budget=budget_bytes)
@@ -157,6 +158,12 @@ def check_saved_kv(tokens: int, nbytes: int, weight_bytes: int, options: Mapping
             )
     kept_bytes = min(free_bytes - weight_bytes, nbytes if budget_bytes is None else budget_bytes)
     return max(kept_bytes, 0)
+
+
+def _free_host_bytes() -> int:
+    """Return the free host memory, with that of caches that no longer exist."""
+    finish_release()
+    return available_host_bytes()
 
 
 def _check_session_disk(run: RunRequest) -> None:
@@ -199,7 +206,7 @@ def _planner_request(run: RunRequest) -> Request:
         rates = {**machine.flops_per_s, name: machine.flops_per_s["float32"]}
         machine = dataclasses.replace(machine, flops_per_s=rates)
     loaded_bytes = weight_bytes(run.shape, 8 * run.dtype.itemsize) if run.is_loaded else 0
-    host_bytes = available_host_bytes() // run.ranks_on_host + run.held_host_bytes
+    host_bytes = _free_host_bytes() // run.ranks_on_host + run.held_host_bytes
     device_bytes: int | None = None
     if machine.is_host:
         machine = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES)

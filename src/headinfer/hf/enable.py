@@ -181,7 +181,7 @@ class Enabled:
             rows=rows,
             is_loaded=True,
             held_device_bytes=min(sum(counter.device_bytes.values()) for counter in counters),
-            held_host_bytes=counters[0].host_bytes,
+            held_host_bytes=counters[0].host_bytes - counters[0].host_untouched_bytes,
         )
         try:
             planned = plan_run(request)

@@ -18,6 +18,7 @@ class ByteCounter:
         device_peak_bytes: the largest sum of device_bytes so far.
         host_bytes: bytes of host memory that are allocated for KV.
         host_peak_bytes: the largest host_bytes so far.
+        host_untouched_bytes: those of host_bytes that are reserved for later, and not taken from the system yet.
         disk_bytes: bytes of KV on disk.
         disk_to_host_bytes: bytes that were read from the disk.
         host_to_device_bytes: bytes that were fetched to the device.
@@ -30,6 +31,7 @@ class ByteCounter:
     device_peak_bytes: int = 0
     host_bytes: int = 0
     host_peak_bytes: int = 0
+    host_untouched_bytes: int = 0
     disk_bytes: int = 0
     disk_to_host_bytes: int = 0
     host_to_device_bytes: int = 0

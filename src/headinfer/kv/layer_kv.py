@@ -27,7 +27,7 @@ from headinfer.kv.device_buffer import (
     no_action,
     pieces_of,
 )
-from headinfer.kv.host_memory import HostTier
+from headinfer.kv.host_memory import HostTier, ReservedMemory
 from headinfer.kv.resident import LayerResidency
 from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRanges, clip, group, seal
 from headinfer.kv.write_back import Writer
@@ -55,8 +55,8 @@ class LayerKV:
         expected_tokens: the final length; 0 if it is unknown.
         on_full: called with segments that are never written again. Segments are smaller if it is given.
         residency: the resident memory of the layer, if it has any.
-        reserves: whether host memory for the expected length is allocated with the first tokens. Pinning makes the
-            device wait, so it is done once.
+        reserves: whether host memory for the expected length is reserved with the first tokens, and pinned ahead of
+            its use.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LayerKV:
         self.residency = residency
         self._is_promoted = True
         self._reserves = reserves and self.expected_tokens > 0
-        self._reserved: list[Segment] = []
+        self._reserved: ReservedMemory | None = None
         self.heads = k.shape[1]
         self.key_dim = k.shape[3]
         self.value_dim = v.shape[3]
@@ -354,7 +354,8 @@ class LayerKV:
         """Release all memory. The object must not be used after this."""
         self._tables = []
         self._whole_prefixes = None
-        self._reserved = []
+        self.tier.pause()
+        self._reserved = None
         self._staged = None
         self.host_tokens = 0
         self.tail_tokens = 0
@@ -440,11 +441,11 @@ class LayerKV:
     def _new_segment(self, tokens: int) -> Segment:
         if self._reserves:
             self._reserves = False
-            self._reserved = [self._allocate(size) for size in self._expected_sizes(tokens) * self.rows]
-        for at, segment in enumerate(self._reserved):
-            if segment.tokens == tokens:
-                return self._reserved.pop(at)
-        return self._allocate(tokens)
+            sizes = [size for size in self._expected_sizes(tokens) for _ in range(self.rows)]
+            shapes = [(self.heads, size * (self.key_dim + self.value_dim)) for size in sizes]
+            self._reserved = self.tier.reserve(shapes, self.dtype, self.rows)
+        memory = self._reserved or self.tier
+        return Segment(memory, self.heads, tokens, self.key_dim, self.value_dim, self.dtype)
 
     def _expected_sizes(self, tokens: int) -> list[int]:
         """Return the sizes of the segments of a row up to the expected length; the first one has `tokens` tokens."""
@@ -454,9 +455,6 @@ class LayerKV:
             left = self.expected_tokens - sum(sizes)
             sizes.append(min(_whole_units(left), _LARGE_SEGMENT_TOKENS))
         return sizes
-
-    def _allocate(self, tokens: int) -> Segment:
-        return Segment(self.tier, self.heads, tokens, self.key_dim, self.value_dim, self.dtype)
 
     def _next_segment_tokens(self, table: list[SegmentSlice], tokens: int) -> int:
         """Return the size of a row's next segment, which gets at least `tokens` tokens.

@@ -12,7 +12,7 @@ import torch
 
 from headinfer.kv.device_buffer import BufferSlice, DeviceBuffer
 from headinfer.kv.disk_file import DiskFile
-from headinfer.kv.host_memory import HostTier
+from headinfer.kv.host_memory import HostTier, ReservedMemory
 from headinfer.kv.slices import AnyPiece, DiskLocation, DiskSlice, PageableSlice
 from headinfer.utils.tensors import Piece
 
@@ -50,7 +50,13 @@ class Segment:
     version = 0
 
     def __init__(
-        self, tier: HostTier, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
+        self,
+        tier: HostTier | ReservedMemory,
+        heads: int,
+        tokens: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
     ) -> None:
         self._memory = tier.allocate((heads, tokens * (key_dim + value_dim)), dtype)
         self.is_pageable = tier.is_pageable(self._memory)
