@@ -53,7 +53,7 @@ def llama():
 
 @on_devices
 @pytest.mark.parametrize("resident_tokens", RESIDENT)
-@pytest.mark.parametrize("inputs", [prompt(tokens=640), padded(tokens=640), prompt() | {"num_beams": 3}])
+@pytest.mark.parametrize("inputs", [prompt(tokens=450), padded(tokens=450), prompt() | {"num_beams": 3}])
 def test_generate_gives_the_tokens_of_transformers(llama, device, resident_tokens, inputs):
     tokens, logits = generate(llama, inputs)
     model = make_model("llama").to(device)

@@ -73,13 +73,13 @@ def test_kv_on_disk_gives_the_same_logits(references, family, transport, tmp_pat
     assert stats.disk_to_host_bytes > 5 * stats.disk_kv_bytes, "each chunk and each token reads it again"
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(2000, 3000),
+    tokens=st.integers(1500, 2200),
     rows=st.integers(1, 2),
     heads=st.sampled_from([None, 1, 2]),
     tile=st.sampled_from([None, 33, 128, 250]),
-    keep=st.integers(400, 1900),
+    keep=st.integers(400, 1400),
 )
 def test_forks_crops_reordered_rows_and_uneven_tiles(model, tmp_path_factory, tokens, rows, heads, tile, keep):
     folder = tmp_path_factory.mktemp("tier")
@@ -98,6 +98,7 @@ def test_forks_crops_reordered_rows_and_uneven_tiles(model, tmp_path_factory, to
         with headinfer.enable(model, chunk_tokens=CHUNK, transport="lazy", **options) as enabled:
             cache = enabled.new_cache()
             forward(model, cache, ids)
+            assert (cache.stats().disk_kv_bytes > 0) == bool(options)
             fork = cache.fork()
             one = forward(model, fork, more)
             cache.crop(-keep)

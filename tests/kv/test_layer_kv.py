@@ -399,7 +399,7 @@ def test_random_operations():
         settings=settings(
             deadline=None,
             derandomize=True,
-            max_examples=60,
+            max_examples=40,
             stateful_step_count=25,
             phases=(Phase.generate,),  # add Phase.shrink to shorten a failing example, which takes minutes
             suppress_health_check=list(HealthCheck),
