@@ -138,7 +138,7 @@ def test_shared_and_cropped_rows_are_restored(model, enabled, tmp_path):
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(steps=st.lists(st.tuples(st.sampled_from(["read", "crop", "save", "load"]), st.integers(1, 400)), max_size=9))
 def test_any_order_of_saving_and_loading(model, tmp_path_factory, steps):
     folder = tmp_path_factory.mktemp("any") / "book"
@@ -253,7 +253,7 @@ def test_the_format_agrees_with_its_document(model, saved):
             assert sums[f"xxh3:{name}"] == xxhash.xxh3_128_hexdigest(raw[data + begin : data + end])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_tensor_files_can_contain_any_tensor(tmp_path_factory, data):
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float64]
