@@ -357,12 +357,14 @@ class Releaser:
                         return
                     self._thread = threading.current_thread()
                     continue
-            with contextlib.suppress(Exception):  # there is nobody to raise it for; the pages are unmapped in any case
+            with contextlib.suppress(
+                RuntimeError
+            ):  # an earlier error of the device; the pages are unmapped in any case
                 for device in dict.fromkeys(mapping.device for mapping in batch):
                     if device is not None:
                         self._wait_for_device(device)
             for mapping in batch:
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(RuntimeError):
                     self._unpin(mapping)
                 mapping.memory = None  # unmaps it
             with self._condition:

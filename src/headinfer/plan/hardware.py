@@ -316,7 +316,19 @@ HARDWARE: dict[str, Hardware] = {
         disk_write_bytes_per_s=_DISK_WRITE,
     ),
 }
-_ALIASES = {"a100": "a100-80", "rtx306012gb": "rtx3060", "rtx4060ti16gb": "rtx4060ti", "cpu": "laptop-cpu"}
+_ALIASES = {
+    "a100": "a100-80",
+    "rtx306012gb": "rtx3060",
+    "rtx4060ti16gb": "rtx4060ti",
+    "cpu": "laptop-cpu",
+    # Names that CUDA gives.
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "Tesla T4": "t4",
+}
 
 
 def _key(name: str) -> str:
