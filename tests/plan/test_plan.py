@@ -573,6 +573,21 @@ def test_hardware_is_saved_and_loaded_and_names_its_source(name, tmp_path):
     assert hardware.attained_link_bytes_per_s <= hardware.link_bytes_per_s
 
 
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_names_of_cuda_find_their_hardware(name, listed):
+    assert find_hardware(name) == HARDWARE[listed]
+
+
 def test_a_broken_hardware_file_says_so(tmp_path):
     path = tmp_path / "probe.json"
     for text in ("{", "[]", '{"name": "x"}'):
