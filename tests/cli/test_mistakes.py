@@ -481,7 +481,7 @@ def test_a_broken_description_of_hardware_is_refused(field, refused, tmp_path):
     path = tmp_path / "hardware.json"
     texts = ("name", "source", "is_host")
     for value in ([], -1, {"bfloat16": "x"}, {"bfloat16": 0}, float("nan"), None, "x"):
-        if field in texts or (field == "kv_bytes_per_s" and value is None):
+        if field in texts or (field in ("kv_bytes_per_s", "attention_share") and value is None):
             continue
         path.write_text(json.dumps(dataclasses.asdict(HARDWARE["l4"]) | {field: value}))
         assert field in refused("plan", "llama-3-8b", "--gpu", path, "--ram", "64GB")

@@ -233,6 +233,8 @@ def test_pageable_memory_is_copied_through_pinned_buffers(llama, transport, allo
 
 def test_pages_are_unmapped_after_they_are_unpinned(monkeypatch):
     """A device may still copy from pinned pages, and the system may reuse the addresses of unmapped pages."""
+    gc.collect()
+    host_memory.finish_release()  # of other tests
     pageable(monkeypatch, 1)
     maps = Path("/proc/self/maps")
     mapped = []

@@ -99,7 +99,7 @@ def test_pages_are_touched_in_parts_that_cover_them_once(monkeypatch):
     start = 4096 * 7
     nbytes = 37 * 2**20 + 4096
     with page_work.ThreadPoolExecutor(5) as pool:
-        page_work.touch(start, nbytes, pool)
+        page_work.touch_pages(start, nbytes, pool)
     ranges.sort()
     assert len(ranges) == 5
     for (address, size), (after, _) in itertools.pairwise(ranges):
@@ -114,7 +114,7 @@ def test_touched_pages_are_zero(monkeypatch, has_madvise):
     if not has_madvise:
         monkeypatch.setattr(page_work, "_LIBC", None)
     pages = HostTier(ByteCounter())._map((PAGES,), torch.uint8)
-    page_work.touch(pages.mapping.address, PAGES)
+    page_work.touch_pages(pages.mapping.address, PAGES)
     assert not pages.tensor.any()
 
 

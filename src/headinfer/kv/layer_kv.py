@@ -28,7 +28,7 @@ from headinfer.kv.device_buffer import (
     pieces_of,
 )
 from headinfer.kv.host_memory import HostTier, ReservedMemory
-from headinfer.kv.resident import LayerResidency
+from headinfer.kv.resident import LEAST_BUFFER_TOKENS, LayerResidency
 from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRanges, clip, group, seal
 from headinfer.kv.write_back import Writer
 from headinfer.utils.tensors import Piece
@@ -414,7 +414,7 @@ class LayerKV:
         if grown is not None:
             grown.copy_from(buffer, self.host_tokens - buffer.first)
         else:
-            grown = self.residency.buffer_for(self._shape, self.host_tokens, tokens, 0)
+            grown = self.residency.buffer_for(self._shape, self.host_tokens, tokens, 0, LEAST_BUFFER_TOKENS)
             if grown is not None:
                 self._seal()
         if grown is not None:

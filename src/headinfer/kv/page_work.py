@@ -26,7 +26,7 @@ import torch
 
 from headinfer.kv.byte_counter import ByteCounter
 
-__all__ = ["Mapping", "Pages", "Preparer", "Releaser", "Times", "touch"]
+__all__ = ["Mapping", "Pages", "Preparer", "Releaser", "Times", "touch_pages"]
 
 AHEAD_BYTES = 2 * 2**30
 """Pages that are prepared before they are needed take at most this much memory."""
@@ -113,7 +113,7 @@ def _threads() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1, _MOST_THREADS))
 
 
-def touch(address: int, nbytes: int, pool: Executor | None = None) -> None:
+def touch_pages(address: int, nbytes: int, pool: Executor | None = None) -> None:
     """Let the system provide new pages, which are zero, in all threads of a pool or in this one.
 
     Args:
@@ -289,7 +289,7 @@ class Preparer:
         try:
             if not self._refusal:
                 began = time.perf_counter()
-                touch(mapping.address, mapping.nbytes, pool)
+                touch_pages(mapping.address, mapping.nbytes, pool)
                 touched = time.perf_counter()
                 self._refusal = self._pin(mapping.address, mapping.nbytes)
                 self.times.touch_s += touched - began

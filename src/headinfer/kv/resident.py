@@ -19,10 +19,12 @@ from headinfer.kv.device_buffer import BufferShape, DeviceBuffer, pieces_of
 from headinfer.kv.segments import SegmentSlice
 from headinfer.kv.streams import Streams
 
-__all__ = ["RESIDENT_UNIT_TOKENS", "LayerResidency", "Residency"]
+__all__ = ["LEAST_BUFFER_TOKENS", "RESIDENT_UNIT_TOKENS", "LayerResidency", "Residency"]
 
 RESIDENT_UNIT_TOKENS = 128
 _FIRST_BUFFER_TOKENS = 4096  # if the final length is unknown; later buffers are twice as large
+LEAST_BUFFER_TOKENS = 1024
+"""The least number of resident tokens for which a layer gets another buffer, with memory for another tail."""
 
 
 class Residency:
@@ -91,7 +93,9 @@ class LayerResidency:
         """Return the maximum number of resident tokens of a row."""
         return self.nbytes // shape.token_bytes // RESIDENT_UNIT_TOKENS * RESIDENT_UNIT_TOKENS
 
-    def buffer_for(self, shape: BufferShape, first: int, tokens: int, held_tokens: int) -> DeviceBuffer | None:
+    def buffer_for(
+        self, shape: BufferShape, first: int, tokens: int, held_tokens: int, least_tokens: int = 0
+    ) -> DeviceBuffer | None:
         """Allocate a buffer for more resident tokens, as many as the limits allow.
 
         It reaches the expected length if that is known. Otherwise it has at least twice the tokens held so far.
@@ -101,9 +105,10 @@ class LayerResidency:
             first: the position of the buffer's first token in a row.
             tokens: tokens of each row, from the first one of the row on, that should be resident.
             held_tokens: tokens of the buffer that it replaces.
+            least_tokens: the least number of tokens that is worth a buffer, which has memory for a tail too.
 
         Returns:
-            The buffer, or None if it would hold no more than held_tokens.
+            The buffer, or None if it would hold no more than held_tokens, or less than least_tokens.
         """
         most = self.most_tokens(shape) - first
         needed = min(tokens - first, most)
@@ -111,7 +116,7 @@ class LayerResidency:
         if tokens <= self.host_tokens:
             wanted = self.host_tokens - first
         for size in dict.fromkeys((min(wanted, most), needed)):
-            if size > held_tokens:
+            if size > held_tokens and size >= least_tokens:
                 buffer = self.pool.take(shape, first, size)
                 if buffer is not None:
                     return buffer
