@@ -57,7 +57,7 @@ def enabled(model, transport, resident_tokens, **options):
 @pytest.mark.parametrize("resident_tokens", [0, 128, 384, 512, 4096])
 @pytest.mark.parametrize("kind", ["one row", "padded rows", "beams"])
 def test_resident_tokens_do_not_change_the_output(llama, references, transport, resident_tokens, kind):
-    inputs = padded(tokens=900) if kind == "padded rows" else prompt(tokens=900)
+    inputs = padded(tokens=800) if kind == "padded rows" else prompt(tokens=800)
     if kind == "beams":
         inputs["num_beams"] = 3
     wanted = remembered(references, kind, lambda: generate(llama, inputs)[0])

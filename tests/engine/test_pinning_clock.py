@@ -108,7 +108,7 @@ def prefill(monkeypatch, rate=None, *, runs_ahead=True, host_lag=20):
         patch.setattr(host_memory, "register", lambda address, nbytes, device: "")
         patch.setattr(host_memory, "_unpin", lambda pinned, address, device: pinned.discard(address))
         patch.setattr(host_memory, "Preparer", PreparerOnClock)
-        patch.setattr(page_work, "touch", lambda address, nbytes, pool: None)
+        patch.setattr(page_work, "touch_pages", lambda address, nbytes, pool: None)
         for name, value in {"clock": clock, "rate": rate, "runs_ahead": runs_ahead, "most_ready_bytes": [0]}.items():
             patch.setattr(PreparerOnClock, name, value)
         budget = {"device_kv_budget_bytes": 256 << 20, "streaming_budget_bytes": 256 << 20}

@@ -633,6 +633,7 @@ OUTER = {
     "default_stream": lambda device=None: defaults[device_of(device).index],
     "device_count": lambda: DEVICES,
     "is_available": lambda: True,
+    "is_initialized": lambda: True,
     "manual_seed_all": lambda seed: None,
     "stream": StreamContext,
 }

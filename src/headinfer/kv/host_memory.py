@@ -194,11 +194,18 @@ def _register_on(device: torch.device, address: int, nbytes: int) -> str:
 
 
 def _unpin(pinned: set[int], address: int, device: torch.device) -> None:
+    pinned.discard(address)
+    if not _is_in_use(device):
+        return
     with torch.cuda.device(device):
         status = int(torch.cuda.cudart().cudaHostUnregister(address))
     if status:
         _clear_error(device)
-    pinned.discard(address)
+
+
+def _is_in_use(device: torch.device) -> bool:
+    """Return whether this process may have copies queued on a device, or memory registered with it."""
+    return device.type == "cuda" and torch.cuda.is_initialized()
 
 
 def _clear_error(device: torch.device) -> None:
@@ -212,7 +219,7 @@ def _clear_error(device: torch.device) -> None:
 
 def _wait_for_device(device: torch.device) -> None:
     """Wait until no queued copy reads host memory."""
-    if device.type == "cuda":
+    if _is_in_use(device):
         with contextlib.suppress(RuntimeError):  # an earlier error of the device
             torch.cuda.synchronize(device)
 

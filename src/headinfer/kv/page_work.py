@@ -348,6 +348,14 @@ class Releaser:
             thread.join()
 
     def _run(self) -> None:
+        try:
+            self._release_all()
+        finally:  # also after an error, so that finish() returns and add() begins again
+            with self._condition:
+                if self._thread is threading.current_thread():
+                    self._thread = None
+
+    def _release_all(self) -> None:
         while True:
             with self._condition:
                 batch = list(self._waiting)
@@ -359,7 +367,7 @@ class Releaser:
                     continue
             with contextlib.suppress(
                 RuntimeError
-            ):  # an earlier error of the device; the pages are unmapped in any case
+            ):  # an earlier error of the device: the pages are unmapped all the same
                 for device in dict.fromkeys(mapping.device for mapping in batch):
                     if device is not None:
                         self._wait_for_device(device)
