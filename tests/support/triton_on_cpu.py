@@ -61,7 +61,7 @@ def assert_matches(found, wanted, keys, dtype):
 # -- attention -------------------------------------------------------------------------------------------------
 
 
-@property_of(40)
+@property_of(25)
 @given(data=st.data())
 def test_attend_full_is_attention_over_all_pieces(data):
     draw = data.draw
@@ -85,7 +85,7 @@ def test_attend_full_is_attention_over_all_pieces(data):
     assert_matches(found, wanted, sum(sizes), dtype)
 
 
-@property_of(25)
+@property_of(16)
 @given(data=st.data())
 def test_attend_causal_is_causal_attention_of_a_chunk_on_itself(data):
     draw = data.draw
