@@ -365,9 +365,8 @@ class Releaser:
                         return
                     self._thread = threading.current_thread()
                     continue
-            with contextlib.suppress(
-                RuntimeError
-            ):  # an earlier error of the device: the pages are unmapped all the same
+            # An error is one of the device's earlier work. The pages are unmapped all the same.
+            with contextlib.suppress(RuntimeError):
                 for device in dict.fromkeys(mapping.device for mapping in batch):
                     if device is not None:
                         self._wait_for_device(device)
