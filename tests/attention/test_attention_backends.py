@@ -409,6 +409,31 @@ def test_native_gives_the_same_bits_for_any_number_of_threads(dtype, heads, rows
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft_cap", [None, 5.0, 50.0])
+def test_native_writes_into_given_tensors_with_and_without_a_soft_cap(dtype, soft_cap):
+    rng = seeded(14)
+    q = torch.randn(2, 7, 64, generator=rng).to(dtype)
+    k, v = (torch.randn(2, 2503, dim, generator=rng).to(dtype) for dim in (64, 32))
+    wanted = attend_reference(q[None], k[None], v[None], scale=1.0, softcap=soft_cap)[0]
+    out = torch.full((2, 7, 32), torch.nan)
+    lse = torch.full((2, 7), torch.nan)
+    pieces = [(k[:, :1001], v[:, :1001]), (k[:, 1001:], v[:, 1001:])]
+    found = native.attend_native(q, pieces, scale=1.0, soft_cap=soft_cap, threads=2, out=out, lse=lse)
+    assert found.out is out
+    assert found.lse is lse
+    assert_matches(found, wanted, 2503)
+
+
+@needs_native
+def test_native_refuses_results_of_another_layout():
+    q, k = (torch.randn(2, tokens, 16) for tokens in (4, 10))
+    for wrong in (torch.empty(2, 4, 32)[..., ::2], torch.empty(2, 4, 16, dtype=torch.float64), torch.empty(2, 3, 16)):
+        with pytest.raises(ValueError, match="contiguous float32"):
+            native.attend_native(q, [(k, k)], scale=1.0, out=wrong)
+
+
+@needs_native
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="builds for other x86-64 CPUs"
 )

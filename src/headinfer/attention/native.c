@@ -13,9 +13,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -92,6 +89,24 @@ INLINE vf sum_each(vf *a) {
                FOLD(a[i], a[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     return FOLD(a[0], a[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
            FOLD(a[0], a[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+/* tanh(x), to a few ulp: the rational approximation of Eigen (Eigen/src/Core/MathFunctionsImpl.h). NaN gives NaN. */
+INLINE vf tanh_each(vf x) {
+    const vi low = x < -7.9f, high = x > 7.9f;
+    x = (vf)((vi)x & ~(low | high));
+    const vf y = x * x;
+    vf p = y * -2.76076847742355e-16f + 2.00018790482477e-13f;
+    p = p * y + -8.60467152213735e-11f;
+    p = p * y + 5.12229709037114e-08f;
+    p = p * y + 1.48572235717979e-05f;
+    p = p * y + 6.37261928875436e-04f;
+    p = p * y + 4.89352455891786e-03f;
+    vf q = y * 1.19825839466702e-06f + 1.18534705686654e-04f;
+    q = q * y + 2.26843463243900e-03f;
+    q = q * y + 4.89352518554385e-03f;
+    const vf one = (vf){0} + 1.0f;
+    return (vf)(((vi)(x * p / q) & ~(low | high)) | ((vi)one & high) | ((vi)-one & low));
 }
 
 INLINE float max_lane(vf a) {
@@ -194,14 +209,19 @@ INLINE void weigh(const int dtype, const int paired, const int rows, const int c
  * better than short alternating ones.
  * q is [rows, dk]. Results: out [rows, dv], not normalised, peak [rows] = max s and mass [rows] = sum exp(s - peak). */
 INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_t dv, const float scale,
-                 const float *q, const uint16_t *q_half, const char *k, const char *v, const int64_t tokens,
+                 const float soft_cap, const float *q, const uint16_t *q_half, const char *k, const char *v, const int64_t tokens,
                  float *out, float *peak, float *mass) {
     const int64_t width = dtype == FLOAT32 ? 4 : 2;
     const int keys = LANES / rows, paired = dtype == BFLOAT16 && dv % 32 == 0;
     float score[MAX_ROWS * BLOCK] __attribute__((aligned(64)));
     for (int64_t j = 0; j < tokens; j += keys) {
         const int64_t n = tokens - j < keys ? tokens - j : keys;
-        const vf s = scale * dots(dtype, rows, dk, q, q_half, k + width * j * dk, n);
+        vf s = scale * dots(dtype, rows, dk, q, q_half, k + width * j * dk, n);
+        if (soft_cap != 0) {
+            s = soft_cap * tanh_each(s / soft_cap);
+            for (int64_t past = n; past < keys; past++)
+                for (int r = 0; r < rows; r++) s[r * keys + past] = -INFINITY;
+        }
         for (int r = 0; r < rows; r++) memcpy(score + r * BLOCK + j, (const float *)&s + r * keys, keys * sizeof(float));
     }
     const int64_t end = (tokens + keys - 1) / keys * keys;   /* fill the rest of the vector with -inf */
@@ -239,58 +259,53 @@ INLINE void unit(const int dtype, const int rows, const int64_t dk, const int64_
 /* Copies of unit() for common shapes, whose constant arguments let the compiler unroll the loops over the head dim. */
 #define SPECIAL(DTYPE, ROWS, DIM)                                                       \
     if (dtype == DTYPE && rows == ROWS && dk == DIM && dv == DIM) {                     \
-        unit(DTYPE, ROWS, DIM, DIM, scale, q, q_half, k, v, tokens, out, peak, mass);   \
+        unit(DTYPE, ROWS, DIM, DIM, scale, soft_cap, q, q_half, k, v, tokens, out, peak, mass);   \
         return;                                                                         \
     }
 #define SPECIAL_ROWS(DTYPE, DIM) SPECIAL(DTYPE, 1, DIM) SPECIAL(DTYPE, 2, DIM) SPECIAL(DTYPE, 4, DIM)
 #define SPECIAL_DIMS(DTYPE) SPECIAL_ROWS(DTYPE, 64) SPECIAL_ROWS(DTYPE, 128)
 
-static void run_unit(int dtype, int rows, int64_t dk, int64_t dv, float scale, const float *q,
-                     const uint16_t *q_half, const char *k, const char *v, int64_t tokens, float *out, float *peak,
+static void run_unit(int dtype, int rows, int64_t dk, int64_t dv, float scale, float soft_cap,
+                     const float *q, const uint16_t *q_half, const char *k, const char *v, int64_t tokens, float *out, float *peak,
                      float *mass) {
     SPECIAL_DIMS(BFLOAT16)
     SPECIAL_DIMS(FLOAT16)
     SPECIAL_DIMS(FLOAT32)
     switch (rows) {   /* the number of rows decides the layout of vectors, so it is a constant in each copy */
-    case 1: unit(dtype, 1, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass); break;
-    case 2: unit(dtype, 2, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass); break;
-    default: unit(dtype, 4, dk, dv, scale, q, q_half, k, v, tokens, out, peak, mass);
+    case 1: unit(dtype, 1, dk, dv, scale, soft_cap, q, q_half, k, v, tokens, out, peak, mass); break;
+    case 2: unit(dtype, 2, dk, dv, scale, soft_cap, q, q_half, k, v, tokens, out, peak, mass); break;
+    default: unit(dtype, 4, dk, dv, scale, soft_cap, q, q_half, k, v, tokens, out, peak, mass);
     }
 }
 
-static int64_t max_threads(void) {
-#if defined(_OPENMP)
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
+/* How many floats headinfer_attend() needs for partial results. */
+int64_t headinfer_scratch(const piece_t *pieces, int64_t n_pieces, int64_t heads, int64_t rows, int64_t dv) {
+    int64_t units = 0;
+    for (int64_t p = 0; p < n_pieces; p++) units += (pieces[p].tokens + BLOCK - 1) / BLOCK;
+    return heads * units * rows * (dv + 2) + 1;
 }
 
 /* Attention of q [heads, rows, dk] to the keys of all pieces: out [heads, rows, dv] and lse [heads, rows].
  * q, out and lse are float32 and contiguous, the pieces are of `dtype`. dk and dv must be multiples of 16. If dtype is
- * BFLOAT16, q_half holds q as bfloat16; otherwise it is not read.
+ * BFLOAT16, q_half holds q as bfloat16; otherwise it is not read. soft_cap is 0 if the scores are not capped. scratch holds
+ * headinfer_scratch() floats.
  * Returns 0, or 1 if memory for the partial results cannot be allocated. */
 int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, const uint16_t *q_half,
-                     int64_t heads, int64_t rows, int64_t dk, int64_t dv, float scale, int dtype, float *out,
-                     float *lse) {
+                     int64_t heads, int64_t rows, int64_t dk, int64_t dv, float scale, float soft_cap, int dtype, int threads,
+                     float *scratch, float *out, float *lse) {
     int64_t *first = malloc(sizeof(int64_t) * (n_pieces + 1));
     if (!first) return 1;
     first[0] = 0;
     for (int64_t p = 0; p < n_pieces; p++)
         first[p + 1] = first[p] + (pieces[p].tokens + BLOCK - 1) / BLOCK;
     const int64_t units = first[n_pieces], cell = rows * (dv + 2), width = dtype == FLOAT32 ? 4 : 2;
-    float *scratch = malloc(sizeof(float) * (heads * units * cell + 1));
-    if (!scratch) {
-        free(first);
-        return 1;
-    }
     int64_t keys = 0;
     for (int64_t p = 0; p < n_pieces; p++) keys += pieces[p].tokens;
     const int attend_alone = heads * rows * keys * (dk + dv) < ALONE, merge_alone = heads * rows * units * dv < ALONE;
     /* A thread gets neighbouring units, because what it prefetches past the end of a unit is the start of the next. */
-    int64_t stretch = heads * units / (8 * max_threads());
+    int64_t stretch = heads * units / (8 * threads);
     stretch = stretch < 1 ? 1 : stretch > 16 ? 16 : stretch;
-#pragma omp parallel for schedule(dynamic, stretch) if (!attend_alone)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, stretch) if (!attend_alone)
     for (int64_t index = 0; index < heads * units; index++) {
         const int64_t head = index / units, u = index % units;
         int64_t low = 0, high = n_pieces - 1;
@@ -307,11 +322,11 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, co
         for (int64_t r = 0; r < rows;) {
             const int step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
             const int64_t at = (head * rows + r) * dk;
-            run_unit(dtype, step, dk, dv, scale, q + at, q_half + at, k, v, tokens, o + r * dv, peak + r, mass + r);
+            run_unit(dtype, step, dk, dv, scale, soft_cap, q + at, q_half + at, k, v, tokens, o + r * dv, peak + r, mass + r);
             r += step;
         }
     }
-#pragma omp parallel for schedule(static) if (!merge_alone)
+#pragma omp parallel for num_threads(threads) schedule(static) if (!merge_alone)
     for (int64_t hr = 0; hr < heads * rows; hr++) {
         const int64_t head = hr / rows, r = hr % rows;
         const float *base = scratch + head * units * cell;
@@ -330,7 +345,6 @@ int headinfer_attend(const piece_t *pieces, int64_t n_pieces, const float *q, co
         for (int64_t d = 0; d < dv && units; d++) o[d] /= total;
         lse[hr] = units ? top + logf(total) : -INFINITY;
     }
-    free(scratch);
     free(first);
     return 0;
 }

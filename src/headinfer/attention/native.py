@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,10 +112,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ctypes.c_int64,
         ctypes.c_int64,
         ctypes.c_float,
+        ctypes.c_float,
+        ctypes.c_int,
         ctypes.c_int,
         ctypes.c_void_p,
         ctypes.c_void_p,
+        ctypes.c_void_p,
     ]
+    library.headinfer_scratch.argtypes = [ctypes.c_void_p, *(ctypes.c_int64,) * 4]
+    library.headinfer_scratch.restype = ctypes.c_int64
     return library, ""
 
 
@@ -128,22 +134,53 @@ def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) else x.contiguous()
 
 
-def attend_native(q: torch.Tensor, pieces: Sequence[Piece], *, scale: float) -> AttentionState:
+class _Scratch(threading.local):
+    """The memory of partial results, one for each thread that calls the kernel. It grows to the largest call."""
+
+    tensor = torch.empty(0)
+
+    def floats(self, count: int) -> torch.Tensor:
+        """Return at least `count` floats of any value."""
+        if self.tensor.numel() < count:
+            with torch.inference_mode(False):
+                self.tensor = torch.empty(count)
+        return self.tensor
+
+
+_SCRATCH = _Scratch()
+
+
+def attend_native(
+    q: torch.Tensor,
+    pieces: Sequence[Piece],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    threads: int | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> AttentionState:
     """Compute attention of q to the keys of all pieces, without a mask.
 
-    The result has the same bits for any number of threads.
+    The result has the same bits for any number of threads. Several threads of Python may call this at the same time;
+    the call releases the GIL. If `out` and `lse` are given, and q and the pieces have contiguous heads, the call
+    allocates nothing beyond its scratch memory, which each calling thread keeps.
 
     Args:
         q: [H, N, Dk] in float32, bfloat16 or float16; Dk must be a multiple of 16.
         pieces: pairs of k [H, T, Dk] and v [H, T, Dv] in host memory, of the dtype of q; Dv must be a multiple of 16.
             Heads may have any stride; if the tokens of a head are not contiguous, the piece is copied.
         scale: the factor of the scores.
+        soft_cap: caps the scores by soft_cap * tanh(score / soft_cap). None: no cap.
+        threads: the number of threads that compute. None: torch.get_num_threads().
+        out: a contiguous float32 tensor [H, N, Dv] in host memory that the output is written to. None: a new one.
+        lse: a contiguous float32 tensor [H, N] in host memory, as `out`.
 
     Returns:
-        out [H, N, Dv] and lse [H, N], float32.
+        out [H, N, Dv] and lse [H, N], float32: the given tensors, or new ones.
 
     Raises:
-        MemoryError: the kernel cannot allocate its partial results.
+        MemoryError: the kernel cannot allocate its table of pieces.
     """
     library = _load()[0]
     assert library is not None
@@ -160,8 +197,9 @@ def attend_native(q: torch.Tensor, pieces: Sequence[Piece], *, scale: float) -> 
         entry.tokens = k.shape[1]
     contiguous_q = q.contiguous()
     float_q = contiguous_q.float()
-    out = torch.empty(heads, rows, value_dim)
-    lse = torch.empty(heads, rows)
+    out = _result(out, (heads, rows, value_dim))
+    lse = _result(lse, (heads, rows))
+    scratch = _SCRATCH.floats(library.headinfer_scratch(table, len(pieces), heads, rows, value_dim))
     failed = library.headinfer_attend(
         table,
         len(pieces),
@@ -172,10 +210,22 @@ def attend_native(q: torch.Tensor, pieces: Sequence[Piece], *, scale: float) -> 
         key_dim,
         value_dim,
         scale,
+        soft_cap or 0.0,
         _DTYPES[q.dtype],
+        torch.get_num_threads() if threads is None else threads,
+        scratch.data_ptr(),
         out.data_ptr(),
         lse.data_ptr(),
     )
     if failed:
-        raise MemoryError("the native attention kernel cannot allocate memory for its partial results")
+        raise MemoryError("the native attention kernel cannot allocate memory for its table of pieces")
     return AttentionState(out, lse)
+
+
+def _result(given: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the tensor that a result is written to: the given one if its layout is right, or a new one."""
+    if given is None:
+        return torch.empty(shape)
+    if given.shape != shape or given.dtype != torch.float32 or given.is_cuda or not given.is_contiguous():
+        raise ValueError(f"a result must be a contiguous float32 tensor {list(shape)} in host memory")
+    return given
