@@ -176,3 +176,35 @@ def test_merging_with_an_empty_state_on_the_device_changes_nothing():
         mine.merge_(other)
         assert torch.equal(mine.out, state.out)
         assert torch.equal(mine.lse, state.lse)
+
+
+@pytest.mark.gpu
+@with_any_type
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("keys", [40, 3000])
+def test_kept_triton_kernels_give_the_same_bits(monkeypatch, dtype, offset, keys):
+    """The second call of each shape launches the compiled kernels directly. They are the same ones."""
+    if triton_calls.unavailable_reason():
+        pytest.skip(triton_calls.unavailable_reason())
+    kernel_class = type(triton_calls._kernels().merge)
+    run = kernel_class.run
+    through_triton = []
+    monkeypatch.setattr(kernel_class, "run", lambda *args, **kw: through_triton.append(args[0]) or run(*args, **kw))
+    monkeypatch.setattr(triton_calls, "_compiled", {})
+    rng = seeded(keys)
+    q, k, v = (torch.randn(1, 2, size, 64, generator=rng).to(dtype) for size in (3, keys, keys))
+    longer = [torch.zeros(x.numel() + offset, dtype=dtype, device="cuda") for x in (q, k, v)]
+    q, k, v = (memory[offset:].view(x.shape).copy_(x) for memory, x in zip(longer, (q, k, v), strict=True))
+    found = []
+    counts = []
+    for _ in range(3):
+        state = AttentionState(*triton_calls.attend(q, k, v, scale=0.2, softcap=None, causal=False))
+        first = copy_of(state)
+        assert triton_calls.merge_(state.out, state.lse, first.out, first.lse)
+        found.append(torch.cat([first.out.flatten(), first.lse.flatten(), state.out.flatten(), state.lse.flatten()]))
+        counts.append(len(through_triton))
+    assert counts == [3 if keys == 3000 else 2] * 3
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    wanted = attend_reference(q.cpu(), k.cpu(), v.cpu(), scale=0.2)
+    assert relative_error(found[0][: wanted.out.numel()].cpu(), wanted.out.flatten()) <= 1e-2

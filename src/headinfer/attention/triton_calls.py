@@ -2,7 +2,8 @@
 
 triton is imported when the first kernel is needed. Block sizes and splits depend on shapes only. If the shared memory
 of a device is too small, a launch with fewer query rows or pipeline stages is tried; neither changes the order of a
-sum.
+sum. Triton's launcher takes longer on the host than such a kernel on the device, so a compiled kernel is kept for the
+next call with the same shapes, which launches it directly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 import math
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ _PART_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 256  # enough to keep any device busy: keys are split if there are fewer blocks of rows
 _SPLIT_KEYS = 512  # the fewest keys in a split
 _MERGE_ELEMENTS = 2048  # output elements per program of the merge kernel
+_MOST_COMPILED = 4096  # _compiled is emptied before it has more entries: each length of a tile adds one
+_COMPILE = {"enable_fp_fusion": True}  # a default that Triton 3.10 will change, and with it the bits of results
 _fitting: dict[tuple[Any, ...], int] = {}  # by kernel variant: the first of _launches() that fits the shared memory
+_compiled: dict[tuple[Any, ...], Any] = {}  # compiled kernels by all that Triton may have compiled them for
 
 
 def _kernels() -> Any:
@@ -50,7 +54,7 @@ def unavailable_reason() -> str:
     try:  # triton needs a C compiler, and a device that it supports
         state = torch.zeros(1, 1, 16, device="cuda")
         part = torch.ones(1, 1, 16, device="cuda")
-        _merge(kernels, state, state[..., 0].clone(), part, part[..., 0])
+        _merge(state, state[..., 0].clone(), part, part[..., 0])
     except errors as error:
         return f"triton cannot build a kernel: {str(error).strip()[:300]}"
     return ""
@@ -63,6 +67,60 @@ def _ceil_div(a: int, b: int) -> int:
 def _padded(dim: int) -> int:
     """Return the next power of two, which a block's dims must be, and at least 16, which tl.dot requires."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+# -- launching -----------------------------------------------------------------------------------------------
+
+
+def _launch(
+    name: str,
+    grid: tuple[int, int, int],
+    tensors: Sequence[torch.Tensor],
+    strides: Sequence[int],
+    numbers: Sequence[float],
+    constants: Mapping[str, Any],
+    **options: int,
+) -> None:
+    """Launch a kernel on the current device.
+
+    Triton compiles a kernel for the dtypes of tensors and whether their addresses are multiples of 16, for whole
+    numbers that are 1, multiples of 16 or beyond 32 bits, and for constants and options. To find the compiled kernel,
+    Triton's launcher derives all of this from the arguments of each call. Here the kernel that it found is kept by the
+    same properties, with the values themselves in place of what Triton derives from them.
+
+    Args:
+        name: the name of the kernel.
+        grid: the number of programs.
+        tensors: the first arguments of the kernel, on the current device.
+        strides: the next arguments, for whose values Triton compiles.
+        numbers: the next arguments, which are in `do_not_specialize`, or floats. Triton compiles for their types only.
+        constants: the last arguments by name, in the order of the kernel.
+        **options: warps and pipeline stages.
+    """
+    kernels = _kernels()
+    kernel = getattr(kernels, name)
+    key: tuple[Any, ...] | None = None
+    is_compiled = isinstance(kernel, kernels.triton.JITFunction)  # not in Triton's interpreter
+    if is_compiled and torch.version.hip is None and max(numbers) < 2**31:
+        properties = [(x.dtype, x.data_ptr() % 16) for x in tensors]
+        key = (name, tensors[0].device, *properties, *strides, *constants.values(), *options.values())
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*tensors, *strides, *numbers, *constants.values())
+            return
+    compiled = kernel[grid](*tensors, *strides, *numbers, **constants, **options, **_COMPILE)
+    if key is not None and _can_launch(kernels, kernel, compiled, constants):
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled
+
+
+def _can_launch(kernels: Any, kernel: Any, compiled: Any, constants: Mapping[str, Any]) -> bool:
+    """Return whether compiled[grid]() takes the arguments of a kernel in their order, as in Triton 3.6 to 3.9."""
+    if not isinstance(compiled, kernels.triton.compiler.CompiledKernel):
+        return False
+    names = list(kernel.arg_names)
+    return list(getattr(compiled.src, "signature", ())) == names and names[-len(constants) :] == list(constants)
 
 
 # -- merging -------------------------------------------------------------------------------------------------
@@ -100,21 +158,21 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
     if len(views) < 4 or any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (views[0], views[2])):
         return False
     if out.numel():
-        _merge(_kernels(), *views)
+        _merge(*views)
     return True
 
 
-def _merge(kernels: Any, out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Launch the merge kernel: out and part [A, R, D], lse and part_lse [A, R]."""
     rows = lse.numel()
     dim = out.shape[-1]
     width = 1 << (dim - 1).bit_length()
     block = max(1, _MERGE_ELEMENTS // width)
-    strides = [stride for x in (out, lse, part, part_lse) for stride in x.stride()[:2]]
+    tensors = (out, lse, part, part_lse)
+    strides = [stride for x in tensors for stride in x.stride()[:2]]
+    constants = {"DIM": dim, "WIDTH": width, "BLOCK_ROWS": block}
     with torch.cuda.device_of(out):
-        kernels.merge[(_ceil_div(rows, block),)](
-            out, lse, part, part_lse, rows, lse.shape[1], *strides, DIM=dim, WIDTH=width, BLOCK_ROWS=block
-        )
+        _launch("merge", (_ceil_div(rows, block), 1, 1), tensors, strides, (rows, lse.shape[1]), constants)
 
 
 # -- attention -----------------------------------------------------------------------------------------------
@@ -153,7 +211,6 @@ def attend(
     Returns:
         out [B, Hq, N, Dv] and lse [B, Hq, N], float32 and contiguous.
     """
-    kernels = _kernels()
     q, k, v = (x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, rows, key_dim = q.shape
     keys = k.shape[2]
@@ -179,6 +236,7 @@ def attend(
         "CAUSAL": causal,
         "CAPPED": softcap is not None,
         "PRECISE": not is_half,
+        "BLOCK_ROWS": 0,
         "BLOCK_KEYS": block_keys,
         "KEY_DIM": key_dim,
         "KEY_WIDTH": key_width,
@@ -186,15 +244,17 @@ def attend(
         "VALUE_WIDTH": value_width,
     }
     launches = list(_launches(rows, width, is_half))
+    tensors = (q, k, v, parts, parts_lse)
+    numbers = (heads, rows, keys, split_keys, unit, cap)
     variant = (q.device, q.dtype, key_width, value_width, launches[0], causal, softcap is not None)
     with torch.cuda.device_of(q):
         for index in range(_fitting.get(variant, 0), len(launches)):
             block_rows, warps, stages = launches[index]
             grid = (_ceil_div(rows, block_rows), batch * heads, splits)
-            arguments = (q, k, v, parts, parts_lse, *strides, heads, rows, keys, split_keys, unit, cap)
+            constants["BLOCK_ROWS"] = block_rows
             try:
-                kernels.attend[grid](*arguments, **constants, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages)
-            except kernels.triton.OutOfResources:
+                _launch("attend", grid, tensors, strides, numbers, constants, num_warps=warps, num_stages=stages)
+            except _kernels().triton.OutOfResources:
                 if index + 1 == len(launches):
                     raise
                 continue
@@ -204,15 +264,7 @@ def attend(
             return parts[0], parts_lse[0]
         out = torch.empty_like(parts[0])
         lse = torch.empty_like(parts_lse[0])
-        kernels.join[(lse.numel(),)](
-            parts,
-            parts_lse,
-            out,
-            lse,
-            lse.numel(),
-            splits,
-            BLOCK_SPLITS=16,
-            VALUE_DIM=value_dim,
-            VALUE_WIDTH=value_width,
-        )
+        rows = lse.numel()
+        constants = {"BLOCK_SPLITS": 16, "VALUE_DIM": value_dim, "VALUE_WIDTH": value_width}
+        _launch("join", (rows, 1, 1), (parts, parts_lse, out, lse), (), (rows, splits), constants)
     return out, lse

@@ -171,8 +171,9 @@ def join(
 
 @triton.jit(do_not_specialize=["rows", "inner"])
 def merge(
-    out, lse, part, part_lse, rows, inner,
+    out, lse, part, part_lse,
     out_outer, out_inner, lse_outer, lse_inner, part_outer, part_inner, part_lse_outer, part_lse_inner,
+    rows, inner,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merge a part into a state in place, as AttentionState.merge_() does; the grid is (blocks of rows,).
