@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from engine_runs import attend_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.attention.backends import BACKENDS as ALL
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import streaming
+from headinfer.engine.options import Options
 from headinfer.engine.streaming import AttentionSpec, attend_streaming, tiles_of
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import pieces_of
@@ -533,3 +535,22 @@ def test_kernels_for_equal_shapes_get_blocks_of_equal_shapes(transport, monkeypa
     served.clear()
     bench.assert_step(1)
     assert not any(is_full for is_full, _, _ in served), "decoding computes all pieces in one call"
+
+
+@pytest.mark.parametrize("lengths", [(300, 300), (300, 1, 1)])
+def test_backends_are_chosen_once_in_a_pass(lengths, monkeypatch):
+    chosen = []
+
+    def counted(problem, preferred):
+        chosen.append(problem)
+        return choose(problem, preferred)
+
+    choose = streaming.choose
+    monkeypatch.setattr(streaming, "choose", counted)
+    options = Options(transport="eager", tile_tokens=100, heads_per_group=1)
+    counts = []
+    for layers in (1, 3):
+        chosen.clear()
+        attend_all("cpu", torch.float32, lengths, options, layers=layers)
+        counts.append(len(chosen))
+    assert counts[0] == counts[1] >= len(lengths)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from headinfer.attention.backends import Backend
 from headinfer.engine.device_kv import DeviceKV, PassShape, Shortage
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import Options
@@ -60,6 +61,7 @@ class Engine:
         self._shape = PassShape()
         self._begun: set[torch.device] = set()  # the devices that have begun the current pass
         self._layer_order = _LayerOrder()
+        self._choices: dict[Hashable, Backend] = {}  # of the current pass
 
     @property
     def plan(self) -> TilePlan | None:
@@ -84,6 +86,7 @@ class Engine:
             query_tokens: tokens of the chunk.
         """
         self._layer_order.begin_pass()
+        self._choices.clear()
         self._shape = PassShape(query_heads, query_tokens, self.row_copies)
         self._begun = set()
         self._begin_on(layer_kv)
@@ -135,6 +138,7 @@ class Engine:
             past_tokens=past_tokens,
             backend=self.options.backend,
             used=self.backends_used,
+            choices=self._choices,
             following=self._following(layer_kv, spec.token_ranges),
         )
 

@@ -95,6 +95,7 @@ class LayerPass:
         backend: attention backends to try first.
         used: collects the names of the backends that ran.
         staged_tokens: tokens of the chunk that were written behind the tail: 1 or 0.
+        choices: the backends that were chosen so far, by problem.
     """
 
     q: torch.Tensor
@@ -106,6 +107,7 @@ class LayerPass:
     backend: str | None = None
     used: set[str] = field(default_factory=set)
     staged_tokens: int = 0
+    choices: dict[Hashable, Backend] = field(default_factory=dict)
 
     @property
     def is_decode(self) -> bool:
@@ -117,26 +119,6 @@ class LayerPass:
         """Query heads per KV head."""
         return self.q.shape[1] // self.k.shape[1]
 
-    def problem(self, query_rows: int, key_tokens: int = 0) -> Problem:
-        """Return the problem that a kernel must solve.
-
-        Args:
-            query_rows: query rows per KV head; 0 for the chunk on itself.
-            key_tokens: tokens of one piece of keys; 0 for several pieces, or any number.
-        """
-        device = self.q.device
-        return Problem(
-            device.type,
-            self.q.dtype,
-            query_rows,
-            self.k.shape[3],
-            self.v.shape[3],
-            self.spec.softcap is not None,
-            capability_of(device),
-            key_tokens,
-            key_tokens in BLOCK_TOKENS,  # kernels with one plan per shape serve these lengths only
-        )
-
     def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
         """Return the backend for a problem. Its name is added to `used`."""
         backend = self.choice(query_rows, key_tokens)
@@ -144,8 +126,31 @@ class LayerPass:
         return backend
 
     def choice(self, query_rows: int, key_tokens: int) -> Backend:
-        """Return the backend for a problem."""
-        return choose(self.problem(query_rows, key_tokens), self.backend)
+        """Return the backend for a problem. It is chosen once in a pass, since most layers have the same problems.
+
+        Args:
+            query_rows: query rows per KV head; 0 for the chunk on itself.
+            key_tokens: tokens of one piece of keys; 0 for several pieces, or any number.
+        """
+        q = self.q
+        softcap = self.spec.softcap is not None
+        key = (query_rows, key_tokens, q.device, q.dtype, q.shape[3], self.v.shape[3], softcap)
+        backend = self.choices.get(key)
+        if backend is None:
+            problem = Problem(
+                q.device.type,
+                q.dtype,
+                query_rows,
+                q.shape[3],
+                self.v.shape[3],
+                softcap,
+                capability_of(q.device),
+                key_tokens,
+                key_tokens in BLOCK_TOKENS,  # kernels with one plan per shape serve these lengths only
+            )
+            backend = choose(problem, self.backend)
+            self.choices[key] = backend
+        return backend
 
 
 def attend_streaming(
@@ -160,6 +165,7 @@ def attend_streaming(
     past_tokens: int | None = None,
     backend: str | None = None,
     used: set[str] | None = None,
+    choices: dict[Hashable, Backend] | None = None,
     following: Iterable[Tile] = (),
 ) -> torch.Tensor:
     """Compute causal attention of a chunk on the tokens before it and on itself.
@@ -175,6 +181,7 @@ def attend_streaming(
         past_tokens: how many of the tokens before are attended to; None for all.
         backend: attention backends to try first, separated by commas.
         used: collects the names of the backends that ran.
+        choices: collects the backends that were chosen, by problem, for the other layers of the pass.
         following: the first tiles of the layer that runs next. The ring prefetches them.
 
     Returns:
@@ -189,7 +196,8 @@ def attend_streaming(
             return out
     q = q.contiguous()  # packed once, not for each tile
     past = layer_kv.tokens if past_tokens is None else past_tokens
-    layer = LayerPass(q, k, v, layer_kv, spec, past, backend, used, int(is_staged))
+    choices = choices if choices is not None else {}
+    layer = LayerPass(q, k, v, layer_kv, spec, past, backend, used, int(is_staged), choices)
     past_ranges = spec.token_ranges
     if past != layer_kv.tokens:
         past_ranges = first_of(spec.token_ranges, past, q.shape[0])
