@@ -65,7 +65,7 @@ def gather_info() -> dict[str, Any]:
             "host_available_bytes": available_host_bytes(),
         },
         "numa_nodes": len(list(_NUMA_NODES.glob("node[0-9]*"))) or 1,
-        "native_kernel": native.unavailable_reason() or "built",
+        "native_kernel": native.summary(),
         "attention_backends": [_SDPA, *(_backend(backend) for backend in BACKENDS)],
         "families": list(SUPPORTED_FAMILIES),
     }

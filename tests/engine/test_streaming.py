@@ -220,7 +220,10 @@ def test_soft_caps_and_sinks(bench, lengths, softcap, with_sinks, backend):
     sinks = 2 * torch.randn(heads, generator=bench.rng) if with_sinks else None
     for tokens in lengths:
         bench.assert_step(tokens, softcap=softcap, sinks=sinks, backend=backend)
-    assert (bench.used == {"eager"}) == (softcap is not None or backend == "eager")
+    if softcap is not None:
+        assert bench.used <= {"cpu-native", "eager"}  # torch's kernels support no soft caps
+    else:
+        assert (bench.used == {"eager"}) == (backend == "eager")
 
 
 def padding(rows, tokens, draw):

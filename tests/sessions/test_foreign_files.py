@@ -794,7 +794,7 @@ def test_training_replaces_only_its_own_runs(tmp_path, monkeypatch):
 # All calls in the sources that remove, rename, replace or create a file or folder. A new one needs a test above.
 CALLS = {
     # the kernel that is compiled, in the user's cache
-    "attention/native.py": ["Path.replace", "TemporaryDirectory", "mkdir"],
+    "attention/native_build.py": ["Path.replace", "TemporaryDirectory", "mkdir"],
     # all in a temporary folder
     "bench/disk_suites.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
     "bench/results.py": ["Output", "Output"],

@@ -29,7 +29,6 @@ __all__ = [
 
 _BLOCK_TOKENS = 2048  # keys per batch entry if there are few query rows
 _MAX_FLOAT32_BYTES = 16 * 1024 * 1024  # of the float32 copies of K and V: more heads are computed one group at a time
-_MAX_NATIVE_ROWS = 32
 _NO_SOFTCAP = "does not support soft caps"
 
 
@@ -117,20 +116,17 @@ def bf16_causal(
 def native_refuses(problem: Problem) -> str | None:
     """Return why the native kernel does not support a problem; None if it does.
 
-    It has no soft cap, computes on vectors of 16 floats, and is faster than torch's kernel only if reading the keys
-    bounds the speed, that is for few query rows. Without a C compiler it cannot be built.
+    It is for decode, that is for few query rows. Without a C compiler it cannot be built.
     """
-    if problem.softcap:
-        return _NO_SOFTCAP
-    if not 0 < problem.query_rows <= _MAX_NATIVE_ROWS:
-        return f"supports 1 to {_MAX_NATIVE_ROWS} query rows per KV head"
-    if problem.key_dim % 16 or problem.value_dim % 16:
-        return "supports head dims that are multiples of 16"
+    if not 0 < problem.query_rows <= native.MAX_ROWS:
+        return f"supports 1 to {native.MAX_ROWS} query rows per KV head"
+    if problem.key_dim % 8 or problem.value_dim % 8:
+        return "supports head dims that are multiples of 8"
     if problem.dtype not in (torch.float32, *HALVES):
         return f"does not support {problem.dtype}"
-    return native.unavailable_reason() or None
+    return native.unavailable_reason(problem.dtype) or None
 
 
 def native_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
     """Attend to all pieces in one call of the native kernel."""
-    return native.attend_native(q, pieces, scale=scale)
+    return native.attend_native(q, pieces, scale=scale, soft_cap=softcap)

@@ -107,6 +107,8 @@ def ask(
         print(flush=True)
         header = ("question", "first token", "tokens/s", "KV on the device, peak")
         stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
+        if summaries[-1].kernel_failure:
+            say(f"slower attention on the CPU: {summaries[-1].kernel_failure}")
     if summaries[-1].interrupted:
         if keep:
             say("interrupted: this question is not kept, and the session is as it was before it")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from rich.console import Console, RenderableType
 
-__all__ = ["discard", "error", "say", "show", "stderr", "warning", "write"]
+__all__ = ["discard", "error", "say", "show", "show_log", "stderr", "warning", "write"]
 
 stderr = Console(stderr=True)
 """The console of messages and progress bars. A message that is printed while a bar is shown appears above the bar."""
@@ -30,6 +31,21 @@ def error(message: str, origin: str = "") -> None:
         origin: the process that raised it, such as " on rank 1 of 2"; empty if there is only one.
     """
     _print_to_stderr(f"headinfer: error{origin}: {message}", style="red")
+
+
+class _LogLines(logging.Handler):
+    """Prints what the library logs to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def show_log() -> None:
+    """Print what the library logs to stderr, from now on: that a kernel is being built."""
+    logger = logging.getLogger("headinfer")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_LogLines())
 
 
 def show(renderable: RenderableType) -> None:

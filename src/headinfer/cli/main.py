@@ -16,7 +16,7 @@ from headinfer.cli import eval as evaluations
 from headinfer.cli import session as sessions
 from headinfer.cli.ask import ask
 from headinfer.cli.bench import bench
-from headinfer.cli.console import error, say
+from headinfer.cli.console import error, say, show_log
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
 from headinfer.cli.info import info
@@ -74,6 +74,7 @@ def main() -> None:
     """
     for library in _QUIET_LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
+    show_log()
     try:
         open_missing_streams()
     except UsageError as raised:

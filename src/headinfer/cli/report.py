@@ -321,6 +321,8 @@ def summary_table(summary: Summary) -> Table:
             ("tokens of a chunk", f"{summary.plan['chunk_tokens']:,}"),
             ("heads per group", f"{stats.heads_per_group} ({stats.tile_reason})"),
         ]
+    if summary.kernel_failure:
+        rows.append(("slower attention on the CPU", summary.kernel_failure))
     return columns_table("headinfer", ("", ""), rows)
 
 

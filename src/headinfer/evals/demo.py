@@ -81,7 +81,7 @@ class Demo:
         self.shape = ModelShape.from_config(source.config)
         model = source.load(dtype=torch.float32, device=device, seed=0)
         if device == "cpu":
-            native.unavailable_reason()  # compiles the decode kernel if necessary, so that no reading is timed with it
+            native.unavailable_reason(model.dtype)  # compiles the kernel, so that no reading is timed with it
         options: dict[str, Any] = {
             "chunk_tokens": _CHUNK_TOKENS,
             "device_kv_budget_bytes": _CPU_BUDGET_BYTES if device == "cpu" else _GPU_BUDGET_BYTES,

@@ -251,7 +251,8 @@ def ask(
             check_unchanged(prepared.folder, manifest.generation)
         dtype = getattr(torch, manifest.model["dtype"])
         model = prepared.source.load(dtype=dtype, device=prepared.device, seed=about.get("seed", 0))
-        native.unavailable_reason()  # compiles the decode kernel, if it was never done here
+        # Compiles the kernel, if it was never done here.
+        kernel_failure = native.unavailable_reason(model.dtype) if prepared.device == "cpu" else ""
         stack.enter_context(already_warned())
         stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
         stack.enter_context(torch.inference_mode())
@@ -266,6 +267,7 @@ def ask(
             torch.manual_seed(job.seed)
             tail = torch.tensor([new_ids], dtype=torch.long)
             summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
+            summary.kernel_failure = kernel_failure
             summaries.append(summary)
             used = cache if job.keep else cache.fork()
             written = _answer(model, tokenizer, used, torch.cat([ids, tail], dim=1), job, summary, on_text)

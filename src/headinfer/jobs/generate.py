@@ -133,6 +133,7 @@ class Summary:
         plan: the predictions of the plan, and why it was chosen.
         options: Options of `enable()` that repeat the arithmetic of the run.
         warnings: what the user was told before the run.
+        kernel_failure: why the CPU's attention kernel could not be used; empty if it could, or if a GPU computed.
         stats: bytes and choices of this process.
         rank_stats: those of all ranks, if several processes shared the model and none was interrupted.
     """
@@ -150,6 +151,7 @@ class Summary:
     plan: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    kernel_failure: str = ""
     stats: Stats | None = None
     rank_stats: list[Stats] = field(default_factory=list)
 
@@ -272,7 +274,7 @@ def run(
     cache.rotary_min_tokens = job.options.expected_tokens
     summary.options = dataclasses.asdict(options) | {"chunk_tokens": run_plan.chunk_tokens}
     if prepared.device == "cpu":
-        native.unavailable_reason()  # compiles the decode kernel, if it was never done here, before the clock starts
+        summary.kernel_failure = native.unavailable_reason(model.dtype)  # compiles it before the clock starts
     start = time.perf_counter()
     streamer = Streamer(prepared.tokenizer, on_text, summary, start)
     input_ids = prepared.input_ids.to(prepared.device)

@@ -304,7 +304,7 @@ def read(
             with Lock(folder) as lock:  # before anything expensive
                 check_unchanged(folder, prepared.generation)
                 model = prepared.source.load(dtype=prepared.dtype, device=prepared.device, seed=job.seed)
-                native.unavailable_reason()  # compiles the decode kernel, if it was never done here
+                native.unavailable_reason(model.dtype)  # compiles the decode kernel, if it was never done here
                 done = _resume(prepared, model, on_resumed)
                 result.tokens = done
                 result.resumed_at = done
