@@ -13,8 +13,8 @@ from headinfer.bench.timing import Call, Rounds, in_turns
 from headinfer.errors import UsageError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-DEFAULT_SUITES = {name for name, suite in CPU_SUITES.items() if suite.by_default}
-DISK_SUITES = set(CPU_SUITES) - DEFAULT_SUITES
+DEFAULT_SUITES = [name for name, suite in CPU_SUITES.items() if suite.by_default]
+DISK_SUITES = set(CPU_SUITES).difference(DEFAULT_SUITES)
 
 
 def measured(names, job):
@@ -34,12 +34,14 @@ def job(stages):
 @pytest.fixture(scope="module")
 def measurements(job, stages):
     found = measured([], job)
-    assert len(stages) == len(DEFAULT_SUITES)
+    assert stages[0].startswith("suites: decode, ")
+    assert [stage.split()[1].strip(",") for stage in stages if stage.startswith("measuring ")] == DEFAULT_SUITES
+    assert all(" about " in stage for stage in stages)
     return found
 
 
 def test_every_suite_measures(measurements):
-    assert {measurement.suite for measurement in measurements} == DEFAULT_SUITES
+    assert {measurement.suite for measurement in measurements} == set(DEFAULT_SUITES)
     assert all(measurement.value > 0 for measurement in measurements)
 
 
@@ -129,6 +131,20 @@ def test_alternatives_run_in_turns_and_only_their_run_is_timed():
     assert events == ["a", "after a", "b", "after b"] * 3  # the first time to warm up
     assert rounds.seconds == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
     assert rounds.ratio("b", "a") == 2.0
+
+
+@pytest.mark.parametrize(("rounds", "warm_up", "runs_before"), [(3, True, 1), (3, False, 1), (1, False, None)])
+def test_turns_say_how_long_they_will_take(rounds, warm_up, runs_before):
+    runs = []
+    said = []
+    turns = {"a": Call(run=lambda: runs.append("a")), "b": Call(run=lambda: runs.append("b"))}
+    in_turns(turns, rounds, warm_up=warm_up, expect=lambda about_s: said.append((len(runs), about_s)))
+    if runs_before is None:
+        assert not said
+    else:
+        ((done, about_s),) = said
+        assert done == 2 * runs_before
+        assert about_s > 0
 
 
 def test_alternatives_are_compared_round_by_round():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging.config
 import multiprocessing
 from typing import Any
 
@@ -22,7 +23,7 @@ from headinfer.bench.cpu_model import (
 from headinfer.bench.job import CpuJob
 from headinfer.bench.measurement import OURS, Measurement, context_label
 from headinfer.bench.sizes import CpuSizes
-from headinfer.bench.timing import Call, Peak, in_turns
+from headinfer.bench.timing import Call, Peak
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 
@@ -60,7 +61,7 @@ def _long_decode(job: CpuJob, model: Any, ours_model: Any) -> list[Measurement]:
     tokens = job.sizes.long_tokens
     calls = _decode_calls(model, ours_model, tokens)
     calls["dram"] = Call(dram_reader())
-    rounds = in_turns(calls, job.sizes.long_steps)
+    rounds = job.in_turns(f"a token after {context_label(tokens)}", calls, job.sizes.long_steps)
     kv = kv_bytes(model.config, tokens)
     embedding = model.get_input_embeddings().weight.nbytes  # of which a token reads one row
     weights = sum(parameter.nbytes for parameter in model.parameters()) - embedding
@@ -85,7 +86,8 @@ def _long_decode(job: CpuJob, model: Any, ours_model: Any) -> list[Measurement]:
 
 def _short_decode(job: CpuJob, model: Any, ours_model: Any) -> list[Measurement]:
     tokens = job.sizes.short_tokens
-    rounds = in_turns(_decode_calls(model, ours_model, tokens), job.sizes.short_steps)
+    calls = _decode_calls(model, ours_model, tokens)
+    rounds = job.in_turns(f"a token after {context_label(tokens)}", calls, job.sizes.short_steps)
     found = Measurement(
         "decode",
         context_label(tokens),
@@ -115,10 +117,11 @@ def prefill(job: CpuJob) -> list[Measurement]:
         "ours": Call(head_wise),
         "default": Call(lambda: forward_and_crop(model, dynamic, sizes.chunk_tokens)),
     }
-    rounds = in_turns(calls, sizes.chunks)
+    point = f"{sizes.chunk_tokens:,} tokens after {context_label(sizes.chunk_offset)}"
+    rounds = job.in_turns(point, calls, sizes.chunks)
     found = Measurement(
         "prefill",
-        f"{sizes.chunk_tokens:,} tokens after {context_label(sizes.chunk_offset)}",
+        point,
         f"{OURS}'s time / DynamicCache's",
         rounds.ratio("ours", "default"),
         "x",
@@ -158,8 +161,11 @@ def device_kv(job: CpuJob) -> list[Measurement]:
 
 def memory(job: CpuJob) -> list[Measurement]:
     """Measure how much resident memory grows while a cache grows, in a process of its own."""
+    loggers = logging.root.manager.loggerDict
+    levels = {name: {"level": log.level} for name, log in loggers.items() if isinstance(log, logging.Logger)}
+    quiet = {"version": 1, "incremental": True, "loggers": levels}  # libraries are as quiet there as here
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    with context.Pool(1, logging.config.dictConfig, (quiet,)) as pool:
         growth, activations, kv = pool.apply(_memory_growth, (job.sizes,))
     found = Measurement(
         "memory",

@@ -27,7 +27,7 @@ from headinfer.bench.cpu_model import append_noise, fill_head_wise, forward_and_
 from headinfer.bench.job import CpuJob
 from headinfer.bench.measurement import OURS, Measurement, context_label
 from headinfer.bench.sizes import CpuSizes
-from headinfer.bench.timing import Call, Peak, Rounds, in_turns, timed
+from headinfer.bench.timing import Call, Peak, Rounds, timed
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.kv.disk_file import DiskFile, Read
@@ -46,7 +46,7 @@ def session(job: CpuJob) -> list[Measurement]:
     model = load_model(sizes)
     with _work(job.folder) as work:
         with enable(model):
-            measurements = [_beside_prefill(model, sizes, work), _saving(model, sizes, work)]
+            measurements = [_beside_prefill(job, model, work), _saving(model, sizes, work)]
         return [*measurements, *_ask(sizes, work, kv_bytes(model.config, sizes.long_tokens))]
 
 
@@ -72,13 +72,15 @@ def _saving(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
     return found.with_goal(">= 80 %")
 
 
-def _beside_prefill(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
+def _beside_prefill(job: CpuJob, model: Any, work: Path) -> Measurement:
     """Read chunks with a checkpoint after each, in turns with the same chunks without checkpoints."""
+    sizes = job.sizes
     calls = {"without": _chunks(model, sizes, work, writes=False), "with": _chunks(model, sizes, work, writes=True)}
-    rounds = in_turns(calls, min(sizes.disk_rounds, _PREFILL_ROUNDS), warm_up=False)
+    point = f"prefill of {sizes.chunks} chunks of {sizes.chunk_tokens:,} tokens"
+    rounds = job.in_turns(point, calls, min(sizes.disk_rounds, _PREFILL_ROUNDS), warm_up=False)
     found = Measurement(
         "session",
-        f"prefill of {sizes.chunks} chunks of {sizes.chunk_tokens:,} tokens",
+        point,
         "seconds with checkpoints / without",
         rounds.ratio("with", "without"),
         "x",
@@ -180,11 +182,12 @@ def disk_tier(job: CpuJob) -> list[Measurement]:
     nbytes = kv_bytes(model.config, sizes.long_tokens)
     with _work(job.folder) as work, enable(model):
         _write_file(work / "plain", nbytes)
-        return [*_decode_with_tier(model, sizes, work, nbytes), _chunk_with_tier(model, sizes, work)]
+        return [*_decode_with_tier(job, model, work, nbytes), _chunk_with_tier(job, model, work)]
 
 
-def _decode_with_tier(model: Any, sizes: CpuSizes, work: Path, nbytes: int) -> list[Measurement]:
+def _decode_with_tier(job: CpuJob, model: Any, work: Path, nbytes: int) -> list[Measurement]:
     """Decode with a host KV budget of a quarter of the KV. The file work/plain has as many bytes as the KV."""
+    sizes = job.sizes
     budget = nbytes // 4
     process = psutil.Process()
     gc.collect()
@@ -206,9 +209,9 @@ def _decode_with_tier(model: Any, sizes: CpuSizes, work: Path, nbytes: int) -> l
             "cached_file": Call(lambda: _read_cold(work / "plain")),
             "token": Call(lambda: forward_and_crop(model, cache)),
         }
-        rounds = in_turns(calls, sizes.disk_rounds)
+        context = context_label(sizes.long_tokens)
+        rounds = job.in_turns(f"a token after {context}", calls, sizes.disk_rounds)
     held = cache.stats().host_kv_peak_bytes
-    context = context_label(sizes.long_tokens)
     point = f"decode at {context}, {on_disk / nbytes:.0%} of KV on disk"
     in_order = 100 * rounds.ratio("in_order", "token")
     cached = 100 * on_disk / nbytes * rounds.ratio("cached_file", "token")
@@ -231,8 +234,9 @@ def _decode_with_tier(model: Any, sizes: CpuSizes, work: Path, nbytes: int) -> l
     return [by_order.with_goal(">= 80 %"), by_cache, by_budget.with_goal("<= 1 x")]
 
 
-def _chunk_with_tier(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
+def _chunk_with_tier(job: CpuJob, model: Any, work: Path) -> Measurement:
     """Read a chunk after a past that is mostly on disk, in turns with the same past in memory."""
+    sizes = job.sizes
     past = sizes.chunk_offset
     budget = max(kv_bytes(model.config, past) // 4, 2**23)
     expected = past + sizes.chunk_tokens
@@ -246,10 +250,11 @@ def _chunk_with_tier(model: Any, sizes: CpuSizes, work: Path) -> Measurement:
         "on_disk": Call(lambda: forward_and_crop(model, on_disk, sizes.chunk_tokens)),
         "in_memory": Call(lambda: forward_and_crop(model, in_memory, sizes.chunk_tokens)),
     }
-    rounds = in_turns(calls, sizes.chunks)
+    point = f"{sizes.chunk_tokens:,} tokens after {context_label(past)}"
+    rounds = job.in_turns(point, calls, sizes.chunks)
     return Measurement(
         "disk-tier",
-        f"{sizes.chunk_tokens:,} tokens after {context_label(past)}",
+        point,
         f"{OURS}'s time with KV on disk / in memory",
         rounds.ratio("on_disk", "in_memory"),
         "x",

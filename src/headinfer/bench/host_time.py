@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from headinfer.bench.cpu_model import fill_dynamic, fill_head_wise
 from headinfer.bench.job import CpuJob
 from headinfer.bench.measurement import OURS, Measurement, context_label
-from headinfer.bench.timing import Call, in_turns, run_turn
+from headinfer.bench.timing import Call, run_turn
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.enable import enable
 from headinfer.hf.models import resolve
@@ -67,18 +67,18 @@ def host(job: CpuJob) -> list[Measurement]:
         _IN_PLACE: _decode(ours_model, in_place),
         _BASELINE: _decode(model, dynamic),
     }
+    layers = config.num_hidden_layers
+    point = f"{context_label(tokens)}, {layers} tiny layers"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         run_turn(turns[OURS])  # what is resident comes in the first pass
         before = resident.stats().link_to_device_bytes
-        rounds = in_turns(turns, sizes.short_steps)
+        rounds = job.in_turns(point, turns, sizes.short_steps)
         streamed = resident.stats().link_to_device_bytes - before
         operations = {name: _operations(call) for name, call in turns.items()}
     finally:
         torch.set_num_threads(threads)
-    layers = config.num_hidden_layers
-    point = f"{context_label(tokens)}, {layers} tiny layers"
     counts = {name: sum(found.values()) / layers for name, found in operations.items()}
 
     def line(name: str, who: str) -> Measurement:

@@ -12,7 +12,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from headinfer.bench.sizes import CpuSizes, GpuSizes, Sizes
-from headinfer.bench.timing import device_timer
+from headinfer.bench.timing import Rounds, Turn, device_timer, in_turns
 from headinfer.engine.machine import free_device_bytes
 from headinfer.errors import UsageError
 from headinfer.hf.models import resolve
@@ -87,6 +87,13 @@ class Job:
         """Say what begins, about how long it will take, and how much time its suite has left."""
         left = "" if math.isinf(self.until) else f"; {format_seconds(max(self.left_s, 0.0))} are left"
         self.say(f"{what}: about {format_seconds(max(about_s, 0.1))}{left}")
+
+    def in_turns(self, what: str, turns: Mapping[str, Turn], rounds: int, *, warm_up: bool = True) -> Rounds:
+        """Time alternatives in turns, and say how long it will take when each of them has run once."""
+        count = "a round" if rounds == 1 else f"{rounds} rounds"
+        return in_turns(
+            turns, rounds, self.timed, warm_up=warm_up, expect=lambda about_s: self.begin(f"{what}, {count}", about_s)
+        )
 
     def clean(self) -> None:
         """Free the memory that nothing refers to any more."""

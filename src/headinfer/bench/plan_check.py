@@ -40,10 +40,9 @@ def check_plan(job: CpuJob, machine: Hardware) -> list[Measurement]:
     """
     found: list[Measurement] = []
     for case in job.sizes.plan_cases:
-        job.say(f"{case.what} ...")
         model = _model(case)
         found += [
-            _seconds(case, model, machine),
+            _seconds(job, case, model, machine),
             *_bytes(case, model, in_place=True),
             *_bytes(case, model, in_place=False),
         ]
@@ -80,7 +79,7 @@ def _shape_of(model: Any) -> ModelShape:
 
 
 @torch.inference_mode()
-def _seconds(case: PlanCase, model: Any, machine: Hardware) -> Measurement:
+def _seconds(job: CpuJob, case: PlanCase, model: Any, machine: Hardware) -> Measurement:
     """Return the seconds of a case whose KV is read in place."""
     shape = _shape_of(model)
     schedule = Schedule(chunk_tokens=max(case.chunk_tokens, 1))
@@ -105,6 +104,7 @@ def _seconds(case: PlanCase, model: Any, machine: Hardware) -> Measurement:
                 model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
                 cache.crop(-1)
 
+        job.begin(case.what, (rounds + 1) * predicted)
         measured = median_s(work, rounds=rounds)
     return compared(case.what, "seconds", predicted=predicted, measured=measured, unit="s")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -122,15 +121,14 @@ def _run(chosen: Mapping[str, Suite[Any]], job: CpuJob | GpuJob) -> Iterator[lis
     if isinstance(job, GpuJob):
         job.rates = measure_rates(job)
         found = rate_measurements(job.rates)
-    if not math.isinf(job.limit_s):
-        job.say(f"suites: {', '.join(chosen)}; at most {format_seconds(job.limit_s)} in all")
+    machine = "" if isinstance(job, GpuJob) else " on two cores of an AMD EPYC"
+    job.say(f"suites: {', '.join(chosen)}; {_duration(job, chosen)}{machine} in all")
     total = sum(suite.share for suite in chosen.values())
     passed = 0.0
     for name, suite in chosen.items():
         passed += suite.share
         job.until = start + job.limit_s * passed / total
-        limit = "" if math.isinf(job.limit_s) else f", at most {format_seconds(max(job.left_s, 0))}"
-        job.say(f"measuring {name}{limit} ...")
+        job.say(f"measuring {name}, {_duration(job, [name])} ...")
         with torch.inference_mode():
             measured = suite.run(job)
             parts = iter([measured]) if isinstance(measured, list) else measured
@@ -143,6 +141,14 @@ def _run(chosen: Mapping[str, Suite[Any]], job: CpuJob | GpuJob) -> Iterator[lis
                 yield found + part
                 found = []
         job.clean()
+
+
+def _duration(job: CpuJob | GpuJob, names: Iterable[str]) -> str:
+    """Return how long suites will take, for people: at most, on a GPU, and about, on two cores of an AMD EPYC."""
+    if isinstance(job, GpuJob):
+        return f"at most {format_seconds(max(job.left_s, 0))}"
+    about_s = sum(job.sizes.about_s[name] for name in names)
+    return f"about {format_seconds(about_s)}"
 
 
 def run_check(job: CpuJob) -> list[Measurement]:

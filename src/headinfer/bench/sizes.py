@@ -6,7 +6,8 @@ at a few contexts, and a GPU measures as many contexts as the time allows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -69,6 +70,7 @@ class CpuSizes(Sizes):
         checkpoint_tokens: tokens between two checkpoints of a session.
         disk_rounds: rounds of the suites that write to a disk.
         plan_cases: what --check-plan measures.
+        about_s: for each suite, about how many seconds it takes on two cores of an AMD EPYC.
     """
 
     model: str = "random:llama-3-8b?layers=2&intermediate=256&vocab=256&context=1048576"
@@ -89,6 +91,17 @@ class CpuSizes(Sizes):
         PlanCase("decode after 16,384 tokens, float32", torch.float32, 16_384),
         PlanCase("prefill of 8,192 tokens, chunks of 2,048, bfloat16", torch.bfloat16, 8192, 2048),
         PlanCase("prefill of 4,096 tokens, chunks of 1,024, float32", torch.float32, 4096, 1024),
+    )
+    about_s: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "decode": 45.0,
+            "prefill": 135.0,
+            "memory": 30.0,
+            "device-kv": 30.0,
+            "host": 10.0,
+            "session": 480.0,
+            "disk-tier": 240.0,
+        }
     )
 
 
@@ -146,6 +159,15 @@ QUICK_CPU = CpuSizes(
     chunks=1,
     checkpoint_tokens=1024,
     disk_rounds=1,
+    about_s={
+        "decode": 6.0,
+        "prefill": 3.0,
+        "memory": 10.0,
+        "device-kv": 3.0,
+        "host": 2.0,
+        "session": 60.0,
+        "disk-tier": 10.0,
+    },
     plan_cases=(
         PlanCase("decode after 1,024 tokens, bfloat16", torch.bfloat16, 1024, layers=1),
         PlanCase("prefill of 256 tokens, chunks of 128, bfloat16", torch.bfloat16, 256, 128, layers=1),

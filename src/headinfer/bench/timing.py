@@ -120,7 +120,14 @@ def run_turn(turn: Turn, timer: Timer = timed) -> float:
     return seconds
 
 
-def in_turns(turns: Mapping[str, Turn], rounds: int, timer: Timer = timed, *, warm_up: bool = True) -> Rounds:
+def in_turns(
+    turns: Mapping[str, Turn],
+    rounds: int,
+    timer: Timer = timed,
+    *,
+    warm_up: bool = True,
+    expect: Callable[[float], object] | None = None,
+) -> Rounds:
     """Time alternatives in turns.
 
     Args:
@@ -128,12 +135,16 @@ def in_turns(turns: Mapping[str, Turn], rounds: int, timer: Timer = timed, *, wa
         rounds: how often each of them is timed.
         timer: measures the seconds of each run().
         warm_up: run each of them once before the first round.
+        expect: called when each of them has run once, with the seconds that the rounds from then on will take.
     """
+    start = time.perf_counter()
     if warm_up:
         for turn in turns.values():
             run_turn(turn, timer)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds):
+    for done in range(rounds):
+        if expect is not None and done == (0 if warm_up else 1):
+            expect((time.perf_counter() - start) * (rounds - done))
         for name, turn in turns.items():
             seconds[name].append(run_turn(turn, timer))
     return Rounds(seconds)
