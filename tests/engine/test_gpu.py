@@ -286,12 +286,14 @@ def test_models_are_made_on_their_device(device, spec):
     model = resolve(spec).load(dtype=torch.bfloat16, device=device, seed=3)
     same = resolve(spec).load(dtype=torch.bfloat16, device=device, seed=3)
     on_cpu = resolve(spec).load(dtype=torch.bfloat16, device="cpu", seed=3)
+    in_host_memory = resolve(spec).load(dtype=torch.bfloat16, device="cpu", seed=3, drawn_on=device)
     wanted = dict(on_cpu.named_parameters())
     found = dict(model.named_parameters())
     assert found.keys() == wanted.keys()  # tied weights are one parameter
     for name, weight in found.items():
         assert (weight.device.type, weight.dtype) == (device, torch.bfloat16)
         assert torch.equal(weight.cpu(), same.get_parameter(name).cpu())
+        assert torch.equal(weight.cpu(), in_host_memory.get_parameter(name)), "what ranks load their shards from"
         assert spec != "embedded" or torch.equal(weight.cpu(), wanted[name])
         assert weight.float().std().item() == pytest.approx(wanted[name].float().std().item(), rel=0.1)
     buffers = dict(on_cpu.named_buffers())

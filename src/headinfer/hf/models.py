@@ -17,7 +17,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -160,21 +161,22 @@ class ModelSource:
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         return sum(math.prod(p.shape) * p.element_size() for p in model.parameters())
 
-    def load(self, *, dtype: torch.dtype, device: str, seed: int) -> PreTrainedModel:
+    def load(self, *, dtype: torch.dtype, device: str, seed: int, drawn_on: str | None = None) -> PreTrainedModel:
         """Load the model in eval mode.
 
         Args:
             dtype: the dtype of the weights.
             device: the device, such as "cpu" or "cuda:0". Weights go there without a copy in host memory: random ones
                 are drawn on it, and stored ones are read onto it if accelerate is installed.
-            seed: the seed of random weights, which depend on it and on the type of the device alone.
+            seed: the seed of random weights, which depend on it and on the kind of the device alone.
+            drawn_on: the device that draws random weights, one after the other; None: `device`.
 
         Raises:
             UsageError: the model cannot be loaded.
         """
         if self.is_random:
             torch.manual_seed(seed)
-            with torch.device(device):
+            with _drawing_on(drawn_on or device, device), torch.device(device):
                 model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).to(device)
         else:
             disable_progress_bar()  # transformers shows one for local files too
@@ -183,6 +185,31 @@ class ModelSource:
         leave_out_outputs(model)
         decode_one_text(model)
         return model.eval()
+
+
+class _Draw(TorchDispatchMode):
+    """Draws random numbers on a device, for tensors that are on another one.
+
+    Args:
+        device: the device that draws.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if not is_random or not args or not isinstance(args[0], torch.Tensor):
+            return func(*args, **(kwargs or {}))
+        drawn = torch.empty_like(args[0], device=self._device)
+        func(drawn, *args[1:], **(kwargs or {}))
+        return args[0].copy_(drawn)
+
+
+def _drawing_on(device: str, target: str) -> AbstractContextManager[object]:
+    """Return a context in which random weights of a model on the device `target` are drawn on another one."""
+    return nullcontext() if device == target else _Draw(device)
 
 
 def resolve(spec: str) -> ModelSource:

@@ -184,14 +184,20 @@ def load_shard(name: str, ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
-def load_random_shard(make: Callable[[], PreTrainedModel], ranks: Ranks, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_random_shard(
+    make: Callable[[str], PreTrainedModel], ranks: Ranks, *, device: str, dtype: torch.dtype
+) -> PreTrainedModel:
     """Load this rank's shard of a model that exists nowhere on disk.
 
     The first rank of each host writes the whole model to a temporary folder, and all ranks of the host load from it.
+    On a single host its device draws the weights, as if it were alone, and host memory takes them one after the other,
+    since the whole model may be larger than the memory of the device. Several hosts draw them on their CPUs: the
+    numbers that a GPU draws also depend on how many multiprocessors it has, and all hosts must draw the same ones.
 
     Args:
-        make: creates the whole model.
+        make: creates the whole model on the CPU; it gets the device that draws the weights.
         ranks: this rank.
+        device: the device of this rank.
         dtype: the dtype of the weights.
     """
     with tempfile.TemporaryDirectory(prefix="headinfer-") as own_folder:
@@ -199,7 +205,7 @@ def load_random_shard(make: Callable[[], PreTrainedModel], ranks: Ranks, *, dtyp
         first_on_host = next(rank for rank in range(ranks.rank, -1, -1) if folders[rank][1] == 0)
         folder = folders[first_on_host][0]
         if ranks.local_rank == 0:
-            model = make()
+            model = make(device if ranks.local_world == ranks.world else "cpu")
             # model.save_pretrained() would write on rank 0 only, and so on one host only.
             model.config.save_pretrained(folder)
             save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})

@@ -323,10 +323,10 @@ def _load(prepared: Prepared) -> PreTrainedModel:
         return source.load(dtype=dtype, device=prepared.device, seed=prepared.job.seed)
     if source.is_random:
 
-        def make() -> PreTrainedModel:
-            return source.load(dtype=dtype, device="cpu", seed=prepared.job.seed)
+        def make(device: str) -> PreTrainedModel:
+            return source.load(dtype=dtype, device="cpu", seed=prepared.job.seed, drawn_on=device)
 
-        return load_random_shard(make, ranks, dtype=dtype)
+        return load_random_shard(make, ranks, device=prepared.device, dtype=dtype)
     return load_shard(source.name, ranks, dtype=dtype)
 
 
