@@ -18,7 +18,7 @@ from headinfer.attention.backends import BACKENDS, SDPA, Problem, capability_of
 from headinfer.attention.problem import AMX
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.host_memory import HostTier
-from headinfer.kv.numa import node_of
+from headinfer.kv.numa import memory_nodes, node_of, placement
 from headinfer.plan.families import SUPPORTED_FAMILIES
 from headinfer.plan.memory import available_host_bytes
 from headinfer.utils.units import format_bytes
@@ -27,7 +27,6 @@ __all__ = ["accelerator", "gather_info", "machine", "pinning"]
 
 _TRIAL_BYTES = 256 * 2**20  # pinned to see whether the system allows it
 _DRIVER = Path("/proc/driver/nvidia/version")
-_NUMA_NODES = Path("/sys/devices/system/node")
 
 _SDPA = {
     "name": SDPA,
@@ -41,8 +40,8 @@ def gather_info() -> dict[str, Any]:
     """Collect what `headinfer info` shows.
 
     Returns:
-        A dictionary that json.dumps() accepts: versions, cpu, cuda_devices, memory, numa_nodes, native_kernel,
-        attention_backends and families.
+        A dictionary that json.dumps() accepts: versions, cpu, cuda_devices, memory, numa_nodes, numa_placement,
+        native_kernel, attention_backends and families.
     """
     return {
         "versions": {
@@ -64,7 +63,8 @@ def gather_info() -> dict[str, Any]:
             "host_total_bytes": int(psutil.virtual_memory().total),
             "host_available_bytes": available_host_bytes(),
         },
-        "numa_nodes": len(list(_NUMA_NODES.glob("node[0-9]*"))) or 1,
+        "numa_nodes": len(memory_nodes()) or 1,
+        "numa_placement": placement(memory_nodes(), has_gpu=torch.cuda.is_available()),
         "native_kernel": native.summary(),
         "attention_backends": [_SDPA, *(_backend(backend) for backend in BACKENDS)],
         "families": list(SUPPORTED_FAMILIES),

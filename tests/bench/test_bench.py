@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from headinfer.attention import native
+from headinfer.attention.native_build import targets_here
 from headinfer.bench.job import CpuJob
 from headinfer.bench.results import is_result_json, is_result_markdown, result_json, result_markdown
 from headinfer.bench.run import CPU_SUITES, run_suites
@@ -14,7 +17,7 @@ from headinfer.errors import UsageError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DEFAULT_SUITES = [name for name, suite in CPU_SUITES.items() if suite.by_default]
-DISK_SUITES = set(CPU_SUITES).difference(DEFAULT_SUITES)
+DISK_SUITES = set(CPU_SUITES).difference(DEFAULT_SUITES, ["attention"])
 
 
 def measured(names, job):
@@ -43,6 +46,18 @@ def measurements(job, stages):
 def test_every_suite_measures(measurements):
     assert {measurement.suite for measurement in measurements} == set(DEFAULT_SUITES)
     assert all(measurement.value > 0 for measurement in measurements)
+
+
+@pytest.mark.skipif(bool(native.unavailable_reason(torch.bfloat16)), reason="no native kernel")
+def test_the_decode_kernel_is_measured_for_every_target(job):
+    found = measured(["attention"], job)
+    targets = [target.name for target in targets_here(torch.bfloat16)]
+    one_thread = [line for line in found if line.point.endswith("1 thread")]
+    assert [line.who for line in one_thread] == ["plain read", *targets] * 4
+    assert all(line.value > 0 for line in found)
+    assert all("x sdpa's" in line.note for line in found if line.who in targets)
+    errors = [line.details["error_against_float64"] / line.details["error_of_sdpa"] for line in found if line.details]
+    assert max(errors) <= 1.5
 
 
 def test_goals_are_answered(measurements):

@@ -277,6 +277,29 @@ def test_a_tier_reports_what_is_not_pinned(monkeypatch):
     assert not tier._pinned
 
 
+def test_host_memory_is_interleaved_among_the_numa_nodes_if_the_cpu_computes(tmp_path, monkeypatch):
+    for text, nodes, words in (
+        ("0-1,4\n", [0, 1, 4], "3: the pages of KV are interleaved among them"),
+        ("0,2-3\n", [0, 2, 3], "3: the pages of KV are interleaved among them"),
+        ("0\n", [0], "1"),
+        ("\n", [], "1"),
+        ("what\n", [], "1"),
+    ):
+        (tmp_path / "has_memory").write_text(text)
+        assert numa.memory_nodes(tmp_path) == nodes
+        assert numa.placement(nodes, has_gpu=False) == words
+    assert numa.memory_nodes(tmp_path / "none") == []
+    assert numa.placement([0, 1], has_gpu=True) == "2: KV is placed on the node of the GPU"
+    calls = []
+    monkeypatch.setattr(host_memory, "interleave", lambda address, nbytes, nodes: calls.append((nbytes, nodes)))
+    for nodes, device in (([0, 1], None), ([0], None), ([0, 1], torch.device("cpu"))):
+        monkeypatch.setattr(host_memory, "memory_nodes", lambda nodes=nodes: nodes)
+        tier = host_memory.HostTier(ByteCounter(), device=device)
+        tier.pin_refusal = "not in this test"
+        tier.allocate((1024,), torch.float32)
+    assert calls == [(4096, [0, 1])]
+
+
 def test_memory_is_requested_on_the_preferred_numa_node(tmp_path, monkeypatch):
     import mmap
 
@@ -288,6 +311,8 @@ def test_memory_is_requested_on_the_preferred_numa_node(tmp_path, monkeypatch):
     )  # depends on the system; the memory is usable in either case
     assert not numa.prefer(address, 1 << 20, 100_000)
     assert not numa.prefer(address, 1 << 20, -1)
+    assert numa.interleave(address, 1 << 20, [0]) in (True, False)
+    assert not numa.interleave(address, 1 << 20, [0, 100_000])
 
     class Found:
         pci_domain_id = 0

@@ -17,7 +17,7 @@ from headinfer.attention.native_build import Target
 from headinfer.attention.state import AttentionState
 from headinfer.utils.tensors import Piece
 
-__all__ = ["MAX_ROWS", "attend_native", "summary", "unavailable_reason"]
+__all__ = ["MAX_ROWS", "attend_native", "plain_read", "summary", "unavailable_reason"]
 
 MAX_ROWS = 64
 """Query rows per KV head, such as those of 16 new tokens if four query heads share a KV head."""
@@ -175,3 +175,20 @@ def attend_native(
     call.scratch = scratch.data_ptr()
     library.headinfer_attend(ctypes.byref(call))
     return AttentionState(out, lse)
+
+
+def plain_read(x: torch.Tensor, *, threads: int, target: Target) -> None:
+    """Read a contiguous tensor in host memory with vector loads: nothing that reads it all can be faster.
+
+    Args:
+        x: the tensor.
+        threads: the number of threads that read.
+        target: the instructions to use.
+
+    Raises:
+        RuntimeError: the kernel cannot be built.
+    """
+    library, reason = native_build.built(target, x.dtype)
+    if library is None:
+        raise RuntimeError(reason)
+    library.headinfer_read(x.data_ptr(), x.nbytes, threads)

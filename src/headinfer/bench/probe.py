@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from headinfer.attention import native
 from headinfer.attention.backends import Problem, capability_of, choose
 from headinfer.bench.timing import device_timer, median_s, timed
 from headinfer.engine.machine import device_name, this_machine
@@ -45,6 +46,7 @@ def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | 
         folder: where a temporary file of 256 MiB measures the disk. None takes the system's folder for temporary files.
     """
     base = this_machine(device)
+    native.summary()  # builds the CPU's kernels ahead of the first run
     on_stage("host memory ...")
     dram_bytes_per_s = _dram_bytes_per_s()
     on_stage("disk ...")

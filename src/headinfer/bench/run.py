@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from headinfer.bench import cpu_suites, disk_suites
+from headinfer.bench import cpu_attention, cpu_suites, disk_suites
 from headinfer.bench.gpu_attention import attention
 from headinfer.bench.gpu_decode import decode
 from headinfer.bench.gpu_link import link, measure_rates, rate_measurements
@@ -44,13 +44,14 @@ class Suite(Generic[J]):
     by_default: bool = True
 
 
-# Suites run in this order. Those that write gigabytes to a disk or take many minutes run only if they are named.
+# Suites run in this order. Those that write gigabytes to a disk, take minutes or measure a kernel run only if named.
 CPU_SUITES: Mapping[str, Suite[CpuJob]] = {
     "decode": Suite(cpu_suites.decode),
     "prefill": Suite(cpu_suites.prefill),
     "memory": Suite(cpu_suites.memory),
     "device-kv": Suite(cpu_suites.device_kv),
     "host": Suite(host),
+    "attention": Suite(cpu_attention.attention, by_default=False),
     "session": Suite(disk_suites.session, by_default=False),
     "disk-tier": Suite(disk_suites.disk_tier, by_default=False),
 }

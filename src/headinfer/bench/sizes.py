@@ -69,6 +69,8 @@ class CpuSizes(Sizes):
         chunks: rounds of a prefill chunk.
         checkpoint_tokens: tokens between two checkpoints of a session.
         disk_rounds: rounds of the suites that write to a disk.
+        attention_tokens: keys of the suite `attention`: 8 heads of width 128.
+        attention_rounds: its rounds.
         plan_cases: what --check-plan measures.
         about_s: for each suite, about how many seconds it takes on two cores of an AMD EPYC.
     """
@@ -85,6 +87,8 @@ class CpuSizes(Sizes):
     chunks: int = 3
     checkpoint_tokens: int = 16_384
     disk_rounds: int = 5
+    attention_tokens: int = 65_536
+    attention_rounds: int = 9
     plan_cases: tuple[PlanCase, ...] = (
         PlanCase("decode after 32,768 tokens, bfloat16", torch.bfloat16, 32_768),
         PlanCase("decode after 1,024 tokens, bfloat16", torch.bfloat16, 1024),
@@ -99,6 +103,7 @@ class CpuSizes(Sizes):
             "memory": 30.0,
             "device-kv": 30.0,
             "host": 10.0,
+            "attention": 90.0,
             "session": 480.0,
             "disk-tier": 240.0,
         }
@@ -165,9 +170,12 @@ QUICK_CPU = CpuSizes(
         "memory": 10.0,
         "device-kv": 3.0,
         "host": 2.0,
+        "attention": 2.0,
         "session": 60.0,
         "disk-tier": 10.0,
     },
+    attention_tokens=1024,
+    attention_rounds=1,
     plan_cases=(
         PlanCase("decode after 1,024 tokens, bfloat16", torch.bfloat16, 1024, layers=1),
         PlanCase("prefill of 256 tokens, chunks of 128, bfloat16", torch.bfloat16, 256, 128, layers=1),

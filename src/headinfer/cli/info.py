@@ -37,6 +37,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("CUDA devices", gpu_names or "none"),
         *(("host memory pinned", _pinning(gpu)) for gpu in gpus),
         ("host memory available", format_bytes(found["memory"]["host_available_bytes"])),
+        ("NUMA nodes", found["numa_placement"]),
         ("native decode kernel", found["native_kernel"]),
         ("model families", ", ".join(found["families"])),
     ]

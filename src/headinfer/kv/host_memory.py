@@ -20,7 +20,7 @@ import torch
 
 from headinfer.errors import CapacityError
 from headinfer.kv.byte_counter import ByteCounter
-from headinfer.kv.numa import prefer
+from headinfer.kv.numa import interleave, memory_nodes, prefer
 from headinfer.kv.page_work import Mapping, Pages, Preparer, Releaser
 
 __all__ = ["HostTier", "ReservedMemory", "finish_release", "register", "releasing_bytes"]
@@ -42,7 +42,7 @@ class HostTier:
     Args:
         counter: counts the bytes.
         device: the CUDA device that copies from the memory; None if the memory does not have to be pinned.
-        node: the preferred NUMA node; None for no preference.
+        node: the preferred NUMA node; None for no preference. Without a device, pages are interleaved among the nodes.
 
     Attributes:
         make_room: called with a number of bytes before these are allocated; disk_tier.py sets it.
@@ -134,6 +134,10 @@ class HostTier:
         address = tensor.untyped_storage().data_ptr()
         if self.node is not None:
             prefer(address, nbytes, self.node)
+        elif self.device is None:
+            nodes = memory_nodes()
+            if len(nodes) > 1:
+                interleave(address, nbytes, nodes)
         mapping = Mapping(memory, address, nbytes, self.device, self._pinned, self.counter)
         weakref.finalize(holder, _release, mapping).atexit = False
         return Pages(tensor, mapping)
