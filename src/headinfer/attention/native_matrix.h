@@ -9,8 +9,6 @@
  * for the tiles of AMX (native_tiles.h).
  */
 
-#define KEY_PAIRS (NEAR / 2)
-
 /* Where element d of the padded state is in a row of the output: unpacking pairs changes the order within 128 bits. */
 INLINE int64_t matrix_element(int64_t d) {
     const int64_t at = d % 32, lane = at % 16;
@@ -25,15 +23,15 @@ static void pack_for_matrix(const call_t *call, int64_t rows, const char *q, cha
         for (int64_t p = 0; p < pairs; p++) memcpy(packed + 4 * (GROUP * p + r), q + 4 * (r * pairs + p), 4);
 }
 
-/* Load 32 elements of the keys 2j and 2j + 1 of V as pairs; n are left in a row, and `both` says whether there are two
- * keys. */
-INLINE void load_pairs(const char *v, int64_t dv, int64_t n, int both, __m512i *low, __m512i *high) {
-    const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1;
-    const __m512i first = _mm512_maskz_loadu_epi16(mask, v);
-    const __m512i second = _mm512_maskz_loadu_epi16(both ? mask : 0, v + 2 * dv);
-    *low = _mm512_unpacklo_epi16(first, second);
-    *high = _mm512_unpackhi_epi16(first, second);
+/* Load 32 elements of two keys of V as pairs, or zeros where the masks are 0. */
+INLINE void load_pairs(const char *v, int64_t dv, __mmask32 first, __mmask32 second, __m512i *low, __m512i *high) {
+    const __m512i a = _mm512_maskz_loadu_epi16(first, v), b = _mm512_maskz_loadu_epi16(second, v + 2 * dv);
+    *low = _mm512_unpacklo_epi16(a, b);
+    *high = _mm512_unpackhi_epi16(a, b);
 }
+
+/* The mask of the elements of V that are left in a row: n, or 32. */
+INLINE __mmask32 mask_of(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
 #if defined(TILES)
 #include "native_tiles.h"
@@ -54,24 +52,33 @@ INLINE void multiply_keys(const char *q, const char *k, const int64_t dk, float 
     for (int j = 0; j < SPAN; j++) _mm512_storeu_ps(score + GROUP * j, sum[j]);
 }
 
-/* out[r] += sum_j weight_jr v_j for 8 rows and n <= NEAR keys; the weights are [KEY_PAIRS, GROUP] pairs. */
+/* sum[r] += weight_jr v_j for 8 rows and two keys; see load_pairs(). */
+INLINE void multiply_pair(const int32_t *weight, const char *v, int64_t dv, __mmask32 first, __mmask32 second,
+                          __m512 sum[8][2]) {
+    __m512i low, high;
+    load_pairs(v, dv, first, second, &low, &high);
+    for (int r = 0; r < 8; r++) {
+        const __m512bh w = (__m512bh)_mm512_set1_epi32(weight[r]);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], (__m512bh)low, w);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], (__m512bh)high, w);
+    }
+}
+
+/* out[r] += sum_j weight_jr v_j for 8 rows and n <= NEAR keys; the weights are [NEAR / 2, GROUP] pairs. */
 INLINE void multiply_values_of_8(const int32_t *weight, const char *v, int64_t n, int64_t dv, float *out,
                                  int64_t out_stride) {
     for (int64_t d = 0; d < dv; d += 32) {
+        const __mmask32 mask = mask_of(dv - d);
         __m512 sum[8][2];
         for (int r = 0; r < 8; r++)
             for (int c = 0; c < 2; c++) sum[r][c] = _mm512_loadu_ps(out + r * out_stride + d + 16 * c);
-        for (int64_t j = 0; j < n; j += 2) {
-            __m512i low, high;
+        int64_t j = 0;
+        for (; j + 2 <= n; j += 2) {
             soon(v + 2 * (j * dv + d), 64);
             soon(v + 2 * ((j + 1) * dv + d), 64);
-            load_pairs(v + 2 * (j * dv + d), dv, dv - d, j + 1 < n, &low, &high);
-            for (int r = 0; r < 8; r++) {
-                const __m512bh w = (__m512bh)_mm512_set1_epi32(weight[GROUP * (j / 2) + r]);
-                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], (__m512bh)low, w);
-                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], (__m512bh)high, w);
-            }
+            multiply_pair(weight + GROUP * (j / 2), v + 2 * (j * dv + d), dv, mask, mask, sum);
         }
+        if (j < n) multiply_pair(weight + GROUP * (j / 2), v + 2 * (j * dv + d), dv, mask, 0, sum);
         for (int r = 0; r < 8; r++)
             for (int c = 0; c < 2; c++) _mm512_storeu_ps(out + r * out_stride + d + 16 * c, sum[r][c]);
     }
@@ -101,11 +108,8 @@ static void attend_in_matrix(const call_t *call, int64_t rows, const char *q, co
     }
     const vf before = *(vf *)state.peak;
     vf peak = before, mass = {0};
-    for (int64_t j = 0; j < tokens; j++) {
-        vf *s = (vf *)(score + GROUP * j);
-        *s = scored(call, *s);
-        peak = larger(*s, peak);
-    }
+    to_scores(call, score, GROUP * tokens);
+    for (int64_t j = 0; j < tokens; j++) peak = larger(*(vf *)(score + GROUP * j), peak);
     const int64_t end = round_up(tokens, NEAR);
     for (int64_t j = tokens; j < end; j++) *(vf *)(score + GROUP * j) = all(-INFINITY);
     for (int64_t j = 0; j < end; j += 2) {

@@ -88,6 +88,7 @@ INLINE void multiply_keys(const char *q, const char *k, const int64_t dk, float 
     ZERO_TILE(SUM);
     int64_t d = 0;
     for (; d + 32 <= dk; d += 32) {
+        soon(k + 2 * SPAN * d, 2 * SPAN * 32);
         LOAD_TILE(LEFT, k + 2 * d, 2 * dk);
         LOAD_TILE(RIGHT, q + 2 * GROUP * d, 4 * GROUP);
         MULTIPLY_TILES(SUM, LEFT, RIGHT);
@@ -100,26 +101,33 @@ INLINE void multiply_keys(const char *q, const char *k, const int64_t dk, float 
     STORE_TILE(SUM, score, 4 * GROUP);
 }
 
-/* out[r] += sum_j weight_jr v_j for n <= NEAR keys; the weights are [KEY_PAIRS, GROUP] pairs. */
+/* out[r] += sum_j weight_jr v_j for n <= NEAR keys; the weights are [NEAR / 2, GROUP] pairs. */
 INLINE void multiply_values(int64_t rows, const int32_t *weight, const char *v, int64_t n, int64_t dv, float *out,
                             int64_t out_stride, char *work) {
-    int32_t by_row[GROUP][KEY_PAIRS];
-    for (int p = 0; p < KEY_PAIRS; p++)
-        for (int r = 0; r < GROUP; r++) by_row[r][p] = weight[p * GROUP + r];
     (void)rows;
-    LOAD_TILE(LEFT, by_row, sizeof by_row[0]);
-    for (int64_t d = 0; d < dv; d += 32) {
-        for (int64_t j = 0; j < NEAR; j += 2) {
-            __m512i low = _mm512_setzero_si512(), high = low;
-            if (j < n) load_pairs(v + 2 * (j * dv + d), dv, dv - d, j + 1 < n, &low, &high);
-            _mm512_storeu_si512(work + 32 * j, low);
-            _mm512_storeu_si512(work + 32 * (j + NEAR), high);
-        }
-        for (int half = 0; half < 2; half++) {
-            LOAD_TILE(SUM, out + d + 16 * half, 4 * out_stride);
-            LOAD_TILE(RIGHT, work + 32 * NEAR * half, 64);
-            MULTIPLY_TILES(SUM, LEFT, RIGHT);
-            STORE_TILE(SUM, out + d + 16 * half, 4 * out_stride);
+    for (int64_t first = 0; first < n; first += 32) {
+        int32_t by_row[GROUP][16];
+        for (int p = 0; p < 16; p++)
+            for (int r = 0; r < GROUP; r++) by_row[r][p] = weight[(first / 2 + p) * GROUP + r];
+        LOAD_TILE(LEFT, by_row, sizeof by_row[0]);
+        for (int64_t d = 0; d < dv; d += 32) {
+            const __mmask32 mask = mask_of(dv - d);
+            for (int64_t j = 0; j < 32; j += 2) {
+                const int64_t left = n - first - j;
+                const char *from = v + 2 * ((first + j) * dv + d);
+                __m512i low, high;
+                load_pairs(from, dv, left > 0 ? mask : 0, left > 1 ? mask : 0, &low, &high);
+                soon(from, 64);
+                soon(from + 2 * dv, 64);
+                _mm512_storeu_si512(work + 32 * j, low);
+                _mm512_storeu_si512(work + 32 * j + 1024, high);
+            }
+            for (int half = 0; half < 2; half++) {
+                LOAD_TILE(SUM, out + d + 16 * half, 4 * out_stride);
+                LOAD_TILE(RIGHT, work + 1024 * half, 64);
+                MULTIPLY_TILES(SUM, LEFT, RIGHT);
+                STORE_TILE(SUM, out + d + 16 * half, 4 * out_stride);
+            }
         }
     }
 }

@@ -21,7 +21,7 @@
 #define DOTS 8
 #endif
 #define CHUNK (2 * LANES)
-#define NEAR 32   /* keys whose values fit the L1 cache */
+#define NEAR 64   /* keys whose values fit the L1 cache */
 #if DTYPE == BFLOAT16 || (DTYPE == FLOAT16 && !defined(__F16C__))
 #define PAIRED 1
 #else
@@ -45,11 +45,25 @@ typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 #define SHUFFLE(A, B, ...) (__builtin_shuffle(A, B, (vi){__VA_ARGS__}))
 #endif
 
+#if LANES == 8
+#define IN_REGISTER(vector) __asm__("" : "+x"(vector))   /* else GCC would load it again for each use */
+#else
+#define IN_REGISTER(vector)
+#endif
+
 INLINE vf all(float x) { return (vf){0} + x; }
 
 INLINE vf choose(vi condition, vf yes, vf no) { return (vf)(((vi)yes & condition) | ((vi)no & ~condition)); }
 
-INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }   /* b if either is NaN */
+INLINE vf larger(vf a, vf b) {   /* b if either is NaN */
+#if LANES == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 /* -- loads ----------------------------------------------------------------------------------------------------------- */
 
@@ -151,11 +165,12 @@ INLINE vf tanh_each(vf x) {
     return x * p / q;
 }
 
-/* The scores of dot products. */
-INLINE vf scored(const call_t *call, vf dot) {
-    const vf s = dot * call->scale;
-    if (call->soft_cap == 0) return s;
-    return call->soft_cap * tanh_each(s / call->soft_cap);
+/* Replace n dot products, a multiple of LANES, by their scores. */
+INLINE void to_scores(const call_t *call, float *dot, int64_t n) {
+    const float scale = call->scale, cap = call->soft_cap;
+    for (int64_t j = 0; j < n; j += LANES) *(vf *)(dot + j) *= scale;
+    if (cap == 0) return;
+    for (int64_t j = 0; j < n; j += LANES) *(vf *)(dot + j) = cap * tanh_each(*(vf *)(dot + j) / cap);
 }
 
 /* Sum the lanes of LANES vectors: lane j of the result is the sum of a[j]. */
@@ -216,7 +231,9 @@ INLINE void add_products(const int rows, const int keys, const char *q, const in
     chunk_t key[DOTS];
     for (int i = 0; i < keys; i++) key[i] = load(k + i * row, n);
     for (int r = 0; r < rows; r++) {
-        const vf a = *(const vf *)(q + r * q_row), b = *(const vf *)(q + r * q_row + 4 * LANES);
+        vf a = *(const vf *)(q + r * q_row), b = *(const vf *)(q + r * q_row + 4 * LANES);
+        IN_REGISTER(a);
+        IN_REGISTER(b);
         for (int i = 0; i < keys; i++) dot[r * keys + i] += a * key[i].a;
         for (int i = 0; i < keys; i++) dot[r * keys + i] += b * key[i].b;
     }
@@ -300,7 +317,7 @@ static void attend_in_vectors(const call_t *call, int64_t rows, const char *q, c
     for (int64_t r = 0; r < rows; r++) {
         float *s = score + r * BLOCK;
         vf top = all(state.peak[r]);
-        for (int64_t j = 0; j < tokens; j += LANES) *(vf *)(s + j) = scored(call, *(vf *)(s + j));
+        to_scores(call, s, round_up(tokens, LANES));
         for (int64_t j = tokens; j % LANES; j++) s[j] = -INFINITY;
         for (int64_t j = 0; j < tokens; j += LANES) top = larger(*(vf *)(s + j), top);
         float peak = top[0];
