@@ -21,6 +21,8 @@
 #define DOTS 8
 #endif
 #define CHUNK (2 * LANES)
+/* With little work for each line of memory, the hardware prefetches better than instructions. */
+#define PREFETCHES(rows) ((rows) > (EXACT_PRODUCTS ? 2 : 1))
 #define NEAR 64   /* keys whose values fit the L1 cache */
 #if DTYPE == BFLOAT16 || (DTYPE == FLOAT16 && !defined(__F16C__))
 #define PAIRED 1
@@ -216,26 +218,27 @@ static void pack_for_vectors(const call_t *call, int64_t rows, const char *q, ch
     }
 }
 
-/* dot[r * keys + i] += q_r . k_i over a chunk, of which n elements are left in a row. */
+/* dot[r * DOTS / rows + i] += q_r . k_i for `keys` keys and a chunk, of which n elements are left in a row. */
 INLINE void add_products(const int rows, const int keys, const char *q, const int64_t q_row, const char *k,
                          const int64_t row, const int64_t n, vf *dot) {
+    const int next = DOTS / rows;
 #if EXACT_PRODUCTS
-    __m512bh key[DOTS];
+    __m512bh key[4];
     for (int i = 0; i < keys; i++) key[i] = (__m512bh)load_bits(k + i * row, n);
     for (int r = 0; r < rows; r++) {
         const __m512bh part = (__m512bh)_mm512_loadu_si512(q + r * q_row);
         for (int i = 0; i < keys; i++)
-            dot[r * keys + i] = (vf)_mm512_dpbf16_ps((__m512)dot[r * keys + i], part, key[i]);
+            dot[r * next + i] = (vf)_mm512_dpbf16_ps((__m512)dot[r * next + i], part, key[i]);
     }
 #else
-    chunk_t key[DOTS];
+    chunk_t key[4];
     for (int i = 0; i < keys; i++) key[i] = load(k + i * row, n);
     for (int r = 0; r < rows; r++) {
         vf a = *(const vf *)(q + r * q_row), b = *(const vf *)(q + r * q_row + 4 * LANES);
         IN_REGISTER(a);
         IN_REGISTER(b);
-        for (int i = 0; i < keys; i++) dot[r * keys + i] += a * key[i].a;
-        for (int i = 0; i < keys; i++) dot[r * keys + i] += b * key[i].b;
+        for (int i = 0; i < keys; i++) dot[r * next + i] += a * key[i].a;
+        for (int i = 0; i < keys; i++) dot[r * next + i] += b * key[i].b;
     }
 #endif
 }
@@ -243,17 +246,20 @@ INLINE void add_products(const int rows, const int keys, const char *q, const in
 /* score[r * BLOCK + j] = q_r . k_j for `rows` rows of packed queries and the SPAN keys of k. */
 INLINE void dots(const int rows, const int64_t dk, const char *q, const char *k, float *score) {
     const int64_t row = WIDTH * dk, q_row = PACKED_WIDTH * round_up(dk, CHUNK);
-    const int keys = DOTS / rows;
+    const int keys = DOTS / rows, few = rows < 4 || EXACT_PRODUCTS ? 2 : keys;
     for (int64_t j = 0; j < SPAN; j += keys) {
         vf dot[DOTS];
         for (int i = 0; i < DOTS; i++) dot[i] = (vf){0};
-        int64_t d = 0;
-        for (; d + CHUNK <= dk; d += CHUNK) {
-            soon(k + j * row + keys * WIDTH * d, keys * WIDTH * CHUNK);
-            add_products(rows, keys, q + PACKED_WIDTH * d, q_row, k + j * row + WIDTH * d, row, CHUNK, dot);
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; i += few) {   /* nearly in the order of memory */
+            const char *from = k + (j + i) * row;
+            int64_t d = 0;
+            for (; d + CHUNK <= dk; d += CHUNK) {
+                if (PREFETCHES(rows)) soon(from + few * WIDTH * d, few * WIDTH * CHUNK);
+                add_products(rows, few, q + PACKED_WIDTH * d, q_row, from + WIDTH * d, row, CHUNK, dot + i);
+            }
+            if (d < dk) add_products(rows, few, q + PACKED_WIDTH * d, q_row, from + WIDTH * d, row, dk - d, dot + i);
         }
-        if (d < dk)
-            add_products(rows, keys, q + PACKED_WIDTH * d, q_row, k + j * row + WIDTH * d, row, dk - d, dot);
         float sums[DOTS];
         for (int i = 0; i < DOTS; i += LANES) *(vf *)(sums + i) = sum_each(dot + i);
         for (int r = 0; r < rows; r++) memcpy(score + r * BLOCK + j, sums + r * keys, sizeof(float) * keys);
@@ -269,7 +275,7 @@ INLINE void weigh(const int rows, const int count, const int64_t dv, const int64
         for (int c = 0; c < 2 * count; c++) sum[r][c] = *(const vf *)(out + r * out_stride + c * LANES);
     for (int64_t j = 0; j < n; j++) {
         chunk_t value[DOTS / 2];
-        soon(v + WIDTH * j * dv, count * WIDTH * CHUNK);
+        if (PREFETCHES(rows)) soon(v + WIDTH * j * dv, count * WIDTH * CHUNK);
         for (int c = 0; c < count; c++) value[c] = load(v + WIDTH * (j * dv + c * CHUNK), count == 1 ? end : CHUNK);
         for (int r = 0; r < rows; r++) {
             const float w = weight[r * BLOCK + j];
