@@ -54,7 +54,8 @@ def unavailable_reason() -> str:
     try:  # triton needs a C compiler, and a device that it supports
         state = torch.zeros(1, 1, 16, device="cuda")
         part = torch.ones(1, 1, 16, device="cuda")
-        _merge(state, state[..., 0].clone(), part, part[..., 0])
+        tensors = (state, state[..., 0].clone(), part, part[..., 0])
+        _merge(tensors, [x.stride() for x in tensors])
     except errors as error:
         return f"triton cannot build a kernel: {str(error).strip()[:300]}"
     return ""
@@ -155,24 +156,29 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
         return False
     possible_views = [_two_leading(x, leading) for x in (out, lse, part, part_lse)]
     views = [x for x in possible_views if x is not None]
-    if len(views) < 4 or any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (views[0], views[2])):
+    strides = [x.stride() for x in views]
+    if len(views) < 4 or (out.shape[-1] > 1 and not strides[0][-1] == strides[2][-1] == 1):
         return False
-    if out.numel():
-        _merge(*views)
+    if math.prod(out.shape):
+        _merge(views, strides)
     return True
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Launch the merge kernel: out and part [A, R, D], lse and part_lse [A, R]."""
-    rows = lse.numel()
-    dim = out.shape[-1]
+def _merge(tensors: Sequence[torch.Tensor], strides: Sequence[Sequence[int]]) -> None:
+    """Launch the merge kernel.
+
+    Args:
+        tensors: out [A, R, D], lse [A, R], part [A, R, D] and part_lse [A, R].
+        strides: their strides.
+    """
+    outer, inner, dim = tensors[0].shape
+    rows = outer * inner
     width = 1 << (dim - 1).bit_length()
     block = max(1, _MERGE_ELEMENTS // width)
-    tensors = (out, lse, part, part_lse)
-    strides = [stride for x in tensors for stride in x.stride()[:2]]
+    of_rows = [stride for each in strides for stride in each[:2]]
     constants = {"DIM": dim, "WIDTH": width, "BLOCK_ROWS": block}
-    with torch.cuda.device_of(out):
-        _launch("merge", (_ceil_div(rows, block), 1, 1), tensors, strides, (rows, lse.shape[1]), constants)
+    with torch.cuda.device_of(tensors[0]):
+        _launch("merge", (_ceil_div(rows, block), 1, 1), tensors, of_rows, (rows, inner), constants)
 
 
 # -- attention -----------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ class CpuSizes(Sizes):
             "device-kv": 30.0,
             "host": 10.0,
             "attention": 90.0,
-            "session": 480.0,
-            "disk-tier": 240.0,
+            "session": 300.0,
+            "disk-tier": 150.0,
         }
     )
 

@@ -388,7 +388,7 @@ def _attend_tile(
     state = state or _empty(layer, heads)
     share = q.shape[1] // len(rows)
     for index, row in enumerate(rows):
-        of_row = part[:, index * share : (index + 1) * share]
+        of_row = part if len(rows) == 1 else part[:, index * share : (index + 1) * share]
         target = AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share))
         target.merge_(of_row)
     return state
