@@ -55,10 +55,10 @@ def llama():
 @pytest.mark.parametrize("resident_tokens", RESIDENT)
 @pytest.mark.parametrize("inputs", [prompt(tokens=450), padded(tokens=450), prompt() | {"num_beams": 3}])
 def test_generate_gives_the_tokens_of_transformers(llama, device, resident_tokens, inputs):
-    tokens, logits = generate(llama, inputs)
+    tokens, logits = generate(llama, inputs, max_new_tokens=10)
     model = make_model("llama").to(device)
     with headinfer.enable(model, chunk_tokens=96, **options_on(device, resident_tokens)) as active:
-        found = generate(model, to(device, inputs))
+        found = generate(model, to(device, inputs), max_new_tokens=10)
     assert torch.equal(found[0].cpu(), tokens)
     assert (found[1].cpu() - logits).abs().max() < 1e-3 * logits.std()
     stats = active.last_cache.stats()
@@ -141,12 +141,13 @@ def test_a_loaded_session_gives_the_same_bits(llama, device, tmp_path):
 def test_memory_that_cannot_be_pinned_is_used_too(llama, device, monkeypatch):
     if device == "cuda":
         monkeypatch.setattr(host_memory, "register", lambda address, nbytes, device: "refused, on purpose")
-    wanted = generate(llama, prompt(tokens=700))[0]
+    inputs = prompt(tokens=600)
+    wanted = generate(llama, inputs, max_new_tokens=8)[0]
     model = make_model("llama").to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         with headinfer.enable(model, chunk_tokens=96, **options_on(device)):
-            found = generate(model, to(device, prompt(tokens=700)))[0]
+            found = generate(model, to(device, inputs), max_new_tokens=8)[0]
     assert torch.equal(found.cpu(), wanted)
 
 

@@ -280,8 +280,9 @@ class LayerKVMachine(RuleBasedStateMachine):
         layer_kv, k, v = pair
         new_k, new_v = self.bench.new(layer_kv.rows, tokens)
         whole = [torch.cat([old, new], dim=2) for old, new in zip((k, v), (new_k, new_v), strict=True)]
-        if layer_kv.stage(new_k, new_v) and layer_kv.is_one_piece:
-            assert all(map(torch.equal, layer_kv.one_piece(tokens), whole))
+        one_piece = layer_kv.stage_in_one_piece(new_k, new_v)
+        if one_piece is not None:
+            assert all(map(torch.equal, one_piece, whole))
         layer_kv.append(new_k, new_v)
         pair[1:] = whole
 
@@ -348,8 +349,9 @@ class LayerKVMachine(RuleBasedStateMachine):
                         tokens = slice(at, at + stop - part.start)
                         assert all(map(torch.equal, found, (k[row, :, tokens], v[row, :, tokens])))
                     at += part.tokens
-            if layer_kv.is_one_piece:
-                assert all(map(torch.equal, layer_kv.one_piece(0), (k, v)))
+            one_piece = layer_kv.stage_in_one_piece(k[:, :, :0], v[:, :, :0])
+            if one_piece is not None:
+                assert all(map(torch.equal, one_piece, (k, v)))
 
     @invariant()
     def the_byte_counter_is_exact(self):

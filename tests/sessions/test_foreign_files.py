@@ -569,6 +569,8 @@ def test_an_earlier_result_is_replaced(command, tmp_path, monkeypatch):
     monkeypatch.setattr("headinfer.bench.run.run_suites", lambda *_, **__: iter([[MEASUREMENT]]))
     monkeypatch.setattr("headinfer.bench.run.run_check", lambda *_, **__: [COMPARED])
     monkeypatch.setattr("headinfer.bench.probe.probe", lambda *_: PROBED)
+    monkeypatch.setattr("headinfer.cli.plan_plots._draw_seconds", lambda *_: None)  # what takes long to compute
+    monkeypatch.setattr("headinfer.cli.plan_plots._draw_roofline", lambda *_: None)
     plan = ["plan", "llama-3-8b", "--gpu", "rtx4090", "--ram", "64GB"]
     for name in ("plan.png", "plan.svg", "plan.pdf", "plan.PNG"):
         path = tmp_path / name

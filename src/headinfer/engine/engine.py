@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from headinfer.attention.backends import Backend
+from headinfer.attention.backends import SDPA, Backend
 from headinfer.engine.device_kv import DeviceKV, PassShape, Shortage
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec, Tile, attend_streaming, tiles_of
+from headinfer.engine.streaming import AttentionSpec, Tile, attend_one_piece, attend_streaming, tiles_of
 from headinfer.errors import UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
@@ -89,16 +89,6 @@ class Engine:
         self._choices.clear()
         self._shape = PassShape(query_heads, query_tokens, self.row_copies)
         self._begun = set()
-        self._begin_on(layer_kv)
-
-    def _begin_on(self, layer_kv: LayerKV) -> DeviceKV:
-        """Return the KV of the layer's device, which begins the pass with its first layer there."""
-        device = self._device_of(layer_kv)
-        kv = self.devices[device]
-        if device not in self._begun or not kv.can_fetch(layer_kv):
-            kv.begin(layer_kv, self._shape)
-            self._begun.add(device)
-        return kv
 
     def attend(
         self,
@@ -123,9 +113,21 @@ class Engine:
             [B, T, Hq, Dv] in q's dtype.
         """
         self.attentions += 1
+        device = self._device_of(layer_kv)
+        kv = self.devices[device]
+        if device not in self._begun:
+            kv.begin(layer_kv, self._shape)
+            self._begun.add(device)
         layer_kv.promote()
-        kv = self._begin_on(layer_kv)
+        if q.shape[2] == 1 and past_tokens is None:
+            out = attend_one_piece(q, k, v, layer_kv, spec, self.options.backend)
+            if out is not None:
+                self.backends_used.add(SDPA)
+                return out
+        if not kv.can_fetch(layer_kv):
+            kv.begin(layer_kv, self._shape)
         kv.check()
+        self._layer_order.note(layer_kv)
         assert kv.plan is not None
         return attend_streaming(
             q,
@@ -142,27 +144,30 @@ class Engine:
             following=self._following(layer_kv, spec.token_ranges),
         )
 
-    def _following(self, layer_kv: LayerKV, token_ranges: Sequence[TokenRanges] | None) -> Iterable[Tile]:
-        """Return the tiles to prefetch: the first ones of the next layer on this device.
+    def _following(self, layer_kv: LayerKV, token_ranges: Sequence[TokenRanges] | None) -> Iterator[Tile]:
+        """Yield the tiles to prefetch while a layer attends: the first ones of the next layer on its device.
 
         After the last layer this is the first layer, for the next token. Nothing is prefetched then for the next
         chunk of a prompt, which may use other tiles, and for padded rows, in which other tokens are hidden.
         """
         device = self._device_of(layer_kv)
-        coming, is_next_pass = self._layer_order.after(layer_kv, lambda other: self._device_of(other) == device)
+        coming, is_next_pass = self._layer_order.next(lambda other: self._device_of(other) == device)
         if coming is None or coming.rows != layer_kv.rows:
-            return ()
+            return
         is_prefill = self._shape.query_tokens > FEW_QUERY_TOKENS
         if is_next_pass and (token_ranges is not None or (self.disk is None and is_prefill)):
-            return ()
+            return
         plan = self.devices[device].plan
         assert plan is not None
         heads = slice(0, min(plan.heads_per_group, coming.heads))
         seen = first_of(token_ranges, coming.tokens, coming.rows) if token_ranges is not None else None
-        tiles = tiles_of(coming, heads, plan, seen)
-        if self.disk is not None:  # only reading from the disk begins ahead
-            return (tile for tile in tiles if any(isinstance(piece, DiskSlice) for piece in tile.pieces))
-        return (tile for tile in tiles if not tile.resident)
+        for tile in tiles_of(coming, heads, plan, seen):
+            if self.disk is not None:  # only reading from the disk begins ahead
+                is_wanted = any(isinstance(piece, DiskSlice) for piece in tile.pieces)
+            else:
+                is_wanted = not tile.resident
+            if is_wanted:
+                yield tile
 
     def settle(self) -> None:
         """Wait until all write-backs have reached host memory."""
@@ -270,7 +275,7 @@ class Engine:
 
 
 class _LayerOrder:
-    """The order in which layers attended in the previous pass, to predict the next layer of this one."""
+    """The order in which layers streamed their past in the previous pass, to predict the next layer of this one."""
 
     def __init__(self) -> None:
         self._now: list[weakref.ref[LayerKV]] = []
@@ -281,20 +286,22 @@ class _LayerOrder:
         self._before = self._now
         self._now = []
 
-    def after(self, layer_kv: LayerKV, is_wanted: Callable[[LayerKV], bool]) -> tuple[LayerKV | None, bool]:
-        """Note that a layer attends, and predict the next wanted layer.
+    def note(self, layer_kv: LayerKV) -> None:
+        """Note that a layer streams its past."""
+        self._now.append(weakref.ref(layer_kv))
+
+    def next(self, is_wanted: Callable[[LayerKV], bool]) -> tuple[LayerKV | None, bool]:
+        """Predict the next wanted layer after the one that attends now.
 
         Args:
-            layer_kv: the layer that attends now.
             is_wanted: tells whether a layer counts.
 
         Returns:
             The KV of the next wanted layer, None if this pass differs from the previous one, and whether that layer
             belongs to the next pass.
         """
-        position = len(self._now)
-        self._now.append(weakref.ref(layer_kv))
-        if position >= len(self._before) or self._before[position]() is not layer_kv:
+        position = len(self._now) - 1
+        if position >= len(self._before) or self._before[position] != self._now[position]:
             return None, False
         following = itertools.chain(range(position + 1, len(self._before)), range(position + 1))
         for at in following:

@@ -21,11 +21,11 @@ import itertools
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from headinfer.attention.backends import SDPA, Backend, Problem, capability_of, choose, sdpa_serves
+from headinfer.attention.backends import Backend, Problem, capability_of, choose, sdpa_serves
 from headinfer.attention.state import AttentionState
 from headinfer.kv.device_buffer import BufferSlice, pieces_of
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
@@ -35,7 +35,7 @@ from headinfer.kv.transfer import InPlace, Ring
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
 from headinfer.utils.tensors import Piece
 
-__all__ = ["BLOCK_TOKENS", "AttentionSpec", "LayerPass", "Tile", "attend_streaming", "tiles_of"]
+__all__ = ["BLOCK_TOKENS", "AttentionSpec", "LayerPass", "Tile", "attend_one_piece", "attend_streaming", "tiles_of"]
 
 BLOCK_TOKENS = (32_768, 16_384, 8192)
 """Lengths of the pieces that kernels with one plan per shape are given. Merging a piece of 32K tokens costs about a
@@ -44,8 +44,7 @@ hundredth of its attention."""
 _KEPT_SEGMENT_TOKENS = 4096  # a smaller segment is copied with its neighbours, since a tile takes launches too
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(NamedTuple):
     """What a model asks of an attention, beside Q, K and V.
 
     Attributes:
@@ -189,11 +188,6 @@ def attend_streaming(
     """
     used = used if used is not None else set()
     is_staged = q.shape[2] == 1 and past_tokens is None and layer_kv.stage(k, v)
-    if is_staged and layer_kv.is_one_piece:
-        out = _attend_one_piece(q, layer_kv, spec, backend)
-        if out is not None:
-            used.add(SDPA)
-            return out
     q = q.contiguous()  # packed once, not for each tile
     past = layer_kv.tokens if past_tokens is None else past_tokens
     choices = choices if choices is not None else {}
@@ -233,21 +227,31 @@ def attend_streaming(
     return out
 
 
-def _attend_one_piece(
-    q: torch.Tensor, layer_kv: LayerKV, spec: AttentionSpec, backend: str | None
+def attend_one_piece(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_kv: LayerKV, spec: AttentionSpec, backend: str | None
 ) -> torch.Tensor | None:
-    """Compute attention of a staged token on all tokens, which are one piece, as without offloading.
+    """Compute attention of a new token as without offloading, if the device holds all tokens of each row in one piece.
+
+    Args:
+        q: [B, Hq, 1, Dk].
+        k: [B, Hkv, 1, Dk].
+        v: [B, Hkv, 1, Dv].
+        layer_kv: the KV of the tokens before.
+        spec: what the model asks for.
+        backend: attention backends to try first, separated by commas.
 
     Returns:
-        [B, 1, Hq, Dv]; None if sdpa does not serve the layer.
+        [B, 1, Hq, Dv]; None if the tokens are not in one piece, or if torch's sdpa does not serve the layer.
     """
     if spec.token_ranges is not None or spec.softcap is not None or spec.sinks is not None:
         return None
     if not sdpa_serves(q.device.type, q.dtype, layer_kv.key_dim, layer_kv.value_dim, backend):
         return None
-    k, v = layer_kv.one_piece(1)
+    whole = layer_kv.stage_in_one_piece(k, v)
+    if whole is None:
+        return None
     is_grouped = q.shape[1] != layer_kv.heads
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=spec.scale, enable_gqa=is_grouped)
+    out = torch.nn.functional.scaled_dot_product_attention(q, *whole, scale=spec.scale, enable_gqa=is_grouped)
     return out.transpose(1, 2)
 
 

@@ -22,6 +22,7 @@ from headinfer.hf.compat import (
     AttentionMaskInterface,
     causal_mask_function,
     flash_attention_mask,
+    not_compiled,
     sdpa_attention_forward,
     sdpa_mask,
 )
@@ -32,6 +33,7 @@ __all__ = ["NAME", "headinfer_attention", "headinfer_mask", "register", "visible
 
 NAME = "headinfer"
 _LARGEST_MASK_BYTES = 2**31
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 def register() -> None:
@@ -124,7 +126,7 @@ def headinfer_mask(
     return padding
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def headinfer_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -178,7 +180,7 @@ def headinfer_attention(
         if token_ranges is None:
             token_ranges = visible_token_ranges(attention_mask.flatten(1))
     spec = AttentionSpec(scale, softcap, s_aux, token_ranges)
-    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+    with torch.no_grad() if torch.is_grad_enabled() else _NO_CONTEXT:
         if shares:
             return tag.layer.attend_shared(query, key, value, spec, tag.past_tokens), None
         return tag.layer.attend(query, key, value, spec), None

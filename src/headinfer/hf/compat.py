@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import transformers
 from packaging.version import Version
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
@@ -60,6 +63,7 @@ __all__ = [
     "is_unsupported_cache",
     "last_logits_only",
     "layer_device",
+    "not_compiled",
     "sdpa_attention_forward",
     "sdpa_mask",
     "shared_full_layers",
@@ -68,6 +72,23 @@ __all__ = [
 ]
 
 _OLDEST = "5.17"
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def not_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let torch.compile() leave a function out. Outside of compiled code it is called directly.
+
+    torch.compiler.disable() alone would cost each call a few microseconds, also in models that are not compiled.
+    """
+    disabled: Callable[_Arguments, _Result] = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        is_traced = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+        return disabled(*args, **kwargs) if is_traced else function(*args, **kwargs)
+
+    return call
 
 
 def check_version() -> None:

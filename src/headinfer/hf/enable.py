@@ -294,20 +294,18 @@ class Enabled:
         if not engine.layers_on:
             offloaded = (index for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer))
             engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
-        chunk_tokens = functools.partial(self._chunk, rows=cache.head_layers[0].rows or 1, cache=cache)
         adapters = applied_adapters(self._adapter_layers)
         cache.check_adapters(adapters)
         cache.adapters = adapters
         rotary = self._rotary.next_pass(inputs, cache)
         config = self.model.config
-        is_sharded = (getattr(self.model, "tp_size", None) or 1) > 1
-        recovery = Recovery(cache, self._shape, config, self.model.dtype.itemsize, is_sharded=is_sharded)
+        recovery = Recovery(cache, self.model, self._shape)
         with (
             rollback_on_error(cache, empties=rotary.rereads) as before,
             self._rotary.frequencies(rotary, cache) as has_noted,
         ):
             result = recovery.run(
-                chunks_of(inputs, config, chunk_tokens),
+                chunks_of(inputs, config, lambda tokens: self._chunk(tokens, cache.head_layers[0].rows or 1, cache)),
                 lambda chunk: self._one_chunk(forward, chunk, cache),
                 lambda: self._between_chunks(cache),
                 cache.checkpoint() if has_noted else before,

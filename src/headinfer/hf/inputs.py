@@ -135,12 +135,14 @@ def _is_on(name: str, inputs: Mapping[str, Any], config: Any) -> bool:
     value = inputs.get(name)
     if value is not None:
         return value is not False
-    return any(bool(getattr(one, name, False)) for one in (config, config.get_text_config(decoder=True)))
+    if getattr(config, name, False):
+        return True
+    return _is_multimodal(config) and bool(getattr(config.get_text_config(decoder=True), name, False))
 
 
 def _is_multimodal(config: Any) -> bool:
     """Return whether a config has a text config beside others."""
-    return config.get_text_config(decoder=True) is not config
+    return bool(config.sub_configs) and config.get_text_config(decoder=True) is not config
 
 
 def _has_content(value: Any) -> bool:

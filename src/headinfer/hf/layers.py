@@ -22,6 +22,7 @@ from headinfer.hf.compat import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    not_compiled,
 )
 from headinfer.kv.layer_kv import LayerKV
 
@@ -78,7 +79,7 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.layer_kv = self.engine.new_layer_kv(key_states, value_states)
         self.is_initialized = True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,9 +294,15 @@ def state_of(layer: Any) -> dict[str, Any]:
         "fields", the layer's attributes by name without the offloaded KV, and "tokens", the length of the offloaded
         KV; 0 if the layer has none.
     """
-    fields = {name: _copied(value) for name, value in layer.__dict__.items() if name not in _NOT_IN_STATE}
-    layer_kv = layer.layer_kv if isinstance(layer, HeadLayer) else None
-    return {"fields": fields, "tokens": layer_kv.tokens if layer_kv is not None else 0}
+    fields = layer.__dict__.copy()
+    tokens = 0
+    if isinstance(layer, HeadLayer):
+        tokens = layer.get_seq_length()
+        for name in _NOT_IN_STATE:
+            del fields[name]
+    if type(layer) is not HeadLayer:  # whose fields are no dicts
+        fields = {name: _copied(value) for name, value in fields.items()}
+    return {"fields": fields, "tokens": tokens}
 
 
 def restore(layer: Any, state: dict[str, Any]) -> None:

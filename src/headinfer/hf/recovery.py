@@ -19,6 +19,7 @@ from headinfer.engine.machine import free_device_bytes
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
+from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.inputs import number_of_tokens
 from headinfer.plan.footprint import activation_bytes
 from headinfer.plan.memory import available_host_bytes
@@ -39,22 +40,17 @@ class Recovery:
 
     Args:
         cache: the cache that the pass fills.
-        shape: the shape of the model, or of this rank's shard.
-        config: the config of the model.
-        element_bytes: bytes of an element of the activations.
-        is_sharded: whether other ranks compute parts of each layer. They would wait in vain for a rank that computes a
+        model: the model. If other ranks compute parts of its layers, they would wait in vain for a rank that computes a
             chunk again, so memory that runs out is an error then.
+        shape: the shape of the model, or of this rank's shard.
     """
 
-    def __init__(
-        self, cache: HeadCache, shape: ModelShape, config: Any, element_bytes: int, *, is_sharded: bool
-    ) -> None:
+    def __init__(self, cache: HeadCache, model: PreTrainedModel, shape: ModelShape) -> None:
         self._cache = cache
         self._engine = cache.engine
+        self._model = model
         self._shape = shape
-        self._config = config
-        self._element_bytes = element_bytes
-        self._is_sharded = is_sharded
+        self._is_sharded = (getattr(model, "tp_size", None) or 1) > 1
 
     def run(
         self,
@@ -139,7 +135,7 @@ class Recovery:
         """Return the parts of a chunk with at most `tokens` tokens each; none if it is short or cannot be cut."""
         if not tokens or number_of_tokens(chunk) <= tokens:
             return []
-        parts = list(chunks_of(chunk, self._config, lambda _: tokens))
+        parts = list(chunks_of(chunk, self._model.config, lambda _: tokens))
         return parts if len(parts) > 1 else []
 
     def _warn_once(self) -> None:
@@ -171,11 +167,12 @@ class Recovery:
         devices = [device for device in self._engine.devices if device.type == "cuda"]
         free_bytes = min((free_device_bytes(device) for device in devices), default=available_host_bytes())
         rows = self._cache.head_layers[0].rows or 1
-        fixed = activation_bytes(self._shape, 0, self._element_bytes)
-        token_bytes = activation_bytes(self._shape, rows, self._element_bytes) - fixed
+        element_bytes = self._model.dtype.itemsize
+        fixed = activation_bytes(self._shape, 0, element_bytes)
+        token_bytes = activation_bytes(self._shape, rows, element_bytes) - fixed
         is_whole = not chunk.get("logits_to_keep")
         if is_whole:
-            token_bytes += rows * self._shape.vocab_size * self._element_bytes
+            token_bytes += rows * self._shape.vocab_size * element_bytes
         fitting = min(max(free_bytes - fixed, 0) // max(token_bytes, 1), tokens - 1)
         begin += f", and no resident KV is left to drop: {format_bytes(free_bytes)} are free, "
         if tokens > LEAST_CHUNK_TOKENS and fitting > 0:

@@ -84,6 +84,7 @@ class DeviceBuffer:
         k: K.
         v: V.
         first: see above.
+        tokens: tokens of each row that it can hold.
         resident_tokens: see above.
         segments: the segments whose first tokens the buffer holds too.
         on_drop: returns a function that moves the tail to another buffer, for drop(); None if no tail is in the buffer.
@@ -95,6 +96,7 @@ class DeviceBuffer:
             self.k = torch.empty(*size, shape.key_dim, dtype=shape.dtype, device=shape.device)
             self.v = torch.empty(*size, shape.value_dim, dtype=shape.dtype, device=shape.device)
         self.first = first
+        self.tokens = resident_tokens + TAIL_TOKENS
         self.resident_tokens = resident_tokens
         self.resident_bytes = resident_tokens * shape.token_bytes
         self.tail_bytes = TAIL_TOKENS * shape.token_bytes
@@ -104,11 +106,6 @@ class DeviceBuffer:
         counter.hold_device("resident", self.resident_bytes)
         # close() may not be called
         weakref.finalize(self, _uncount, counter, self.tail_bytes, self.resident_bytes).atexit = False
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of each row that it can hold."""
-        return int(self.k.shape[2])
 
     def views(self, start: int, tokens: int) -> Piece:
         """Return views k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] of the tokens from `start` on."""

@@ -216,15 +216,20 @@ class LayerKV:
         self._staged = k
         return True
 
-    def one_piece(self, chunk_tokens: int) -> Piece:
-        """Return views k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] of all tokens, if `is_one_piece`.
+    def stage_in_one_piece(self, k: torch.Tensor, v: torch.Tensor) -> Piece | None:
+        """Write a chunk behind the tail, as stage() does, if `is_one_piece`, so that all tokens are one piece with it.
 
-        Args:
-            chunk_tokens: tokens of the chunk that stage() has written behind the tail.
+        Returns:
+            Views k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] of all tokens and the chunk. None if they are not
+            one piece, or if the chunk does not fit; then nothing was written.
         """
-        tokens = self.host_tokens + self.tail_tokens + chunk_tokens
-        start = 0 if self._buffer.first == 0 else self._buffer.tail_start(self.host_tokens)
-        return self._buffer.views(start, tokens)
+        start = self.host_tokens + self.tail_tokens  # the buffer begins with the first token
+        stop = start + k.shape[2]
+        if not self.is_one_piece or stop > self._buffer.tokens:
+            return None
+        self._buffer.put(start, k, v)
+        self._staged = k
+        return self._buffer.views(0, stop)
 
     # -- growing and shrinking -------------------------------------------------------------------------------
 
