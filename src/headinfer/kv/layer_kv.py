@@ -217,19 +217,14 @@ class LayerKV:
         return True
 
     def stage_in_one_piece(self, k: torch.Tensor, v: torch.Tensor) -> Piece | None:
-        """Write a chunk behind the tail, as stage() does, if `is_one_piece`, so that all tokens are one piece with it.
+        """Write a chunk behind the tail, as stage() does, if it fits there and `is_one_piece`.
 
         Returns:
-            Views k [B, Hkv, tokens, Dk] and v [B, Hkv, tokens, Dv] of all tokens and the chunk. None if they are not
-            one piece, or if the chunk does not fit; then nothing was written.
+            Views k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv] of all tokens and the chunk; None if nothing was written.
         """
-        start = self.host_tokens + self.tail_tokens  # the buffer begins with the first token
-        stop = start + k.shape[2]
-        if not self.is_one_piece or stop > self._buffer.tokens:
+        if not self.is_one_piece or not self.stage(k, v):
             return None
-        self._buffer.put(start, k, v)
-        self._staged = k
-        return self._buffer.views(0, stop)
+        return self._buffer.views(0, self.tokens + k.shape[2])  # the buffer begins with the first token
 
     # -- growing and shrinking -------------------------------------------------------------------------------
 
