@@ -29,7 +29,7 @@ __all__ = [
 # What torch, the dynamic linker and Python say if the system or a device refuses memory.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment"
-    r"|can't start new thread|std::bad_alloc",
+    r"|can't start new thread|std::bad_alloc|_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 

@@ -40,16 +40,17 @@ def options(transport="eager", resident_tokens=512):
 
 
 class Fails:
-    """A hook that raises OutOfMemoryError at the calls with these numbers, from 1."""
+    """A hook that raises an error, an OutOfMemoryError if none is given, at the calls with these numbers, from 1."""
 
-    def __init__(self, *numbers):
+    def __init__(self, *numbers, error=None):
         self.numbers = numbers
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory, on purpose")
         self.calls = 0
 
     def __call__(self, *_):
         self.calls += 1
         if self.calls in self.numbers:
-            raise torch.OutOfMemoryError("CUDA out of memory, on purpose")
+            raise self.error
 
 
 class FailingAllocations(TorchDispatchMode):
@@ -126,6 +127,33 @@ def test_memory_may_run_out_in_any_layer_of_generate(llama, transport, layer, pl
     assert torch.equal(found[0], wanted[0])
     assert same(found[1], wanted[1])
     assert active.last_cache.stats().oom_retries == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "is_memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", False),
+    ],
+)
+def test_libraries_that_allocate_without_torch_run_out_of_memory_too(llama, text, is_memory):
+    ids = prompt(tokens=300)["input_ids"]
+    fails = Fails(2, error=RuntimeError(text))
+    hook = llama.model.layers[2].mlp.register_forward_pre_hook(fails)
+    cache = HeadCache(llama.config, expected_tokens=400, **options())
+    with torch.no_grad(), headinfer.enable(llama, chunk_tokens=128, **options()):
+        if is_memory:
+            llama(ids, past_key_values=cache, logits_to_keep=1)
+        else:
+            with pytest.raises(RuntimeError, match=text.split(":")[0]):
+                llama(ids, past_key_values=cache, logits_to_keep=1)
+    hook.remove()
+    assert cache.get_seq_length() == (300 if is_memory else 0)
+    assert cache.stats().oom_retries == int(is_memory)
 
 
 @both_streams

@@ -1,9 +1,9 @@
 """Goes on with a forward pass after a device has run out of memory.
 
-The host has all KV, so resident KV can be dropped from the device at any time. After a torch.OutOfMemoryError the cache
-returns to its state before the chunk, and the chunk is computed again with more free memory: first with half of the
-resident KV, down to none, then in chunks of half the length. Other tiles and chunks change the order of sums, so the
-logits are equal up to rounding.
+The host has all KV, so resident KV can be dropped from the device at any time. After an error the cache returns to its
+state before the chunk, and the chunk is computed again with more free memory: first with half of the resident KV, down
+to none, then in chunks of half the length. Other tiles and chunks change the order of sums, so the logits are equal up
+to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from headinfer.engine.machine import free_device_bytes
-from headinfer.errors import CapacityError
+from headinfer.errors import CapacityError, is_out_of_memory
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
 from headinfer.hf.compat import PreTrainedModel
@@ -107,10 +107,12 @@ class Recovery:
         shortage = self._engine.shortage
         is_first = True
         while True:
-            error: torch.OutOfMemoryError | None = None
+            error: RuntimeError | None = None
             try:
                 result = compute(chunk)
-            except torch.OutOfMemoryError as caught:
+            except RuntimeError as caught:
+                if not _is_out_of_device_memory(caught):
+                    raise
                 _release_frames(caught)
                 error = caught
             if error is None:
@@ -183,6 +185,17 @@ class Recovery:
             f"{begin}{format_bytes(held)} hold the ring and the newest tokens, and the activations need about "
             f"{format_bytes(fixed + tokens * token_bytes)}: use fewer rows or a smaller device_kv_budget_bytes"
         )
+
+
+def _is_out_of_device_memory(error: RuntimeError) -> bool:
+    """Return whether an error says that a device has no memory left: for a tensor, a handle of a library, or a kernel.
+
+    cuBLAS, cuDNN, CUDA itself and Triton allocate without torch, and each has an error of its own.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return is_out_of_memory(error) and any(name in text for name in ("CUDA", "CUBLAS", "CUDNN", "HIP"))
 
 
 def _release_frames(error: BaseException) -> None:
