@@ -17,7 +17,8 @@ from headinfer.attention import cuda, native, native_build, triton_calls
 from headinfer.attention.backends import BACKENDS, TABLE, Problem, backend_names, capability_of, choose, recorded
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
-from headinfer.engine.streaming import AttentionSpec, attend_streaming
+from headinfer.engine.layer_pass import AttentionSpec
+from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import UsageError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.host_memory import HostTier

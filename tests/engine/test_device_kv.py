@@ -12,8 +12,8 @@ import headinfer
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import device_kv
 from headinfer.engine.engine import Engine
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec
 from headinfer.errors import CapacityError
 from headinfer.hf.cache import HeadCache
 from headinfer.kv import host_memory, numa

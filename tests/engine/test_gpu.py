@@ -18,8 +18,8 @@ from transformers import DynamicCache
 
 import headinfer
 from headinfer.engine.engine import Engine
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.models import resolve
 from headinfer.kv import host_memory

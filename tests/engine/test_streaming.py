@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from headinfer.attention.backends import BACKENDS as ALL
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.engine import streaming
+from headinfer.engine import layer_pass, past, streaming
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec, attend_streaming, tiles_of
+from headinfer.engine.past import tiles_of
+from headinfer.engine.streaming import attend_streaming
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import pieces_of
 from headinfer.kv.host_memory import HostTier
@@ -484,7 +486,7 @@ def test_resident_tokens_of_a_known_length_are_one_piece():
 @pytest.mark.parametrize("transport", ["eager", "lazy"])
 def test_a_large_segment_is_a_tile_and_one_copy(transport, monkeypatch):
     """Parts of a segment are a copy for each head's K and V: of one that is partly resident, or longer than a tile."""
-    monkeypatch.setattr(streaming, "_KEPT_SEGMENT_TOKENS", 256)
+    monkeypatch.setattr(past, "_KEPT_SEGMENT_TOKENS", 256)
     bench = Bench(Shape(rows=1, kv_heads=2), transport, 2, 1024, keeps_segments=True, resident_tokens=128)
     bench.layer_kv.expected_tokens = 0
     for tokens in (128, 512, 100, 300, 128, 1024, 1500):
@@ -526,8 +528,9 @@ def test_kernels_for_equal_shapes_get_blocks_of_equal_shapes(transport, monkeypa
         served.append((problem.is_full, problem.key_tokens, problem.query_rows))
         return BACKENDS["cpu-flash" if problem.is_full else "eager"]
 
-    monkeypatch.setattr(streaming, "choose", choose)
-    monkeypatch.setattr(streaming, "BLOCK_TOKENS", (170, 40))
+    monkeypatch.setattr(layer_pass, "choose", choose)
+    for module in (layer_pass, streaming):
+        monkeypatch.setattr(module, "BLOCK_TOKENS", (170, 40))
     bench = Bench(Shape(rows=2, kv_heads=3, group=2), transport, 1, 190, resident_tokens=384)
     for tokens in (300, 600, 300, 100):
         bench.assert_step(tokens)
@@ -548,8 +551,8 @@ def test_backends_are_chosen_once_in_a_pass(lengths, monkeypatch):
         chosen.append(problem)
         return choose(problem, preferred)
 
-    choose = streaming.choose
-    monkeypatch.setattr(streaming, "choose", counted)
+    choose = layer_pass.choose
+    monkeypatch.setattr(layer_pass, "choose", counted)
     options = Options(transport="eager", tile_tokens=100, heads_per_group=1)
     counts = []
     for layers in (1, 3):

@@ -9,8 +9,8 @@ from orders import TORN, Recorded, cells_of, explore, unordered
 
 from headinfer.engine import device_kv, streaming
 from headinfer.engine.engine import Engine
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine.engine import Engine
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec, attend_streaming
+from headinfer.engine.streaming import attend_streaming
 from headinfer.errors import CapacityError, StateError
 from headinfer.kv import streams
 from headinfer.kv.byte_counter import ByteCounter

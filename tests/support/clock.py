@@ -13,8 +13,8 @@ import torch
 from headinfer.attention.state import AttentionState
 from headinfer.engine import device_kv, streaming
 from headinfer.engine.engine import Engine
+from headinfer.engine.layer_pass import AttentionSpec, LayerPass
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec
 from headinfer.plan.tiles import MERGE_BYTES, TileRates
 
 # Llama-3-8B.
@@ -116,7 +116,7 @@ def install(monkeypatch, clock):
     monkeypatch.setattr(device_kv, "open_streams", lambda *_: clock)
     monkeypatch.setattr(streaming, "_attend_tile", attend_tile)
     monkeypatch.setattr(streaming, "_own_state", own_state)
-    monkeypatch.setattr(streaming.LayerPass, "kernel", lambda layer, rows, keys=0: NoKernel())
+    monkeypatch.setattr(LayerPass, "kernel", lambda layer, rows, keys=0: NoKernel())
 
 
 @dataclass(frozen=True)

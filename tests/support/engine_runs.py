@@ -6,7 +6,7 @@ import torch
 
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine.engine import Engine
-from headinfer.engine.streaming import AttentionSpec
+from headinfer.engine.layer_pass import AttentionSpec
 
 
 @functools.lru_cache(maxsize=3)  # the dtypes of one test

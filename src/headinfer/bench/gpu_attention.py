@@ -12,7 +12,7 @@ from headinfer.bench.gpu_link import tile_of
 from headinfer.bench.job import GpuJob
 from headinfer.bench.measurement import Measurement, reason_of
 from headinfer.bench.timing import median_s
-from headinfer.engine.streaming import BLOCK_TOKENS
+from headinfer.engine.layer_pass import BLOCK_TOKENS
 from headinfer.errors import CapacityError
 
 __all__ = ["attention"]

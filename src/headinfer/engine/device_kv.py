@@ -1,20 +1,23 @@
-"""The KV of one device: its queues, ring, write-back buffers and resident tokens, within one budget.
+"""The KV of one device: its queues, ring, buffers and resident tokens, within one budget.
 
 budget    = streaming part + resident part
-streaming = ring + tails + write-back buffers
+streaming = ring + tails + write-back buffers + buffers of the exchange with the host
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
+from headinfer.attention.native import unavailable_reason
 from headinfer.engine.machine import free_device_bytes
 from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
+from headinfer.kv.exchange import HostExchange, exchange_bytes
 from headinfer.kv.host_memory import HostTier, releasing_bytes
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.numa import node_of
@@ -27,6 +30,7 @@ from headinfer.plan.footprint import host_kv_tokens, write_back_bytes
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import (
     DEFAULT_BUDGET_BYTES,
+    FEW_QUERY_TOKENS,
     RING_SLOTS,
     FixedTile,
     LayerWork,
@@ -129,6 +133,8 @@ class DeviceKV:
         )
         self.disk: DiskTier | None = None
         self.ring: Ring | None = None
+        self.exchange: HostExchange | None = None
+        self._cpu_share = options.cpu_share
         self.plan: TilePlan | None = None
         self._has_slots = False  # whether the plan's tiles can come from the host
         self.write: Writer = WriteInPlace()
@@ -140,6 +146,7 @@ class DeviceKV:
             self.write = StagingWriter(buffer_bytes, device, counter, self.streams)
             room_bytes = budget_bytes - self.streaming_budget_bytes
             self.residency = Residency(room_bytes, device, counter, self.streams)
+            self.exchange = HostExchange(device, counter, self.streams, self.tier.buffer)
 
     @property
     def held_bytes(self) -> int:
@@ -191,7 +198,9 @@ class DeviceKV:
         if shape.row_copies > 1 and self.residency is not None and self.residency.room_bytes:
             tails += self.layers * layer_kv.tail_bytes
         tails = max(tails, held["tail"] + layer_kv.tail_bytes)
-        taken = tails + held["staging"]
+        if self._share_of_cpu(layer_kv, shape):
+            self._reserve_exchange(layer_kv, shape)
+        taken = tails + held["staging"] + held["exchange"]
         most_resident = max(self.device_kv_budget_bytes - taken, 0)
         if self.residency is not None and self.residency.held_bytes > most_resident:
             self._shrink_residency(most_resident)
@@ -254,6 +263,25 @@ class DeviceKV:
         self._choose(layer_kv, shape, slot_bytes)
         self._use_ring(slot_bytes)
 
+    def _share_of_cpu(self, layer_kv: LayerKV, shape: PassShape) -> float:
+        """Return the share of the streamed tokens that the host's CPU attends to in a pass.
+
+        If the user leaves it open, it is 0; it is 1 if the system refuses to pin host memory, from which the CPU reads
+        faster than the device does.
+        """
+        if self.exchange is None or shape.query_tokens > FEW_QUERY_TOKENS:
+            return 0.0
+        if self._cpu_share is not None:
+            return self._cpu_share
+        return float(bool(self.tier.pin_refusal) and not unavailable_reason(layer_kv.dtype))
+
+    def _reserve_exchange(self, layer_kv: LayerKV, shape: PassShape) -> None:
+        """Make the buffers of the exchange large enough for a pass."""
+        assert self.exchange is not None
+        rows = layer_kv.rows * shape.query_heads * shape.query_tokens
+        dims = (layer_kv.key_dim, layer_kv.value_dim)
+        self.exchange.reserve(exchange_bytes(rows, *dims, layer_kv.dtype.itemsize))
+
     def _shrink_residency(self, room_bytes: int) -> None:
         """Keep at most room_bytes resident, and give the rest of the budget to streaming. The host has all KV."""
         assert self.residency is not None
@@ -284,7 +312,8 @@ class DeviceKV:
             query_tokens=shape.query_tokens,
             past_tokens=layer_kv.tokens,
         )
-        self.plan = choose_tiles(work, min(bounds, default=None), self.rates, self.fixed_tile)
+        plan = choose_tiles(work, min(bounds, default=None), self.rates, self.fixed_tile)
+        self.plan = dataclasses.replace(plan, cpu_share=self._share_of_cpu(layer_kv, shape))
 
     def _use_ring(self, slot_bytes: int | None) -> None:
         """Keep the ring if it is as wanted. It changes with the batch, forks, and memory that is not pinned."""

@@ -11,9 +11,11 @@ import torch
 
 from headinfer.attention.backends import SDPA, Backend
 from headinfer.engine.device_kv import DeviceKV, PassShape, Shortage
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import Options
-from headinfer.engine.streaming import AttentionSpec, Tile, attend_one_piece, attend_streaming, tiles_of
+from headinfer.engine.past import Tile, tiles_of
+from headinfer.engine.streaming import attend_one_piece, attend_streaming
 from headinfer.errors import UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.disk_tier import DiskTier
@@ -137,6 +139,8 @@ class Engine:
             spec,
             plan=kv.plan,
             ring=kv.ring,
+            exchange=kv.exchange,
+            counter=kv.counter,
             past_tokens=past_tokens,
             backend=self.options.backend,
             used=self.backends_used,

@@ -54,6 +54,7 @@ class OptionFields(TypedDict, total=False):
     transport: Literal["auto", "in_place", "eager", "lazy"]
     expected_tokens: int | str
     rates: TileRates | None
+    cpu_share: float | None
     host_kv_budget_bytes: int | str | None
     disk_tier: str | PathLike[str] | None
 
@@ -106,6 +107,9 @@ class Options:
         expected_tokens: the final length of the context; 0 if it is unknown. Models whose rotary frequencies depend on
             the length use those of this length from the first token.
         rates: the rates that tiles are chosen for. None takes those of the machine.
+        cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to in host memory while the
+            link brings the others: 0 to 1. None is the plan's choice; without a plan it is 0, or 1 if the system
+            refuses to pin host memory.
         host_kv_budget_bytes: upper bound of KV bytes in host memory. It needs disk_tier.
         disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.
 
@@ -121,6 +125,7 @@ class Options:
     transport: Literal["auto", "in_place", "eager", "lazy"] = _option(partial(choice, choices=_TRANSPORTS), "auto")
     expected_tokens: int = _option(partial(token_count, low=0), 0)
     rates: TileRates | None = _option(_rates)  # noqa: RUF009  a field, not a TileRates
+    cpu_share: float | None = _option(partial(real_number, low=0.0, high=1.0))
     host_kv_budget_bytes: int | None = _option(byte_count)
     disk_tier: str | None = _option(path_text)
     # Deprecated names.

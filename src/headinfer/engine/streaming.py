@@ -6,6 +6,7 @@ For each head group of a layer:
     for each tile (head group x token block) of the host segments:
         fetch tile i + 1                                                        fetch queue
         state = merge(state, attention on tile i)                               compute queue
+    in decode: merge what the host has computed on its share of the past       (host_attention.py)
     write the state into the output
 
 The tail is on the device, behind the resident tokens. In decode the new token is written behind the tail. If all tokens
@@ -20,136 +21,25 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 
-from headinfer.attention.backends import Backend, Problem, capability_of, choose, sdpa_serves
+from headinfer.attention.backends import Backend, sdpa_serves
 from headinfer.attention.state import AttentionState
+from headinfer.engine.host_attention import HostAttention
+from headinfer.engine.layer_pass import BLOCK_TOKENS, AttentionSpec, LayerPass
+from headinfer.engine.past import Tile, host_parts, tiles_of
+from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import BufferSlice, pieces_of
+from headinfer.kv.exchange import HostExchange
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
-from headinfer.kv.segments import SegmentSlice, SharedPrefix, first_of
-from headinfer.kv.slices import AnyPiece
+from headinfer.kv.segments import first_of
 from headinfer.kv.transfer import InPlace, Ring
-from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
+from headinfer.plan.tiles import TilePlan
 from headinfer.utils.tensors import Piece
 
-__all__ = ["BLOCK_TOKENS", "AttentionSpec", "LayerPass", "Tile", "attend_one_piece", "attend_streaming", "tiles_of"]
-
-BLOCK_TOKENS = (32_768, 16_384, 8192)
-"""Lengths of the pieces that kernels with one plan per shape are given. Merging a piece of 32K tokens costs about a
-hundredth of its attention."""
-
-_KEPT_SEGMENT_TOKENS = 4096  # a smaller segment is copied with its neighbours, since a tile takes launches too
-
-
-class AttentionSpec(NamedTuple):
-    """What a model asks of an attention, beside Q, K and V.
-
-    Attributes:
-        scale: factor of the scores.
-        softcap: soft cap c of the scores: tanh(score / c) * c. None applies no cap.
-        sinks: one more score per query head, [Hq], of a key with value 0 (gpt-oss).
-        token_ranges: for each row of the batch, the half-open ranges of tokens that are seen, over the past and the
-            chunk. None sees all tokens.
-    """
-
-    scale: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-    token_ranges: Sequence[TokenRanges] | None = None
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Some tokens of one head group, for the rows that share them.
-
-    Attributes:
-        rows: the rows of the batch.
-        pieces: what must be fetched; empty for a resident tile.
-        after: events of the write-back of these pieces.
-        key: equal for tiles of the same tokens of the same segments, as long as their content is the same.
-        resident: what is on the device.
-    """
-
-    rows: tuple[int, ...]
-    pieces: tuple[AnyPiece, ...] = ()
-    after: tuple[Any, ...] = ()
-    key: Hashable = None
-    resident: tuple[BufferSlice, ...] = ()
-
-
-@dataclass
-class LayerPass:
-    """The attention of one layer in one forward pass.
-
-    Attributes:
-        q: queries [B, Hq, T, Dk], contiguous.
-        k: keys of the chunk [B, Hkv, T, Dk].
-        v: values of the chunk [B, Hkv, T, Dv].
-        layer_kv: the KV of the tokens before.
-        spec: what the model asks for.
-        past_tokens: how many of these tokens are attended to.
-        backend: attention backends to try first.
-        used: collects the names of the backends that ran.
-        staged_tokens: tokens of the chunk that were written behind the tail: 1 or 0.
-        choices: the backends that were chosen so far, by problem.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    layer_kv: LayerKV
-    spec: AttentionSpec
-    past_tokens: int
-    backend: str | None = None
-    used: set[str] = field(default_factory=set)
-    staged_tokens: int = 0
-    choices: dict[Hashable, Backend] = field(default_factory=dict)
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether there are so few query tokens that a kernel call costs more than what it computes."""
-        return self.q.shape[2] <= FEW_QUERY_TOKENS
-
-    @property
-    def group_queries(self) -> int:
-        """Query heads per KV head."""
-        return self.q.shape[1] // self.k.shape[1]
-
-    def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
-        """Return the backend for a problem. Its name is added to `used`."""
-        backend = self.choice(query_rows, key_tokens)
-        self.used.add(backend.name)
-        return backend
-
-    def choice(self, query_rows: int, key_tokens: int) -> Backend:
-        """Return the backend for a problem. It is chosen once in a pass, since most layers have the same problems.
-
-        Args:
-            query_rows: query rows per KV head; 0 for the chunk on itself.
-            key_tokens: tokens of one piece of keys; 0 for several pieces, or any number.
-        """
-        q = self.q
-        softcap = self.spec.softcap is not None
-        key = (query_rows, key_tokens, q.device, q.dtype, q.shape[3], self.v.shape[3], softcap)
-        backend = self.choices.get(key)
-        if backend is None:
-            problem = Problem(
-                q.device.type,
-                q.dtype,
-                query_rows,
-                q.shape[3],
-                self.v.shape[3],
-                softcap,
-                capability_of(q.device),
-                key_tokens,
-                key_tokens in BLOCK_TOKENS,  # kernels with one plan per shape serve these lengths only
-            )
-            backend = choose(problem, self.backend)
-            self.choices[key] = backend
-        return backend
+__all__ = ["attend_one_piece", "attend_streaming"]
 
 
 def attend_streaming(
@@ -161,6 +51,8 @@ def attend_streaming(
     *,
     plan: TilePlan,
     ring: Ring | None,
+    exchange: HostExchange | None = None,
+    counter: ByteCounter | None = None,
     past_tokens: int | None = None,
     backend: str | None = None,
     used: set[str] | None = None,
@@ -177,6 +69,8 @@ def attend_streaming(
         spec: what the model asks for.
         plan: the shape of the tiles.
         ring: brings tiles to the device. None reads the segments in place.
+        exchange: lets the host attend to the part of the past that the plan gives it; None if it gives none.
+        counter: counts what the host attends to.
         past_tokens: how many of the tokens before are attended to; None for all.
         backend: attention backends to try first, separated by commas.
         used: collects the names of the backends that ran.
@@ -198,6 +92,9 @@ def attend_streaming(
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = _head_groups(k.shape[1], plan.heads_per_group)
     tiles_by_group = [list(tiles_of(layer_kv, heads, plan, past_ranges)) for heads in groups]
+    parts = host_parts(layer_kv, plan, past_ranges) if exchange is not None else []
+    host = HostAttention(layer, parts, exchange, counter or ByteCounter()) if parts and exchange is not None else None
+    states: list[AttentionState] = []
     fetcher = _Fetcher(ring if ring is not None else InPlace(), tiles_by_group, following)
     for heads, tiles in zip(groups, tiles_by_group, strict=True):
         state, on_device = _own_state(layer, heads, past_ranges)
@@ -220,11 +117,27 @@ def attend_streaming(
                 fetcher.release()
         for row, near in on_device.items():
             state = _attend_tile(layer, heads, state, (row,), near.pieces(heads))
-        state = state or _empty(layer, heads)
-        queries = slice(heads.start * layer.group_queries, heads.stop * layer.group_queries)
-        merged = state.out if spec.sinks is None else state.with_sinks(spec.sinks[queries, None])
-        out[:, :, queries] = merged.transpose(1, 2)
+        if host is None:
+            _write(layer, heads, state, out)
+        else:
+            states.append(state or _empty(layer, heads))
+    if host is not None:
+        fetcher.prefetch_following()
+        computed = host.compute()
+        for heads, state in zip(groups, states, strict=True):
+            for rows, part in computed:
+                _merge(layer, heads, state, rows, part[heads])
+            _write(layer, heads, state, out)
     return out
+
+
+def _write(layer: LayerPass, heads: slice, state: AttentionState | None, out: torch.Tensor) -> None:
+    """Write the result of a head group into the output [B, T, Hq, Dv] of a layer."""
+    state = state or _empty(layer, heads)
+    queries = slice(heads.start * layer.group_queries, heads.stop * layer.group_queries)
+    sinks = layer.spec.sinks
+    result = state.out if sinks is None else state.with_sinks(sinks[queries, None])
+    out[:, :, queries] = result.transpose(1, 2)
 
 
 def attend_one_piece(
@@ -281,73 +194,17 @@ class _Fetcher:
         """Give back the slot of the tile that next_tile() returned."""
         self._ring.release(self._handles.popleft())
 
+    def prefetch_following(self) -> None:
+        """Prefetch what follows as far as there are slots, after all tiles of the layer. The link works on that until
+        the host has computed its part."""
+        for tile in self._following:
+            if not self._ring.prefetch(tile.pieces, tile.after, tile.key):
+                return
+
 
 def _head_groups(kv_heads: int, heads_per_group: int) -> list[slice]:
     starts = range(0, kv_heads, heads_per_group)
     return [slice(start, min(start + heads_per_group, kv_heads)) for start in starts]
-
-
-def tiles_of(
-    layer_kv: LayerKV, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
-) -> Iterator[Tile]:
-    """Return the host segments of a head group as tiles.
-
-    Resident tokens are one tile. The plan cuts the others, or keeps large segments as tiles of their own.
-
-    Args:
-        layer_kv: the KV of the layer.
-        heads: the KV heads of the group.
-        plan: the shape of the tiles.
-        token_ranges: for each row, the ranges of tokens that are seen; None for all.
-    """
-    for shared in layer_kv.shared_prefixes(token_ranges):
-        resident, streamed = _split_by_residency(shared)
-        if resident:
-            yield Tile(shared.rows, resident=tuple(part.segment.resident(part.start, part.stop) for part in resident))
-        most = plan.length(sum(part.tokens for part in streamed))
-        slices: list[SegmentSlice] = []
-        room = most
-        for part in streamed:
-            start = part.start
-            if plan.keeps_segments and _KEPT_SEGMENT_TOKENS <= part.tokens == part.segment.tokens <= most:
-                if slices:
-                    yield _tile(shared.rows, heads, slices)
-                yield _tile(shared.rows, heads, [part])
-                slices = []
-                room = most
-                continue
-            while start < part.stop:
-                stop = min(part.stop, start + room)
-                slices.append(SegmentSlice(part.segment, start, stop))
-                room -= stop - start
-                start = stop
-                if room == 0:
-                    yield _tile(shared.rows, heads, slices)
-                    slices = []
-                    room = most
-        if slices:
-            yield _tile(shared.rows, heads, slices)
-
-
-def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
-    """Return the slices, or parts of them, that are on the device, and those that are on the host only."""
-    resident: list[SegmentSlice] = []
-    streamed: list[SegmentSlice] = []
-    for part in shared.slices:
-        stop = min(max(part.segment.resident_tokens, part.start), part.stop)
-        if part.start < stop:
-            resident.append(SegmentSlice(part.segment, part.start, stop))
-        if stop < part.stop:
-            streamed.append(SegmentSlice(part.segment, stop, part.stop))
-    return resident, streamed
-
-
-def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
-    """Return a tile that must be fetched."""
-    pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
-    events = [part.segment.write_done for part in slices if part.segment.write_done is not None]
-    key = tuple((part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices)
-    return Tile(rows, pieces, tuple(dict.fromkeys(events)), key)
 
 
 def _calls(layer: LayerPass, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
@@ -377,25 +234,35 @@ def _attend_tile(
         rows: the rows that share the pieces.
         pieces: keys and values [h, T, D].
     """
-    kv_heads = heads.stop - heads.start
-    group = layer.group_queries
-    queries = slice(heads.start * group, heads.stop * group)
-    packed = [layer.q[row, queries].reshape(kv_heads, -1, layer.q.shape[3]) for row in rows]
-    q = packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
+    q = layer.packed(rows, heads)
     key_tokens = pieces[0][0].shape[1] if len(pieces) == 1 else 0
     kernel = layer.kernel(q.shape[1], key_tokens)
     part = kernel.attend_full(q, pieces, layer.spec.scale, layer.spec.softcap)
     if state is None and layer.q.shape[0] == 1:  # the first part of a single row is the state itself
         state = part.running()
-        shape = (1, kv_heads * group, -1)
+        shape = (1, q.shape[0] * layer.group_queries, -1)
         return AttentionState(state.out.view(*shape, state.out.shape[2]), state.lse.view(shape))
     state = state or _empty(layer, heads)
-    share = q.shape[1] // len(rows)
+    _merge(layer, heads, state, rows, part)
+    return state
+
+
+def _merge(layer: LayerPass, heads: slice, state: AttentionState, rows: Sequence[int], part: AttentionState) -> None:
+    """Merge the result for some rows into the state of a head group.
+
+    Args:
+        layer: the layer's attention.
+        heads: the KV heads of the group.
+        state: [B, h * G, T, Dv].
+        rows: the rows.
+        part: out [h, N, Dv] and lse [h, N], in the order of LayerPass.packed().
+    """
+    kv_heads = heads.stop - heads.start
+    share = layer.group_queries * layer.q.shape[2]
     for index, row in enumerate(rows):
         of_row = part if len(rows) == 1 else part[:, index * share : (index + 1) * share]
         target = AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share))
         target.merge_(of_row)
-    return state
 
 
 def _empty(layer: LayerPass, heads: slice) -> AttentionState:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from headinfer.engine.streaming import AttentionSpec
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.errors import StateError, UnsupportedError
 from headinfer.hf.compat import (
     AttentionInterface,

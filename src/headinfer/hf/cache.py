@@ -58,7 +58,7 @@ class Stats:
         device_kv_peak_bytes: the largest device_kv_bytes so far.
         device_ring_bytes: bytes of the ring's slots, through which tiles are streamed.
         device_tail_bytes: bytes of the tails, which hold the newest tokens.
-        device_staging_bytes: bytes of the write-back buffers.
+        device_staging_bytes: bytes of the write-back buffers, and of the buffers for queries that the host answers.
         device_resident_bytes: bytes of the tokens that stay on the device.
         host_kv_bytes: bytes of host memory that are allocated for KV now.
         host_kv_peak_bytes: the largest host_kv_bytes so far.
@@ -71,6 +71,8 @@ class Stats:
         heads_per_group: KV heads that are streamed together; 0 before the first forward pass.
         tile_tokens: tokens that are streamed together; 0 before the first forward pass.
         tile_reason: why this tile was chosen.
+        cpu_share: the share of the streamed tokens that the host's CPU attended to in the last forward pass.
+        cpu_attended_bytes: bytes of KV that the host's CPU has attended to, so that they did not cross the link.
         attention_backends: names of the attention backends that ran. As the option `backend` they repeat every choice.
         oom_retries: chunks or decode steps that were computed again, because a device ran out of memory.
         oom_given_back_bytes: bytes of resident KV that were dropped from the device for it.
@@ -97,6 +99,8 @@ class Stats:
     heads_per_group: int
     tile_tokens: int
     tile_reason: str
+    cpu_share: float
+    cpu_attended_bytes: int
     attention_backends: tuple[str, ...]
     oom_retries: int
     oom_given_back_bytes: int
@@ -225,7 +229,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             device_kv_peak_bytes=sum(counter.device_peak_bytes for counter in counters),
             device_ring_bytes=device_bytes("ring"),
             device_tail_bytes=device_bytes("tail"),
-            device_staging_bytes=device_bytes("staging"),
+            device_staging_bytes=device_bytes("staging") + device_bytes("exchange"),
             device_resident_bytes=device_bytes("resident"),
             host_kv_bytes=host.host_bytes,
             host_kv_peak_bytes=host.host_peak_bytes,
@@ -238,6 +242,8 @@ class HeadCache(Cache):  # type: ignore[misc]
             heads_per_group=plan.heads_per_group if plan else 0,
             tile_tokens=plan.tile_tokens if plan else 0,
             tile_reason=plan.why if plan else "",
+            cpu_share=plan.cpu_share if plan else 0.0,
+            cpu_attended_bytes=sum(counter.cpu_attended_bytes for counter in counters),
             attention_backends=recorded(self.engine.backends_used, self.engine.options.backend),
             oom_retries=self.engine.shortage.retries,
             oom_given_back_bytes=self.engine.shortage.given_back_bytes,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headinfer.engine.engine import Engine
-from headinfer.engine.streaming import AttentionSpec
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.errors import StateError
 from headinfer.hf.compat import (
     CacheLayerMixin,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["ByteCounter"]
 
+_PURPOSES = ("ring", "tail", "staging", "exchange", "resident")
+
 
 @dataclass
 class ByteCounter:
@@ -13,8 +15,9 @@ class ByteCounter:
 
     Attributes:
         device_bytes: bytes of KV on the compute device, by purpose: "ring" (the slots that tiles stream through),
-            "tail" (the newest tokens), "staging" (write-back buffers) and "resident" (KV that also stays there). If the
-            host is the compute device, segments are read in place, and only tails are counted.
+            "tail" (the newest tokens), "staging" (write-back buffers), "exchange" (queries for the host and its
+            results) and "resident" (KV that also stays there). If the host is the compute device, segments are read in
+            place, and only tails are counted.
         device_peak_bytes: the largest sum of device_bytes so far.
         host_bytes: bytes of host memory that are allocated for KV.
         host_peak_bytes: the largest host_bytes so far.
@@ -25,9 +28,10 @@ class ByteCounter:
         device_to_host_bytes: bytes that were written back to the host.
         tail_moved_bytes: bytes that were moved within tails on the device.
         copies: the number of copies between host and device.
+        cpu_attended_bytes: bytes of KV that the host attended to in its own memory instead of copying them.
     """
 
-    device_bytes: dict[str, int] = field(default_factory=lambda: {"ring": 0, "tail": 0, "staging": 0, "resident": 0})
+    device_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_PURPOSES, 0))
     device_peak_bytes: int = 0
     host_bytes: int = 0
     host_peak_bytes: int = 0
@@ -38,6 +42,7 @@ class ByteCounter:
     device_to_host_bytes: int = 0
     tail_moved_bytes: int = 0
     copies: int = 0
+    cpu_attended_bytes: int = 0
 
     def hold_device(self, purpose: str, nbytes: int) -> None:
         """Count bytes that were allocated on the device for a purpose; negative if they were freed."""

@@ -96,10 +96,12 @@ class ReadAhead:
         self._tiles[handle] = tile
         return handle
 
-    def prefetch(self, pieces: Sequence[AnyPiece], after: Sequence[Any] = (), key: Hashable = None) -> None:
+    def prefetch(self, pieces: Sequence[AnyPiece], after: Sequence[Any] = (), key: Hashable = None) -> bool:
         """Begin to load a tile that will be fetched soon, if a slot is free."""
-        if self._free and key is not None and key not in self._prefetched:
-            self._prefetched[key] = self._begin(pieces, after)
+        if not self._free or key is None or key in self._prefetched:
+            return False
+        self._prefetched[key] = self._begin(pieces, after)
+        return True
 
     def drop_prefetched(self) -> None:
         for tile in self._prefetched.values():

@@ -1,16 +1,18 @@
-"""The three queues of a device, and the events that order their work.
+"""The four queues of a device, and the events that order their work.
 
     compute   the model's kernels, and packing new tokens into the write-back buffers
     fetch     host to device: tiles into the slots of the ring
     back      device to host: new tokens out of the write-back buffers
+    host      both directions: queries that the host answers, and its results (exchange.py)
 
 The work of one queue runs in order. Between queues only events order the work: a queue that waits for an event
 continues when all work is done that was in the event's queue when the event was recorded.
 
-The ring and the write-back are written for the protocol `Streams`. If their events are right, the results are right in
-every order that the events allow. CudaStreams runs the queues on CUDA streams. EagerStreams and LazyStreams are CPU
-twins for tests, at the two extremes of what events allow: copies run when they are queued, or not before something
-waits for them, with NaN in their destinations until then. tests/support/orders.py explores the orders in between.
+The ring, the write-back and the exchange are written for the protocol `Streams`. If their events are right, the
+results are right in every order that the events allow. CudaStreams runs the queues on CUDA streams. EagerStreams and
+LazyStreams are CPU twins for tests, at the two extremes of what events allow: copies run when they are queued, or not
+before something waits for them, with NaN in their destinations until then. tests/support/orders.py explores the orders
+in between.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ __all__ = [
     "open_streams",
 ]
 
-Queue = Literal["compute", "fetch", "back"]
+Queue = Literal["compute", "fetch", "back", "host"]
 
 Transport = Literal["in_place", "eager", "lazy", "cuda"]
 """How KV reaches the device: "in_place" (the host is the device), "eager" and "lazy" (CPU twins), "cuda" (a link)."""
@@ -61,8 +63,8 @@ class Streams(Protocol):
     def copy(self, copies: Iterable[Copy], queue: Queue) -> None:
         """Queue copies.
 
-        In `fetch` and `back`, both sides of each copy must be contiguous. Otherwise torch would allocate memory, copy
-        through it, and block the host.
+        In all queues but `compute`, both sides of each copy must be contiguous. Otherwise torch would allocate memory,
+        copy through it, and block the host.
         """
 
     def finish(self, event: Any) -> None:
@@ -88,13 +90,14 @@ def check_contiguous(copies: Iterable[Copy]) -> Iterable[Copy]:
 
 
 class CudaStreams:
-    """Queues on CUDA streams: the current stream computes, and two others use both directions of the link at once."""
+    """Queues on CUDA streams: the current stream computes, and the others use both directions of the link at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._own: dict[Queue, torch.cuda.Stream] = {
             "fetch": torch.cuda.Stream(device),
             "back": torch.cuda.Stream(device),
+            "host": torch.cuda.Stream(device),
         }
 
     def _stream(self, queue: Queue) -> torch.cuda.Stream:
@@ -173,8 +176,8 @@ class LazyStreams:
     """
 
     def __init__(self) -> None:
-        self._jobs: dict[Queue, deque[Copy | _Mark]] = {"fetch": deque(), "back": deque()}
-        self._done: dict[Queue, int] = {"fetch": 0, "back": 0}
+        self._jobs: dict[Queue, deque[Copy | _Mark]] = {"fetch": deque(), "back": deque(), "host": deque()}
+        self._done: dict[Queue, int] = dict.fromkeys(self._jobs, 0)
 
     def event(self) -> _Mark:
         return _Mark()

@@ -67,8 +67,12 @@ class Ring(Protocol):
     def wait_copied(self, handle: int) -> None:
         """Wait on the host until the host memory of a tile is not read any more."""
 
-    def prefetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
-        """Begin to copy a tile that will be fetched next, if a slot is free. See fetch() for the arguments."""
+    def prefetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> bool:
+        """Begin to copy a tile that will be fetched next, if a slot is free. See fetch() for the arguments.
+
+        Returns:
+            Whether it was begun.
+        """
 
     def drop_prefetched(self) -> None:
         """Drop the tiles that were prefetched and not fetched."""
@@ -121,9 +125,11 @@ class SlotRing:
             del self._in_use[handle]  # nothing reads the tile, and later copies to its slot are in the same queue
         return self._begin(pieces, after)
 
-    def prefetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> None:
-        if not self._is_in_use(self._next_handle):
-            self._prefetched.append((key, self._begin(pieces, after)))
+    def prefetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> bool:
+        if self._is_in_use(self._next_handle):
+            return False
+        self._prefetched.append((key, self._begin(pieces, after)))
+        return True
 
     def wait(self, handle: int) -> Sequence[Piece]:
         self._streams.wait(self._ready[self._slot(handle)], "compute")
@@ -269,8 +275,9 @@ class InPlace:
     def wait_copied(self, handle: int) -> None:
         """Do nothing: a tile has been read when it is released."""
 
-    def prefetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> None:
+    def prefetch(self, pieces: Sequence[Any], after: Sequence[Any] = (), key: Hashable = None) -> bool:
         """Do nothing: there is no copy to begin."""
+        return False
 
     def drop_prefetched(self) -> None:
         """Do nothing: prefetch() begins nothing."""

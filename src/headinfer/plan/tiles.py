@@ -13,6 +13,7 @@ from headinfer.errors import CapacityError, UsageError
 from headinfer.plan.model_shape import LayerShape
 
 __all__ = [
+    "CPU_UNIT_TOKENS",
     "DEFAULT_BUDGET_BYTES",
     "FEW_QUERY_TOKENS",
     "MERGE_BYTES",
@@ -38,6 +39,9 @@ DEFAULT_BUDGET_BYTES = 256 * 1024 * 1024
 RING_SLOTS = 2
 FEW_QUERY_TOKENS = 16
 """A pass with up to this many query tokens is bound by the bytes of K and V: decode, or verifying a few guesses."""
+
+CPU_UNIT_TOKENS = 1024
+"""The host's CPU attends to a multiple of so many tokens of a layer's past."""
 
 MERGE_BYTES = 10
 """Device bytes per element of a tile's output to merge it in one fused kernel.
@@ -171,6 +175,8 @@ class TilePlan:
             last tile is computed before the first tile of the next head group has arrived. Decode waits for the link
             in any case.
         keeps_segments: whether large segments that fit a tile become tiles of their own, which are a single copy each.
+        cpu_share: the share of the streamed tokens that the host's CPU attends to in host memory instead. They are not
+            copied. 0 in prefill.
     """
 
     heads_per_group: int
@@ -178,6 +184,7 @@ class TilePlan:
     why: str
     even_tokens: int = 0
     keeps_segments: bool = False
+    cpu_share: float = 0.0
 
     def length(self, tokens: int) -> int:
         """Return the length of the tiles that `tokens` tokens are cut into. The last tile may be shorter."""

@@ -1,0 +1,172 @@
+"""The past of a layer: resident tokens, the part that the host attends to, and tiles that stream through the ring."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headinfer.kv.device_buffer import BufferSlice
+from headinfer.kv.layer_kv import LayerKV, TokenRanges
+from headinfer.kv.segments import SegmentSlice, SharedPrefix
+from headinfer.kv.slices import AnyPiece
+from headinfer.plan.tiles import CPU_UNIT_TOKENS, TilePlan
+from headinfer.utils.tensors import Piece
+
+__all__ = ["HostPart", "Tile", "host_parts", "tiles_of"]
+
+_KEPT_SEGMENT_TOKENS = 4096  # a smaller segment is copied with its neighbours, since a tile takes launches too
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some tokens of one head group, for the rows that share them.
+
+    Attributes:
+        rows: the rows of the batch.
+        pieces: what must be fetched; empty for a resident tile.
+        after: events of the write-back of these pieces.
+        key: equal for tiles of the same tokens of the same segments, as long as their content is the same.
+        resident: what is on the device.
+    """
+
+    rows: tuple[int, ...]
+    pieces: tuple[AnyPiece, ...] = ()
+    after: tuple[Any, ...] = ()
+    key: Hashable = None
+    resident: tuple[BufferSlice, ...] = ()
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """The part of the past that the host attends to in its own memory, for the rows that share it.
+
+    Attributes:
+        rows: the rows of the batch.
+        pieces: K [Hkv, T, Dk] and V [Hkv, T, Dv] in host memory.
+        after: events of the write-back of these pieces.
+    """
+
+    rows: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    after: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return sum(k.nbytes + v.nbytes for k, v in self.pieces)
+
+
+def host_parts(layer_kv: LayerKV, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None) -> list[HostPart]:
+    """Return what the host attends to in a decode step: of each shared prefix the share plan.cpu_share.
+
+    Args:
+        layer_kv: the KV of the layer.
+        plan: the plan of the pass.
+        token_ranges: for each row, the ranges of tokens that are seen; None for all.
+    """
+    found = []
+    for shared in layer_kv.shared_prefixes(token_ranges) if plan.cpu_share else ():
+        on_host = _split_for_host(_split_by_residency(shared)[1], plan.cpu_share)[0]
+        if on_host:
+            pieces = tuple(
+                (part.segment.k[:, part.start : part.stop], part.segment.v[:, part.start : part.stop])
+                for part in on_host
+            )
+            found.append(HostPart(shared.rows, pieces, _write_events(on_host)))
+    return found
+
+
+def tiles_of(
+    layer_kv: LayerKV, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
+) -> Iterator[Tile]:
+    """Return the host segments of a head group as tiles.
+
+    Resident tokens are one tile. The plan cuts the others, or keeps large segments as tiles of their own. What
+    host_parts() returns is left out.
+
+    Args:
+        layer_kv: the KV of the layer.
+        heads: the KV heads of the group.
+        plan: the shape of the tiles.
+        token_ranges: for each row, the ranges of tokens that are seen; None for all.
+    """
+    for shared in layer_kv.shared_prefixes(token_ranges):
+        resident, streamed = _split_by_residency(shared)
+        streamed = _split_for_host(streamed, plan.cpu_share)[1]
+        if resident:
+            yield Tile(shared.rows, resident=tuple(part.segment.resident(part.start, part.stop) for part in resident))
+        most = plan.length(sum(part.tokens for part in streamed))
+        slices: list[SegmentSlice] = []
+        room = most
+        for part in streamed:
+            start = part.start
+            if plan.keeps_segments and _KEPT_SEGMENT_TOKENS <= part.tokens == part.segment.tokens <= most:
+                if slices:
+                    yield _tile(shared.rows, heads, slices)
+                yield _tile(shared.rows, heads, [part])
+                slices = []
+                room = most
+                continue
+            while start < part.stop:
+                stop = min(part.stop, start + room)
+                slices.append(SegmentSlice(part.segment, start, stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield _tile(shared.rows, heads, slices)
+                    slices = []
+                    room = most
+        if slices:
+            yield _tile(shared.rows, heads, slices)
+
+
+def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
+    """Return the slices, or parts of them, that are on the device, and those that are on the host only."""
+    resident: list[SegmentSlice] = []
+    streamed: list[SegmentSlice] = []
+    for part in shared.slices:
+        stop = min(max(part.segment.resident_tokens, part.start), part.stop)
+        if part.start < stop:
+            resident.append(SegmentSlice(part.segment, part.start, stop))
+        if stop < part.stop:
+            streamed.append(SegmentSlice(part.segment, stop, part.stop))
+    return resident, streamed
+
+
+def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
+    """Divide slices between the host and the ring.
+
+    The host gets the first tokens that are in host memory, in units of CPU_UNIT_TOKENS. With a share of 1 it gets all
+    that are. The first tokens are the oldest, so their write-back has been done for long.
+
+    Returns:
+        The slices of the host, and the others.
+    """
+    if not share:
+        return [], slices
+    total = sum(part.tokens for part in slices)
+    left = total if share >= 1 else int(share * total) // CPU_UNIT_TOKENS * CPU_UNIT_TOKENS
+    on_host: list[SegmentSlice] = []
+    streamed: list[SegmentSlice] = []
+    for part in slices:
+        stop = part.start + min(left, part.tokens if part.segment.location is None else 0)
+        left -= stop - part.start
+        if part.start < stop:
+            on_host.append(SegmentSlice(part.segment, part.start, stop))
+        if stop < part.stop:
+            streamed.append(SegmentSlice(part.segment, stop, part.stop))
+    return on_host, streamed
+
+
+def _write_events(slices: Sequence[SegmentSlice]) -> tuple[Any, ...]:
+    """Return the events of the write-back of some slices."""
+    events = [part.segment.write_done for part in slices if part.segment.write_done is not None]
+    return tuple(dict.fromkeys(events))
+
+
+def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
+    """Return a tile that must be fetched."""
+    pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
+    key = tuple((part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices)
+    return Tile(rows, pieces, _write_events(slices), key)

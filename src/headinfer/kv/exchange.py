@@ -1,0 +1,206 @@
+"""The exchange between a device and its host, if the host computes a part of attention on the KV in its own memory.
+
+For each layer the loop calls, in this order:
+
+    sent = exchange.send(queries, value_dim, after)    begins to copy the queries to the host; returns at once
+    ...                                                queues all other work of the layer
+    queries = exchange.receive(sent)                   waits on the host until they have arrived
+    ...                                                computes partial results on the host
+    states = exchange.reply(sent, results)             begins to copy the results back; the compute queue waits for them
+
+Events order the work of the queues (streams.py):
+
+    packed      recorded in compute    `host` waits for it before it copies the queries
+    write_done  recorded in back       `host` waits for it, so that the host reads nothing that is still being written
+    arrived     recorded in host       the host waits for it: the only event that it waits for in a layer
+    replied     recorded in host       `compute` waits for it before it merges the results
+
+There are two buffers on each side, which take turns. A buffer is used again two layers later, when nothing uses it any
+more: the `host` queue copies in order, and it copies queries only after the compute queue has packed them, which is
+after the compute queue has merged the results of the layer before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.streams import Streams
+
+__all__ = ["HostExchange", "Sent", "exchange_bytes"]
+
+_BUFFERS = 2
+_ALIGN_BYTES = 64
+_RESULT_ITEM_BYTES = 4  # float32
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Queries that were sent to the host.
+
+    Attributes:
+        turn: the number of the buffer.
+        shapes: the shape [H, N, Dk] of each tensor of queries.
+        dtype: their dtype.
+        value_dim: the head dim of the values, Dv.
+        query_bytes: where the results begin in the buffer.
+    """
+
+    turn: int
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    value_dim: int
+    query_bytes: int
+
+
+def exchange_bytes(query_rows: int, key_dim: int, value_dim: int, element_bytes: int) -> int:
+    """Return the bytes on each side, for queries, their results and log-sum-exps, in all buffers.
+
+    Args:
+        query_rows: query rows of all heads and of the whole batch.
+        key_dim: the head dim of the queries.
+        value_dim: the head dim of the values.
+        element_bytes: bytes of an element of the queries.
+    """
+    queries = _aligned(query_rows * key_dim * element_bytes)
+    return _BUFFERS * _aligned(queries + query_rows * (value_dim + 1) * _RESULT_ITEM_BYTES)
+
+
+class HostExchange:
+    """Copies queries to the host and partial results to the device, through buffers that are kept.
+
+    Args:
+        device: the device.
+        counter: counts the buffers on the device and the copied bytes.
+        streams: the queues of the device.
+        allocate: allocates a uint8 buffer in host memory that a device can copy from and to, given its bytes.
+    """
+
+    def __init__(
+        self, device: torch.device, counter: ByteCounter, streams: Streams, allocate: Callable[[int], torch.Tensor]
+    ) -> None:
+        self._device = device
+        self._counter = counter
+        self._streams = streams
+        self._allocate = allocate
+        self._buffer_bytes = 0
+        self._on_device: list[torch.Tensor] = []
+        self._on_host: list[torch.Tensor] = []
+        self._turn = 0
+        self._packed = [streams.event() for _ in range(_BUFFERS)]
+        self._arrived = [streams.event() for _ in range(_BUFFERS)]
+        self._replied = [streams.event() for _ in range(_BUFFERS)]
+        # torch's allocator orders reuse of freed memory by the compute queue only, so drain the others first.
+        weakref.finalize(self, streams.drain).atexit = False
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the buffers on the device."""
+        return len(self._on_device) * self._buffer_bytes
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the buffers larger if all of them together have less than `nbytes` bytes, as exchange_bytes() counts."""
+        buffer_bytes = nbytes // _BUFFERS
+        if buffer_bytes <= self._buffer_bytes:
+            return
+        self.close()
+        self._buffer_bytes = buffer_bytes
+        with torch.inference_mode(False):
+            self._on_device = [
+                torch.zeros(buffer_bytes, dtype=torch.uint8, device=self._device) for _ in range(_BUFFERS)
+            ]
+        self._on_host = [self._allocate(buffer_bytes) for _ in range(_BUFFERS)]
+        self._counter.hold_device("exchange", self.device_bytes)
+
+    def send(self, queries: Sequence[torch.Tensor], value_dim: int, after: Sequence[Any]) -> Sent:
+        """Begin to copy queries to the host.
+
+        Args:
+            queries: tensors [H, N, Dk] of one dtype on the device, of any strides.
+            value_dim: the head dim of the values, Dv.
+            after: events of the write-back of the KV that the host will read.
+        """
+        shapes = tuple(q.shape for q in queries)
+        elements = sum(q.numel() for q in queries)
+        rows = sum(shape[0] * shape[1] for shape in shapes)
+        dtype = queries[0].dtype
+        self.reserve(exchange_bytes(rows, shapes[0][2], value_dim, dtype.itemsize))
+        self._turn = (self._turn + 1) % _BUFFERS
+        turn = self._turn
+        query_bytes = elements * dtype.itemsize
+        sent = Sent(turn, shapes, dtype, value_dim, _aligned(query_bytes))
+        packed = _views(self._on_device[turn], shapes, dtype)
+        self._streams.copy(list(zip(packed, queries, strict=True)), "compute")
+        self._streams.record(self._packed[turn], "compute")
+        self._streams.wait(self._packed[turn], "host")
+        for event in after:
+            self._streams.wait(event, "host")
+        on_host, on_device = (side[turn][:query_bytes].view(dtype) for side in (self._on_host, self._on_device))
+        self._copy(on_host, on_device)
+        self._streams.record(self._arrived[turn], "host")
+        self._counter.device_to_host_bytes += query_bytes
+        return sent
+
+    def receive(self, sent: Sent) -> list[torch.Tensor]:
+        """Wait on the host for queries, and return them [H, N, Dk] in host memory."""
+        self._streams.finish(self._arrived[sent.turn])
+        return _views(self._on_host[sent.turn], sent.shapes, sent.dtype)
+
+    def results(self, sent: Sent) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return where the host writes its results: out [H, N, Dv] and lse [H, N], float32, for each tensor of queries.
+
+        Call it after receive(). Until then the memory may be in use.
+        """
+        return self._result_views(self._on_host[sent.turn], sent)
+
+    def reply(self, sent: Sent) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Begin to copy the results to the device, and let the compute queue wait for them.
+
+        Returns:
+            out [H, N, Dv] and lse [H, N] on the device, for each tensor of queries. They are valid until two layers
+            later.
+        """
+        elements = sum(shape[0] * shape[1] * (sent.value_dim + 1) for shape in sent.shapes)
+        region = slice(sent.query_bytes, sent.query_bytes + elements * _RESULT_ITEM_BYTES)
+        on_host, on_device = (side[sent.turn][region].view(torch.float32) for side in (self._on_host, self._on_device))
+        self._copy(on_device, on_host)
+        self._streams.record(self._replied[sent.turn], "host")
+        self._streams.wait(self._replied[sent.turn], "compute")
+        self._counter.host_to_device_bytes += elements * _RESULT_ITEM_BYTES
+        return self._result_views(self._on_device[sent.turn], sent)
+
+    def close(self) -> None:
+        """Wait until nothing uses the buffers, and free them."""
+        if not self._on_device:
+            return
+        self._streams.drain()
+        self._counter.hold_device("exchange", -self.device_bytes)
+        self._on_device = []
+        self._on_host = []
+        self._buffer_bytes = 0
+
+    def _copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self._streams.copy([(destination, source)], "host")
+        self._counter.copies += 1
+
+    def _result_views(self, buffer: torch.Tensor, sent: Sent) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        outs = [torch.Size((*shape[:2], sent.value_dim)) for shape in sent.shapes]
+        lses = [shape[:2] for shape in sent.shapes]
+        views = _views(buffer[sent.query_bytes :], (*outs, *lses), torch.float32)
+        return list(zip(views[: len(outs)], views[len(outs) :], strict=True))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def _views(buffer: torch.Tensor, shapes: Sequence[torch.Size], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return contiguous tensors of these shapes, one behind the other, in a buffer of bytes."""
+    sizes = [shape.numel() for shape in shapes]
+    parts = buffer[: sum(sizes) * dtype.itemsize].view(dtype).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
