@@ -11,6 +11,7 @@ import pytest
 import torch
 from own_process import HANG_S
 
+from headinfer.attention import native, native_build
 from headinfer.attention.backends import backend_names
 from headinfer.errors import UsageError
 from headinfer.utils.units import parse_bytes
@@ -43,6 +44,16 @@ def test_generate_prints_text_and_a_summary(book):
     assert "writing" in done.stderr
 
 
+def test_generate_says_why_the_kernel_could_not_be_built(run_command, book, monkeypatch):
+    monkeypatch.setattr(native_build, "load", lambda dtype: (None, "no C compiler"))
+    code, _, err = run_command("generate", MODEL, "--prompt", "When?", "--max-new-tokens", 1)
+    assert code == 0, err
+    (line,) = (line for line in err.splitlines() if "slower attention on the CPU" in line)
+    assert "no C compiler" in line
+    out = run_command("info", "--json")[1]
+    assert json.loads(out)["native_kernel"] == "no C compiler"
+
+
 def test_generate_json_counts_every_byte(run_command, book):
     code, out, err = run_command(
         "generate", MODEL, "--file", book, "--max-new-tokens", 5, "--json", "--dtype", "bfloat16"
@@ -58,6 +69,7 @@ def test_generate_json_counts_every_byte(run_command, book):
     assert stats["host_kv_bytes"] >= (tokens - 256) * token_bytes
     assert stats["device_kv_peak_bytes"] == stats["device_tail_bytes"] == 256 * token_bytes
     assert result["first_token_s"] > 0
+    assert result["kernel_failure"] == native.unavailable_reason(torch.bfloat16)
     assert not result["interrupted"]
 
 

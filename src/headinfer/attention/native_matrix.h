@@ -106,6 +106,9 @@ static void attend_in_matrix(const call_t *call, int64_t rows, const char *q, co
         const char *keys = whole_span(k + 2 * j * dk, tokens - j, 2 * dk, span);
         multiply_keys(q, keys, dk, score + GROUP * j);
     }
+    /* 16 bits of the first half of a vector and of the second, in turns: element 2i is i, element 2i + 1 is 16 + i. */
+    const vi half = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i in_turns = (__m512i)(half | (half + 16) << 16);
     const vf before = *(vf *)state.peak;
     vf peak = before, mass = {0};
     to_scores(call, score, GROUP * tokens);
@@ -116,10 +119,9 @@ static void attend_in_matrix(const call_t *call, int64_t rows, const char *q, co
         const vf even = exp_nonpositive(*(vf *)(score + GROUP * j) - peak);
         const vf odd = exp_nonpositive(*(vf *)(score + GROUP * (j + 1)) - peak);
         mass += even + odd;
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);   /* the even keys, then the odd */
-        const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-        _mm512_storeu_si512(weight + GROUP * (j / 2), _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);   /* the even key, then the odd */
+        _mm512_storeu_si512(weight + GROUP * (j / 2), _mm512_permutexvar_epi16(in_turns, both));
+        soon(v + 32 * j, 64);
     }
     const vf keep = exp_nonpositive(before - peak);
     for (int64_t r = 0; r < rows; r++)

@@ -139,15 +139,24 @@ INLINE int64_t vector_element(int64_t d) {
 
 /* e^x for x <= 0, to about 1 ulp: 2^n times a polynomial that was fitted to 2^r, |r| <= 1/2. Below -87 it is 0. */
 INLINE vf exp_nonpositive(vf x) {
+#if LANES == 16
+    const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 0);
+#else
     const float whole = 12582912.0f;   /* 1.5 * 2^23: adding it rounds to an integer, in the lowest bits */
     const vf shifted = x * 1.44269504088896341f + whole, n = shifted - whole;
+#endif
     const vf r = x * 1.44269504088896341f - n;
     vf y = r * 1.326472727e-3f + 9.671512733e-3f;
     y = y * r + 5.550733744e-2f;
     y = y * r + 0.2402224208f;
     y = y * r + 0.6931469776f;
     y = y * r + 1.0f;
+#if LANES == 16
+    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLE_UQ);
+    return (vf)_mm512_maskz_scalef_ps(keep, (__m512)y, (__m512)n);
+#else
     return (vf)((vi)(y * (vf)(((vi)shifted << 23) + 0x3f800000)) & ~(x <= -87.0f));
+#endif
 }
 
 /* tanh x, to a few ulp: the rational approximation of Eigen (Eigen/src/Core/MathFunctionsImpl.h). */
@@ -330,6 +339,7 @@ static void attend_in_vectors(const call_t *call, int64_t rows, const char *q, c
         for (int i = 1; i < LANES; i++) peak = top[i] > peak ? top[i] : peak;
         vf sum = {0};
         for (int64_t j = 0; j < tokens; j += LANES) {
+            soon(v + 64 * (r * BLOCK + j) / LANES, 64);
             const vf p = exp_nonpositive(*(vf *)(s + j) - peak);
             *(vf *)(s + j) = p;
             sum += p;
