@@ -109,12 +109,13 @@ class HostExchange:
         if buffer_bytes <= self._buffer_bytes:
             return
         self.close()
-        self._buffer_bytes = buffer_bytes
+        on_host = [self._allocate(buffer_bytes) for _ in range(_BUFFERS)]
         with torch.inference_mode(False):
             self._on_device = [
                 torch.zeros(buffer_bytes, dtype=torch.uint8, device=self._device) for _ in range(_BUFFERS)
             ]
-        self._on_host = [self._allocate(buffer_bytes) for _ in range(_BUFFERS)]
+        self._on_host = on_host
+        self._buffer_bytes = buffer_bytes
         self._counter.hold_device("exchange", self.device_bytes)
 
     def send(self, queries: Sequence[torch.Tensor], value_dim: int, after: Sequence[Any]) -> Sent:
