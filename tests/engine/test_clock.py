@@ -74,8 +74,8 @@ def test_the_next_layer_is_fetched_ahead_even_if_the_host_waits(monkeypatch):
 def test_a_short_last_tile_takes_time(monkeypatch):
     tiles_of = streaming.tiles_of
 
-    def uneven(layer_kv, heads, plan, token_ranges):
-        return tiles_of(layer_kv, heads, dataclasses.replace(plan, even_tokens=0), token_ranges)
+    def uneven(past, heads, plan):
+        return tiles_of(past, heads, dataclasses.replace(plan, even_tokens=0))
 
     monkeypatch.setattr(streaming, "tiles_of", uneven)
     shape = {"heads_per_group": 4, "tile_tokens": 48_896}

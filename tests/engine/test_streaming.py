@@ -15,7 +15,7 @@ from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.engine import layer_pass, past, streaming
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
-from headinfer.engine.past import tiles_of
+from headinfer.engine.past import divide, tiles_of
 from headinfer.engine.streaming import attend_streaming
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import pieces_of
@@ -170,6 +170,11 @@ class Bench:
         for row in range(len(q)):  # row by row, so that a large row does not hide the error of a small one
             assert float((found[row].double() - wanted[row]).norm()) <= bound * max(usual, float(wanted[row].norm()))
         self.keep(k, v)
+
+
+def tiles_in(bench, heads, plan):
+    """The tiles of a head group."""
+    return tiles_of(divide(bench.layer_kv, plan, None), heads, plan)
 
 
 # -- against the oracle ----------------------------------------------------------------------------------------
@@ -388,7 +393,7 @@ def test_tiles_have_the_planned_size():
     bench.fill(700)
     bench.fill(400)
     host = bench.layer_kv.host_tokens
-    tiles = list(tiles_of(bench.layer_kv, slice(1, 3), TilePlan(2, 250, ""), None))
+    tiles = list(tiles_in(bench, slice(1, 3), TilePlan(2, 250, "")))
     for row in (0, 1):
         mine = [tile for tile in tiles if tile.rows == (row,)]
         assert [sum(k.shape[1] for k, _ in tile.pieces) for tile in mine] == [250] * (host // 250) + [host % 250]
@@ -476,7 +481,7 @@ def test_resident_tokens_of_a_known_length_are_one_piece():
     bench.layer_kv.expected_tokens = 2048
     for tokens in (300, 600, 700):
         bench.fill(tokens)
-        (first, second) = tiles_of(bench.layer_kv, slice(0, 2), TilePlan(2, 100, ""), None)
+        (first, second) = tiles_in(bench, slice(0, 2), TilePlan(2, 100, ""))
         assert [len(pieces_of(tile.resident, slice(0, 2))) for tile in (first, second)] == [1, 1]
         assert first.resident[-1].stop == bench.layer_kv.host_tokens
     assert bench.counter.device_bytes["resident"] == 2 * 2048 * bench.shape.token_bytes
@@ -493,7 +498,7 @@ def test_a_large_segment_is_a_tile_and_one_copy(transport, monkeypatch):
         bench.fill(tokens)
     segments = [part.segment.tokens for part in bench.layer_kv.shared_prefixes()[0].slices]
     assert segments == [512, 384, 256, 896, 1408]
-    tiles = [tile for tile in tiles_of(bench.layer_kv, slice(0, 2), bench.plan, None) if not tile.resident]
+    tiles = [tile for tile in tiles_in(bench, slice(0, 2), bench.plan) if not tile.resident]
     lengths = [[k.shape[1] for k, _ in tile.pieces] for tile in tiles]
     assert lengths == [[384], [384], [256], [896], [1024], [384]]
     before = bench.counter.copies
@@ -507,7 +512,7 @@ def test_even_tiles_have_similar_sizes_and_contain_all_streamed_tokens(tokens, t
     bench = Bench(Shape(rows=1, kv_heads=1, group=1), "eager", 1, tile_tokens, resident_tokens=resident)
     bench.fill(tokens)
     even, usual = (
-        [tile for tile in tiles_of(bench.layer_kv, slice(0, 1), plan, None) if not tile.resident]
+        [tile for tile in tiles_in(bench, slice(0, 1), plan) if not tile.resident]
         for plan in (TilePlan(1, tile_tokens, "", even_tokens=128), TilePlan(1, tile_tokens, ""))
     )
     lengths = [sum(k.shape[1] for k, _ in tile.pieces) for tile in even]

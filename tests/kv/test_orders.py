@@ -1,17 +1,24 @@
-"""The ring and the write-back in every order that the queues allow, and faults that the check must detect."""
+"""The ring, the write-back and the exchange in every order that the queues allow, and faults that the check must
+detect."""
 
+import functools
 import gc
 import itertools
+from collections import deque
 
 import pytest
 import torch
-from orders import TORN, Recorded, cells_of, explore, unordered
+from orders import QUEUES, TORN, Recorded, cells_of, explore, unordered
 
-from headinfer.engine import device_kv, streaming
+from headinfer.engine import device_kv, host_attention, past, streaming
+from headinfer.engine.device_kv import DeviceKV
 from headinfer.engine.engine import Engine
+from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
+from headinfer.kv import exchange
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.exchange import HostExchange
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter
 
@@ -38,10 +45,18 @@ class RingWithoutWaits(SlotRing):
         return (self._in_use[handle][0],)
 
 
-class Loop:
-    """Uses a ring and a write-back like streaming.py, for layers of a few tokens, with symbols as values.
+class HastyExchange(HostExchange):
+    """An exchange with which the host does not wait for queries."""
 
-    Each pass reads the tiles of a layer and appends a new tile, which later passes read as well.
+    def receive(self, sent):
+        return exchange._queries(self._on_host[sent.turn], sent)
+
+
+class Loop:
+    """Uses a ring, a write-back and an exchange like streaming.py, for layers of a few tokens, with symbols as values.
+
+    Each pass reads the tiles of a layer and appends a new tile, which later passes read as well. The host, if it has a
+    share, attends to the newest tile. It answers a layer's queries before the next ones are sent, unless `sends_ahead`.
     """
 
     def __init__(
@@ -55,6 +70,9 @@ class Loop:
         releases_early=False,
         waits_for_write_back=True,
         prefetches=True,
+        exchange=None,
+        host_waits_for_write_back=True,
+        sends_ahead=False,
     ):
         self.streams = streams
         self.releases_early = releases_early
@@ -62,6 +80,13 @@ class Loop:
         self.prefetches = prefetches
         self.ring = ring(slots, 2 * TOKENS * 4, CPU, ByteCounter(), streams)
         self.write = StagingWriter(TOKENS * 4, CPU, ByteCounter(), streams)
+        self.exchange = None
+        if exchange is not None:
+            allocate = functools.partial(torch.zeros, dtype=torch.uint8)
+            self.exchange = exchange(CPU, ByteCounter(), streams, allocate)
+        self.host_waits_for_write_back = host_waits_for_write_back
+        self.sends_ahead = sends_ahead
+        self.sent = deque()
         self.start = {}
         self.host = [[self.segment(f"layer {layer} tile {tile}") for tile in range(tiles)] for layer in range(layers)]
 
@@ -79,8 +104,12 @@ class Loop:
         return how([sides], after, key)
 
     def forward(self, number):
-        for layer, tiles in enumerate(self.host):
+        for layer, all_tiles in enumerate(self.host):
             following = (layer + 1) % len(self.host)
+            tiles = all_tiles
+            if self.exchange is not None:
+                tiles = all_tiles[:-1]
+                self.send(f"layer {layer} pass {number}", all_tiles[-1])
             handles = [self.fetch(tiles[0], (layer, 0), self.ring.fetch)]
             for at, (_, values, _) in enumerate(tiles):
                 if at + 1 < len(tiles):
@@ -94,7 +123,25 @@ class Loop:
                 self.streams.read([k, v], values)
                 if not self.releases_early:
                     self.ring.release(handle)
+            if len(self.sent) > self.sends_ahead:
+                self.answer()
             self.append(layer, f"layer {layer} pass {number}")
+
+    def send(self, name, tile):
+        """Send queries that the host attends to a tile with."""
+        _, _, write_done = tile
+        queries = torch.zeros(1, 1, 1, 4)
+        self.streams.write([queries], f"{name} queries")
+        after = (write_done,) if write_done is not None and self.host_waits_for_write_back else ()
+        self.sent.append((self.exchange.send(queries, 4, after), name, tile))
+
+    def answer(self):
+        """Let the host answer the oldest queries, and merge its results."""
+        sent, name, ((k, v), values, _) = self.sent.popleft()
+        queries = self.exchange.receive(sent)
+        results = self.exchange.results(sent)
+        self.streams.attend([queries, k, v], results, (f"{name} queries", *values), f"{name} results")
+        self.streams.read(list(self.exchange.reply(sent)), f"{name} results")
 
     def append(self, layer, name):
         sides, values, write_done = self.segment(name, is_there=False)
@@ -125,6 +172,47 @@ def test_every_order_gives_the_right_values(slots, layers, tiles, passes, prefet
     assert not complaints
     assert states > 200
     assert not unordered(streams)
+
+
+# Slots, layers, tiles of the first pass, passes.
+HOST_CASES = [(2, 1, 2, 3), (2, 2, 2, 2), (2, 3, 2, 1), (3, 1, 3, 3)]
+
+
+@pytest.mark.parametrize(("slots", "layers", "tiles", "passes"), HOST_CASES)
+@pytest.mark.parametrize(("buffers", "sends_ahead"), [(2, False), (2, True), (1, False)])
+def test_every_order_gives_the_right_values_with_the_host(
+    monkeypatch, slots, layers, tiles, passes, buffers, sends_ahead
+):
+    """A single buffer for queries and results suffices as long as the host answers before it gets the next queries."""
+    monkeypatch.setattr(exchange, "_BUFFERS", buffers)
+    streams = Recorded()
+    shape = {"slots": slots, "layers": layers, "tiles": tiles}
+    loop = run(streams, passes, **shape, exchange=HostExchange, sends_ahead=sends_ahead)
+    states, complaints = explore(streams, loop.start)
+    assert not complaints
+    assert states > 200
+    assert len(streams.jobs["cpu"]) == layers * passes - sends_ahead
+    assert not unordered(streams)
+
+
+HOST_FAULTS = {
+    "queries read before they have arrived": (Recorded, {"exchange": HastyExchange}),
+    "queries copied before they are packed": (lambda: Without("host", "compute"), {}),
+    "a result merged before it has arrived": (lambda: Without("compute", "host"), {}),
+    "a segment attended to before the write-back is done": (Recorded, {"host_waits_for_write_back": False}),
+    "a buffer used again before the host has answered": (Recorded, {"buffers": 1, "sends_ahead": True}),
+}
+
+
+@pytest.mark.parametrize("fault", HOST_FAULTS)
+def test_faults_of_the_exchange_are_detected(monkeypatch, fault):
+    make, options = HOST_FAULTS[fault]
+    options = {"buffers": 2, "exchange": HostExchange, "slots": 2, "layers": 1, "tiles": 2} | options
+    monkeypatch.setattr(exchange, "_BUFFERS", options.pop("buffers"))
+    streams = make()
+    loop = run(streams, 2, **options)
+    assert explore(streams, loop.start)[1]
+    assert unordered(streams)
 
 
 FAULTS = {
@@ -164,8 +252,9 @@ def test_reading_unwritten_memory_is_detected():
 # -- the engine ------------------------------------------------------------------------------------------------
 
 
-def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, events=()):
-    """Record forward passes of the engine over three layers. Every use of a tile counts as a kernel."""
+def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, events=(), cpu_share=None):
+    """Record forward passes of the engine over three layers. Every use of a tile counts as a kernel, and so does the
+    first read of the host's results, which merges them."""
     monkeypatch.setattr(device_kv, "open_streams", lambda *_: streams)
     attend_tile = streaming._attend_tile
 
@@ -174,12 +263,17 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
         return attend_tile(layer, heads, state, of_rows, pieces)
 
     monkeypatch.setattr(streaming, "_attend_tile", note)
+    note_host(monkeypatch, streams)
     layers = 3
     token_bytes = 2 * 32 * 4
     streaming_budget_bytes = 900_000 * rows
     budget = streaming_budget_bytes + layers * resident_tokens * token_bytes * rows
     options = Options(
-        transport="lazy", device_kv_budget_bytes=budget, streaming_budget_bytes=streaming_budget_bytes, tile_tokens=200
+        transport="lazy",
+        device_kv_budget_bytes=budget,
+        streaming_budget_bytes=streaming_budget_bytes,
+        tile_tokens=200,
+        cpu_share=cpu_share,
     )
     engine = Engine(options, layers)
     rng = torch.Generator().manual_seed(0)
@@ -200,6 +294,32 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
     return engine, layer_kvs
 
 
+def note_host(monkeypatch, streams):
+    """Record what the host reads and where it writes its results, and the merge of these."""
+    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
+    attend = host_attention._attend
+    compute = HostAttention.compute
+    where_results = HostExchange.results
+    written = []
+
+    def note_results(self, sent):
+        written[:] = where_results(self, sent)
+        return tuple(written)
+
+    def note_attend(layer, q, part):
+        streams.attend([layer.q, *(side for piece in part.pieces for side in piece)], list(written))
+        return attend(layer, q, part)
+
+    def note_compute(self):
+        state = compute(self)
+        streams.read([state.out, state.lse])
+        return state
+
+    monkeypatch.setattr(HostExchange, "results", note_results)
+    monkeypatch.setattr(host_attention, "_attend", note_attend)
+    monkeypatch.setattr(HostAttention, "compute", note_compute)
+
+
 def crop(layer_kv):
     layer_kv.crop(450)
 
@@ -209,6 +329,7 @@ def swap(layer_kv):
 
 
 PASSES = [300, 500, 1, 1, 130, 1, 200, 1]
+HOST_PASSES = [300, 500, 1, 16, 130, 1, 17, 1]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +345,24 @@ def test_all_accesses_of_a_forward_pass_are_ordered(monkeypatch, options):
     if "resident_tokens" in options:
         assert engine.counter.device_bytes["resident"] == 3 * 256 * 2 * 32 * 4
         assert all(layer_kv._tables[0][0].segment.resident_tokens for layer_kv in layer_kvs)
+
+
+@pytest.mark.parametrize("cpu_share", [0.4, 1.0])
+@pytest.mark.parametrize("options", [{}, {"rows": 2, "events": [None, swap]}, {"resident_tokens": 256}],
+                         ids=["plain", "rows", "resident"])  # fmt: skip
+def test_all_accesses_are_ordered_if_the_host_attends_too(monkeypatch, cpu_share, options):
+    streams = Recorded()
+    record_engine(monkeypatch, streams, HOST_PASSES, **options, cpu_share=cpu_share)
+    assert len(streams.jobs["cpu"]) >= 3 * 4, "in each layer of each pass of up to 16 tokens"
+    assert len(streams.jobs["host"]) == 2 * 3 * 4
+    assert not unordered(streams)
+
+
+@pytest.mark.parametrize("ignored", [("compute", "host"), ("host", "compute"), ("host", "back"), ("cpu", "host")])
+def test_each_event_of_the_exchange_is_needed(monkeypatch, ignored):
+    streams = Without(*ignored)
+    record_engine(monkeypatch, streams, HOST_PASSES, cpu_share=1.0)
+    assert unordered(streams)
 
 
 @pytest.mark.parametrize("ignored", [("compute", "fetch"), ("fetch", "compute"), ("fetch", "back"),
@@ -250,6 +389,53 @@ def test_the_host_never_waits_in_the_loop(monkeypatch):
     del held
     gc.collect()
     assert set(waits) == {"drain"}, "only before the memory of ring and buffers is freed"
+
+
+def test_the_host_waits_once_in_a_layer_after_all_other_work_is_queued(monkeypatch):
+    class Counted(Recorded):
+        waits = 0
+
+        def finish(self, event):
+            super().finish(event)
+            self.waits += 1
+            self.queued = {queue: len(self.jobs[queue]) for queue in QUEUES}
+
+        def drain(self):
+            self.waits += 1_000_000
+
+    streams = Counted()
+    found = []
+    attend = Engine.attend
+
+    def note(engine, q, *more):
+        before = streams.waits
+        queued = len(streams.jobs["fetch"])
+        out = attend(engine, q, *more)
+        waits = streams.waits - before
+        found.append((q.shape[2], waits))
+        if waits:
+            now = {queue: len(streams.jobs[queue]) for queue in QUEUES}
+            later = {queue: now[queue] - streams.queued[queue] for queue in QUEUES}
+            merge_and_reply = {"compute": 1, "host": 1, "cpu": 1}
+            assert {queue: jobs for queue, jobs in later.items() if jobs} == merge_and_reply
+            assert now["fetch"] > queued, "the tiles of the layer, or of the next one"
+            ring = engine.devices[CPU].ring
+            assert len(found) < 10 or len(ring._prefetched) == 2, "from the second such pass on, all slots are filled"
+        return out
+
+    begin = DeviceKV.begin
+
+    def begin_uncounted(kv, *more):
+        """Begin a pass. The first one with a share replaces the ring, which drains the queues."""
+        before = streams.waits
+        begin(kv, *more)
+        streams.waits = before
+
+    monkeypatch.setattr(DeviceKV, "begin", begin_uncounted)
+    monkeypatch.setattr(Engine, "attend", note)
+    held = record_engine(monkeypatch, streams, HOST_PASSES, cpu_share=0.4)
+    assert found == [(tokens, int(tokens <= 16)) for tokens in HOST_PASSES for _ in range(3)]
+    del held
 
 
 def test_the_next_layers_first_tile_is_fetched_before_the_layer_ends(monkeypatch):

@@ -1,4 +1,4 @@
-"""A model checker for the queues of kv/streams.py, which the ring and the write-back use.
+"""A model checker for the queues of kv/streams.py, which the ring, the write-back and the exchange use.
 
 `Recorded` is a `Streams` that runs nothing and records the jobs of each queue. `explore` runs the recorded jobs in
 every order that the queues and events allow. A job takes time: its destination is torn from the beginning of the job
@@ -6,6 +6,9 @@ until its end, and then contains the value of the source if the source did not c
 queues may overlap in any way. Values are symbols, and each kernel compares the symbols that it reads with the expected
 ones. `unordered` checks recordings that are too long to explore: two jobs that access the same bytes must be ordered by
 queues and events if at least one of them writes.
+
+The host's CPU is one more actor, "cpu", with jobs of its own. finish() lets its next job wait for an event, and its
+jobs come before all jobs that are queued after them.
 """
 
 import bisect
@@ -13,7 +16,7 @@ import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-QUEUES = ("compute", "fetch", "back")
+QUEUES = ("compute", "fetch", "back", "host", "cpu")
 TORN = "torn"
 
 
@@ -35,8 +38,9 @@ class Job:
         after: pairs (queue, jobs): the job begins after this number of jobs of the other queue.
         reads: the byte ranges [begin, end) that it reads.
         writes: the byte ranges [begin, end) that it writes.
-        wanted: for a kernel, the values that it must read or that it writes.
-        what: "copy", "kernel reads" or "kernel writes".
+        wanted: the values that a kernel, or the host, must read.
+        value: the value that a kernel, or the host, writes.
+        what: "copy", "kernel reads", "kernel writes" or "host".
     """
 
     queue: str
@@ -45,6 +49,7 @@ class Job:
     reads: tuple = ()
     writes: tuple = ()
     wanted: object = None
+    value: object = None
     what: str = ""
 
 
@@ -57,7 +62,8 @@ def cells_of(tensor):
 
 @dataclass
 class Recorded:
-    """Streams that only record jobs. `read` and `write` record kernels of the compute queue."""
+    """Streams that only record jobs. `read` and `write` record kernels of the compute queue, `attend` one of the
+    host."""
 
     jobs: dict = field(default_factory=lambda: {queue: [] for queue in QUEUES})
     waiting: dict = field(default_factory=lambda: {queue: [] for queue in QUEUES})
@@ -81,7 +87,7 @@ class Recorded:
             self.add(queue, tuple(parts(source)), tuple(parts(destination)), what="copy")
 
     def finish(self, event):
-        """Do nothing: the host does not wait in the loop."""
+        self.wait(event, "cpu")
 
     def write_back_done(self):
         return lambda: None
@@ -89,10 +95,13 @@ class Recorded:
     def drain(self):
         """Do nothing: no job runs."""
 
-    def add(self, queue, reads=(), writes=(), wanted=None, what=""):
+    def add(self, queue, reads=(), writes=(), **more):
+        done_by_host = len(self.jobs["cpu"])
+        if queue != "cpu" and done_by_host:
+            self.waiting[queue].append(("cpu", done_by_host))
         after = tuple(self.waiting[queue])
         self.waiting[queue] = []
-        self.jobs[queue].append(Job(queue, len(self.jobs[queue]), after, tuple(reads), tuple(writes), wanted, what))
+        self.jobs[queue].append(Job(queue, len(self.jobs[queue]), after, tuple(reads), tuple(writes), **more))
 
     def read(self, tensors, wanted=None):
         """Record a kernel that reads tensors and must find the values `wanted`, in this order."""
@@ -102,7 +111,13 @@ class Recorded:
     def write(self, tensors, value):
         """Record a kernel that writes new K or V."""
         self.kept += tensors
-        self.add("compute", (), [part for x in tensors for part in parts(x)], wanted=value, what="kernel writes")
+        self.add("compute", (), [part for x in tensors for part in parts(x)], value=value, what="kernel writes")
+
+    def attend(self, tensors, results, wanted=None, value=None):
+        """Record a kernel of the host, which reads tensors that have the values `wanted`, and writes results."""
+        self.kept += [*tensors, *results]
+        reads, writes = ([part for x in side for part in parts(x)] for side in (tensors, results))
+        self.add("cpu", reads, writes, wanted=wanted, value=value, what="host")
 
     def all_jobs(self):
         return [job for queue in QUEUES for job in self.jobs[queue]]
@@ -199,21 +214,21 @@ def end(job, found, memory, touched, complaints):
     reads, writes = touched[id(job)]
     now = tuple(memory[cell] for cell in reads)
     values = [before if before == after else TORN for before, after in zip(found, now, strict=True)]
-    if job.what == "kernel reads":
-        wanted = list(itertools.chain.from_iterable([value] * cells for value, cells in spread(job, reads, touched)))
-        if job.wanted is not None and values != wanted:
-            complaints.add(f"kernel {job.number} read {sorted(set(map(str, values)))} and not {job.wanted}")
-        return memory
+    if job.wanted is not None:
+        wanted = list(itertools.chain.from_iterable([value] * cells for value, cells in spread(job, reads)))
+        if values != wanted:
+            who = "the host" if job.what == "host" else "kernel"
+            complaints.add(f"{who} {job.number} read {sorted(set(map(str, values)))} and not {job.wanted}")
     after = list(memory)
-    if job.what == "kernel writes":
-        values = [job.wanted] * len(writes)
+    if job.what != "copy":
+        values = [job.value] * len(writes)
     assert len(values) == len(writes), "both sides of a copy have the same number of cells"
     for cell, value in zip(writes, values, strict=True):
         after[cell] = value
     return tuple(after)
 
 
-def spread(job, reads, touched):
+def spread(job, reads):
     """The expected value of each range that a kernel reads, with the number of its cells."""
     wanted = job.wanted if isinstance(job.wanted, tuple) else (job.wanted,)
     share = len(reads) // len(wanted)

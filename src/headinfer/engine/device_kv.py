@@ -198,12 +198,13 @@ class DeviceKV:
         if shape.row_copies > 1 and self.residency is not None and self.residency.room_bytes:
             tails += self.layers * layer_kv.tail_bytes
         tails = max(tails, held["tail"] + layer_kv.tail_bytes)
-        if self._share_of_cpu(layer_kv, shape):
-            self._reserve_exchange(layer_kv, shape)
-        taken = tails + held["staging"] + held["exchange"]
+        exchange = max(self._exchange_bytes(layer_kv, shape), held["exchange"])
+        taken = tails + held["staging"] + exchange
         most_resident = max(self.device_kv_budget_bytes - taken, 0)
         if self.residency is not None and self.residency.held_bytes > most_resident:
             self._shrink_residency(most_resident)
+        if exchange > held["exchange"]:
+            self._grow_exchange(exchange)
         if self.streams is None or layer_kv.is_all_resident:
             self._choose(layer_kv, shape, None)
             if self.streams is None:
@@ -275,12 +276,23 @@ class DeviceKV:
             return self._cpu_share
         return float(bool(self.tier.pin_refusal) and not unavailable_reason(layer_kv.dtype))
 
-    def _reserve_exchange(self, layer_kv: LayerKV, shape: PassShape) -> None:
-        """Make the buffers of the exchange large enough for a pass."""
+    def _exchange_bytes(self, layer_kv: LayerKV, shape: PassShape) -> int:
+        """Return the bytes of the exchange that a pass needs on the device; 0 if the host attends to nothing."""
+        if layer_kv.is_all_resident or not self._share_of_cpu(layer_kv, shape):
+            return 0
+        query_rows = layer_kv.rows * shape.query_heads * shape.query_tokens
+        return exchange_bytes(query_rows, layer_kv.key_dim, layer_kv.value_dim, layer_kv.dtype.itemsize)
+
+    def _grow_exchange(self, nbytes: int) -> None:
+        """Make the buffers of the exchange larger. The ring, which fills the streaming budget, is closed before."""
         assert self.exchange is not None
-        rows = layer_kv.rows * shape.query_heads * shape.query_tokens
-        dims = (layer_kv.key_dim, layer_kv.value_dim)
-        self.exchange.reserve(exchange_bytes(rows, *dims, layer_kv.dtype.itemsize))
+        self._close_ring()
+        self.exchange.reserve(nbytes)
+
+    def _close_ring(self) -> None:
+        if self.ring is not None:
+            self.ring.close()
+            self.ring = None
 
     def _shrink_residency(self, room_bytes: int) -> None:
         """Keep at most room_bytes resident, and give the rest of the budget to streaming. The host has all KV."""
@@ -319,9 +331,7 @@ class DeviceKV:
         """Keep the ring if it is as wanted. It changes with the batch, forks, and memory that is not pinned."""
         if self.ring is not None and self.ring.slot_bytes == (slot_bytes or 0) and not self._is_outdated():
             return
-        if self.ring is not None:
-            self.ring.close()
-            self.ring = None  # the new one may not fit
+        self._close_ring()  # before the new one is made, which may not fit beside it
         ring: Ring = InPlace()
         if slot_bytes is not None:
             assert self.streams is not None

@@ -14,7 +14,7 @@ from headinfer.engine.device_kv import DeviceKV, PassShape, Shortage
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import Options
-from headinfer.engine.past import Tile, tiles_of
+from headinfer.engine.past import Tile, divide, tiles_of
 from headinfer.engine.streaming import attend_one_piece, attend_streaming
 from headinfer.errors import UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
@@ -165,7 +165,7 @@ class Engine:
         assert plan is not None
         heads = slice(0, min(plan.heads_per_group, coming.heads))
         seen = first_of(token_ranges, coming.tokens, coming.rows) if token_ranges is not None else None
-        for tile in tiles_of(coming, heads, plan, seen):
+        for tile in tiles_of(divide(coming, plan, seen), heads, plan):
             if self.disk is not None:  # only reading from the disk begins ahead
                 is_wanted = any(isinstance(piece, DiskSlice) for piece in tile.pieces)
             else:

@@ -1,17 +1,17 @@
 """Attention of the host's CPU on KV in host memory, in a decode step, while the link brings other KV to the device.
 
 The host is one more place that computes a partial result, which is merged like that of a tile. The order is fixed: the
-host's results are merged last, and the share of the host (TilePlan.cpu_share) depends on the plan alone. So the same
-options give the same bits.
+host merges its parts in the order of the tokens, the device merges the host's result last, and the share of the host
+(TilePlan.cpu_share) depends on the plan alone. So the same options give the same bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from headinfer.attention.backends import Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
 from headinfer.engine.layer_pass import LayerPass
 from headinfer.engine.past import HostPart
@@ -20,7 +20,6 @@ from headinfer.kv.exchange import HostExchange
 
 __all__ = ["HostAttention"]
 
-_CPU = torch.device("cpu")
 _MOST_ROWS = 64  # query rows per KV head in one call of the CPU's kernel, which reads K and V once for all of them
 
 
@@ -41,44 +40,40 @@ class HostAttention:
         self._parts = parts
         self._exchange = exchange
         self._counter = counter
-        heads = slice(0, layer.k.shape[1])
         after = tuple(dict.fromkeys(event for part in parts for event in part.after))
-        queries = [layer.packed(part.rows, heads) for part in parts]
-        self._sent = exchange.send(queries, layer.v.shape[3], after)
+        self._sent = exchange.send(layer.q, layer.v.shape[3], after)
 
-    def compute(self) -> list[tuple[tuple[int, ...], AttentionState]]:
+    def compute(self) -> AttentionState:
         """Wait for the queries, compute on the host, and send the results to the device.
 
         Call it after all other work of the layer is queued, because the device and the link work on that meanwhile.
 
         Returns:
-            For each part its rows, and the state on the device: out [Hkv, N, Dv] and lse [Hkv, N], in the order of
-            LayerPass.packed().
+            The state on the device: out [B, Hq, T, Dv] and lse [B, Hq, T]. Rows of the batch without a part have seen
+            no key.
         """
-        exchange = self._exchange
-        received = exchange.receive(self._sent)
-        for part, q, (out, lse) in zip(self._parts, received, exchange.results(self._sent), strict=True):
-            for start in range(0, q.shape[1], _MOST_ROWS):
-                rows = slice(start, start + _MOST_ROWS)
-                state = self._attend(q[:, rows], part)
-                out[:, rows] = state.out
-                lse[:, rows] = state.lse
-        states = [AttentionState(*pair) for pair in exchange.reply(self._sent)]
-        return [(part.rows, state) for part, state in zip(self._parts, states, strict=True)]
+        on_host = dataclasses.replace(self._layer, q=self._exchange.receive(self._sent))
+        heads = slice(0, self._layer.k.shape[1])
+        state = AttentionState(*self._exchange.results(self._sent))
+        state.out.zero_()
+        state.lse.fill_(-torch.inf)
+        for part in self._parts:
+            q = on_host.packed(part.rows, heads)
+            calls = [_attend(on_host, rows, part) for rows in q.split(_MOST_ROWS, dim=1)]
+            on_host.merge(heads, state, part.rows, _joined(calls))
+            self._counter.cpu_attended_bytes += part.nbytes
+        return AttentionState(*self._exchange.reply(self._sent))
 
-    def _attend(self, q: torch.Tensor, part: HostPart) -> AttentionState:
-        """Compute attention of q [Hkv, N, Dk] to a part of the past, all in host memory."""
-        spec = self._layer.spec
-        problem = Problem(
-            _CPU.type,
-            q.dtype,
-            q.shape[1],
-            q.shape[2],
-            self._layer.v.shape[3],
-            spec.softcap is not None,
-            capability_of(_CPU),
-        )
-        backend = choose(problem, self._layer.backend)
-        self._layer.used.add(backend.name)
-        self._counter.cpu_attended_bytes += part.nbytes
-        return backend.attend_full(q, part.pieces, spec.scale, spec.softcap)
+
+def _attend(layer: LayerPass, q: torch.Tensor, part: HostPart) -> AttentionState:
+    """Compute attention of q [Hkv, N, Dk] to a part of the past, all in host memory."""
+    return layer.kernel(q.shape[1]).attend_full(q, part.pieces, layer.spec.scale, layer.spec.softcap)
+
+
+def _joined(states: Sequence[AttentionState]) -> AttentionState:
+    """Return the states of query rows [H, N, D], one behind the other, as one."""
+    if len(states) == 1:
+        return states[0]
+    return AttentionState(
+        torch.cat([state.out for state in states], dim=1), torch.cat([state.lse for state in states], dim=1)
+    )

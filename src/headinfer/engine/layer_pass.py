@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
+from headinfer.attention.state import AttentionState
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
 from headinfer.plan.tiles import FEW_QUERY_TOKENS
 
@@ -83,6 +84,22 @@ class LayerPass:
         queries = slice(heads.start * self.group_queries, heads.stop * self.group_queries)
         packed = [self.q[row, queries].reshape(kv_heads, -1, self.q.shape[3]) for row in rows]
         return packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
+
+    def merge(self, heads: slice, state: AttentionState, rows: Sequence[int], part: AttentionState) -> None:
+        """Merge the result for some rows into the state of a head group.
+
+        Args:
+            heads: the KV heads of the group.
+            state: [B, h * G, T, Dv].
+            rows: the rows.
+            part: out [h, N, Dv] and lse [h, N], in the order of packed().
+        """
+        kv_heads = heads.stop - heads.start
+        share = self.group_queries * self.q.shape[2]
+        for index, row in enumerate(rows):
+            of_row = part if len(rows) == 1 else part[:, index * share : (index + 1) * share]
+            target = AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share))
+            target.merge_(of_row)
 
     def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
         """Return the backend for a problem. Its name is added to `used`."""

@@ -13,7 +13,7 @@ from headinfer.kv.slices import AnyPiece
 from headinfer.plan.tiles import CPU_UNIT_TOKENS, TilePlan
 from headinfer.utils.tensors import Piece
 
-__all__ = ["HostPart", "Tile", "host_parts", "tiles_of"]
+__all__ = ["HostPart", "PastPart", "Tile", "divide", "host_parts", "tiles_of"]
 
 _KEPT_SEGMENT_TOKENS = 4096  # a smaller segment is copied with its neighbours, since a tile takes launches too
 
@@ -57,43 +57,64 @@ class HostPart:
         return sum(k.nbytes + v.nbytes for k, v in self.pieces)
 
 
-def host_parts(layer_kv: LayerKV, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None) -> list[HostPart]:
-    """Return what the host attends to in a decode step: of each shared prefix the share plan.cpu_share.
+@dataclass(frozen=True)
+class PastPart:
+    """The past that some rows share, divided by where it is attended to.
+
+    Attributes:
+        rows: the rows of the batch.
+        resident: what is on the device.
+        on_host: what the host attends to in its own memory.
+        streamed: what is fetched.
+    """
+
+    rows: tuple[int, ...]
+    resident: Sequence[SegmentSlice]
+    on_host: Sequence[SegmentSlice]
+    streamed: Sequence[SegmentSlice]
+
+
+def divide(layer_kv: LayerKV, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None) -> list[PastPart]:
+    """Divide the past of a layer.
+
+    Divide it once in a pass. Loading a segment may move others to a disk, which would change the host's part.
 
     Args:
         layer_kv: the KV of the layer.
-        plan: the plan of the pass.
+        plan: the plan of the pass, which says what the host attends to.
         token_ranges: for each row, the ranges of tokens that are seen; None for all.
     """
+    parts = []
+    for shared in layer_kv.shared_prefixes(token_ranges):
+        resident, others = _split_by_residency(shared)
+        on_host, streamed = _split_for_host(others, plan.cpu_share)
+        parts.append(PastPart(shared.rows, resident, on_host, streamed))
+    return parts
+
+
+def host_parts(past: Sequence[PastPart]) -> list[HostPart]:
+    """Return what the host attends to."""
     found = []
-    for shared in layer_kv.shared_prefixes(token_ranges) if plan.cpu_share else ():
-        on_host = _split_for_host(_split_by_residency(shared)[1], plan.cpu_share)[0]
-        if on_host:
-            pieces = tuple(
-                (part.segment.k[:, part.start : part.stop], part.segment.v[:, part.start : part.stop])
-                for part in on_host
-            )
-            found.append(HostPart(shared.rows, pieces, _write_events(on_host)))
+    for part in past:
+        if part.on_host:
+            pieces = tuple(_in_host_memory(on_host) for on_host in part.on_host)
+            found.append(HostPart(part.rows, pieces, _write_events(part.on_host)))
     return found
 
 
-def tiles_of(
-    layer_kv: LayerKV, heads: slice, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None
-) -> Iterator[Tile]:
-    """Return the host segments of a head group as tiles.
+def tiles_of(past: Sequence[PastPart], heads: slice, plan: TilePlan) -> Iterator[Tile]:
+    """Return the resident and the streamed past of a head group as tiles.
 
-    Resident tokens are one tile. The plan cuts the others, or keeps large segments as tiles of their own. What
-    host_parts() returns is left out.
+    Resident tokens are one tile. The plan cuts the others, or keeps large segments as tiles of their own.
 
     Args:
-        layer_kv: the KV of the layer.
+        past: the past of the layer.
         heads: the KV heads of the group.
         plan: the shape of the tiles.
-        token_ranges: for each row, the ranges of tokens that are seen; None for all.
     """
-    for shared in layer_kv.shared_prefixes(token_ranges):
-        resident, streamed = _split_by_residency(shared)
-        streamed = _split_for_host(streamed, plan.cpu_share)[1]
+    for shared in past:
+        resident = shared.resident
+        streamed = shared.streamed
         if resident:
             yield Tile(shared.rows, resident=tuple(part.segment.resident(part.start, part.stop) for part in resident))
         most = plan.length(sum(part.tokens for part in streamed))
@@ -157,6 +178,12 @@ def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[Segm
         if stop < part.stop:
             streamed.append(SegmentSlice(part.segment, stop, part.stop))
     return on_host, streamed
+
+
+def _in_host_memory(part: SegmentSlice) -> Piece:
+    """Return K and V of all heads. If the segment has moved to a disk since the past was divided, they are a copy."""
+    k, v = part.segment.dense()
+    return k[:, part.start : part.stop], v[:, part.start : part.stop]
 
 
 def _write_events(slices: Sequence[SegmentSlice]) -> tuple[Any, ...]:

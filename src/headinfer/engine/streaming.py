@@ -29,7 +29,7 @@ from headinfer.attention.backends import Backend, sdpa_serves
 from headinfer.attention.state import AttentionState
 from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.layer_pass import BLOCK_TOKENS, AttentionSpec, LayerPass
-from headinfer.engine.past import Tile, host_parts, tiles_of
+from headinfer.engine.past import Tile, divide, host_parts, tiles_of
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import BufferSlice, pieces_of
 from headinfer.kv.exchange import HostExchange
@@ -91,9 +91,13 @@ def attend_streaming(
         past_ranges = first_of(spec.token_ranges, past, q.shape[0])
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     groups = _head_groups(k.shape[1], plan.heads_per_group)
-    tiles_by_group = [list(tiles_of(layer_kv, heads, plan, past_ranges)) for heads in groups]
-    parts = host_parts(layer_kv, plan, past_ranges) if exchange is not None else []
-    host = HostAttention(layer, parts, exchange, counter or ByteCounter()) if parts and exchange is not None else None
+    past_parts = divide(layer_kv, plan, past_ranges)
+    parts = host_parts(past_parts)
+    host: HostAttention | None = None
+    if parts:
+        assert exchange is not None, "a plan gives the host a share only if there is an exchange"
+        host = HostAttention(layer, parts, exchange, counter or ByteCounter())
+    tiles_by_group = [list(tiles_of(past_parts, heads, plan)) for heads in groups]
     states: list[AttentionState] = []
     fetcher = _Fetcher(ring if ring is not None else InPlace(), tiles_by_group, following)
     for heads, tiles in zip(groups, tiles_by_group, strict=True):
@@ -125,8 +129,7 @@ def attend_streaming(
         fetcher.prefetch_following()
         computed = host.compute()
         for heads, state in zip(groups, states, strict=True):
-            for rows, part in computed:
-                _merge(layer, heads, state, rows, part[heads])
+            state.merge_(computed[:, heads.start * layer.group_queries : heads.stop * layer.group_queries])
             _write(layer, heads, state, out)
     return out
 
@@ -243,26 +246,8 @@ def _attend_tile(
         shape = (1, q.shape[0] * layer.group_queries, -1)
         return AttentionState(state.out.view(*shape, state.out.shape[2]), state.lse.view(shape))
     state = state or _empty(layer, heads)
-    _merge(layer, heads, state, rows, part)
+    layer.merge(heads, state, rows, part)
     return state
-
-
-def _merge(layer: LayerPass, heads: slice, state: AttentionState, rows: Sequence[int], part: AttentionState) -> None:
-    """Merge the result for some rows into the state of a head group.
-
-    Args:
-        layer: the layer's attention.
-        heads: the KV heads of the group.
-        state: [B, h * G, T, Dv].
-        rows: the rows.
-        part: out [h, N, Dv] and lse [h, N], in the order of LayerPass.packed().
-    """
-    kv_heads = heads.stop - heads.start
-    share = layer.group_queries * layer.q.shape[2]
-    for index, row in enumerate(rows):
-        of_row = part if len(rows) == 1 else part[:, index * share : (index + 1) * share]
-        target = AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share))
-        target.merge_(of_row)
 
 
 def _empty(layer: LayerPass, heads: slice) -> AttentionState:

@@ -5,8 +5,10 @@ For each layer the loop calls, in this order:
     sent = exchange.send(queries, value_dim, after)    begins to copy the queries to the host; returns at once
     ...                                                queues all other work of the layer
     queries = exchange.receive(sent)                   waits on the host until they have arrived
-    ...                                                computes partial results on the host
-    states = exchange.reply(sent, results)             begins to copy the results back; the compute queue waits for them
+    results = exchange.results(sent)                   where the host writes its partial results
+    results = exchange.reply(sent)                     begins to copy them back; the compute queue waits for them
+
+Queries and results cross once for each row of the batch, however many parts of the past the host attends to for it.
 
 Events order the work of the queues (streams.py):
 
@@ -22,6 +24,7 @@ after the compute queue has merged the results of the layer before.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,17 +48,26 @@ class Sent:
 
     Attributes:
         turn: the number of the buffer.
-        shapes: the shape [H, N, Dk] of each tensor of queries.
+        shape: their shape [B, Hq, T, Dk].
         dtype: their dtype.
         value_dim: the head dim of the values, Dv.
-        query_bytes: where the results begin in the buffer.
     """
 
     turn: int
-    shapes: tuple[torch.Size, ...]
+    shape: torch.Size
     dtype: torch.dtype
     value_dim: int
-    query_bytes: int
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of the queries, with which the buffer begins."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def results(self) -> slice:
+        """The bytes of the buffer that hold the results: out, and lse behind it."""
+        start = _aligned(self.query_bytes)
+        return slice(start, start + math.prod(self.shape[:3]) * (self.value_dim + 1) * _RESULT_ITEM_BYTES)
 
 
 def exchange_bytes(query_rows: int, key_dim: int, value_dim: int, element_bytes: int) -> int:
@@ -118,62 +130,54 @@ class HostExchange:
         self._buffer_bytes = buffer_bytes
         self._counter.hold_device("exchange", self.device_bytes)
 
-    def send(self, queries: Sequence[torch.Tensor], value_dim: int, after: Sequence[Any]) -> Sent:
+    def send(self, queries: torch.Tensor, value_dim: int, after: Sequence[Any]) -> Sent:
         """Begin to copy queries to the host.
 
         Args:
-            queries: tensors [H, N, Dk] of one dtype on the device, of any strides.
+            queries: [B, Hq, T, Dk] on the device, of any strides.
             value_dim: the head dim of the values, Dv.
             after: events of the write-back of the KV that the host will read.
         """
-        shapes = tuple(q.shape for q in queries)
-        elements = sum(q.numel() for q in queries)
-        rows = sum(shape[0] * shape[1] for shape in shapes)
-        dtype = queries[0].dtype
-        self.reserve(exchange_bytes(rows, shapes[0][2], value_dim, dtype.itemsize))
+        rows, heads, tokens, key_dim = queries.shape
+        self.reserve(exchange_bytes(rows * heads * tokens, key_dim, value_dim, queries.dtype.itemsize))
         self._turn = (self._turn + 1) % _BUFFERS
         turn = self._turn
-        query_bytes = elements * dtype.itemsize
-        sent = Sent(turn, shapes, dtype, value_dim, _aligned(query_bytes))
-        packed = _views(self._on_device[turn], shapes, dtype)
-        self._streams.copy(list(zip(packed, queries, strict=True)), "compute")
+        sent = Sent(turn, queries.shape, queries.dtype, value_dim)
+        packed = _queries(self._on_device[turn], sent)
+        self._streams.copy([(packed, queries)], "compute")
         self._streams.record(self._packed[turn], "compute")
         self._streams.wait(self._packed[turn], "host")
         for event in after:
             self._streams.wait(event, "host")
-        on_host, on_device = (side[turn][:query_bytes].view(dtype) for side in (self._on_host, self._on_device))
-        self._copy(on_host, on_device)
+        self._copy(_queries(self._on_host[turn], sent), packed)
         self._streams.record(self._arrived[turn], "host")
-        self._counter.device_to_host_bytes += query_bytes
+        self._counter.device_to_host_bytes += sent.query_bytes
         return sent
 
-    def receive(self, sent: Sent) -> list[torch.Tensor]:
-        """Wait on the host for queries, and return them [H, N, Dk] in host memory."""
+    def receive(self, sent: Sent) -> torch.Tensor:
+        """Wait on the host for queries, and return them [B, Hq, T, Dk] in host memory."""
         self._streams.finish(self._arrived[sent.turn])
-        return _views(self._on_host[sent.turn], sent.shapes, sent.dtype)
+        return _queries(self._on_host[sent.turn], sent)
 
-    def results(self, sent: Sent) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return where the host writes its results: out [H, N, Dv] and lse [H, N], float32, for each tensor of queries.
+    def results(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where the host writes its results: out [B, Hq, T, Dv] and lse [B, Hq, T], float32.
 
         Call it after receive(). Until then the memory may be in use.
         """
-        return self._result_views(self._on_host[sent.turn], sent)
+        return _results(self._on_host[sent.turn], sent)
 
-    def reply(self, sent: Sent) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def reply(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
         """Begin to copy the results to the device, and let the compute queue wait for them.
 
         Returns:
-            out [H, N, Dv] and lse [H, N] on the device, for each tensor of queries. They are valid until two layers
-            later.
+            out [B, Hq, T, Dv] and lse [B, Hq, T] on the device. They are valid until two layers later.
         """
-        elements = sum(shape[0] * shape[1] * (sent.value_dim + 1) for shape in sent.shapes)
-        region = slice(sent.query_bytes, sent.query_bytes + elements * _RESULT_ITEM_BYTES)
-        on_host, on_device = (side[sent.turn][region].view(torch.float32) for side in (self._on_host, self._on_device))
-        self._copy(on_device, on_host)
+        on_host, on_device = (side[sent.turn][sent.results] for side in (self._on_host, self._on_device))
+        self._copy(on_device.view(torch.float32), on_host.view(torch.float32))
         self._streams.record(self._replied[sent.turn], "host")
         self._streams.wait(self._replied[sent.turn], "compute")
-        self._counter.host_to_device_bytes += elements * _RESULT_ITEM_BYTES
-        return self._result_views(self._on_device[sent.turn], sent)
+        self._counter.host_to_device_bytes += len(on_host)
+        return _results(self._on_device[sent.turn], sent)
 
     def close(self) -> None:
         """Wait until nothing uses the buffers, and free them."""
@@ -189,19 +193,19 @@ class HostExchange:
         self._streams.copy([(destination, source)], "host")
         self._counter.copies += 1
 
-    def _result_views(self, buffer: torch.Tensor, sent: Sent) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        outs = [torch.Size((*shape[:2], sent.value_dim)) for shape in sent.shapes]
-        lses = [shape[:2] for shape in sent.shapes]
-        views = _views(buffer[sent.query_bytes :], (*outs, *lses), torch.float32)
-        return list(zip(views[: len(outs)], views[len(outs) :], strict=True))
-
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
-def _views(buffer: torch.Tensor, shapes: Sequence[torch.Size], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return contiguous tensors of these shapes, one behind the other, in a buffer of bytes."""
-    sizes = [shape.numel() for shape in shapes]
-    parts = buffer[: sum(sizes) * dtype.itemsize].view(dtype).split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _queries(buffer: torch.Tensor, sent: Sent) -> torch.Tensor:
+    """Return the queries in a buffer of bytes."""
+    return buffer[: sent.query_bytes].view(sent.dtype).view(sent.shape)
+
+
+def _results(buffer: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and lse in a buffer of bytes."""
+    rows = sent.shape[:3]
+    items = buffer[sent.results].view(torch.float32)
+    out, lse = items.split([rows.numel() * sent.value_dim, rows.numel()])
+    return out.view(*rows, sent.value_dim), lse.view(rows)
