@@ -14,8 +14,8 @@ from headinfer.plan.footprint import BASELINES, activation_bytes
 from headinfer.plan.hardware import HARDWARE, Hardware
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.models import find_shape
+from headinfer.plan.operating_points import operating_points
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import operating_points
 
 __all__ = [
     "CHUNK_TOKENS",

@@ -27,9 +27,10 @@ from headinfer.plan.footprint import (
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
+from headinfer.plan.operating_points import hiding_chunk_tokens
 from headinfer.plan.planner import candidates, make_plan
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import MERGE_BYTES, Schedule, decode_seconds, hiding_chunk_tokens, prefill_seconds
+from headinfer.plan.roofline import MERGE_BYTES, Schedule, decode_seconds, prefill_seconds
 from headinfer.plan.tiles import LayerWork, choose_tiles
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)

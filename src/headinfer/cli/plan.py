@@ -24,9 +24,10 @@ from headinfer.plan.footprint import Footprint
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
+from headinfer.plan.operating_points import OperatingPoint, operating_points
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import OperatingPoint, Seconds, operating_points
+from headinfer.plan.roofline import Seconds
 from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
 __all__ = ["CONTEXTS", "plan"]

@@ -14,8 +14,8 @@ from typing import Any
 from headinfer.errors import UsageError
 from headinfer.plan.compare import METHODS, OURS, memory_by_method, seconds_by_method
 from headinfer.plan.footprint import Footprint
+from headinfer.plan.operating_points import OperatingPoint
 from headinfer.plan.planner import Plan
-from headinfer.plan.roofline import OperatingPoint
 from headinfer.utils.files import Output
 from headinfer.utils.units import format_tokens
 

@@ -26,6 +26,7 @@ from headinfer.kv.resident import LayerResidency, Residency
 from headinfer.kv.streams import Streams, Transport, open_streams
 from headinfer.kv.transfer import InPlace, Ring, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace, Writer
+from headinfer.plan.cpu_share import share_at_rows
 from headinfer.plan.footprint import host_kv_tokens, write_back_bytes
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import (
@@ -135,6 +136,7 @@ class DeviceKV:
         self.ring: Ring | None = None
         self.exchange: HostExchange | None = None
         self._cpu_share = options.cpu_share
+        self._cpu_rows = options.cpu_rows
         self.plan: TilePlan | None = None
         self._has_slots = False  # whether the plan's tiles can come from the host
         self.write: Writer = WriteInPlace()
@@ -267,13 +269,14 @@ class DeviceKV:
     def _share_of_cpu(self, layer_kv: LayerKV, shape: PassShape) -> float:
         """Return the share of the streamed tokens that the host's CPU attends to in a pass.
 
-        If the user leaves it open, it is 0; it is 1 if the system refuses to pin host memory, from which the CPU reads
-        faster than the device does.
+        If neither the user nor the plan has given one, it is 0; it is 1 if the system refuses to pin host memory, from
+        which the CPU reads faster than the device does.
         """
         if self.exchange is None or shape.query_tokens > FEW_QUERY_TOKENS:
             return 0.0
         if self._cpu_share is not None:
-            return self._cpu_share
+            rows = shape.query_heads // layer_kv.heads * shape.query_tokens
+            return share_at_rows(self._cpu_share, self._cpu_rows, rows)
         return float(bool(self.tier.pin_refusal) and not unavailable_reason(layer_kv.dtype))
 
     def _exchange_bytes(self, layer_kv: LayerKV, shape: PassShape) -> int:

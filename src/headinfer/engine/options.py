@@ -55,6 +55,7 @@ class OptionFields(TypedDict, total=False):
     expected_tokens: int | str
     rates: TileRates | None
     cpu_share: float | None
+    cpu_rows: int | None
     host_kv_budget_bytes: int | str | None
     disk_tier: str | PathLike[str] | None
 
@@ -110,6 +111,9 @@ class Options:
         cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to in host memory while the
             link brings the others: 0 to 1. None is the plan's choice; without a plan it is 0, or 1 if the system
             refuses to pin host memory.
+        cpu_rows: the query rows per KV head that cpu_share was planned for. If a pass has n times as many, the CPU's
+            kernel takes up to n times as long, and the share becomes s / (s + n (1 - s)). None applies cpu_share to
+            any number of rows.
         host_kv_budget_bytes: upper bound of KV bytes in host memory. It needs disk_tier.
         disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.
 
@@ -126,6 +130,7 @@ class Options:
     expected_tokens: int = _option(partial(token_count, low=0), 0)
     rates: TileRates | None = _option(_rates)  # noqa: RUF009  a field, not a TileRates
     cpu_share: float | None = _option(partial(real_number, low=0.0, high=1.0))
+    cpu_rows: int | None = _option(whole_number)
     host_kv_budget_bytes: int | None = _option(byte_count)
     disk_tier: str | None = _option(path_text)
     # Deprecated names.

@@ -20,7 +20,8 @@ from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.kv.host_memory import finish_release
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
-from headinfer.plan.footprint import weight_bytes, write_back_bytes
+from headinfer.plan.footprint import exchange_bytes, weight_bytes, write_back_bytes
+from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan, make_plan
@@ -189,7 +190,29 @@ def engine_options(options: Options, plan: Plan) -> Options:
         device_kv_budget_bytes=plan.device_kv_budget_bytes,
         streaming_budget_bytes=plan.streaming_budget_bytes,
         rates=options.rates or machine.tile_rates(plan.request.dtype),
+        **_cpu_options(options, plan),
     )
+
+
+def _cpu_options(options: Options, plan: Plan) -> dict[str, Any]:
+    """Return the plan's share of the host's CPU, if the user leaves it open and the plan gives the CPU a share.
+
+    Otherwise the engine decides, which gives the CPU all that cannot be pinned.
+    """
+    if options.cpu_share is not None or not plan.cpu_share:
+        return {}
+    return {"cpu_share": plan.cpu_share, "cpu_rows": plan.query_rows}
+
+
+def _planned_share(run: RunRequest, machine: Hardware) -> float | None:
+    """Return the share of the CPU for the planner: the user's, or None if the planner may choose one."""
+    options = run.options
+    if machine.is_host:
+        return 0.0
+    if options.cpu_share is not None:
+        return options.cpu_share
+    is_alone = run.ranks_on_host == 1 and options.disk_tier is None
+    return None if is_alone and machine.cpu_beside_link_bytes_per_s else 0.0
 
 
 def tightest(devices: Iterable[torch.device]) -> torch.device | None:
@@ -234,6 +257,7 @@ def _planner_request(run: RunRequest) -> Request:
         device_kv_budget_bytes=options.device_kv_budget_bytes,
         streaming_budget_bytes=options.streaming_budget_bytes,
         keeps_resident=run.keeps_resident,
+        cpu_share=_planned_share(run, machine),
     )
 
 
@@ -249,7 +273,8 @@ def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
     tails = (len(run.shape.offloaded_layers) + 1) * 2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes)
     budget_bytes = options.device_kv_budget_bytes or DEFAULT_BUDGET_BYTES
     streaming_bytes = min(options.streaming_budget_bytes or DEFAULT_BUDGET_BYTES, budget_bytes)
-    slot_bytes = ring_slot_bytes(streaming_bytes, tails + 2 * write_back_bytes(streaming_bytes))
+    exchange = exchange_bytes(run.shape, element_bytes, 1, run.rows) if options.cpu_share else 0
+    slot_bytes = ring_slot_bytes(streaming_bytes, tails + 2 * write_back_bytes(streaming_bytes) + exchange)
     fixed = FixedTile(options.heads_per_group, options.tile_tokens)
     for query_tokens in (chunk_tokens, 1):
         work = LayerWork.of_layer(

@@ -7,6 +7,7 @@ import dataclasses
 from headinfer.errors import CapacityError
 from headinfer.plan.footprint import (
     Footprint,
+    exchange_bytes,
     host_kv_tokens,
     resident_tokens,
     streaming_footprint,
@@ -55,7 +56,7 @@ def chunks(request: Request) -> list[int]:
 
 
 def streaming_budgets(request: Request) -> list[int | None]:
-    """Return candidates for the bytes of ring, tails and write-back buffers. None stands for KV that is read in place.
+    """Return candidates for the bytes of ring, tails and buffers. None stands for KV that is read in place.
 
     A ring is planned for also if all KV is resident, since a conversation may outgrow its plan.
     """
@@ -71,7 +72,12 @@ def streaming_budgets(request: Request) -> list[int | None]:
 
 
 def fitting_footprint(
-    request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
+    request: Request,
+    chunk_tokens: int,
+    streaming_bytes: int | None,
+    resident: tuple[int, ...] | None = None,
+    *,
+    with_cpu: bool | None = None,
 ) -> Footprint | None:
     """Return the footprint of a candidate.
 
@@ -80,11 +86,12 @@ def fitting_footprint(
         chunk_tokens: tokens of a chunk.
         streaming_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
         resident: resident tokens of each offloaded layer; None for none.
+        with_cpu: whether the host's CPU attends to a share; None if the request asks for a share.
 
     Returns:
         The footprint, or None if it exceeds a budget.
     """
-    found = _footprint(request, chunk_tokens, streaming_bytes, resident)
+    found = _footprint(request, chunk_tokens, streaming_bytes, resident, with_cpu=with_cpu)
     if found is None or found.device_bytes > request.room_bytes:
         return None
     budget = request.device_kv_budget_bytes
@@ -252,10 +259,18 @@ def refusal(request: Request) -> CapacityError:
 
 
 def _footprint(
-    request: Request, chunk_tokens: int, streaming_bytes: int | None, resident: tuple[int, ...] | None = None
+    request: Request,
+    chunk_tokens: int,
+    streaming_bytes: int | None,
+    resident: tuple[int, ...] | None = None,
+    *,
+    with_cpu: bool | None = None,
 ) -> Footprint | None:
     """Return the footprint of a candidate with all KV in host memory; None if a ring slot does not hold a tile."""
     is_host = request.hardware.is_host
+    exchange = 0
+    if not is_host and (bool(request.cpu_share) if with_cpu is None else with_cpu):
+        exchange = exchange_bytes(request.shape, request.element_bytes, request.decode_tokens, request.rows)
     try:
         found = streaming_footprint(
             request.shape,
@@ -268,10 +283,11 @@ def _footprint(
             overhead_bytes=request.hardware.overhead_bytes,
             host_overhead_bytes=0 if is_host else HOST_OVERHEAD_BYTES,
             rows=request.rows,
+            exchange=exchange,
         )
         if resident is None:
             # A tile of decode has the most heads: if it fits, the one of prefill does.
-            check_tiles(_largest_work(request, 1), _slot_bytes(found), _fixed_tile(request))
+            check_tiles(_largest_work(request, request.decode_tokens), _slot_bytes(found), _fixed_tile(request))
     except CapacityError:
         return None
     return found

@@ -3,7 +3,8 @@
 The bytes on the device are these sums:
 
     device            weights + activations of a chunk + KV on the device + overhead
-    KV on the device  resident KV + ring + tails + write-back buffers + windows and states of other layers
+    KV on the device  resident KV + ring + tails + write-back buffers + buffers of the exchange with the host
+                      + windows and states of other layers
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "Footprint",
     "activation_bytes",
     "baseline_footprint",
+    "exchange_bytes",
     "host_kv_tokens",
     "resident_tokens",
     "streaming_footprint",
@@ -31,6 +33,9 @@ __all__ = [
 TAIL_UNIT_TOKENS = 128  # as in kv/layer_kv.py, which a test checks
 # K of one layer of Llama-3-8B for a chunk of 8,192 tokens, which is then packed without a wait.
 _WRITE_BACK_BYTES = 16 * 2**20
+_EXCHANGE_BUFFERS = 2  # as in kv/exchange.py, as are the next two; a test checks the sum
+_EXCHANGE_ALIGN_BYTES = 64
+_RESULT_ITEM_BYTES = 4
 BASELINES = ("standard", "chunked prefill", "4-bit KV", "layer-wise offload", "head-wise (paper)")
 _CHUNKED = ("chunked prefill", "head-wise (paper)")
 OFFLOADED = ("layer-wise offload", "head-wise (paper)")
@@ -50,6 +55,7 @@ class Footprint:
         tail_bytes: the newest tokens of all layers, on the device.
         spare_tail_bytes: memory for one more tail, since reordering rows copies a tail.
         staging_bytes: the two write-back buffers.
+        exchange_bytes: the buffers for queries that the host's CPU answers, and for its results.
         local_bytes: KV and states of the layers without full attention, on the device.
         host_kv_bytes: KV in host RAM.
         disk_kv_bytes: KV on disk.
@@ -64,6 +70,7 @@ class Footprint:
     tail_bytes: int = 0
     spare_tail_bytes: int = 0
     staging_bytes: int = 0
+    exchange_bytes: int = 0
     local_bytes: int = 0
     host_kv_bytes: int = 0
     disk_kv_bytes: int = 0
@@ -72,7 +79,8 @@ class Footprint:
     @property
     def device_kv_budget_bytes(self) -> int:
         """The bytes that count against device_kv_budget_bytes: all device KV of the full-attention layers."""
-        return sum((self.resident_bytes, self.ring_bytes, self.tail_bytes, self.spare_tail_bytes, self.staging_bytes))
+        buffers = self.ring_bytes + self.staging_bytes + self.exchange_bytes
+        return self.resident_bytes + buffers + self.tail_bytes + self.spare_tail_bytes
 
     @property
     def device_kv_bytes(self) -> int:
@@ -196,6 +204,29 @@ def write_back_bytes(budget_bytes: int) -> int:
     return min(_WRITE_BACK_BYTES, budget_bytes // 16 // 256 * 256)
 
 
+def exchange_bytes(shape: ModelShape, element_bytes: int, query_tokens: int, rows: int = 1) -> int:
+    """Return the device bytes for the queries that the host's CPU answers, and for its results (kv/exchange.py).
+
+    Args:
+        shape: the model.
+        element_bytes: bytes of an element of the queries.
+        query_tokens: new tokens of each row.
+        rows: rows of the batch.
+    """
+
+    def of_layer(layer: LayerShape) -> int:
+        query_rows = rows * layer.query_heads * query_tokens
+        queries = _exchange_aligned(query_rows * layer.key_dim * element_bytes)
+        results = query_rows * (layer.value_dim + 1) * _RESULT_ITEM_BYTES
+        return _EXCHANGE_BUFFERS * _exchange_aligned(queries + results)
+
+    return max(map(of_layer, _offloaded(shape)), default=0)
+
+
+def _exchange_aligned(nbytes: int) -> int:
+    return -(-nbytes // _EXCHANGE_ALIGN_BYTES) * _EXCHANGE_ALIGN_BYTES
+
+
 def tail_bytes(shape: ModelShape, element_bytes: int, rows: int = 1) -> tuple[int, int]:
     """Return the device bytes of all tails, and of the largest one."""
     tails = [2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes) * rows for layer in _offloaded(shape)]
@@ -243,6 +274,7 @@ def streaming_footprint(
     overhead_bytes: int = 0,
     host_overhead_bytes: int = 0,
     rows: int = 1,
+    exchange: int = 0,
 ) -> Footprint:
     """Return what headinfer needs.
 
@@ -250,7 +282,7 @@ def streaming_footprint(
         shape: the model.
         tokens: the context, of each row.
         chunk_tokens: tokens of a chunk.
-        streaming_bytes: the device budget for ring, tails and write-back buffers; None if KV is read in place.
+        streaming_bytes: the device budget for ring, tails and buffers; None if KV is read in place.
         resident_tokens: for each offloaded layer, the tokens that also stay on the device. If these are all tokens that
             the host holds, no ring is allocated. None for a ring and no resident tokens.
         element_bytes: bytes of an element of the KV and the activations.
@@ -258,6 +290,7 @@ def streaming_footprint(
         overhead_bytes: device memory for the driver, libraries and the allocator.
         host_overhead_bytes: host RAM for the process and the system.
         rows: rows of the batch.
+        exchange: bytes of the exchange with the host, see exchange_bytes(); 0 if its CPU attends to nothing.
 
     Returns:
         The footprint, with all KV in host RAM.
@@ -271,7 +304,7 @@ def streaming_footprint(
     ring = 0
     if streaming_bytes is not None:
         staging = 2 * write_back_bytes(streaming_bytes)
-        ring = RING_SLOTS * ring_slot_bytes(streaming_bytes, tails + spare + staging)
+        ring = RING_SLOTS * ring_slot_bytes(streaming_bytes, tails + spare + staging + exchange)
     resident = 0
     if resident_tokens is not None:
         offloaded = zip(_offloaded(shape), resident_tokens, strict=True)
@@ -287,6 +320,7 @@ def streaming_footprint(
         tail_bytes=tails,
         spare_tail_bytes=spare,
         staging_bytes=staging,
+        exchange_bytes=exchange,
         local_bytes=shape.local_kv_bytes(tokens, element_bytes) * rows,
         host_kv_bytes=host_kv,
         host_overhead_bytes=host_overhead_bytes,

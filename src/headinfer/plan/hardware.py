@@ -31,6 +31,7 @@ _POSITIVE = (
     "block_tokens", "rest_share", "copy_s", "compute_share", "device_share", "link_share", "dram_share",
 )  # fmt: skip
 _BY_DTYPE = ("flops_per_s", "attention_flops_per_s", "weight_bytes_per_s")
+_BY_ROWS = ("cpu_beside_link_bytes_per_s", "link_beside_cpu_bytes_per_s")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Hardware:
         attention_flops_per_s: the attained rate of prefill's attention by dtype, if a probe has measured it.
         weight_bytes_per_s: the attained rate of reading weights for one token by dtype, if a probe has measured it.
         kv_bytes_per_s: the attained rate of reading KV in decode's attention, if a probe has measured it.
+        cpu_kv_bytes_per_s: the rate at which the host's CPU attends to KV in host memory, in bfloat16 and with 8 KV
+            heads of width 128, if a probe has measured it: by query rows per KV head, and then by threads.
+        cpu_beside_link_bytes_per_s: this rate while the link copies to the device, with the threads that a run uses,
+            by query rows per KV head.
+        link_beside_cpu_bytes_per_s: the rate of the link meanwhile, by the same query rows.
     """
 
     name: str
@@ -95,6 +101,9 @@ class Hardware:
     attention_flops_per_s: dict[str, float] = field(default_factory=dict)
     weight_bytes_per_s: dict[str, float] = field(default_factory=dict)
     kv_bytes_per_s: float | None = None
+    cpu_kv_bytes_per_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    cpu_beside_link_bytes_per_s: dict[str, float] = field(default_factory=dict)
+    link_beside_cpu_bytes_per_s: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -112,6 +121,25 @@ class Hardware:
                 self._check(name, getattr(self, name))
         if self.overhead_bytes != 0:
             self._check("overhead_bytes", self.overhead_bytes)
+        for name in _BY_ROWS:
+            self._check_by_count(name, "query rows", getattr(self, name))
+        self._check_by_count("cpu_kv_bytes_per_s", "query rows", self.cpu_kv_bytes_per_s, "threads")
+        if self.cpu_beside_link_bytes_per_s.keys() != self.link_beside_cpu_bytes_per_s.keys():
+            raise UsageError(
+                f"hardware {self.name}: {_BY_ROWS[0]} and {_BY_ROWS[1]} have other query rows: they must have the same"
+            )
+
+    def _check_by_count(self, name: str, of: str, rates: Any, *then: str) -> None:
+        """Check positive rates by positive whole numbers of something, or by two of them."""
+        if not isinstance(rates, dict):
+            raise UsageError(f"hardware {self.name}: {name} is {rates!r}: it must be a rate for each number of {of}")
+        for count, rate in rates.items():
+            if not re.fullmatch(r"[1-9]\d{0,6}", str(count)):
+                raise UsageError(f"hardware {self.name}: {name} has {count!r} {of}: it must be a positive number")
+            if then:
+                self._check_by_count(f"{name} at {count} {of}", then[0], rate)
+            else:
+                self._check(f"{name} at {count} {of}", rate)
 
     def _check(self, name: str, value: Any) -> None:
         """Raise UsageError if a figure is not a positive, finite number."""

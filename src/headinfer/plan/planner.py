@@ -1,8 +1,9 @@
 """Plans a job before anything is loaded: the fastest way that fits, what it costs, and why it was chosen.
 
 Candidates are chunks and streaming budgets from fixed lists. Each keeps as many tokens resident as the rest of the
-memory holds. The plan is the fastest candidate that fits, so more memory never makes a plan slower. Planning takes
-milliseconds. Any plan gives the same tokens, so a job can be planned again when its context grows.
+memory holds. The plan is the fastest candidate that fits, so more memory never makes a plan slower. The share of the
+host's CPU in decode is chosen for this candidate. Planning takes milliseconds. Any plan gives the same tokens, so a job
+can be planned again when its context grows.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from headinfer.plan.cpu_share import shared_rates
 from headinfer.plan.fit import (
     chunks,
     fitting_footprint,
@@ -22,8 +25,17 @@ from headinfer.plan.fit import (
     tiles,
 )
 from headinfer.plan.footprint import Footprint, host_kv_tokens
+from headinfer.plan.hardware import Hardware
+from headinfer.plan.model_shape import ModelShape
+from headinfer.plan.operating_points import hiding_chunk_tokens
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, hiding_chunk_tokens, prefill_seconds
+from headinfer.plan.roofline import (
+    Schedule,
+    Seconds,
+    decode_seconds,
+    fastest_share,
+    prefill_seconds,
+)
 from headinfer.plan.tiles import RING_SLOTS, TilePlan
 from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
@@ -44,7 +56,8 @@ class Plan:
         streaming_budget_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
         footprint: the bytes of each component.
         prefill_cost: seconds of prefill.
-        decode_cost: seconds of one new token.
+        decode_cost: seconds of one new token, with cpu_share.
+        schedule: what is copied, and when.
         kernel: the attention kernel, if one is fixed.
     """
 
@@ -57,7 +70,31 @@ class Plan:
     footprint: Footprint
     prefill_cost: Seconds
     decode_cost: Seconds
+    schedule: Schedule
     kernel: str | None = None
+
+    @property
+    def cpu_share(self) -> float:
+        """In decode, the share of the streamed tokens that the host's CPU attends to; 0 if the link brings all."""
+        return self.schedule.cpu_share
+
+    @cached_property
+    def with_cpu_share(self) -> float:
+        """The share with which decode is predicted to be fastest. In a run it is used if its rates were measured."""
+        if self.cpu_share or self.request.cpu_share is not None:
+            return self.cpu_share
+        return fastest_share(*self._of_decode(self.schedule))
+
+    def decode_cost_with(self, cpu_share: float) -> Seconds:
+        """Predict the seconds of one new token with another share of the CPU, and the same tiles."""
+        if cpu_share == self.cpu_share:
+            return self.decode_cost
+        return decode_seconds(*self._of_decode(dataclasses.replace(self.schedule, cpu_share=cpu_share)))
+
+    def _of_decode(self, schedule: Schedule) -> tuple[ModelShape, Hardware, int, Schedule, str, int, int]:
+        request = self.request
+        dtype = request.dtype
+        return (request.shape, request.hardware, request.context_tokens, schedule, dtype, request.bits, request.rows)
 
     @property
     def heads_per_group(self) -> int:
@@ -124,9 +161,35 @@ class Plan:
             f"Prefill takes {format_seconds(self.prefill_cost.total_s)}, {_bound_text(self.prefill_cost)}."
         )
         lines.append(f"A new token takes {format_seconds(self.decode_cost.total_s)}, {_bound_text(self.decode_cost)}.")
+        lines += self._cpu_sentences()
         if memory.disk_kv_bytes:
             lines.append("KV on disk needs --host-kv-budget and --disk-tier: each token reads all of it once.")
         return lines
+
+    def _cpu_sentences(self) -> list[str]:
+        """Return a sentence about the share of the CPU, if there is one."""
+        share = self.with_cpu_share
+        if not share:
+            return []
+        with_s = format_seconds(self.decode_cost_with(share).total_s)
+        without_s = format_seconds(self.decode_cost_with(0.0).total_s)
+        rates = shared_rates(self.request.hardware, self.query_rows)
+        source = "" if rates.is_measured else ", by a model of DRAM"
+        if self.cpu_share:
+            return [
+                f"The host's CPU attends to {share:.0%} of what would stream, while the link brings the rest: "
+                f"{with_s} a token with it and {without_s} without it{source}."
+            ]
+        return [
+            f"If the host's CPU attended to {share:.0%} of what streams, a new token would take {with_s} in place of "
+            f"{without_s}{source}: headinfer probe measures it, and runs use it then."
+        ]
+
+    @property
+    def query_rows(self) -> int:
+        """Query rows per KV head in a decode step, in the layer with the most KV."""
+        layer = max(self.request.layers, key=lambda layer: layer.kv_bytes_per_token(1))
+        return layer.query_heads // layer.kv_heads * self.request.decode_tokens
 
     @property
     def resident_text(self) -> str:
@@ -154,6 +217,13 @@ class Plan:
             "prefill_cost": dataclasses.asdict(self.prefill_cost) | {"bound": self.prefill_cost.bound},
             "decode_s_per_token": self.decode_cost.total_s,
             "decode_cost": dataclasses.asdict(self.decode_cost) | {"bound": self.decode_cost.bound},
+            "cpu_share": self.cpu_share,
+            "link_only_decode_s_per_token": self.decode_cost_with(0.0).total_s,
+            "with_cpu": {
+                "cpu_share": self.with_cpu_share,
+                "decode_s_per_token": self.decode_cost_with(self.with_cpu_share).total_s,
+                "is_measured": shared_rates(self.request.hardware, self.query_rows).is_measured,
+            },
             "why": self.explain(),
         }
 
@@ -168,7 +238,7 @@ def make_plan(request: Request) -> Plan:
     best = min(candidates(request), key=lambda plan: plan.total_s, default=None)
     if best is None:
         raise refusal(request)
-    return best
+    return _with_cpu(best)
 
 
 def candidates(request: Request) -> Iterator[Plan]:
@@ -189,11 +259,39 @@ def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare
     kept = resident(request, streaming_bytes, bare)
     footprint = fitting_footprint(request, chunk_tokens, streaming_bytes, kept)
     assert footprint is not None, "resident tokens fit beside the rest"
+    return _scheduled(request, chunk_tokens, streaming_bytes, bare, footprint, kept, request.cpu_share or 0.0)
+
+
+def _with_cpu(plan: Plan) -> Plan:
+    """Return the plan with the share of the CPU that is fastest, if its rates were measured and a budget holds it."""
+    request = plan.request
+    if request.cpu_share is not None or not request.hardware.cpu_beside_link_bytes_per_s or not plan.with_cpu_share:
+        return plan
+    # The buffers of the exchange make the ring a little smaller.
+    kept = tuple(plan.resident_tokens[index] for index in request.shape.offloaded_layers)
+    candidate = (request, plan.chunk_tokens, plan.streaming_budget_bytes)
+    bare = fitting_footprint(*candidate, with_cpu=True)
+    footprint = fitting_footprint(*candidate, kept, with_cpu=True)
+    if bare is None or footprint is None:
+        return plan
+    return _scheduled(*candidate, bare, footprint, kept, plan.with_cpu_share)
+
+
+def _scheduled(
+    request: Request,
+    chunk_tokens: int,
+    streaming_bytes: int | None,
+    bare: Footprint,
+    footprint: Footprint,
+    kept: tuple[int, ...],
+    cpu_share: float,
+) -> Plan:
+    """Return the plan of one candidate with a share of the CPU."""
     tokens = request.context_tokens
     is_host = request.hardware.is_host
     is_all_resident = not is_host and footprint.ring_bytes == 0
     prefill = tiles(request, bare, chunk_tokens)
-    decode = tiles(request, bare, 1)
+    decode = dataclasses.replace(tiles(request, bare, request.decode_tokens), cpu_share=cpu_share)
     if is_all_resident:
         heads = max(layer.kv_heads for layer in request.layers)
         prefill = TilePlan(heads, tokens, "all KV is resident: nothing is streamed")
@@ -211,6 +309,8 @@ def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare
         writes_back=not is_host,
         disk_share=min(footprint.disk_kv_bytes / streamed_bytes, 1.0) if streamed_bytes else 0.0,
         prefetches_next_layer=request.prefetches_next_layer,
+        cpu_share=0.0 if is_host else cpu_share,
+        decode_tokens=request.decode_tokens,
     )
     more = (schedule, request.dtype, request.bits, request.rows)
     by_layer = dict(zip(request.shape.offloaded_layers, kept, strict=True))
@@ -224,6 +324,7 @@ def _plan(request: Request, chunk_tokens: int, streaming_bytes: int | None, bare
         footprint=footprint,
         prefill_cost=prefill_seconds(request.shape, request.hardware, tokens, *more),
         decode_cost=decode_seconds(request.shape, request.hardware, tokens, *more),
+        schedule=schedule,
     )
 
 

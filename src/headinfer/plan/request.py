@@ -34,6 +34,9 @@ class Request:
         streaming_budget_bytes: the part of it that is not for resident KV; None to choose.
         prefetches_next_layer: whether the first tile of a layer is copied while the layer before computes.
         keeps_resident: whether the first tokens of each layer may stay on the device.
+        cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to; None to choose. A share
+            above 0 is chosen only if a probe has measured the rates for it.
+        decode_tokens: new tokens of each row in a decode step: 1, or more if guesses are verified.
 
     Raises:
         UsageError: a number is not positive.
@@ -58,14 +61,18 @@ class Request:
     streaming_budget_bytes: int | None = None
     prefetches_next_layer: bool = True
     keeps_resident: bool = True
+    cpu_share: float | None = None
+    decode_tokens: int = 1
 
     def __post_init__(self) -> None:
         budgets = ("device_kv_budget_bytes", "streaming_budget_bytes", "host_kv_budget_bytes")
         optional = ("device_bytes", "weight_bits", "chunk_tokens", *budgets)
-        for name in ("context_tokens", "host_bytes", "new_tokens", "rows", *optional):
+        for name in ("context_tokens", "host_bytes", "new_tokens", "rows", "decode_tokens", *optional):
             value = getattr(self, name)
             if (value is not None and value < 1) or (value is None and name not in optional):
                 raise UsageError(f"{name} is {value}: it must be a positive number")
+        if self.cpu_share is not None and not 0 <= self.cpu_share <= 1:
+            raise UsageError(f"cpu_share is {self.cpu_share}: it must be a number from 0 to 1")
         if not self.shape.offloaded_layers:
             raise UnsupportedError(
                 "this model has no full-attention layer: its KV does not grow with the context, and there is nothing "

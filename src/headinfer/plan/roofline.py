@@ -8,6 +8,8 @@ In each layer of each forward pass three streams run at the same time, and the l
     write-back stream   New KV, from the device to the host, during attention and linear layers. It uses the other
                         direction of the link.
 
+In decode the host's CPU may attend to a share of the past meanwhile (cpu_share.py), as a fourth chain.
+
 The past grows by one chunk per forward pass, so the seconds of each stream are linear in the number of past tokens. The
 sums over chunks have closed forms, see overlap.py.
 
@@ -17,10 +19,11 @@ and the rest of the past that is no multiple of block_tokens, half of block_toke
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headinfer.plan.cpu_share import CLEARLY, HostWay, best_share, host_tokens, shared_rates
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.overlap import LayerChunks
@@ -35,12 +38,10 @@ from headinfer.plan.tiles import (
 )
 
 __all__ = [
-    "OperatingPoint",
     "Schedule",
     "Seconds",
     "decode_seconds",
-    "hiding_chunk_tokens",
-    "operating_points",
+    "fastest_share",
     "prefill_seconds",
 ]
 
@@ -49,6 +50,9 @@ __all__ = [
 LAYER_LAUNCHES = 40
 # Kernels, copies and events that are queued for a head group that is copied whole: K and V in and out, and attention.
 GROUP_LAUNCHES = 10
+# Kernels and copies that are queued for what the host's CPU computes: packing, two copies, merging, output.
+HOST_LAUNCHES = 8
+_RESULT_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Schedule:
         kv_scale: bytes of stored KV for each byte of KV in the model's dtype.
         disk_share: the share of the streamed bytes that is read from disk.
         prefetches_next_layer: whether a layer's first tile is copied while the layer before it computes.
+        cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to.
+        decode_tokens: new tokens of each row in a decode step, as far as they decide the time of the CPU.
     """
 
     chunk_tokens: int
@@ -79,6 +85,8 @@ class Schedule:
     kv_scale: float = 1.0
     disk_share: float = 0.0
     prefetches_next_layer: bool = False
+    cpu_share: float = 0.0
+    decode_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class Seconds:
         linear_s: linear layers, on the compute stream.
         attention_s: attention, on the compute stream.
         merge_s: merging tiles, on the compute stream.
-        exposed_transfer_s: the part of the copies that no computation hides.
+        exposed_transfer_s: the part of the copies, or of the host's chain of cpu_share.py, that the device does not
+            hide.
         exposed_launch_s: the part of the host's queueing that neither computation nor copies hide.
         compute_s: kernels that are bound by arithmetic.
         device_memory_s: kernels that are bound by device memory.
@@ -287,7 +296,7 @@ def decode_seconds(
     """
     flops_per_s = hardware.attained_flops_per_s(dtype)
     element_bytes = 4 if dtype == "float32" else 2
-    transfer_s_per_byte, transfer_name = _transfer(hardware, schedule)
+    own_s_per_byte, transfer_name = _transfer(hardware, schedule)
     weights = shape.active_weights + shape.head_weights
     flop_s = 2 * weights * rows / flops_per_s
     byte_s = weights * weight_bits / 8 / hardware.attained_weight_bytes_per_s(dtype)
@@ -316,21 +325,124 @@ def decode_seconds(
         if not streamed:
             continue
         heads, tile_tokens = schedule.decode_tile
-        tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed / tile_tokens)
         copies = tile_copies(heads, tile_tokens) if schedule.merges else 2
+        on_host = host_tokens(schedule.cpu_share, streamed)
+        chain_s = 0.0
+        transfer_s_per_byte = own_s_per_byte
+        if on_host:
+            rates = shared_rates(hardware, layer.query_heads // layer.kv_heads * schedule.decode_tokens)
+            way = host_way(layer, hardware, streamed, schedule, element_bytes, rows, rates.link_bytes_per_s)
+            cpu_s_per_byte = 1 / rates.cpu_bytes_per_s if rates.cpu_bytes_per_s else math.inf
+            chain_s = on_host / seen * kv_bytes * cpu_s_per_byte + way.fixed_s + (1 - on_host / streamed) * way.queue_s
+            transfer_s_per_byte = max(own_s_per_byte, 1 / rates.link_bytes_per_s)
+            on_device = attention_s * on_host / seen
+            total.attention_s -= count * on_device
+            if flop_s > byte_s:
+                total.compute_s -= count * on_device
+            else:
+                total.device_memory_s -= count * on_device
+            attention_s -= on_device
+            streamed -= on_host
+            seen -= on_host
+            kv_bytes *= seen / (seen + on_host)
+        if not streamed:
+            total.exposed_transfer_s += count * max(0.0, chain_s - attention_s)
+            continue
+        tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed / tile_tokens)
         transfer_s = streamed / seen * kv_bytes * transfer_s_per_byte + tiles * rows * copies * hardware.copy_s
         total.transfer_s += count * transfer_s
         # While the last tile is computed, only the first tile of the next layer can be copied.
         tile_share = min(tile_tokens, streamed) / streamed * heads / layer.kv_heads
         last_s = attention_s * streamed / seen * tile_share
         early_s = min(transfer_s * tile_share, linear_s + last_s) if schedule.prefetches_next_layer else 0.0
-        exposed_s = max(0.0, transfer_s - attention_s + last_s - early_s)
+        exposed_s = max(0.0, transfer_s - attention_s + last_s - early_s, chain_s - attention_s)
         total.exposed_transfer_s += count * exposed_s
         tile_launch_s = tiles * _tile_launches(schedule, copies) * hardware.launch_s
         total.launch_s += count * tile_launch_s
         covered_s = attention_s + exposed_s if schedule.merges else 0.0
         total.exposed_launch_s += count * max(0.0, tile_launch_s - covered_s)
     return total.seconds(transfer_name)
+
+
+def host_way(
+    layer: LayerShape,
+    hardware: Hardware,
+    streamed_tokens: int,
+    schedule: Schedule,
+    element_bytes: int,
+    rows: int,
+    link_bytes_per_s: float,
+) -> HostWay:
+    """Return what the host's chain takes for a layer beside the CPU's kernel and the linear layers.
+
+    The queries and the results are one copy each. A result waits for the tile that is being copied, and the merge and
+    the output are a few kernels. Tiles are queued before the kernel begins.
+
+    Args:
+        layer: the layer.
+        hardware: the machine.
+        streamed_tokens: tokens of each row that the layer streams without the CPU.
+        schedule: the tiles of decode.
+        element_bytes: bytes of an element of K and V.
+        rows: rows of the batch.
+        link_bytes_per_s: the rate of the link meanwhile.
+    """
+    heads, tile_tokens = schedule.decode_tile
+    tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed_tokens / tile_tokens) * rows
+    tile_bytes = min(tile_tokens, streamed_tokens) * heads / layer.kv_heads * layer.kv_bytes_per_token(element_bytes)
+    query_rows = rows * layer.query_heads * schedule.decode_tokens
+    query_s = query_rows * layer.key_dim * element_bytes / (hardware.link_back_bytes_per_s * hardware.link_share)
+    result_s = (query_rows * (layer.value_dim + 1) * _RESULT_ITEM_BYTES + tile_bytes) / link_bytes_per_s
+    fixed_s = query_s + result_s + 2 * hardware.copy_s + HOST_LAUNCHES * hardware.launch_s
+    copies = tile_copies(heads, tile_tokens)
+    return HostWay(fixed_s, tiles * (TILE_LAUNCHES + copies) * hardware.launch_s)
+
+
+def fastest_share(
+    shape: ModelShape,
+    hardware: Hardware,
+    past_tokens: int,
+    schedule: Schedule,
+    dtype: str = "bfloat16",
+    weight_bits: int = 16,
+    rows: int = 1,
+) -> float:
+    """Return the share of the CPU with which decode is fastest, for the layer that streams most; see best_share().
+
+    Args:
+        shape: the model.
+        hardware: the machine.
+        past_tokens: tokens of each row before the new ones.
+        schedule: what is copied, and when, without the CPU.
+        dtype: the model's dtype.
+        weight_bits: bits of a stored weight.
+        rows: rows of the batch.
+    """
+    if hardware.is_host or schedule.disk_share:
+        return 0.0
+    element_bytes = 4 if dtype == "float32" else 2
+    streamed_bytes = {}
+    for layer, _, resident in _distinct(shape, schedule):
+        if resident is not None:
+            streamed = max(layer.seen_tokens(past_tokens) - resident, 0)
+            streamed_bytes[layer, streamed] = streamed * layer.kv_bytes_per_token(element_bytes) * rows
+    layer, streamed = max(streamed_bytes, key=lambda one: streamed_bytes[one])
+    if not streamed:
+        return 0.0
+    rates = shared_rates(hardware, layer.query_heads // layer.kv_heads * schedule.decode_tokens)
+    way = host_way(layer, hardware, streamed, schedule, element_bytes, rows, rates.link_bytes_per_s)
+    without = dataclasses.replace(schedule, cpu_share=0.0)
+    seconds = decode_seconds(shape, hardware, past_tokens, without, dtype, weight_bits, rows)
+    linear_s = max(seconds.linear_s / len(shape.layers), LAYER_LAUNCHES * hardware.launch_s)
+    with_linear = HostWay(way.fixed_s + linear_s, way.queue_s)
+    share = best_share(streamed_bytes[layer, streamed], rates, with_linear)
+    if not share:
+        return 0.0
+    # The closed form does not count what the link and the device take beside the bytes of K and V.
+    found = decode_seconds(
+        shape, hardware, past_tokens, dataclasses.replace(schedule, cpu_share=share), dtype, weight_bits, rows
+    )
+    return share if found.total_s < CLEARLY * seconds.total_s else 0.0
 
 
 def _tile_launches(schedule: Schedule, copies: float) -> float:
@@ -377,95 +489,3 @@ def _own_pairs(layer: LayerShape, chunk: float, tokens: int) -> float:
         return chunk * chunk / 2
     window = min(layer.window_tokens, tokens)
     return chunk * (window - window * window / 2 / tokens)
-
-
-def hiding_chunk_tokens(layer: LayerShape, hardware: Hardware, dtype: str) -> int:
-    """Return the smallest chunk whose attention on streamed KV takes at least as long as the transfer of that KV.
-
-    For a chunk of Tq tokens, a token of the past costs flops_per_pair * Tq / F seconds of attention and kv_bytes / W
-    seconds of transfer, where F is the attained FLOP/s and W the attained bytes/s of the link. With G query heads per
-    KV head and e bytes an element, the transfer is hidden for Tq >= F * e / (2 * G * W). This is the ridge of the
-    offloaded roofline in table 12 of arXiv 2502.12574.
-
-    Args:
-        layer: an offloaded layer.
-        hardware: the machine.
-        dtype: the dtype of K and V.
-
-    Returns:
-        The tokens of the chunk.
-    """
-    element_bytes = 4 if dtype == "float32" else 2
-    pair_s = layer.flops_per_pair / hardware.attained_attention_flops_per_s(dtype)
-    return math.ceil(layer.kv_bytes_per_token(element_bytes) / hardware.attained_link_bytes_per_s / pair_s)
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """One layer's attention as a point under the roofline.
-
-    Attributes:
-        phase: "prefill" or "decode".
-        tokens: the context.
-        memory: "device", or "link" for KV in host memory.
-        flops: floating-point operations of a pass.
-        bytes_moved: bytes that a pass moves in device memory or over the link.
-        flops_per_s: the attained rate.
-        bound: what bounds the rate: "compute", "device memory" or "link".
-    """
-
-    phase: str
-    tokens: int
-    memory: str
-    flops: float
-    bytes_moved: float
-    flops_per_s: float
-    bound: str
-
-    @property
-    def intensity(self) -> float:
-        """FLOP per byte."""
-        return self.flops / self.bytes_moved
-
-
-def operating_points(
-    layer: LayerShape,
-    flops_per_s: float,
-    device_bytes_per_s: float,
-    link_bytes_per_s: float,
-    contexts: Sequence[int],
-    element_bytes: int = 2,
-    *,
-    heads: int | None = None,
-) -> list[OperatingPoint]:
-    """Return the operating points of one layer's attention, from device memory and over the link.
-
-    Operations and bytes are counted as in table 12 of arXiv 2502.12574: every query sees every key, without the causal
-    mask; Q, K, V and the output are moved in device memory, and K and V over the link. The attained rate is
-    min(flops_per_s, intensity * bytes_per_s).
-
-    Args:
-        layer: the layer.
-        flops_per_s: the rate of the device.
-        device_bytes_per_s: the rate of device memory.
-        link_bytes_per_s: the rate of the link.
-        contexts: the numbers of tokens.
-        element_bytes: bytes of an element of Q, K, V and the output.
-        heads: count only that many of the KV heads; None for all.
-
-    Returns:
-        For prefill and then decode, and for each context, a point for the device and a point for the link.
-    """
-    part = (heads or layer.kv_heads) / layer.kv_heads
-    points = []
-    for phase in ("prefill", "decode"):
-        for tokens in contexts:
-            queries = tokens if phase == "prefill" else 1
-            flops = layer.flops_per_pair * queries * tokens * part
-            kv = layer.kv_bytes_per_token(element_bytes) * tokens * part
-            io = layer.query_heads * (layer.key_dim + layer.value_dim) * queries * element_bytes * part
-            for memory, moved, rate in (("device", kv + io, device_bytes_per_s), ("link", kv, link_bytes_per_s)):
-                attained = min(flops_per_s, flops / moved * rate)
-                bound = "compute" if attained == flops_per_s else ("device memory" if memory == "device" else "link")
-                points.append(OperatingPoint(phase, tokens, memory, flops, moved, attained, bound))
-    return points
