@@ -1,13 +1,15 @@
 """The CPU suite `attention`: the decode kernel for every target that this CPU can run, against a plain read.
 
 K and V far exceed the caches. The plain read is a loop of vector loads over the same bytes, with the same threads and
-in turns with the kernels. So a share is what a kernel reaches of the memory bandwidth of that minute.
+in turns with the kernels. So a share is what a kernel reaches of the memory bandwidth of that minute. With one thread
+the seconds are those of the processor, so that other programs on the machine disturb them less.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,7 +18,7 @@ from headinfer.attention.native_build import Target, built, target_of, targets_h
 from headinfer.attention.reference import attend_reference
 from headinfer.bench.job import CpuJob
 from headinfer.bench.measurement import Measurement
-from headinfer.bench.timing import Call, Rounds, in_turns
+from headinfer.bench.timing import Call, Rounds, in_turns, timed
 from headinfer.errors import UsageError
 from headinfer.utils.units import format_bytes
 
@@ -65,7 +67,7 @@ def _point(
     attend = functools.partial(native.attend_native, q, [(k, v)], scale=_DIM**-0.5, threads=threads)
     calls = {target.name: Call(functools.partial(attend, target=target)) for target in targets}
     calls[_READ] = Call(functools.partial(native.plain_read, kv, threads=threads, target=reader))
-    rounds = in_turns(calls, job.sizes.attention_rounds)
+    rounds = in_turns(calls, job.sizes.attention_rounds, timed if threads > 1 else _cpu_timed)
     point = f"{rows} query row{'s' if rows > 1 else ''}, {threads} thread{'s' if threads > 1 else ''}"
     rate = kv.nbytes / rounds.median_s(_READ)
     note = f"{format_bytes(kv.nbytes)} of K and V, a loop of vector loads"
@@ -75,6 +77,13 @@ def _point(
         goal = _GOALS.get((rows, target.name), "") if threads == torch.get_num_threads() else ""
         lines.append(_line(point, target, rounds, kv.nbytes, rows).with_goal(goal))
     return lines
+
+
+def _cpu_timed(call: Callable[[], object]) -> float:
+    """Return the seconds for which this thread ran on a processor during a call."""
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
 
 
 def _line(point: str, target: Target, rounds: Rounds, nbytes: int, rows: int) -> Measurement:
