@@ -7,11 +7,18 @@ device. tests/support/clock.py computes the times from the rates of a data sheet
 import dataclasses
 import math
 
+import clock
 import pytest
 from clock import KV_HEADS, LAYERS, TOKEN_BYTES, last_pass
 
 from headinfer.engine import streaming
 from headinfer.kv.transfer import SlotRing
+from headinfer.plan.cpu_share import shared_rates
+from headinfer.plan.hardware import HARDWARE
+from headinfer.plan.models import find_shape
+from headinfer.plan.planner import make_plan
+from headinfer.plan.request import Request
+from headinfer.plan.roofline import LAYER_LAUNCHES
 from headinfer.plan.tiles import TileRates
 
 RTX_4090 = TileRates()
@@ -86,3 +93,67 @@ def test_a_short_last_tile_takes_time(monkeypatch):
 def test_a_short_chunk_does_not_hide_its_copies(monkeypatch):
     found = last_pass(monkeypatch, H100, LONG[0], hidden_chunk(H100) // 3 // 256 * 256, count=2)
     assert found.seconds > 1.1 * found.needed_s
+
+
+# -- the host's CPU attends to a share ---------------------------------------------------------------------------------
+
+# The rates that an H200 measured (tests/plan/h200-hybrid.json), and those of a desktop: a link of 25 GB/s, and DRAM of
+# 70 GB/s that the link and the CPU share.
+WITH_CPU = {
+    "H200": dataclasses.replace(
+        HARDWARE["h200"],
+        link_bytes_per_s=55.4e9,
+        link_share=1.0,
+        launch_s=10e-6,
+        cpu_beside_link_bytes_per_s={"4": 71.7e9},
+        link_beside_cpu_bytes_per_s={"4": 51.0e9},
+    ),
+    "desktop": dataclasses.replace(
+        HARDWARE["rtx4090"], link_bytes_per_s=25e9, link_share=1.0, dram_bytes_per_s=70e9, dram_share=1.0
+    ),
+}
+
+
+def planned_share(machine, past_tokens):
+    budget = {"device_kv_budget_bytes": 256 << 20, "streaming_budget_bytes": 256 << 20}
+    return make_plan(Request(find_shape("llama-3-8b"), machine, past_tokens, 1 << 40, **budget)).with_cpu_share
+
+
+def with_cpu(monkeypatch, machine, past_tokens, share, layers=8):
+    monkeypatch.setattr(clock, "LINEAR_LAUNCHES", LAYER_LAUNCHES)
+    rates = machine.tile_rates("bfloat16")
+    shared = shared_rates(machine, 4)
+    return last_pass(monkeypatch, rates, past_tokens, 1, shared=shared, cpu_share=share, layers=layers)
+
+
+@pytest.mark.parametrize(("name", "most"), [("H200", 0.52), ("desktop", 0.45)])
+def test_a_token_at_1m_with_the_cpu(monkeypatch, name, most):
+    machine = WITH_CPU[name]
+    share = planned_share(machine, LONG[2])
+    found = with_cpu(monkeypatch, machine, LONG[2], share, layers=LAYERS)
+    link_alone_s = LAYERS * LONG[2] * TOKEN_BYTES / machine.link_bytes_per_s  # at its full rate
+    assert found.seconds <= most * link_alone_s
+    on_host = share * LAYERS * LONG[2] * TOKEN_BYTES
+    assert found.attending_s == pytest.approx(on_host / shared_rates(machine, 4).cpu_bytes_per_s, rel=0.01)
+    assert found.fetched_bytes == pytest.approx(LAYERS * LONG[2] * TOKEN_BYTES - on_host, rel=0.01)
+
+
+@pytest.mark.parametrize("name", WITH_CPU)
+def test_the_planned_share_is_the_best_of_a_scan(monkeypatch, name):
+    machine = WITH_CPU[name]
+    share = planned_share(machine, LONG[1])
+    scan = [share + part / 64 for part in (-4, -2, -1, 0, 1, 2, 4)]
+    seconds = [with_cpu(monkeypatch, machine, LONG[1], one).seconds for one in scan]
+    assert seconds[3] <= 1.03 * min(seconds)
+
+
+@pytest.mark.parametrize("name", WITH_CPU)
+@pytest.mark.parametrize("past_tokens", [1024, 4096, 16_384, LONG[0]])
+def test_nothing_is_slower_with_the_planned_share(monkeypatch, name, past_tokens):
+    machine = WITH_CPU[name]
+    share = planned_share(machine, past_tokens)
+    assert (share > 0) == (past_tokens >= 16_384)
+    if share:
+        without = with_cpu(monkeypatch, machine, past_tokens, 0.0)
+        most = 0.6 if past_tokens == LONG[0] else 0.9
+        assert with_cpu(monkeypatch, machine, past_tokens, share).seconds <= most * without.seconds

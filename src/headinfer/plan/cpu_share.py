@@ -8,9 +8,9 @@ same time:
     host     queues the tiles, attends, and what else it waits for: (1 - s) q + s B / c + t0
 
 l is the rate of the link while the CPU attends, and c that of the CPU's kernel while the link copies. t0 is what the
-host's chain takes for each layer beside that: the queries go to the host, the results come back behind a tile that is
-being copied, and the linear layers run, since the queries of the next layer follow the merge. The link copies the first
-tiles of the next layer meanwhile. The layer takes as long as the longer chain:
+host's chain takes for each layer beside that: the queries go to the host, the results come back, and the linear layers
+run, since the queries of the next layer follow the merge. The link copies the first tiles of the next layer meanwhile.
+The layer takes as long as the longer chain:
 
     T(s) = max((1 - s) B / l, (1 - s) q + s B / c + t0)
 
@@ -21,7 +21,7 @@ smallest where they are equal:
     s = (B / l - q - t0) / (B / c + B / l - q)
 
 This is at most 1 because q + t0 >= 0. The share is 0 if s is not positive, or if T(s) is not clearly (5 %) below the
-time without the CPU. It is rounded down to a multiple of 1/64, so that it is a short number.
+time without the CPU. It is rounded down to a multiple of 1/128, so that it is a short number.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
 CLEARLY = 0.95
 """A share above 0 must save 5 %, since the model is not more exact than that."""
 
-_PARTS = 64
+_PARTS = 128
 _LEAST_AT_MORE_ROWS = 1 / 8
 
 
@@ -147,7 +147,7 @@ def best_share(layer_bytes: float, rates: SharedRates, way: HostWay) -> float:
         way: what the host's chain takes beside the kernel.
 
     Returns:
-        A multiple of 1/64.
+        A multiple of 1/128.
     """
     if not layer_bytes or not rates.cpu_bytes_per_s:
         return 0.0

@@ -52,6 +52,7 @@ LAYER_LAUNCHES = 40
 GROUP_LAUNCHES = 10
 # Kernels and copies that are queued for what the host's CPU computes: packing, two copies, merging, output.
 HOST_LAUNCHES = 8
+_TILE_KERNELS = 2  # attention and the merge; events take little time on the host
 _RESULT_ITEM_BYTES = 4
 
 
@@ -375,8 +376,9 @@ def host_way(
 ) -> HostWay:
     """Return what the host's chain takes for a layer beside the CPU's kernel and the linear layers.
 
-    The queries and the results are one copy each. A result waits for the tile that is being copied, and the merge and
-    the output are a few kernels. Tiles are queued before the kernel begins.
+    The queries and the results are one copy each, and the merge and the output are a few kernels. Tiles are queued
+    before the kernel begins. A result may wait for a tile that is being copied. But if the link is behind, the merge
+    waits for that tile in any case, and if the link is ahead, all slots are full and nothing is being copied.
 
     Args:
         layer: the layer.
@@ -389,13 +391,11 @@ def host_way(
     """
     heads, tile_tokens = schedule.decode_tile
     tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed_tokens / tile_tokens) * rows
-    tile_bytes = min(tile_tokens, streamed_tokens) * heads / layer.kv_heads * layer.kv_bytes_per_token(element_bytes)
     query_rows = rows * layer.query_heads * schedule.decode_tokens
     query_s = query_rows * layer.key_dim * element_bytes / (hardware.link_back_bytes_per_s * hardware.link_share)
-    result_s = (query_rows * (layer.value_dim + 1) * _RESULT_ITEM_BYTES + tile_bytes) / link_bytes_per_s
+    result_s = query_rows * (layer.value_dim + 1) * _RESULT_ITEM_BYTES / link_bytes_per_s
     fixed_s = query_s + result_s + 2 * hardware.copy_s + HOST_LAUNCHES * hardware.launch_s
-    copies = tile_copies(heads, tile_tokens)
-    return HostWay(fixed_s, tiles * (TILE_LAUNCHES + copies) * hardware.launch_s)
+    return HostWay(fixed_s, tiles * (_TILE_KERNELS + tile_copies(heads, tile_tokens)) * hardware.launch_s)
 
 
 def fastest_share(
