@@ -85,11 +85,15 @@ def test_the_same_seed_gives_the_same_text_with_any_chunks_and_tiles(book, capsy
     small = ("--transport", "lazy", "--device-kv-budget", "700KB", "--heads-per-group", 1, "--tile-tokens", 300)
     plain = result_of(*options)
     again = result_of(*options)
-    cut = result_of(*options, *small, "--chunk-tokens", 200)
+    cut = result_of(*options, *small, "--chunk-tokens", 200, "--cpu-share", 1)
     assert plain["token_ids"] == again["token_ids"] == cut["token_ids"]
     assert len(set(plain["token_ids"])) > 3
     assert cut["stats"]["heads_per_group"] == 1
     assert cut["stats"]["link_to_device_bytes"] > 0
+    assert cut["options"]["cpu_share"] == cut["stats"]["cpu_share"] == 1
+    assert cut["stats"]["cpu_attended_bytes"] > 0
+    assert cut["cpu_attended_bytes_per_s"] > 0
+    assert plain["cpu_attended_bytes_per_s"] is None
     assert cut["stats"]["device_kv_peak_bytes"] <= 700_000
     assert result_of(*options[:-1], 6)["token_ids"] != plain["token_ids"]
 
@@ -157,6 +161,7 @@ MISTAKES = {
     "zero chunk": (["--prompt", "x", "--chunk-tokens", "0"], "must be a positive number"),
     "negative heads": (["--prompt", "x", "--heads-per-group", "-1"], "must be a positive number"),
     "too many heads": (["--prompt", "x", "--heads-per-group", "3"], "1 to 2"),
+    "no share": (["--prompt", "x", "--cpu-share", "half"], "--cpu-share is half: it must be auto or a number from 0"),
     "negative tile": (["--prompt", "x", "--tile-tokens", "-5"], "must be a positive number"),
     "unknown dtype": (["--prompt", "x", "--dtype", "int4"], "--dtype is int4: it must be one of auto"),
     "unknown device": (["--prompt", "x", "--device", "abacus"], "choose cpu"),

@@ -54,7 +54,8 @@ def test_the_tables_fit_a_terminal_and_show_the_main_figures():
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     for words in ("128.00", "weights", "longest context", "prefill of the whole context", "decode, a token",
-                  "roofline", "bound by link", "tokens resident", "no: GPU", "It streams from host RAM"):  # fmt: skip
+                  "roofline", "bound by link", "decode with the CPU, a token (a model of DRAM)",
+                  "tokens resident", "no: GPU", "It streams from host RAM"):  # fmt: skip
         assert words in done.stdout
     assert "1,048,576 tokens exceed the 8,192 that this model was made for" in done.stderr
     assert "stay on the device" in done.stdout
@@ -74,6 +75,10 @@ def test_json_is_one_object_with_all_tables():
     assert found["plan"]["footprint"]["resident_bytes"] == resident_bytes
     assert found["plan"]["streaming_budget_bytes"] + resident_bytes == found["plan"]["device_kv_budget_bytes"]
     assert found["warnings"]
+    assert found["plan"]["cpu_share"] == 0
+    at_1m = found["with_cpu"][found["contexts"].index(2**20)]
+    assert 0.5 < at_1m["with_cpu"]["cpu_share"] < 1
+    assert at_1m["with_cpu"]["decode_s_per_token"] < 0.5 * at_1m["link_only_decode_s_per_token"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,10 @@ def test_json_is_one_object_with_all_tables():
         (("llama-3-8b", "--gpu", "t4", "--dtype", "bfloat16"), "T4 has no figure for bfloat16"),
         (("llama-3-8b", "--gpu", "nowhere.json"), "nowhere.json is not a description of hardware"),
         (("llama-3-8b",), "name a device with --gpu"),
+        (
+            ("llama-3-8b", "--gpu", "l4", "--cpu-share", "1.5"),
+            "--cpu-share is 1.5: it must be auto or a number from 0 to 1",
+        ),
         ((), "name a model"),
         (("--paper",), "python benchmarks/paper/compare.py prints the comparison with the paper"),
     ],

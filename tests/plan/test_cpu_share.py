@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headinfer.engine.options import Options
+from headinfer.engine.options import Options, known_fields
 from headinfer.engine.run_plan import RunRequest, engine_options, plan_run
 from headinfer.errors import UsageError
 from headinfer.kv import exchange
@@ -182,6 +182,8 @@ def test_a_run_gets_the_share_unless_the_user_sets_one(monkeypatch, tmp_path):
         return chosen.cpu_share, chosen.cpu_rows
 
     assert planned() == (73 / 128, 4)
+    kept = json.loads(json.dumps(Options(cpu_share=73 / 128, cpu_rows=4).arithmetic()))  # as a session keeps it
+    assert Options(**known_fields(kept)) == Options(cpu_share=73 / 128, cpu_rows=4)
     assert planned(cpu_share=0.0) == (0.0, None)
     assert planned(cpu_share=0.3) == (0.3, None)
     assert planned(run={"ranks_on_host": 2}) == (None, None)

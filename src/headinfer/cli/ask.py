@@ -10,6 +10,7 @@ import typer
 
 from headinfer.cli.console import discard, say, stderr, warning, write
 from headinfer.cli.options import (
+    CPU_SHARE_HELP,
     DEVICE_KV_BUDGET_HELP,
     MEMORY_PANEL,
     Device,
@@ -20,6 +21,7 @@ from headinfer.cli.options import (
     SessionOption,
     SessionsFolder,
     Temperature,
+    cpu_share,
     kv_options,
     seed,
     size,
@@ -49,6 +51,10 @@ def ask(
     ] = None,
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
+    cpu_share: Annotated[
+        float | None,
+        cpu_share(CPU_SHARE_HELP, show_default="auto: the session's", rich_help_panel=MEMORY_PANEL),
+    ] = None,
     device: Device = "auto",
     seed: Annotated[int, seed("Seed of sampling.")] = 0,
     temperature: Temperature = 0.0,
@@ -63,10 +69,14 @@ def ask(
     from headinfer.jobs import ask as asking
     from headinfer.plan.model_shape import ModelShape
 
-    given = kv_options(device_kv_budget, host_kv_budget, disk_tier)
+    given = kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share)
     Options(**given)  # raises UsageError before anything is loaded
     if device_kv_budget is None:
         del given["device_kv_budget_bytes"]  # the session's own budget applies
+    if cpu_share is None:
+        del given["cpu_share"]
+    else:
+        given["cpu_rows"] = None  # the session's share was planned for them, this one was not
     job = asking.AskJob(
         name=session,
         root=sessions or default_root(),
@@ -107,6 +117,8 @@ def ask(
         print(flush=True)
         header = ("question", "first token", "tokens/s", "KV on the device, peak")
         stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
+        if summaries[-1].cpu_text:
+            say(f"attended by the CPU: {summaries[-1].cpu_text}")
         if summaries[-1].kernel_failure:
             say(f"slower attention on the CPU: {summaries[-1].kernel_failure}")
     if summaries[-1].interrupted:

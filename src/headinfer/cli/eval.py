@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headinfer.cli.console import say, show
-from headinfer.cli.options import Command, Device, DeviceKVBudget, Dtype, Json, Model, Raw, number, seed, tokens
+from headinfer.cli.options import (
+    Command,
+    CpuShare,
+    Device,
+    DeviceKVBudget,
+    Dtype,
+    Json,
+    Model,
+    Raw,
+    number,
+    seed,
+    tokens,
+)
 from headinfer.errors import UsageError
 from headinfer.utils.units import format_tokens, parse_tokens
 
@@ -69,6 +81,7 @@ def niah(
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_kv_budget: DeviceKVBudget = None,
+    cpu_share: CpuShare = None,
     as_json: Json = False,
 ) -> None:
     """Hide facts (needles) at several depths of texts of several lengths, ask for them, and draw a heatmap."""
@@ -80,7 +93,7 @@ def niah(
     about: dict[str, Any] = {"evaluation": "niah", "depths": chosen, "text": str(text or "shipped")}
     if not lead:
         about["lead"] = False
-    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget)
+    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share)
     evaluation.check_memory(max(wanted))
     hay = _text(text)
     niah_document(min(wanted), chosen, 0, hay, evaluation.count, seed, gives_lead=lead)  # raises if it is too short
@@ -108,6 +121,7 @@ def ruler(
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_kv_budget: DeviceKVBudget = None,
+    cpu_share: CpuShare = None,
     as_json: Json = False,
 ) -> None:
     """Run RULER's tasks that need no external data: needles, variable tracking, common and frequent words."""
@@ -119,7 +133,7 @@ def ruler(
     if unknown:
         raise UsageError(f"RULER has no task {unknown[0]!r} here: choose among {', '.join(RULER_TASKS)}")
     about = {"evaluation": "ruler", "text": str(text or "shipped")}
-    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget)
+    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share)
     evaluation.check_memory(max(wanted))
     hay = _text(text)
     for name in names:
@@ -154,6 +168,7 @@ def data(
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_kv_budget: DeviceKVBudget = None,
+    cpu_share: CpuShare = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate with a local file of LongBench v2 or SCBench, with the published templates and metric."""
@@ -161,7 +176,7 @@ def data(
 
     documents = data_documents(task, data)
     evaluation = _Evaluation(
-        model, out, {"evaluation": task, "data": str(data)}, 0, raw, dtype, device, device_kv_budget
+        model, out, {"evaluation": task, "data": str(data)}, 0, raw, dtype, device, device_kv_budget, cpu_share
     )
     evaluation.check_memory(1)  # raises before the texts are tokenized
     sizes = [evaluation.count(document.text) + _answer_tokens(document) for document in documents]
@@ -191,6 +206,7 @@ class _Evaluation:
         dtype: a value of --dtype.
         device: a value of --device.
         device_kv_budget: bytes; planned if None.
+        cpu_share: the share of the host's CPU in decode; planned if None.
 
     Raises:
         UsageError: the folder holds other results, or an argument is wrong.
@@ -206,6 +222,7 @@ class _Evaluation:
         dtype: str,
         device: str,
         device_kv_budget: int | None,
+        cpu_share: float | None,
     ) -> None:
         from headinfer.engine.machine import chosen_device
         from headinfer.evals.run import Results
@@ -214,7 +231,7 @@ class _Evaluation:
         from headinfer.jobs.prompts import chat_texts
         from headinfer.plan.model_shape import ModelShape
 
-        self._device_kv_budget_bytes = device_kv_budget
+        self._options: dict[str, Any] = {"device_kv_budget_bytes": device_kv_budget, "cpu_share": cpu_share}
         self._seed = seed
         self._is_raw = is_raw
         self._device = str(chosen_device(device))
@@ -234,7 +251,7 @@ class _Evaluation:
         from headinfer.engine.options import Options
         from headinfer.engine.run_plan import RunRequest, plan_run
 
-        options = Options(device_kv_budget_bytes=self._device_kv_budget_bytes)
+        options = Options(**self._options)
         plan_run(RunRequest(self._shape, torch.device(self._device), self._dtype, tokens, options))
 
     def count(self, text: str) -> int:
@@ -265,7 +282,7 @@ class _Evaluation:
                 model,
                 self._tokenizer,
                 is_raw=self._is_raw,
-                options={"device_kv_budget_bytes": self._device_kv_budget_bytes},
+                options=self._options,
                 on_tokens=progress.on_tokens,
             )
             evaluate(

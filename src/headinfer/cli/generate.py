@@ -14,6 +14,7 @@ from headinfer.cli.options import (
     MEMORY_PANEL,
     SAMPLING_PANEL,
     ChunkTokens,
+    CpuShare,
     Device,
     DeviceKVBudget,
     DiskTier,
@@ -52,6 +53,7 @@ def generate(
     device_kv_budget: DeviceKVBudget = None,
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
+    cpu_share: CpuShare = None,
     heads_per_group: Annotated[
         int | None,
         number(
@@ -130,7 +132,7 @@ def generate(
         if prompt == "" and file is None:
             raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
         options = Options(
-            **kv_options(device_kv_budget, host_kv_budget, disk_tier),
+            **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share),
             heads_per_group=heads_per_group,
             tile_tokens=tile_tokens,
             backend=backend,

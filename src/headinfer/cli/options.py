@@ -18,14 +18,16 @@ from typer.core import TyperCommand
 from headinfer.errors import CapacityError, UsageError
 from headinfer.plan.memory import address_space_limit
 from headinfer.utils.units import format_bytes
-from headinfer.utils.values import byte_count, check_text, real_number, token_count, whole_number
+from headinfer.utils.values import byte_count, check_text, real_number, shown, token_count, whole_number
 
 __all__ = [
+    "CPU_SHARE_HELP",
     "DEVICE_KV_BUDGET_HELP",
     "MEMORY_PANEL",
     "SAMPLING_PANEL",
     "ChunkTokens",
     "Command",
+    "CpuShare",
     "Device",
     "DeviceKVBudget",
     "DiskTier",
@@ -40,6 +42,7 @@ __all__ = [
     "SessionOption",
     "SessionsFolder",
     "Temperature",
+    "cpu_share",
     "kv_options",
     "number",
     "real",
@@ -54,6 +57,7 @@ _LIBRARIES_BYTES = 2 * 2**30  # of address space; measured: 1.6 GiB for torch wi
 # The options that become fields of headinfer.Options or of a job, whose errors have Python's names.
 _CACHE_OPTIONS = (
     "backend",
+    "cpu_share",
     "device_kv_budget",
     "disk_tier",
     "dtype",
@@ -166,6 +170,21 @@ def size(name: str, help: str, **more: Any) -> Any:
     return typer.Option(name, help=help, metavar="SIZE", **_converted(byte_count, name), **more)
 
 
+def cpu_share(help: str, **more: Any) -> Any:
+    """Return the typer option --cpu-share. auto becomes None."""
+    return typer.Option("--cpu-share", help=help, metavar="SHARE", **_converted(_share, "--cpu-share"), **more)
+
+
+def _share(value: Any, name: str) -> float | None:
+    """Return a share, or None for auto."""
+    if value == "auto":
+        return None
+    try:
+        return real_number(value, name, low=0.0, high=1.0)
+    except UsageError as error:
+        raise UsageError(f"{name} is {shown(value)}: it must be auto or a number from 0 to 1") from error
+
+
 def seed(help: str) -> Any:
     """Return the typer option --seed."""
     return number("--seed", help, low=0, high=2**63 - 1)
@@ -226,6 +245,12 @@ DiskTier = Annotated[
     typer.Option(help="Folder on a fast disk for KV beyond --host-kv-budget.", rich_help_panel=MEMORY_PANEL),
 ]
 
+CPU_SHARE_HELP = "In decode, the share of the KV in host RAM that the CPU attends to while the link brings the rest."
+CpuShare = Annotated[
+    float | None,
+    cpu_share(CPU_SHARE_HELP, show_default="auto: what headinfer probe has measured", rich_help_panel=MEMORY_PANEL),
+]
+
 # The bounds keep logits in the range of float32.
 Temperature = Annotated[
     float,
@@ -251,9 +276,15 @@ SessionsFolder = Annotated[
 ]
 
 
-def kv_options(device_kv_budget: int | None, host_kv_budget: int | None, disk_tier: Path | None) -> dict[str, Any]:
-    """Return the fields of Options that set where KV is stored, from the options of a command."""
+def kv_options(
+    device_kv_budget: int | None,
+    host_kv_budget: int | None,
+    disk_tier: Path | None,
+    cpu_share: float | None = None,
+) -> dict[str, Any]:
+    """Return the fields of Options that set where KV is stored and who attends to it, from the options of a command."""
     return {
+        "cpu_share": cpu_share,
         "device_kv_budget_bytes": device_kv_budget,
         "host_kv_budget_bytes": host_kv_budget,
         "disk_tier": disk_tier,

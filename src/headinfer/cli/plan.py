@@ -17,9 +17,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from headinfer.cli.console import say, show, warning
-from headinfer.cli.options import Json, number, size, tokens
+from headinfer.cli.options import CPU_SHARE_HELP, Json, cpu_share, number, size, tokens
 from headinfer.errors import UsageError
-from headinfer.plan.compare import OURS, longest_by_method, memory_by_method, seconds_by_method
+from headinfer.plan.compare import OURS, longest_by_method, memory_by_method, plans_at, seconds_by_method
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
 from headinfer.plan.memory import available_host_bytes
@@ -74,6 +74,9 @@ def plan(
     weight_bits: Annotated[
         int | None, number("--weight-bits", "Bits of a quantized weight, such as 4.", high=64)
     ] = None,
+    cpu_share: Annotated[
+        float | None, cpu_share(CPU_SHARE_HELP, show_default="auto: above 0 if headinfer probe has measured the rates")
+    ] = None,
     as_json: Json = False,
     plot: Annotated[
         Path | None, typer.Option(help="Plot memory, seconds and the roofline into this .png, .svg or .pdf file.")
@@ -109,6 +112,7 @@ def plan(
         tile_tokens=tile_tokens,
         device_kv_budget_bytes=device_kv_budget,
         keeps_resident=resident,
+        cpu_share=cpu_share,
     )
     made = make_plan(request)
     warnings = _warnings(request)
@@ -187,7 +191,8 @@ def _tables(model: str, made: Plan) -> list[Table]:
     hardware = made.request.hardware
     memory = memory_by_method(made)
     longest = longest_by_method(made)
-    seconds = seconds_by_method(made, CONTEXTS)
+    ours = plans_at(made, CONTEXTS)
+    seconds = seconds_by_method(made, CONTEXTS, ours)
     methods = ("", *(name.removesuffix(" offload").removesuffix(" prefill") for name in memory))
     ram = "" if hardware.is_host else f", {format_bytes(made.request.host_bytes)} of RAM"
     machine = f"{hardware.name}, {format_bytes(made.request.room_bytes)}{ram}"
@@ -211,7 +216,20 @@ def _tables(model: str, made: Plan) -> list[Table]:
         cells = zip(*(_cells(row, phase) for row in seconds.values()), strict=True)
         rows = [(format_tokens(tokens), *row) for tokens, row in zip(CONTEXTS, cells, strict=True)]
         tables.append(_table(title, methods, rows))
-    return [*tables, _roofline(made), _choices(made)]
+    return [*tables, *_with_cpu(ours), _roofline(made), _choices(made)]
+
+
+def _with_cpu(ours: Sequence[Plan | None]) -> list[Table]:
+    """Return a table of decode with and without the host's CPU, if it pays at any context."""
+    header = ("", "link only", "with the CPU", "share of the CPU")
+    rows = []
+    for one in ours:
+        if one is not None and one.with_cpu_share:
+            share = one.with_cpu_share
+            seconds = [one.decode_cost_with(each).total_s for each in (0.0, share)]
+            rows.append((format_tokens(one.request.context_tokens), *map(format_seconds, seconds), f"{share:.0%}"))
+    source = "measured" if any(one is not None and one.cpu_rates_are_measured for one in ours) else "a model of DRAM"
+    return [_table(f"decode with the CPU, a token ({source})", header, rows)] if rows else []
 
 
 def _roofline(made: Plan) -> Table:
@@ -254,6 +272,8 @@ def _choices(made: Plan) -> Table:
         ("prefill", f"{format_seconds(made.prefill_cost.total_s)}, bound by {made.prefill_cost.bound}"),
         ("decode, a token", f"{format_seconds(made.decode_cost.total_s)}, bound by {made.decode_cost.bound}"),
     ]
+    if made.cpu_share:
+        rows.append(("share of the host's CPU in decode", f"{made.cpu_share:.1%}"))
     return _table("plan", ("", ""), rows)
 
 
@@ -273,7 +293,8 @@ def _cells(row: Sequence[tuple[Seconds, Seconds] | None], phase: int) -> list[st
 
 def _as_dict(model: str, made: Plan, warnings: list[str]) -> dict[str, Any]:
     """Return the JSON object of the command."""
-    seconds = seconds_by_method(made, CONTEXTS)
+    ours = plans_at(made, CONTEXTS)
+    seconds = seconds_by_method(made, CONTEXTS, ours)
     return {
         "model": model,
         "plan": made.as_dict(),
@@ -285,6 +306,7 @@ def _as_dict(model: str, made: Plan, warnings: list[str]) -> dict[str, Any]:
         "contexts": list(CONTEXTS),
         "prefill_s": {name: [cell and cell[0].total_s for cell in row] for name, row in seconds.items()},
         "decode_s_per_token": {name: [cell and cell[1].total_s for cell in row] for name, row in seconds.items()},
+        "with_cpu": [one and {"tokens": one.request.context_tokens, **one.cpu_as_dict()} for one in ours],
         "roofline": [dataclasses.asdict(point) | {"intensity": point.intensity} for point in _points(made)],
         "warnings": warnings,
     }

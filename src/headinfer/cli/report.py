@@ -318,6 +318,7 @@ def summary_table(summary: Summary) -> Table:
             (f"KV on the host{each}", format_bytes(stats.host_kv_bytes)),
             (f"over the link to the device{each}", format_bytes(stats.link_to_device_bytes)),
             (f"over the link to the host{each}", format_bytes(stats.link_to_host_bytes)),
+            *([(f"attended by the CPU{each}", summary.cpu_text)] if summary.cpu_text else []),
             ("tokens of a chunk", f"{summary.plan['chunk_tokens']:,}"),
             ("heads per group", f"{stats.heads_per_group} ({stats.tile_reason})"),
         ]

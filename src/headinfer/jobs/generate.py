@@ -28,6 +28,7 @@ from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.prompts import prompt_ids
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
+from headinfer.utils.units import format_bytes
 from headinfer.utils.values import choice
 
 __all__ = [
@@ -162,9 +163,30 @@ class Summary:
             return None
         return (self.tokens_out - 1) / (self.total_s - self.first_token_s)
 
+    @property
+    def cpu_attended_bytes_per_s(self) -> float | None:
+        """Bytes of KV that the host's CPU attended to per second of decode; None if there are none."""
+        if self.stats is None or not self.stats.cpu_attended_bytes or self.first_token_s is None:
+            return None
+        decode_s = self.total_s - self.first_token_s
+        return self.stats.cpu_attended_bytes / decode_s if decode_s > 0 else None
+
+    @property
+    def cpu_text(self) -> str:
+        """What the host's CPU attended to in decode, for people; empty if nothing."""
+        rate = self.cpu_attended_bytes_per_s
+        if self.stats is None or rate is None:
+            return ""
+        share = f"{self.stats.cpu_share:.1%} of what would stream"
+        return f"{format_bytes(self.stats.cpu_attended_bytes)}, {share}, {rate / 1e9:.3g} GB/s of decode"
+
     def as_dict(self) -> dict[str, Any]:
         """Return all fields, for JSON."""
-        return {**dataclasses.asdict(self), "decode_tokens_per_s": self.decode_tokens_per_s}
+        rates = {
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "cpu_attended_bytes_per_s": self.cpu_attended_bytes_per_s,
+        }
+        return {**dataclasses.asdict(self), **rates}
 
 
 def chosen_dtype(name: str, source: ModelSource, device: str) -> torch.dtype:

@@ -154,12 +154,26 @@ def longest_by_method(plan: Plan) -> dict[str, int]:
     return {**found, OURS: longest_context(plan.request)}
 
 
-def seconds_by_method(plan: Plan, contexts: Sequence[int]) -> dict[str, list[tuple[Seconds, Seconds] | None]]:
+def plans_at(plan: Plan, contexts: Sequence[int]) -> list[Plan | None]:
+    """Plan the job anew for each context. None stands for a context that does not fit."""
+    found: list[Plan | None] = []
+    for tokens in contexts:
+        try:
+            found.append(make_plan(dataclasses.replace(plan.request, context_tokens=tokens)))
+        except CapacityError:
+            found.append(None)
+    return found
+
+
+def seconds_by_method(
+    plan: Plan, contexts: Sequence[int], ours: Sequence[Plan | None] | None = None
+) -> dict[str, list[tuple[Seconds, Seconds] | None]]:
     """Predict the seconds of each method.
 
     Args:
         plan: the plan, for its machine and its chunk; headinfer is planned anew for each context.
         contexts: the numbers of tokens.
+        ours: what plans_at() returns for them, if it is at hand.
 
     Returns:
         For each method and each context the seconds of prefill and of one decoded token, None if it does not fit.
@@ -167,11 +181,6 @@ def seconds_by_method(plan: Plan, contexts: Sequence[int]) -> dict[str, list[tup
     table: dict[str, list[tuple[Seconds, Seconds] | None]] = {}
     for one in _baselines(plan.request, plan.chunk_tokens):
         table[one.method] = [(one.prefill(n), one.decode(n)) if one.fits(n) else None for n in contexts]
-    table[OURS] = []
-    for tokens in contexts:
-        try:
-            ours = make_plan(dataclasses.replace(plan.request, context_tokens=tokens))
-            table[OURS].append((ours.prefill_cost, ours.decode_cost))
-        except CapacityError:
-            table[OURS].append(None)
+    planned = plans_at(plan, contexts) if ours is None else ours
+    table[OURS] = [None if one is None else (one.prefill_cost, one.decode_cost) for one in planned]
     return table

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from headinfer.plan.cpu_share import shared_rates
 from headinfer.plan.fit import (
     chunks,
     fitting_footprint,
@@ -173,8 +172,7 @@ class Plan:
             return []
         with_s = format_seconds(self.decode_cost_with(share).total_s)
         without_s = format_seconds(self.decode_cost_with(0.0).total_s)
-        rates = shared_rates(self.request.hardware, self.query_rows)
-        source = "" if rates.is_measured else ", by a model of DRAM"
+        source = "" if self.cpu_rates_are_measured else ", by a model of DRAM"
         if self.cpu_share:
             return [
                 f"The host's CPU attends to {share:.0%} of what would stream, while the link brings the rest: "
@@ -184,6 +182,11 @@ class Plan:
             f"If the host's CPU attended to {share:.0%} of what streams, a new token would take {with_s} in place of "
             f"{without_s}{source}: headinfer probe measures it, and runs use it then."
         ]
+
+    @property
+    def cpu_rates_are_measured(self) -> bool:
+        """Whether a probe has measured the rates of with_cpu_share. Otherwise they are those of a model of DRAM."""
+        return bool(self.request.hardware.cpu_beside_link_bytes_per_s)
 
     @property
     def query_rows(self) -> int:
@@ -217,14 +220,20 @@ class Plan:
             "prefill_cost": dataclasses.asdict(self.prefill_cost) | {"bound": self.prefill_cost.bound},
             "decode_s_per_token": self.decode_cost.total_s,
             "decode_cost": dataclasses.asdict(self.decode_cost) | {"bound": self.decode_cost.bound},
+            **self.cpu_as_dict(),
+            "why": self.explain(),
+        }
+
+    def cpu_as_dict(self) -> dict[str, Any]:
+        """Return the share of the host's CPU, and decode with and without it, for JSON."""
+        return {
             "cpu_share": self.cpu_share,
             "link_only_decode_s_per_token": self.decode_cost_with(0.0).total_s,
             "with_cpu": {
                 "cpu_share": self.with_cpu_share,
                 "decode_s_per_token": self.decode_cost_with(self.with_cpu_share).total_s,
-                "is_measured": shared_rates(self.request.hardware, self.query_rows).is_measured,
+                "is_measured": self.cpu_rates_are_measured,
             },
-            "why": self.explain(),
         }
 
 
