@@ -85,7 +85,7 @@ class Bench:
         write = WriteInPlace()
         self.ring = None
         residency = None
-        streams = open_streams(transport, CPU)
+        self.streams = streams = open_streams(transport, CPU)
         if streams is not None:
             write = StagingWriter(64 * shape.token_bytes, CPU, self.counter, streams)
             head_token_bytes = shape.token_bytes // shape.kv_heads

@@ -45,3 +45,43 @@ def attend_all(device, dtype, lengths, options, dims=(128, 128), rows=1, layers=
         layer_kvs[layer].append(k, v)
         errors.append(float((out.cpu().double() - wanted).norm() / wanted.norm()))
     return errors, engine, layer_kvs
+
+
+def step(engine, layer_kvs, tokens=1, seed=1):
+    """Run one more forward pass with random input.
+
+    Returns the output of each layer, and the sums of what the counters of all devices have counted in the pass.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    before = _counted(engine)
+    outputs = []
+    for layer_kv in layer_kvs:
+        shape = (layer_kv.rows, layer_kv.heads, tokens)
+        q = torch.randn(shape[0], 8, tokens, layer_kv.key_dim, generator=rng)
+        k = torch.randn(*shape, layer_kv.key_dim, generator=rng)
+        v = torch.randn(*shape, layer_kv.value_dim, generator=rng)
+        q, k, v = (x.to(layer_kv.device, layer_kv.dtype) for x in (q, k, v))
+        if layer_kv is layer_kvs[0]:
+            engine.begin(layer_kv, 8, tokens)
+        outputs.append(engine.attend(q, k, v, layer_kv, AttentionSpec(0.1)))
+        layer_kv.append(k, v)
+    now = _counted(engine)
+    return outputs, {name: now[name] - before[name] for name in now}
+
+
+def _counted(engine):
+    names = ("host_to_device_bytes", "device_to_host_bytes", "cpu_attended_bytes", "disk_to_host_bytes")
+    return {name: sum(getattr(counter, name) for counter in engine.counters) for name in names}
+
+
+def host_tokens_of(layer_kv, share, unit):
+    """The tokens that the host should attend to with a share of the past, and those that should be streamed."""
+    on_host = 0
+    streamed = 0
+    for shared in layer_kv.shared_prefixes():
+        slices = [(max(part.start, part.segment.resident_tokens), part.stop) for part in shared.slices]
+        total = sum(max(stop - start, 0) for start, stop in slices)
+        own = total if share == 1 else int(share * total) // unit * unit
+        on_host += own
+        streamed += total - own
+    return on_host, streamed

@@ -159,7 +159,8 @@ def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[Segm
     """Divide slices between the host and the ring.
 
     The host gets the first tokens that are in host memory, in units of CPU_UNIT_TOKENS. With a share of 1 it gets all
-    that are. The first tokens are the oldest, so their write-back has been done for long.
+    that are. The first tokens are the oldest, so their write-back has been done for long. What is being moved to a disk
+    counts as moved, so that the division does not depend on the speed of the disk.
 
     Returns:
         The slices of the host, and the others.
@@ -171,7 +172,7 @@ def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[Segm
     on_host: list[SegmentSlice] = []
     streamed: list[SegmentSlice] = []
     for part in slices:
-        stop = part.start + min(left, part.tokens if part.segment.location is None else 0)
+        stop = part.start + min(left, 0 if part.segment.is_leaving else part.tokens)
         left -= stop - part.start
         if part.start < stop:
             on_host.append(SegmentSlice(part.segment, part.start, stop))

@@ -112,6 +112,7 @@ class DiskTier:
                 nbytes = len(data[0])
                 start = self.file.allocate(nbytes)
                 job = self._writer.submit(self._write, data, start, self._written_back())
+                segment.is_leaving = True
                 self._moves.append(_Move(segment, start, nbytes, job))
                 return True
         return False

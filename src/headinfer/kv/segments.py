@@ -32,6 +32,7 @@ class Segment:
         tokens: the number of tokens that it can hold.
         sealed: whether it is never written again, for example because two rows share it.
         location: where it is stored on a disk; None while it is in host memory.
+        is_leaving: whether it will be moved to a disk or has been. When the move ends depends on the speed of the disk.
         is_pageable: whether it should be pinned and is not. Devices copy from pinned memory only.
         resident_buffer: the device memory that holds its first resident_tokens too.
         resident_row: the row of the buffer.
@@ -41,6 +42,7 @@ class Segment:
     """
 
     location: DiskLocation | None = None
+    is_leaving = False
     is_pageable = False
     resident_buffer: DeviceBuffer | None = None
     resident_row = 0
