@@ -10,7 +10,7 @@ import torch
 from families import VOCAB, tiny_model
 
 import headinfer
-from headinfer.bench import plan_check, probe
+from headinfer.bench import plan_check, probe, probe_cpu
 from headinfer.cli import main as cli
 from headinfer.engine import machine, run_plan
 from headinfer.engine.options import Options
@@ -48,6 +48,8 @@ def small_probe(monkeypatch):
     sizes = {"_ROUNDS": 1, "_BUFFER_BYTES": 1 << 20, "_DISK_BYTES": 1 << 22, "_HIDDEN": 64, "_WIDTH": 96}
     for name, value in {**sizes, "_CHUNK_TOKENS": 32, "_PAST_TOKENS": 64, "_DIM": 16}.items():
         monkeypatch.setattr(probe, name, value)
+    for name, value in {"_ROUNDS": 1, "_TOKENS": 64, "_DIM": 16}.items():
+        monkeypatch.setattr(probe_cpu, name, value)
 
 
 def text(tokens=600):
@@ -67,6 +69,9 @@ def test_a_probe_is_saved_and_used(small_probe, capsys):
         assert min(rates.values()) > 0
     assert found.attained_kv_bytes_per_s == found.kv_bytes_per_s > 0
     assert found.attained_attention_flops_per_s("float32") == found.attention_flops_per_s["float32"]
+    assert {"1", str(torch.get_num_threads())} <= found.cpu_kv_bytes_per_s["4"].keys()
+    assert found.cpu_kv_bytes_per_s["16"].keys() == found.cpu_kv_bytes_per_s["4"].keys()
+    assert not found.cpu_beside_link_bytes_per_s  # a CPU has no link
     cli.app(["plan", "llama-3-8b", "--context", "1K", "--ram", "64GiB"], standalone_mode=False)
     assert "this CPU" in capsys.readouterr().out
     other = dataclasses.replace(found, name="another machine's")

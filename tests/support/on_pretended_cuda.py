@@ -3,6 +3,7 @@
 test_pretend_cuda.py runs them in a separate process.
 """
 
+import dataclasses
 import sys
 import warnings
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from engine_runs import attend_all
 
+from headinfer.bench import probe_cpu
 from headinfer.cli import main as cli
+from headinfer.cli.report import hardware_table
 from headinfer.engine.options import Options
 from headinfer.kv.streams import CudaStreams
+from headinfer.plan.hardware import HARDWARE
 
 CUDA = torch.device("cuda", 0)
 OPTIONS = Options(device_kv_budget_bytes=4 << 20, streaming_budget_bytes=4 << 20, tile_tokens=160)
@@ -121,3 +125,19 @@ def test_commands_use_the_gpu_by_default(monkeypatch, tmp_path, capsys):
         found.append(capsys.readouterr().out)
     assert "a simulated GPU" in found[0]
     assert all("31313" in found[at] for at in (1, 3))
+
+
+def test_a_probe_measures_the_cpu_alone_and_beside_the_link(monkeypatch):
+    sizes = {"_ROUNDS": 2, "_TOKENS": 64, "_DIM": 16, "_COPY_BYTES": 1 << 16}
+    for name, value in sizes.items():
+        monkeypatch.setattr(probe_cpu, name, value)
+    stages = []
+    found = probe_cpu.cpu_rates(CUDA, 1e9, stages.append)
+    assert len(stages) == 4
+    for rates in (found["cpu_beside_link_bytes_per_s"], found["link_beside_cpu_bytes_per_s"]):
+        assert rates.keys() == {"4", "16"}
+        assert min(rates.values()) > 0
+    made = dataclasses.replace(HARDWARE["h100"], **found)  # its checks
+    assert made.cpu_kv_bytes_per_s["4"].keys() >= {"1", str(torch.get_num_threads())}
+    shown = hardware_table(made)
+    assert shown.row_count >= 8

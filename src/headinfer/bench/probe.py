@@ -17,6 +17,7 @@ import torch
 
 from headinfer.attention import native
 from headinfer.attention.backends import Problem, capability_of, choose
+from headinfer.bench.probe_cpu import cpu_rates
 from headinfer.bench.timing import device_timer, median_s, timed
 from headinfer.engine.machine import device_name, this_machine
 from headinfer.plan.hardware import Hardware
@@ -38,7 +39,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | None = None) -> Hardware:
-    """Measure a device of this machine and the host around it. It takes half a minute on an idle machine.
+    """Measure a device of this machine and the host around it. It takes less than a minute on an idle machine.
 
     Args:
         device: the device to measure.
@@ -95,6 +96,7 @@ def probe(device: torch.device, on_stage: Callable[[str], None], folder: Path | 
         device_share=1.0,
         link_share=1.0,
         dram_share=1.0,
+        **cpu_rates(device, link_bytes_per_s, on_stage),
     )
 
 

@@ -27,7 +27,7 @@ def probe(
 ) -> None:
     """Measure the speed of this machine, for `headinfer plan` and for the plans of runs.
 
-    The machine should be idle. The measurement takes half a minute.
+    The machine should be idle. The measurement takes less than a minute.
     """
     from headinfer.bench.probe import probe as measure
     from headinfer.cli.report import hardware_table

@@ -340,6 +340,13 @@ def hardware_table(found: Hardware) -> Table:
             "link to the host": found.link_back_bytes_per_s,
             "device memory": found.device_bytes_per_s,
         }
+    for query_rows, by_threads in found.cpu_kv_bytes_per_s.items():
+        for count, rate in by_threads.items():
+            rates[f"KV, attended by the CPU, {query_rows} query rows, {count} threads"] = rate
+    for query_rows, rate in found.cpu_beside_link_bytes_per_s.items():
+        rates[f"KV, attended by the CPU beside the link, {query_rows} query rows"] = rate
+        link = found.link_beside_cpu_bytes_per_s[query_rows]
+        rates[f"link to the device beside the CPU, {query_rows} query rows"] = link
     rates |= {"disk, read": found.disk_read_bytes_per_s, "disk, write": found.disk_write_bytes_per_s}
     rows = [(name, f"{rate / 1e9:,.2f} GB/s") for name, rate in rates.items()]
     for what, by_dtype in (("matrices", found.flops_per_s), ("attention", found.attention_flops_per_s)):
