@@ -4,7 +4,8 @@
 # of them run.
 #
 #   1  tests        the exactness tests with the marker gpu
-#      decode       a token after 1K, 64K and 1M tokens, in turns with transformers' caches and the paper's scheme
+#      decode       a token after 1K, 64K and 1M tokens, in turns with transformers' caches and the paper's scheme; from 64K
+#                   on also with a share of the host's CPU
 #   2  prefill      chunks after 64K and 1M tokens, and a whole prompt of 100K
 #      24gb         decode after 4M, 256K, 16K and 4K tokens and a chunk after 256K, held to 24 GB like a consumer's card
 #   3  generate     the first token of Llama-3-8B with random weights, which the GPU draws

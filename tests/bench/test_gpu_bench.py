@@ -21,6 +21,7 @@ from headinfer.bench import gpu_point
 from headinfer.bench import run as bench_run
 from headinfer.bench.baselines import Baseline, baselines_of, compare, ring_budget_bytes
 from headinfer.bench.choice import choose
+from headinfer.bench.gpu_decode import WITH_CPU
 from headinfer.bench.job import GpuJob, Rates
 from headinfer.bench.measurement import OURS, goal_reached, shown
 from headinfer.bench.past import Past, noise
@@ -48,6 +49,8 @@ SIZES = GpuSizes(
     real_tokens=(1000,),
     real_new_tokens=4,
     chunk_tokens=384,
+    cpu_tokens=2048,
+    cpu_share=0.5,
     floor_bytes=2 << 20,
     real_kv_bytes=2 * 3072 * TOKEN_BYTES,  # so LONG tokens are a simulation
     copy_bytes=(1 << 20,),
@@ -105,6 +108,25 @@ def test_decode_streams_all_of_the_host_and_holds_equal_device_bytes(run):
     (spread,) = (line for line in of(lines, "decode") if "difference" in line.who)
     assert spread.value == 0
     assert spread.reached
+
+
+def test_decode_with_the_cpu_is_compared_with_the_link_only(run):
+    """In turns, at contexts that are long enough. The CPU attends to whole units of 1,024 tokens of what streams."""
+    _, lines = run
+    found = of(lines, "decode", WITH_CPU)
+    assert [line.details["past_tokens"] for line in found] == [2048, LONG]
+    for line in found:
+        on_host = int(0.5 * (line.details["past_tokens"] - 128)) // 1024 * 1024
+        passes = line.details["cpu_attended_bytes"] / (LAYERS * on_host * TOKEN_BYTES) if on_host else 0
+        assert line.details["cpu_share"] == 0.5
+        assert passes == (line.rounds + 1 if on_host else 0)  # one pass warms up
+        assert line.value > 0
+        assert line.ratio > 0
+        assert line.goal == "<= 1 x"
+        assert line.device_kv_bytes <= SIZES.floor_bytes
+    assert all(
+        line.details["cpu_share"] == line.details["cpu_attended_bytes"] == 0 for line in of(lines, "decode", OURS)
+    )
 
 
 def test_a_simulation_is_labelled_and_holds_one_layer(run):

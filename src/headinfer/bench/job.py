@@ -194,8 +194,11 @@ class GpuJob(Job):
         return tokens * self.shape.kv_bytes_per_token(self.sizes.dtype.itemsize)
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """Return options of a HeadCache for this device: on a CPU the "eager" transport, so that there is a ring."""
-        return more if self.is_cuda else {"transport": "eager", **more}
+        """Return options of a HeadCache for this device: on a CPU the "eager" transport, so that there is a ring.
+
+        The host's CPU attends to nothing, unless an option gives it a share.
+        """
+        return {"cpu_share": 0.0, **({} if self.is_cuda else {"transport": "eager"}), **more}
 
     def chunk_tokens(self) -> int:
         """Return the tokens of a prefill chunk that computes for 1.5 times as long as its KV is copied.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,12 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.numa import node_of
 
-__all__ = ["cpu_rates"]
+__all__ = ["QUERY_ROWS", "cpu_rates"]
+
+QUERY_ROWS = (4, 16)
+"""Query rows per KV head of Llama-3-8B: of a new token, and of four tokens that are verified at once."""
 
 _CPU = torch.device("cpu")
-_QUERY_ROWS = (4, 16)  # a new token, and four tokens that are verified at once
 _HEADS = 8
 _DIM = 128
 _TOKENS = 1 << 17
@@ -33,7 +35,13 @@ _MOST_COPIES = 400  # CUDA makes the host wait if more work is queued
 _BESIDE_S = 0.25
 
 
-def cpu_rates(device: torch.device, link_bytes_per_s: float, on_stage: Callable[[str], None]) -> dict[str, Any]:
+def cpu_rates(
+    device: torch.device,
+    link_bytes_per_s: float,
+    on_stage: Callable[[str], None],
+    query_rows: Sequence[int] = QUERY_ROWS,
+    thread_counts: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Measure the CPU's attention by query rows and threads; on a GPU's host, also beside copies to the device.
 
     Beside the link it has as many threads as a run uses (torch.get_num_threads()).
@@ -42,6 +50,8 @@ def cpu_rates(device: torch.device, link_bytes_per_s: float, on_stage: Callable[
         device: the device that the link leads to; a CPU has no link.
         link_bytes_per_s: the rate of the link alone.
         on_stage: called with a line of progress before each stage.
+        query_rows: numbers of query rows per KV head.
+        thread_counts: numbers of threads for the CPU alone; None for 1, 2, 4 and so on, up to those that a run uses.
 
     Returns:
         Fields of Hardware. If the system refuses to pin host memory, nothing is measured beside the link.
@@ -54,11 +64,11 @@ def cpu_rates(device: torch.device, link_bytes_per_s: float, on_stage: Callable[
     alone: dict[str, dict[str, float]] = {}
     cpu_beside: dict[str, float] = {}
     link_beside: dict[str, float] = {}
-    for rows in _QUERY_ROWS:
+    for rows in query_rows:
         on_stage(f"the CPU's attention, {rows} query rows ...")
         attend = _attention(rows, k, v)
         by_threads: dict[str, float] = {}
-        for threads in _thread_counts():
+        for threads in _thread_counts() if thread_counts is None else thread_counts:
             with _threads(threads):
                 by_threads[str(threads)] = nbytes / median_s(attend, rounds=_ROUNDS)
         alone[str(rows)] = by_threads

@@ -66,6 +66,8 @@ class HeadRunner:
             "tile_tokens": stats.tile_tokens,
             "attention_backends": list(stats.attention_backends),
             "device_resident_bytes": stats.device_resident_bytes,
+            "cpu_share": stats.cpu_share,
+            "cpu_attended_bytes": stats.cpu_attended_bytes,
         }
 
 

@@ -124,6 +124,8 @@ class GpuSizes(Sizes):
         real_tokens: the lengths of its prompts; empty: the longest one that host memory holds.
         real_new_tokens: the tokens that it decodes after each prompt.
         chunk_tokens: tokens of a prefill chunk; None: chosen for the rates that this run measures.
+        cpu_tokens: the shortest context at which a decoded token with a share of the host's CPU is measured.
+        cpu_share: this share; None: chosen for the rates that this run measures.
         floor_bytes: the device KV budget of headinfer's own measurements, in bytes.
         real_kv_bytes: the most KV that is kept for all layers; beyond it all layers read the KV of one. None: what host
             memory allows.
@@ -143,6 +145,8 @@ class GpuSizes(Sizes):
     real_tokens: tuple[int, ...] = ()
     real_new_tokens: int = 16
     chunk_tokens: int | None = None
+    cpu_tokens: int = 64 * K
+    cpu_share: float | None = None
     floor_bytes: int = DEFAULT_BUDGET_BYTES
     real_kv_bytes: int | None = None
     copy_bytes: tuple[int, ...] = (256 * M, 1024 * M)
