@@ -10,7 +10,7 @@ from generation import generate, make_model, padded, prompt, remembered
 
 import headinfer
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.engine import device_kv
+from headinfer.engine import device_kv, past
 from headinfer.engine.engine import Engine
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
@@ -358,10 +358,13 @@ class Spread(Engine):
 
 
 @both_streams
-def test_each_device_has_its_own_ring_and_budget(transport):
+@pytest.mark.parametrize("cpu_share", [None, 0.4])
+def test_each_device_has_its_own_ring_and_budget(transport, cpu_share, monkeypatch):
+    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
     layers = 4
     rng = torch.Generator().manual_seed(0)
-    engine = Spread(Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=100), layers)
+    options = Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=100, cpu_share=cpu_share)
+    engine = Spread(options, layers)
     engine.layers_on = {torch.device("cpu", 0): 2, torch.device("cpu", 1): 2}
     layer_kvs = []
     appended = [[] for _ in range(layers)]
@@ -390,6 +393,7 @@ def test_each_device_has_its_own_ring_and_budget(transport):
     )
     for counter in engine.counters:
         assert counter.host_to_device_bytes > 0
+        assert (counter.cpu_attended_bytes > 0) == (cpu_share is not None)
         assert 0 < counter.device_peak_bytes <= 700_000
     assert engine.counters[0].host_bytes > 0
     assert engine.counters[1].host_bytes == 0, "host memory is counted only once"

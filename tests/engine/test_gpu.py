@@ -10,13 +10,14 @@ import warnings
 
 import pytest
 import torch
-from engine_runs import attend_all
+from engine_runs import attend_all, host_tokens_of, step
 from generation import generate, make_model, padded, prompt
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import headinfer
+from headinfer.engine import past
 from headinfer.engine.engine import Engine
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
@@ -24,6 +25,7 @@ from headinfer.hf.cache import HeadCache
 from headinfer.hf.models import resolve
 from headinfer.kv import host_memory
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.streams import CudaStreams
 
 TOKEN_BYTES = 2 * 4 * 16 * 4  # one layer of make_model(): K and V of 4 heads of width 16 in float32
 LAYERS = 4
@@ -104,8 +106,44 @@ def test_engine_against_float64(device, dtype, bound, share, dims):
 
 
 @on_devices
-def test_same_options_give_the_same_bits(device):
-    options = Options(device_kv_budget_bytes=4 << 20, transport="lazy" if device == "cpu" else "auto")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-7), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("cpu_share", [0.4, 1.0])
+def test_the_host_attends_to_a_share_in_decode(device, dtype, bound, cpu_share, monkeypatch):
+    unit = 64
+    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", unit)
+    dim = 64
+    budget = 3 << 20
+    options = Options(
+        device_kv_budget_bytes=budget,
+        streaming_budget_bytes=budget,
+        transport="lazy" if device == "cpu" else "auto",
+        tile_tokens=160,
+        cpu_share=cpu_share,
+    )
+    errors, engine, layer_kvs = attend_all(device, dtype, [300, 700, 1, 16, 130, 1], options, (dim, dim))
+    assert max(errors) < bound
+    token_bytes = 2 * 2 * 2 * dim * dtype.itemsize  # K and V of two layers with two heads
+    for tokens in (16, 1):
+        step(engine, layer_kvs, tokens)
+        on_host, streamed = host_tokens_of(layer_kvs[0], cpu_share, unit)
+        assert on_host > 0
+        assert (streamed > 0) == (cpu_share < 1)
+        _, moved = step(engine, layer_kvs, tokens)
+        results_bytes = 2 * 8 * tokens * (dim + 1) * 4
+        assert moved["cpu_attended_bytes"] == on_host * token_bytes
+        assert moved["host_to_device_bytes"] == streamed * token_bytes + results_bytes
+        assert moved["device_to_host_bytes"] == 2 * 8 * tokens * dim * dtype.itemsize, "only queries"
+    assert engine.counter.device_peak_bytes <= budget
+    if device == "cuda":
+        assert any(name.startswith("cpu-") for name in engine.backends_used)
+
+
+@on_devices
+@pytest.mark.parametrize("cpu_share", [None, 0.5])
+def test_same_options_give_the_same_bits(device, cpu_share, monkeypatch):
+    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
+    transport = "lazy" if device == "cpu" else "auto"
+    options = Options(device_kv_budget_bytes=4 << 20, transport=transport, cpu_share=cpu_share)
 
     def run():
         torch.manual_seed(0)
@@ -181,9 +219,16 @@ def test_host_memory_is_pinned_exactly_and_freed(device):
 
 
 @pytest.mark.gpu
-def test_the_host_does_not_wait_for_the_device_in_the_loop():
-    options = Options(device_kv_budget_bytes=64 << 20, streaming_budget_bytes=64 << 20, tile_tokens=500)
-    _, engine, layer_kvs = attend_all("cuda", torch.bfloat16, [1300], options)
+@pytest.mark.parametrize("cpu_share", [None, 0.5])
+def test_the_host_does_not_wait_for_the_device_in_the_loop(cpu_share, monkeypatch):
+    """With a share of its own it waits for the queries, once in a layer of a decode step."""
+    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
+    budget = {"device_kv_budget_bytes": 64 << 20, "streaming_budget_bytes": 64 << 20}
+    options = Options(**budget, tile_tokens=500, cpu_share=cpu_share)
+    _, engine, layer_kvs = attend_all("cuda", torch.bfloat16, [1300, 1], options)
+    waits = []
+    finish = CudaStreams.finish
+    monkeypatch.setattr(CudaStreams, "finish", lambda streams, event: (waits.append(event), finish(streams, event)))
     chunks = [[torch.randn(1, h, t, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)] for t in (1, 64, 1)]
     try:
         with warnings.catch_warnings():  # torch warns that the mode is a prototype
@@ -197,6 +242,7 @@ def test_the_host_does_not_wait_for_the_device_in_the_loop():
                 layer_kv.append(k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == (0 if cpu_share is None else 2 * len(layer_kvs))
 
 
 @pytest.mark.gpu

@@ -29,6 +29,7 @@ PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 both_streams = pytest.mark.parametrize("transport", ["eager", "lazy"])
 SHARES = [0.0, 0.07, 0.31, 0.5, 0.83, 1.0]
 STREAMING = 900_000
+OF_MODELS = {"device_kv_budget_bytes": 5 << 20, "tile_tokens": 90, "heads_per_group": 2}
 SMALL = {"device_kv_budget_bytes": STREAMING, "heads_per_group": 1, "tile_tokens": 90}
 
 
@@ -363,8 +364,7 @@ def test_the_share_does_not_depend_on_the_speed_of_the_disk(tmp_path):
 def test_generate_gives_the_tokens_of_transformers(llama, references, transport, kind):
     inputs = padded(tokens=450) if kind == "padded rows" else prompt(tokens=450) | {"num_beams": 3}
     wanted = remembered(references, kind, lambda: generate(llama, inputs, max_new_tokens=6)[0])
-    sizes = {"device_kv_budget_bytes": 5 << 20, "tile_tokens": 90, "heads_per_group": 2}
-    with headinfer.enable(llama, transport=transport, **sizes, cpu_share=0.5) as active:
+    with headinfer.enable(llama, transport=transport, **OF_MODELS, cpu_share=0.5) as active:
         found = generate(llama, inputs, max_new_tokens=6)[0]
     assert torch.equal(found, wanted)
     stats = active.last_cache.stats()
@@ -385,7 +385,7 @@ def test_an_error_on_the_host_leaves_the_cache_as_it_was(monkeypatch):
             raise OSError("of the third layer")
         return attend(*more)
 
-    with torch.no_grad(), headinfer.enable(model, transport="lazy", tile_tokens=90, cpu_share=0.5) as active:
+    with torch.no_grad(), headinfer.enable(model, transport="lazy", **OF_MODELS, cpu_share=0.5) as active:
         cache = active.new_cache()
         oracle = active.new_cache()
         for each in (cache, oracle):
@@ -404,7 +404,7 @@ def test_an_error_on_the_host_leaves_the_cache_as_it_was(monkeypatch):
 def test_a_session_keeps_the_share_and_can_be_loaded_with_another(llama, tmp_path):
     ids, question = (prompt(tokens=tokens, seed=tokens)["input_ids"] for tokens in (600, 3))
     with headinfer.enable(llama), torch.no_grad():
-        cache = HeadCache(llama.config, transport="lazy", tile_tokens=90, cpu_share=0.5)
+        cache = HeadCache(llama.config, transport="lazy", **OF_MODELS, cpu_share=0.5)
         llama(ids, past_key_values=cache)
         cache.save(tmp_path / "s", ids)
         assert Manifest.read(tmp_path / "s").arithmetic["cpu_share"] == 0.5

@@ -20,6 +20,7 @@ from families import (
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headinfer
+from headinfer.engine import past
 from headinfer.plan.families import SUPPORTED_FAMILIES
 from headinfer.plan.model_shape import ModelShape
 
@@ -99,12 +100,18 @@ def test_chunks_beyond_the_original_length(family):
 
 
 @every_family
-def test_generation_with_left_padding_gives_the_same_tokens(family):
+def test_generation_with_left_padding_gives_the_same_tokens(family, monkeypatch):
+    """The host attends to nothing, and then to half of the past."""
+    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 16)
     model = tiny_model(family)
-    ids = text(tokens=200)
+    ids = text(tokens=300)
     mask = torch.ones_like(ids)
     mask[1, :70] = 0
-    assert_generates_the_same(model, ids, attention_mask=mask)
+    tokens = assert_generates_the_same(model, ids, attention_mask=mask)
+    with headinfer.enable(model, transport="lazy", device_kv_budget_bytes=4 << 20, cpu_share=0.5) as enabled:
+        found = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, attention_mask=mask)
+    assert torch.equal(found, tokens[:, :304])
+    assert enabled.last_cache.stats().cpu_attended_bytes > 0
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", *STATEFUL])
@@ -128,6 +135,7 @@ def assert_generates_the_same(model, ids, **options):
     assert torch.equal(tokens, found_tokens)
     assert difference(found_logits, logits) < BOUND
     assert enabled.last_cache.stats().layers_offloaded > 0
+    return tokens
 
 
 @pytest.mark.parametrize("family", STATEFUL)

@@ -24,8 +24,8 @@ OPTIONS = Options(device_kv_budget_bytes=4 << 20, streaming_budget_bytes=4 << 20
 LENGTHS = [300, 700, 1, 130, 1]
 
 
-def worst_error():
-    return max(attend_all("cuda", torch.float32, LENGTHS, OPTIONS)[0], key=lambda error: (error != error, error))
+def worst_error(options=OPTIONS):
+    return max(attend_all("cuda", torch.float32, LENGTHS, options)[0], key=lambda error: (error != error, error))
 
 
 def test_the_engine_is_exact():
@@ -49,6 +49,33 @@ def test_a_buffer_that_is_reused_too_early_is_detected(monkeypatch):
 
     monkeypatch.setattr(CudaStreams, "wait", wait_except_for_buffers)
     assert not worst_error() < 1e-2
+
+
+HOST_FAULTS = {
+    "queries that have not arrived": lambda wait, finish: (wait, lambda self, event: None),
+    "results that have not arrived": lambda wait, finish: (without(wait, "compute", "host"), finish),
+    "KV that is being written back": lambda wait, finish: (without(wait, "host", "back"), finish),
+}
+
+
+def without(wait, waiting, other):
+    """A wait() with which one queue does not wait for the events of another."""
+
+    def some(self, event, queue):
+        if queue != waiting or event.stream is not self._own[other]:
+            wait(self, event, queue)
+
+    return some
+
+
+@pytest.mark.parametrize("fault", [None, *HOST_FAULTS])
+def test_faults_of_the_exchange_with_the_host_are_detected(monkeypatch, fault):
+    options = dataclasses.replace(OPTIONS, cpu_share=1.0)
+    if fault is not None:
+        wait, finish = HOST_FAULTS[fault](CudaStreams.wait, CudaStreams.finish)
+        monkeypatch.setattr(CudaStreams, "wait", wait)
+        monkeypatch.setattr(CudaStreams, "finish", finish)
+    assert (worst_error(options) < 1e-5) == (fault is None)
 
 
 def test_operands_on_different_devices_are_errors():
