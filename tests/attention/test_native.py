@@ -107,6 +107,19 @@ def test_nan_reaches_only_the_outputs_that_depend_on_it(target, dtype):
             assert torch.equal(out.isnan(), is_nan)
 
 
+@on_targets
+def test_pieces_without_keys_change_nothing(target, dtype):
+    skip_unless_it_runs(target)
+    q, k, none = (torch.randn(2, tokens, 24, generator=seeded(4)).to(dtype) for tokens in (5, 70, 0))
+    nothing = attend_native(q, [(none, none)], scale=0.2, target=target)
+    assert torch.equal(nothing.out, torch.zeros(2, 5, 24))
+    assert torch.equal(nothing.lse, torch.full((2, 5), -torch.inf))
+    found = attend_native(q, [(none, none), (k, k), (none, none)], scale=0.2, target=target)
+    wanted = attend_native(q, [(k, k)], scale=0.2, target=target)
+    assert torch.equal(found.out, wanted.out)
+    assert torch.equal(found.lse, wanted.lse)
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86-64")
 def test_amx_compiles():
     """No CPU of ours has AMX: its instructions are compiled, and emulated in the tests above."""
