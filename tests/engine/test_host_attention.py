@@ -337,23 +337,26 @@ def test_kv_on_disk_is_streamed_and_the_host_attends_to_the_rest(tmp_path, trans
 
 
 def test_the_share_does_not_depend_on_the_speed_of_the_disk(tmp_path):
-    """The host attends to the same tokens whether the move of a segment has ended or has only begun."""
+    """The host attends to the same tokens whether the move of a segment has ended or has only begun. If it begins and
+    ends after the past was divided, the host attends to a copy."""
     tier = {"host_kv_budget_bytes": 750_000, "disk_tier": str(tmp_path)}
     _, engine, layer_kvs = attend_all("cpu", torch.float32, [400], Options(**SMALL, transport="lazy", **tier), (16, 16))
     plan = TilePlan(2, 90, "", cpu_share=1.0)
-    attended = []
-    segment = layer_kvs[0]._tables[0][0].segment
     engine.settle()
+    divided = past.divide(layer_kvs[0], plan, None)
+    wanted = [side.clone() for part in past.host_parts(divided) for piece in part.pieces for side in piece]
+    segment = layer_kvs[0]._tables[0][0].segment
     engine.disk.seal_full([segment])
     while not segment.is_leaving:
         assert engine.disk._begin_move()
     for _ in range(2):
-        past_parts = past.divide(layer_kvs[0], plan, None)
-        attended.append([(part.segment, part.start, part.stop) for one in past_parts for part in one.on_host])
-        assert any(part.segment is segment for one in past_parts for part in one.streamed)
+        (found,) = past.divide(layer_kvs[0], plan, None)
+        assert not found.on_host
+        assert [part.segment for part in found.streamed] == [segment]
         engine.disk.settle()
     assert segment.location is not None
-    assert attended[0] == attended[1]
+    held = [side for part in past.host_parts(divided) for piece in part.pieces for side in piece]
+    assert all(map(torch.equal, held, wanted))
 
 
 # -- models ----------------------------------------------------------------------------------------------------
@@ -418,3 +421,26 @@ def test_a_session_keeps_the_share_and_can_be_loaded_with_another(llama, tmp_pat
     shares = [one.stats().cpu_share for one in (loaded, *others)]
     assert shares == [0.5, 0.0, 1.0]
     assert [one.stats().cpu_attended_bytes > 0 for one in (loaded, *others)] == [True, False, True]
+
+
+@pytest.mark.filterwarnings("ignore::headinfer.ContextLengthWarning")
+def test_a_session_is_loaded_with_a_disk_tier(tmp_path):
+    """Its segments are loaded when they are first attended to, and others move to the disk then."""
+    model = tiny_model("llama")
+    ids = prompt(tokens=1500)["input_ids"] % 128
+    tier = {"host_kv_budget_bytes": 900_000, "disk_tier": str(tmp_path / "tier")}
+    with headinfer.enable(model), torch.no_grad():
+        cache = HeadCache(model.config, transport="lazy", **OF_MODELS)
+        for part in ids.split(300, dim=1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+        cache.save(tmp_path / "s", ids)
+        loaded = [HeadCache.load(tmp_path / "s", model, **tier, cpu_share=share) for share in (0.5, 1.0)]
+        for part in (ids[:, :1], ids[:, :16], ids[:, :1]):
+            wanted, *found = (model(part, past_key_values=one).logits for one in (cache, *loaded))
+            for one in found:
+                torch.testing.assert_close(one, wanted, atol=2e-4, rtol=2e-4)
+    for one in loaded:
+        stats = one.stats()
+        assert stats.disk_kv_bytes > 0
+        assert stats.cpu_attended_bytes > 0
+        assert stats.host_kv_peak_bytes <= tier["host_kv_budget_bytes"]
