@@ -17,6 +17,8 @@ from test_streaming import BOUND, Bench, Shape, padding
 import headinfer
 from headinfer import HeadCache
 from headinfer.engine import host_attention, past
+from headinfer.engine.engine import Engine
+from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
 from headinfer.kv.exchange import HostExchange, exchange_bytes
 from headinfer.kv.host_memory import HostTier
@@ -281,6 +283,21 @@ def test_rows_that_share_a_part_stay_within_the_budget():
         held.append(engine.counter.device_bytes["exchange"])
     assert held == [exchange_bytes(4 * 8 * 16, 16, 16, 4)] * 3
     assert engine.counter.device_peak_bytes <= budget
+
+
+def test_many_query_heads_stay_within_the_budget():
+    """The ring is closed before the buffers for queries grow."""
+    engine = Engine(Options(transport="lazy", **SMALL, cpu_share=0.5), 1)
+    for tokens in (400, 1, 16):
+        q, k, v = (torch.randn(1, heads, tokens, 16) for heads in (64, 2, 2))
+        if not engine.devices:
+            layer_kv = engine.new_layer_kv(k, v)
+        engine.begin(layer_kv, 64, tokens)
+        engine.attend(q, k, v, layer_kv, AttentionSpec(0.25))
+        layer_kv.append(k, v)
+    held = engine.counter.device_bytes
+    assert held["exchange"] > layer_kv.tail_bytes, "which is free most of the time"
+    assert engine.counter.device_peak_bytes <= STREAMING
 
 
 def test_same_options_give_the_same_bits():
