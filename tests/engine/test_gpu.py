@@ -106,8 +106,10 @@ def test_engine_against_float64(device, dtype, bound, share, dims):
 
 
 @on_devices
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-7), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("cpu_share", [0.4, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "cpu_share"),
+    [(torch.bfloat16, 2**-7, 0.4), (torch.float32, 1e-5, 0.4), (torch.float32, 1e-5, 1)],
+)
 def test_the_host_attends_to_a_share_in_decode(device, dtype, bound, cpu_share, monkeypatch):
     unit = 64
     monkeypatch.setattr(past, "CPU_UNIT_TOKENS", unit)
