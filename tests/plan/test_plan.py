@@ -1,6 +1,7 @@
 """The planner: it keeps all budgets, more memory never makes a plan worse, and figures equal independent counts."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -20,6 +21,7 @@ from headinfer.plan.footprint import (
     BASELINES,
     Footprint,
     baseline_footprint,
+    exchange_bytes,
     host_kv_tokens,
     resident_tokens,
     streaming_footprint,
@@ -403,14 +405,20 @@ def test_constants_are_those_of_the_engine():
     assert footprint.SEGMENT_TOKENS == layer_kv._LARGE_SEGMENT_TOKENS
 
 
-@pytest.mark.parametrize("room", [0, 500_000, 64 * MIB])
-@pytest.mark.parametrize("tokens", [200, 256, 258, 3000, 16_385, 16_511, 16_512, 16_600, 32_769])
-def test_the_footprint_is_what_the_engine_holds(tokens, room):
-    """Compare ring, tails, write-back, resident and host bytes with those of a cache that was filled."""
+TOKENS = [200, 256, 258, 3000, 16_385, 16_511, 16_512, 16_600, 32_769]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "room", "share"),
+    [*itertools.product(TOKENS, [0, 500_000, 64 * MIB], [0.0]), (16_600, 0, 0.5), (3000, 500_000, 1.0)],
+)
+def test_the_footprint_is_what_the_engine_holds(tokens, room, share):
+    """Compare ring, tails, write-back, exchange, resident and host bytes with those of a cache that was filled."""
     source = resolve("random:tiny-llama?layers=3&hidden=64&heads=4&kv_heads=2")
     model = source.load(dtype=torch.float32, device="cpu", seed=0)
     budget = 2 * MIB
     options = {"device_kv_budget_bytes": budget + room, "streaming_budget_bytes": budget, "transport": "eager"}
+    options["cpu_share"] = share
     with torch.no_grad(), headinfer.enable(model, **options) as enabled:
         cache = headinfer.HeadCache(model.config, expected_tokens=tokens, **options)
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
@@ -422,12 +430,20 @@ def test_the_footprint_is_what_the_engine_holds(tokens, room):
     shape = ModelShape.from_config(source.config)
     kept = resident_tokens(room, 3, shape.layers[0].kv_bytes_per_token(4), 1, host_kv_tokens(tokens))
     found = streaming_footprint(
-        shape, tokens, chunk_tokens=1000, streaming_bytes=budget, resident_tokens=[kept] * 3, element_bytes=4
+        shape,
+        tokens,
+        chunk_tokens=1000,
+        streaming_bytes=budget,
+        resident_tokens=[kept] * 3,
+        element_bytes=4,
+        exchange=exchange_bytes(shape, 4, 1) if share else 0,
     )
     assert found.resident_bytes == stats.device_resident_bytes
-    assert (found.ring_bytes, found.staging_bytes) == (stats.device_ring_bytes, stats.device_staging_bytes)
+    staging_bytes = found.staging_bytes + found.exchange_bytes
+    assert (found.ring_bytes, staging_bytes) == (stats.device_ring_bytes, stats.device_staging_bytes)
+    assert (stats.cpu_attended_bytes > 0) == (found.exchange_bytes > 0)
     assert (found.tail_bytes, found.spare_tail_bytes) == (stats.device_tail_bytes, stats.device_tail_bytes // 3)
-    assert found.host_kv_bytes == stats.host_kv_bytes
+    assert found.host_kv_bytes + found.exchange_bytes == stats.host_kv_bytes
     assert found.device_kv_budget_bytes <= budget + room
 
 

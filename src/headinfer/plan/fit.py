@@ -295,5 +295,5 @@ def _footprint(
 
 def _host_room(request: Request, found: Footprint) -> int:
     """Return host memory that is left for KV; negative if the rest does not fit."""
-    beside = found.device_bytes if request.hardware.is_host else found.host_overhead_bytes
+    beside = found.device_bytes if request.hardware.is_host else found.host_overhead_bytes + found.exchange_bytes
     return request.host_bytes - beside

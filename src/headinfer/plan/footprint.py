@@ -55,7 +55,8 @@ class Footprint:
         tail_bytes: the newest tokens of all layers, on the device.
         spare_tail_bytes: memory for one more tail, since reordering rows copies a tail.
         staging_bytes: the two write-back buffers.
-        exchange_bytes: the buffers for queries that the host's CPU answers, and for its results.
+        exchange_bytes: the buffers for queries that the host's CPU answers, and for its results: as many bytes on the
+            device as in host RAM.
         local_bytes: KV and states of the layers without full attention, on the device.
         host_kv_bytes: KV in host RAM.
         disk_kv_bytes: KV on disk.
@@ -95,7 +96,7 @@ class Footprint:
     @property
     def host_bytes(self) -> int:
         """The host RAM in all. If the device is the host's CPU, `device_bytes` is host RAM too and comes on top."""
-        return self.host_kv_bytes + self.host_overhead_bytes
+        return self.host_kv_bytes + self.exchange_bytes + self.host_overhead_bytes
 
     @property
     def total_kv_bytes(self) -> int:
