@@ -4,6 +4,7 @@ test_pretend_cuda.py runs them in a separate process.
 """
 
 import dataclasses
+import json
 import sys
 import warnings
 
@@ -15,9 +16,10 @@ from engine_runs import attend_all
 from headinfer.bench import probe_cpu
 from headinfer.cli import main as cli
 from headinfer.cli.report import hardware_table
+from headinfer.engine.machine import device_name
 from headinfer.engine.options import Options
 from headinfer.kv.streams import CudaStreams
-from headinfer.plan.hardware import HARDWARE
+from headinfer.plan.hardware import HARDWARE, probe_path
 
 CUDA = torch.device("cuda", 0)
 OPTIONS = Options(device_kv_budget_bytes=4 << 20, streaming_budget_bytes=4 << 20, tile_tokens=160)
@@ -168,3 +170,31 @@ def test_a_probe_measures_the_cpu_alone_and_beside_the_link(monkeypatch):
     assert made.cpu_kv_bytes_per_s["4"].keys() >= {"1", str(torch.get_num_threads())}
     shown = hardware_table(made)
     assert shown.row_count >= 8
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_uses_the_share_that_was_measured(monkeypatch, tmp_path, capsys):
+    """The rates of the probe are those of a very slow link, so that a share pays for a short text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    book = tmp_path / "book.txt"
+    book.write_text("It was a dark night. " * 115)
+    model = "random:tiny-llama?layers=1&hidden=64&intermediate=64&heads=4&kv_heads=2"
+
+    def answer(*more):
+        arguments = ["generate", model, "--file", book, "--max-new-tokens", 2, "--json", "--dtype", "float32"]
+        arguments += ["--device-kv-budget", "1MiB", *more]
+        monkeypatch.setattr(sys, "argv", ["headinfer", *map(str, arguments)])
+        cli.app(standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    plain = answer()
+    rates = {"link_bytes_per_s": 1e5, "link_share": 1.0, "name": device_name(CUDA), "source": "headinfer probe"}
+    rates |= {"cpu_beside_link_bytes_per_s": {"4": 1e5}, "link_beside_cpu_bytes_per_s": {"4": 1e5}}
+    dataclasses.replace(HARDWARE["h100"], **rates).save(probe_path())
+    shared = answer()
+    assert plain["options"]["cpu_share"] is None
+    assert plain["stats"]["cpu_attended_bytes"] == 0
+    assert shared["plan"]["cpu_share"] == shared["options"]["cpu_share"] == shared["stats"]["cpu_share"] > 0.4
+    assert shared["stats"]["cpu_attended_bytes"] > 0
+    assert shared["token_ids"] == plain["token_ids"]
+    assert shared["stats"]["device_kv_peak_bytes"] <= 1 << 20
