@@ -311,13 +311,15 @@ def test_same_options_give_the_same_bits():
 
 
 @both_streams
-@pytest.mark.parametrize("allowed", [0, 2])
-def test_the_host_attends_to_all_memory_that_cannot_be_pinned(monkeypatch, transport, allowed):
+@pytest.mark.parametrize(
+    ("allowed", "planned"), [(0, {}), (2, {}), (2, {"cpu_share": 0.3, "cpu_rows": 4})], ids=["none", "some", "planned"]
+)
+def test_the_host_attends_to_all_memory_that_cannot_be_pinned(monkeypatch, transport, allowed, planned):
     pageable(monkeypatch, allowed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         errors, engine, layer_kvs = attend_all(
-            "cpu", torch.float32, (900, 1, 300, 1), Options(transport=transport, **SMALL), (16, 16)
+            "cpu", torch.float32, (900, 1, 300, 1), Options(transport=transport, **SMALL, **planned), (16, 16)
         )
     assert max(errors) < 1e-5
     for tokens in (1, 16):

@@ -269,15 +269,16 @@ class DeviceKV:
     def _share_of_cpu(self, layer_kv: LayerKV, shape: PassShape) -> float:
         """Return the share of the streamed tokens that the host's CPU attends to in a pass.
 
-        If neither the user nor the plan has given one, it is 0; it is 1 if the system refuses to pin host memory, from
-        which the CPU reads faster than the device does.
+        Unless the user has given one, it is 1 if the system refuses to pin host memory, from which the CPU reads faster
+        than the device does.
         """
         if self.exchange is None or shape.query_tokens > FEW_QUERY_TOKENS:
             return 0.0
-        if self._cpu_share is not None:
-            rows = shape.query_heads // layer_kv.heads * shape.query_tokens
-            return share_at_rows(self._cpu_share, self._cpu_rows, rows)
-        return float(bool(self.tier.pin_refusal) and not unavailable_reason(layer_kv.dtype))
+        is_given = self._cpu_share is not None and self._cpu_rows is None
+        if self.tier.pin_refusal and not is_given and not unavailable_reason(layer_kv.dtype):
+            return 1.0
+        rows = shape.query_heads // layer_kv.heads * shape.query_tokens
+        return share_at_rows(self._cpu_share or 0.0, self._cpu_rows, rows)
 
     def _exchange_bytes(self, layer_kv: LayerKV, shape: PassShape) -> int:
         """Return the bytes of the exchange that a pass needs on the device; 0 if the host attends to nothing."""

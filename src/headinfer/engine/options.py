@@ -109,11 +109,11 @@ class Options:
             the length use those of this length from the first token.
         rates: the rates that tiles are chosen for. None takes those of the machine.
         cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to in host memory while the
-            link brings the others: 0 to 1. None is the plan's choice; without a plan it is 0, or 1 if the system
-            refuses to pin host memory.
-        cpu_rows: the query rows per KV head that cpu_share was planned for. If a pass has n times as many, the CPU's
-            kernel takes up to n times as long, and the share becomes s / (s + n (1 - s)). None applies cpu_share to
-            any number of rows.
+            link brings the others: 0 to 1. None is the plan's choice, and 0 without a plan. Unless the user gives one,
+            it is 1 as soon as the system refuses to pin host memory.
+        cpu_rows: the query rows per KV head that cpu_share was planned for; a plan gives it. If a pass has n times as
+            many, the CPU's kernel takes up to n times as long, and the share becomes s / (s + n (1 - s)). None applies
+            cpu_share to any number of rows.
         host_kv_budget_bytes: upper bound of KV bytes in host memory. It needs disk_tier.
         disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.
 
