@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Leave out of later collections what exists now: the modules of torch and transformers, which stay.
 
-    Many tests call gc.collect(), which would take a fifth of a second each time.
+    Many tests call gc.collect(), which would go through all of them each time.
     """
     gc.collect()
     gc.freeze()

@@ -10,7 +10,7 @@ from generation import generate, make_model, padded, prompt, remembered
 
 import headinfer
 from headinfer.attention.reference import attend_reference, causal_mask
-from headinfer.engine import device_kv, past
+from headinfer.engine import device_kv
 from headinfer.engine.engine import Engine
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
@@ -360,7 +360,7 @@ class Spread(Engine):
 @both_streams
 @pytest.mark.parametrize("cpu_share", [None, 0.4])
 def test_each_device_has_its_own_ring_and_budget(transport, cpu_share, monkeypatch):
-    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
+    monkeypatch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", 64)
     layers = 4
     rng = torch.Generator().manual_seed(0)
     options = Options(transport=transport, device_kv_budget_bytes=700_000, tile_tokens=100, cpu_share=cpu_share)

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import headinfer
-from headinfer.engine import past
 from headinfer.engine.engine import Engine
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
@@ -112,7 +111,7 @@ def test_engine_against_float64(device, dtype, bound, share, dims):
 )
 def test_the_host_attends_to_a_share_in_decode(device, dtype, bound, cpu_share, monkeypatch):
     unit = 64
-    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", unit)
+    monkeypatch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", unit)
     dim = 64
     budget = 3 << 20
     options = Options(
@@ -143,7 +142,7 @@ def test_the_host_attends_to_a_share_in_decode(device, dtype, bound, cpu_share, 
 @on_devices
 @pytest.mark.parametrize("cpu_share", [None, 0.5])
 def test_same_options_give_the_same_bits(device, cpu_share, monkeypatch):
-    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
+    monkeypatch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", 64)
     transport = "lazy" if device == "cpu" else "auto"
     options = Options(device_kv_budget_bytes=4 << 20, transport=transport, cpu_share=cpu_share)
 
@@ -224,7 +223,7 @@ def test_host_memory_is_pinned_exactly_and_freed(device):
 @pytest.mark.parametrize("cpu_share", [None, 0.5])
 def test_the_host_does_not_wait_for_the_device_in_the_loop(cpu_share, monkeypatch):
     """With a share of its own it waits for the queries, once in a layer of a decode step."""
-    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
+    monkeypatch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", 64)
     budget = {"device_kv_budget_bytes": 64 << 20, "streaming_budget_bytes": 64 << 20}
     options = Options(**budget, tile_tokens=500, cpu_share=cpu_share)
     _, engine, layer_kvs = attend_all("cuda", torch.bfloat16, [1300, 1], options)

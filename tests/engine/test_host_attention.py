@@ -22,6 +22,7 @@ from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
 from headinfer.kv.exchange import HostExchange, exchange_bytes
 from headinfer.kv.host_memory import HostTier
+from headinfer.plan import cpu_share as share_of_plan
 from headinfer.plan.tiles import TilePlan
 from headinfer.sessions.manifest import Manifest
 
@@ -39,7 +40,7 @@ SMALL = {"device_kv_budget_bytes": STREAMING, "heads_per_group": 1, "tile_tokens
 def _small_units():
     """Divide the past in smaller units, so that a short one has several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(past, "CPU_UNIT_TOKENS", UNIT)
+        patch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", UNIT)
         yield
 
 
@@ -85,7 +86,7 @@ class HostBench(Bench):
         before = dataclasses.replace(counter)
         q, k, v = self.chunk(tokens)
         self.attend(q, k, v)
-        on_host, streamed = host_tokens_of(self.layer_kv, self.plan.cpu_share, past.CPU_UNIT_TOKENS)
+        on_host, streamed = host_tokens_of(self.layer_kv, self.plan.cpu_share, share_of_plan.CPU_UNIT_TOKENS)
         results = q[..., 0].numel() * (self.shape.value_dim + 1) * 4 if on_host else 0
         token_bytes = self.shape.token_bytes
         assert counter.cpu_attended_bytes - before.cpu_attended_bytes == on_host * token_bytes
@@ -133,7 +134,7 @@ def test_any_share_of_any_past(bench, filled, lengths, unit, data):
     if data.draw(st.booleans()):
         options["visible"] = padding(bench.shape.rows, sum(filled) + sum(lengths), data.draw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(past, "CPU_UNIT_TOKENS", unit)
+        patch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", unit)
         bench.assert_moved(1)
         for tokens in lengths:
             bench.assert_step(tokens, **options)

@@ -20,7 +20,6 @@ from families import (
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headinfer
-from headinfer.engine import past
 from headinfer.plan.families import SUPPORTED_FAMILIES
 from headinfer.plan.model_shape import ModelShape
 
@@ -102,7 +101,7 @@ def test_chunks_beyond_the_original_length(family):
 @every_family
 def test_generation_with_left_padding_gives_the_same_tokens(family, monkeypatch):
     """The host attends to nothing, and then to half of the past."""
-    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 16)
+    monkeypatch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", 16)
     model = tiny_model(family)
     ids = text(tokens=300)
     mask = torch.ones_like(ids)

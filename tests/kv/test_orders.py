@@ -10,7 +10,7 @@ import pytest
 import torch
 from orders import QUEUES, TORN, Recorded, cells_of, explore, unordered
 
-from headinfer.engine import device_kv, host_attention, past, streaming
+from headinfer.engine import device_kv, host_attention, streaming
 from headinfer.engine.device_kv import DeviceKV
 from headinfer.engine.engine import Engine
 from headinfer.engine.host_attention import HostAttention
@@ -296,7 +296,7 @@ def record_engine(monkeypatch, streams, lengths, rows=1, resident_tokens=0, even
 
 def note_host(monkeypatch, streams):
     """Record what the host reads and where it writes its results, and the merge of these."""
-    monkeypatch.setattr(past, "CPU_UNIT_TOKENS", 64)
+    monkeypatch.setattr("headinfer.plan.cpu_share.CPU_UNIT_TOKENS", 64)
     attend = host_attention._attend
     compute = HostAttention.compute
     where_results = HostExchange.results

@@ -10,7 +10,8 @@ from headinfer.kv.device_buffer import BufferSlice
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
 from headinfer.kv.segments import SegmentSlice, SharedPrefix
 from headinfer.kv.slices import AnyPiece
-from headinfer.plan.tiles import CPU_UNIT_TOKENS, TilePlan
+from headinfer.plan.cpu_share import host_tokens
+from headinfer.plan.tiles import TilePlan
 from headinfer.utils.tensors import Piece
 
 __all__ = ["HostPart", "PastPart", "Tile", "divide", "host_parts", "tiles_of"]
@@ -158,17 +159,16 @@ def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[
 def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
     """Divide slices between the host and the ring.
 
-    The host gets the first tokens that are in host memory, in units of CPU_UNIT_TOKENS. With a share of 1 it gets all
-    that are. The first tokens are the oldest, so their write-back has been done for long. What is being moved to a disk
-    counts as moved, so that the division does not depend on the speed of the disk.
+    The host gets the first tokens that are in host memory, as many as host_tokens() says. The first tokens are
+    the oldest, so their write-back has been done for long. What is being moved to a disk counts as moved, so that the
+    division does not depend on the speed of the disk.
 
     Returns:
         The slices of the host, and the others.
     """
     if not share:
         return [], slices
-    total = sum(part.tokens for part in slices)
-    left = total if share >= 1 else int(share * total) // CPU_UNIT_TOKENS * CPU_UNIT_TOKENS
+    left = host_tokens(share, sum(part.tokens for part in slices))
     on_host: list[SegmentSlice] = []
     streamed: list[SegmentSlice] = []
     for part in slices:

@@ -79,7 +79,7 @@ _Result = TypeVar("_Result")
 def not_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Let torch.compile() leave a function out. Outside of compiled code it is called directly.
 
-    torch.compiler.disable() alone would cost each call a few microseconds, also in models that are not compiled.
+    torch.compiler.disable() alone would run a wrapper in each call, also in models that are not compiled.
     """
     disabled: Callable[_Arguments, _Result] = torch.compiler.disable(function)
 

@@ -300,7 +300,7 @@ def state_of(layer: Any) -> dict[str, Any]:
         tokens = layer.get_seq_length()
         for name in _NOT_IN_STATE:
             del fields[name]
-    if type(layer) is not HeadLayer:  # whose fields are no dicts
+    if type(layer) is not HeadLayer:  # a plain HeadLayer has no dicts
         fields = {name: _copied(value) for name, value in fields.items()}
     return {"fields": fields, "tokens": tokens}
 

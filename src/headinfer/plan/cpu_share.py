@@ -31,10 +31,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headinfer.plan.hardware import Hardware
-from headinfer.plan.tiles import CPU_UNIT_TOKENS
 
 __all__ = [
     "CLEARLY",
+    "CPU_UNIT_TOKENS",
     "HostWay",
     "SharedRates",
     "best_share",
@@ -43,6 +43,9 @@ __all__ = [
     "share_at_rows",
     "shared_rates",
 ]
+
+CPU_UNIT_TOKENS = 1024
+"""The host's CPU attends to a multiple of so many tokens of a row, unless it attends to all."""
 
 CLEARLY = 0.95
 """A share above 0 must save 5 %, since the model is not more exact than that."""

@@ -310,9 +310,14 @@ def decode_seconds(
     total.exposed_launch_s = total.launch_s if hardware.is_host else max(0.0, total.launch_s - total.linear_s)
     linear_s = total.linear_s / len(shape.layers)
     for layer, count, resident in _distinct(shape, schedule):
+        token_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
         seen = layer.seen_tokens(past_tokens)
-        kv_bytes = seen * layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
-        flop_s = layer.flops_per_pair * seen * rows / flops_per_s
+        wanted = max(seen - resident, 0) if resident is not None else 0
+        on_host = host_tokens(schedule.cpu_share, wanted)
+        on_device = seen - on_host
+        streamed = wanted - on_host
+        kv_bytes = on_device * token_bytes
+        flop_s = layer.flops_per_pair * on_device * rows / flops_per_s
         byte_s = kv_bytes / hardware.attained_kv_bytes_per_s
         attention_s = max(flop_s, byte_s)
         total.attention_s += count * attention_s
@@ -320,41 +325,25 @@ def decode_seconds(
             total.compute_s += count * flop_s
         else:
             total.device_memory_s += count * byte_s
-        if resident is None:
-            continue
-        streamed = max(seen - resident, 0)
-        if not streamed:
-            continue
-        heads, tile_tokens = schedule.decode_tile
-        copies = tile_copies(heads, tile_tokens) if schedule.merges else 2
-        on_host = host_tokens(schedule.cpu_share, streamed)
         chain_s = 0.0
         transfer_s_per_byte = own_s_per_byte
         if on_host:
             rates = shared_rates(hardware, layer.query_heads // layer.kv_heads * schedule.decode_tokens)
-            way = host_way(layer, hardware, streamed, schedule, element_bytes, rows, rates.link_bytes_per_s)
+            way = host_way(layer, hardware, wanted, schedule, element_bytes, rows, rates.link_bytes_per_s)
             cpu_s_per_byte = 1 / rates.cpu_bytes_per_s if rates.cpu_bytes_per_s else math.inf
-            chain_s = on_host / seen * kv_bytes * cpu_s_per_byte + way.fixed_s + (1 - on_host / streamed) * way.queue_s
+            chain_s = on_host * token_bytes * cpu_s_per_byte + way.fixed_s + streamed / wanted * way.queue_s
             transfer_s_per_byte = max(own_s_per_byte, 1 / rates.link_bytes_per_s)
-            on_device = attention_s * on_host / seen
-            total.attention_s -= count * on_device
-            if flop_s > byte_s:
-                total.compute_s -= count * on_device
-            else:
-                total.device_memory_s -= count * on_device
-            attention_s -= on_device
-            streamed -= on_host
-            seen -= on_host
-            kv_bytes *= seen / (seen + on_host)
         if not streamed:
             total.exposed_transfer_s += count * max(0.0, chain_s - attention_s)
             continue
+        heads, tile_tokens = schedule.decode_tile
+        copies = tile_copies(heads, tile_tokens) if schedule.merges else 2
         tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed / tile_tokens)
-        transfer_s = streamed / seen * kv_bytes * transfer_s_per_byte + tiles * rows * copies * hardware.copy_s
+        transfer_s = streamed / on_device * kv_bytes * transfer_s_per_byte + tiles * rows * copies * hardware.copy_s
         total.transfer_s += count * transfer_s
         # While the last tile is computed, only the first tile of the next layer can be copied.
         tile_share = min(tile_tokens, streamed) / streamed * heads / layer.kv_heads
-        last_s = attention_s * streamed / seen * tile_share
+        last_s = attention_s * streamed / on_device * tile_share
         early_s = min(transfer_s * tile_share, linear_s + last_s) if schedule.prefetches_next_layer else 0.0
         exposed_s = max(0.0, transfer_s - attention_s + last_s - early_s, chain_s - attention_s)
         total.exposed_transfer_s += count * exposed_s

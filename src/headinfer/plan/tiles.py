@@ -13,7 +13,6 @@ from headinfer.errors import CapacityError, UsageError
 from headinfer.plan.model_shape import LayerShape
 
 __all__ = [
-    "CPU_UNIT_TOKENS",
     "DEFAULT_BUDGET_BYTES",
     "FEW_QUERY_TOKENS",
     "MERGE_BYTES",
@@ -39,9 +38,6 @@ DEFAULT_BUDGET_BYTES = 256 * 1024 * 1024
 RING_SLOTS = 2
 FEW_QUERY_TOKENS = 16
 """A pass with up to this many query tokens is bound by the bytes of K and V: decode, or verifying a few guesses."""
-
-CPU_UNIT_TOKENS = 1024
-"""The host's CPU attends to a multiple of so many tokens of a layer's past."""
 
 MERGE_BYTES = 10
 """Device bytes per element of a tile's output to merge it in one fused kernel.
