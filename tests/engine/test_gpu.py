@@ -370,14 +370,14 @@ class Kernels(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Counts functions of torch that Python calls, views included. Addresses are read in C by Triton's launcher too."""
+    """Counts functions of torch that Python calls, views included."""
 
     def __init__(self):
         super().__init__()
         self.counts = collections.Counter()
 
     def __torch_function__(self, func, kinds, args=(), kwargs=None):
-        if func.__name__ not in ("__get__", "data_ptr"):
+        if func.__name__ != "__get__":
             self.counts[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
