@@ -139,6 +139,7 @@ def attend_native(
 
     Raises:
         RuntimeError: the kernel cannot be built.
+        ValueError: `out` or `lse` has another shape, dtype or layout.
     """
     library, reason = native_build.load(q.dtype) if target is None else native_build.built(target, q.dtype)
     if library is None:
