@@ -464,3 +464,28 @@ def test_a_session_is_loaded_with_a_disk_tier(tmp_path):
         assert stats.disk_kv_bytes > 0
         assert stats.cpu_attended_bytes > 0
         assert stats.host_kv_peak_bytes <= tier["host_kv_budget_bytes"]
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_the_host_computes_with_the_threads_of_the_options(threads, llama, monkeypatch):
+    """The result has the same bits for any number."""
+    attend = host_attention._attend
+    counts: set[int] = set()
+
+    def note(*of_part):
+        counts.add(torch.get_num_threads())
+        return attend(*of_part)
+
+    monkeypatch.setattr(host_attention, "_attend", note)
+    before = torch.get_num_threads()
+    logits = {}
+    for count in (None, threads):
+        options = Options(transport="lazy", **OF_MODELS, cpu_share=0.5, cpu_threads=count)
+        cache = HeadCache(llama.config, **dataclasses.asdict(options))
+        with headinfer.enable(llama), torch.no_grad():
+            counts.clear()
+            for part in prompt(tokens=1201)["input_ids"].split(300, dim=1):
+                logits[count] = llama(part, past_key_values=cache, logits_to_keep=1).logits
+    assert counts == {threads or before}
+    assert torch.get_num_threads() == before
+    assert torch.equal(logits[None], logits[threads])

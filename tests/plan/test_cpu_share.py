@@ -204,6 +204,7 @@ def test_measured_rates_are_checked_saved_and_loaded(tmp_path):
         ({"cpu_beside_link_bytes_per_s": {"x": 1e9}}, "'x' query rows: it must be a positive number"),
         ({"cpu_beside_link_bytes_per_s": 5}, "must be a rate for each number of query rows"),
         ({"cpu_beside_link_bytes_per_s": {"8": 1e9}}, "must have the same"),
+        ({"cpu_threads_beside_link": 0}, "cpu_threads_beside_link is 0: it must be a positive whole number"),
         ({"cpu_kv_bytes_per_s": {"4": {"two": 1e9}}}, "'two' threads: it must be a positive number"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -16,6 +16,7 @@ from engine_runs import attend_all
 from headinfer.bench import probe_cpu
 from headinfer.cli import main as cli
 from headinfer.cli.report import hardware_table
+from headinfer.engine import host_attention
 from headinfer.engine.machine import device_name
 from headinfer.engine.options import Options
 from headinfer.kv.streams import CudaStreams
@@ -166,6 +167,7 @@ def test_a_probe_measures_the_cpu_alone_and_beside_the_link(monkeypatch):
     for rates in (found["cpu_beside_link_bytes_per_s"], found["link_beside_cpu_bytes_per_s"]):
         assert rates.keys() == {"4", "16"}
         assert min(rates.values()) > 0
+    assert 1 <= found["cpu_threads_beside_link"] <= torch.get_num_threads()
     made = dataclasses.replace(HARDWARE["h100"], **found)  # its checks
     assert made.cpu_kv_bytes_per_s["4"].keys() >= {"1", str(torch.get_num_threads())}
     shown = hardware_table(made)
@@ -190,8 +192,18 @@ def test_a_run_uses_the_share_that_was_measured(monkeypatch, tmp_path, capsys):
     plain = answer()
     rates = {"link_bytes_per_s": 1e5, "link_share": 1.0, "name": device_name(CUDA), "source": "headinfer probe"}
     rates |= {"cpu_beside_link_bytes_per_s": {"4": 1e5}, "link_beside_cpu_bytes_per_s": {"4": 1e5}}
-    dataclasses.replace(HARDWARE["h100"], **rates).save(probe_path())
+    threads = torch.get_num_threads() + 1
+    dataclasses.replace(HARDWARE["h100"], cpu_threads_beside_link=threads, **rates).save(probe_path())
+    attend = host_attention._attend
+    counts: set[int] = set()
+
+    def note(*of_part):
+        counts.add(torch.get_num_threads())
+        return attend(*of_part)
+
+    monkeypatch.setattr(host_attention, "_attend", note)
     shared = answer()
+    assert counts == {threads}
     assert plain["options"]["cpu_share"] is None
     assert plain["stats"]["cpu_attended_bytes"] == 0
     assert shared["plan"]["cpu_share"] == shared["options"]["cpu_share"] == shared["stats"]["cpu_share"] > 0.4

@@ -71,7 +71,8 @@ def _at(job: GpuJob, tokens: int, rates_of_cpu: Callable[[], dict[str, Any]]) ->
     with_cpu: list[Outcome] = []
     if tokens >= job.sizes.cpu_tokens:
         share = share_of_cpu(job, tokens, rates_of_cpu) if job.sizes.cpu_share is None else job.sizes.cpu_share
-        with_cpu = compare(job, point.own, own_s, [_with_cpu(job, point, share)])
+        threads = rates_of_cpu()["cpu_threads_beside_link"] if job.is_cuda and share else None
+        with_cpu = compare(job, point.own, own_s, [_with_cpu(job, point, share, threads)])
     goals = {"paper's scheme": ">= 0.98" if is_long else "> 1", "offloaded cache": "> 1"}
     outcomes = compare(job, point.own, own_s, baselines_of(job, point.past, 1, job.pass_s(tokens, 1), goals))
     return [
@@ -82,9 +83,13 @@ def _at(job: GpuJob, tokens: int, rates_of_cpu: Callable[[], dict[str, Any]]) ->
     ]
 
 
-def _with_cpu(job: GpuJob, point: Point, share: float) -> Baseline:
-    """Return headinfer with the floor budget and a share of the host's CPU."""
-    options: dict[str, Any] = {"device_kv_budget_bytes": job.sizes.floor_bytes, "cpu_share": share}
+def _with_cpu(job: GpuJob, point: Point, share: float, threads: int | None) -> Baseline:
+    """Return headinfer with the floor budget, and a share and a number of threads of the host's CPU."""
+    options: dict[str, Any] = {
+        "device_kv_budget_bytes": job.sizes.floor_bytes,
+        "cpu_share": share,
+        "cpu_threads": threads,
+    }
     return Baseline(
         WITH_CPU,
         job.sizes.floor_bytes,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from headinfer.bench.timing import median_s, timed
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.numa import node_of
+from headinfer.utils.threads import torch_threads
 
 __all__ = ["QUERY_ROWS", "cpu_rates"]
 
@@ -44,7 +44,9 @@ def cpu_rates(
 ) -> dict[str, Any]:
     """Measure the CPU's attention by query rows and threads; on a GPU's host, also beside copies to the device.
 
-    Beside the link it has as many threads as a run uses (torch.get_num_threads()).
+    Fewer threads than those of a run (torch.get_num_threads()) may be faster beside the link, since the driver's
+    threads and the link's own reads need cores and DRAM too. All, three quarters and half of them are tried with the
+    first number of query rows. The number with which the CPU and the link bring the most bytes serves the others too.
 
     Args:
         device: the device that the link leads to; a CPU has no link.
@@ -64,21 +66,27 @@ def cpu_rates(
     alone: dict[str, dict[str, float]] = {}
     cpu_beside: dict[str, float] = {}
     link_beside: dict[str, float] = {}
+    beside_threads: int | None = None
     for rows in query_rows:
         on_stage(f"the CPU's attention, {rows} query rows ...")
         attend = _attention(rows, k, v)
         by_threads: dict[str, float] = {}
         for threads in _thread_counts() if thread_counts is None else thread_counts:
-            with _threads(threads):
+            with torch_threads(threads):
                 by_threads[str(threads)] = nbytes / median_s(attend, rounds=_ROUNDS)
         alone[str(rows)] = by_threads
         if device.type == "cuda" and not tier.pin_refusal:
             on_stage(f"the CPU's attention beside the link, {rows} query rows ...")
-            seconds, link = _beside_link(attend, device, tier, link_bytes_per_s)
-            cpu_beside[str(rows)] = nbytes / seconds
-            link_beside[str(rows)] = link
+            tried: dict[int, tuple[float, float]] = {}
+            for threads in _counts_beside_link() if beside_threads is None else (beside_threads,):
+                with torch_threads(threads):
+                    seconds, link = _beside_link(attend, device, tier, link_bytes_per_s)
+                tried[threads] = (nbytes / seconds, link)
+            beside_threads = max(tried, key=lambda threads: sum(tried[threads]))
+            cpu_beside[str(rows)], link_beside[str(rows)] = tried[beside_threads]
     return {
         "cpu_kv_bytes_per_s": alone,
+        "cpu_threads_beside_link": beside_threads,
         "cpu_beside_link_bytes_per_s": cpu_beside,
         "link_beside_cpu_bytes_per_s": link_beside,
     }
@@ -98,14 +106,10 @@ def _thread_counts() -> list[int]:
     return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _counts_beside_link() -> list[int]:
+    """Return the numbers of threads that are tried beside the link: all of a run, three quarters and half of them."""
+    most = torch.get_num_threads()
+    return list(dict.fromkeys((most, max(3 * most // 4, 1), max(most // 2, 1))))
 
 
 def _beside_link(

@@ -344,7 +344,8 @@ def hardware_table(found: Hardware) -> Table:
         for count, rate in by_threads.items():
             rates[f"KV, attended by the CPU, {query_rows} query rows, {count} threads"] = rate
     for query_rows, rate in found.cpu_beside_link_bytes_per_s.items():
-        rates[f"KV, attended by the CPU beside the link, {query_rows} query rows"] = rate
+        threads = f"{found.cpu_threads_beside_link or 'all'} threads"
+        rates[f"KV, attended by the CPU beside the link, {query_rows} query rows, {threads}"] = rate
         link = found.link_beside_cpu_bytes_per_s[query_rows]
         rates[f"link to the device beside the CPU, {query_rows} query rows"] = link
     rates |= {"disk, read": found.disk_read_bytes_per_s, "disk, write": found.disk_write_bytes_per_s}

@@ -137,6 +137,7 @@ class DeviceKV:
         self.exchange: HostExchange | None = None
         self._cpu_share = options.cpu_share
         self._cpu_rows = options.cpu_rows
+        self._cpu_threads = options.cpu_threads
         self.plan: TilePlan | None = None
         self._has_slots = False  # whether the plan's tiles can come from the host
         self.write: Writer = WriteInPlace()
@@ -329,7 +330,8 @@ class DeviceKV:
             past_tokens=layer_kv.tokens,
         )
         plan = choose_tiles(work, min(bounds, default=None), self.rates, self.fixed_tile)
-        self.plan = dataclasses.replace(plan, cpu_share=self._share_of_cpu(layer_kv, shape))
+        share = self._share_of_cpu(layer_kv, shape)
+        self.plan = dataclasses.replace(plan, cpu_share=share, cpu_threads=self._cpu_threads)
 
     def _use_ring(self, slot_bytes: int | None) -> None:
         """Keep the ring if it is as wanted. It changes with the batch, forks, and memory that is not pinned."""

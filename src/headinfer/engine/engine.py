@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -232,6 +233,7 @@ class Engine:
             dtype = str(k.dtype).removeprefix("torch.")
             if rates is None and dtype in machine.flops_per_s:
                 rates = machine.tile_rates(dtype)
+            options = dataclasses.replace(options, cpu_threads=options.cpu_threads or machine.cpu_threads_beside_link)
         kv = DeviceKV(
             k.device,
             transport,

@@ -17,6 +17,7 @@ from headinfer.engine.layer_pass import LayerPass
 from headinfer.engine.past import HostPart
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.exchange import HostExchange
+from headinfer.utils.threads import torch_threads
 
 __all__ = ["HostAttention"]
 
@@ -31,15 +32,22 @@ class HostAttention:
         parts: what the host attends to.
         exchange: brings queries to the host, and results to the device.
         counter: counts the bytes that the host attends to.
+        threads: the number of threads that compute; None for torch.get_num_threads().
     """
 
     def __init__(
-        self, layer: LayerPass, parts: Sequence[HostPart], exchange: HostExchange, counter: ByteCounter
+        self,
+        layer: LayerPass,
+        parts: Sequence[HostPart],
+        exchange: HostExchange,
+        counter: ByteCounter,
+        threads: int | None = None,
     ) -> None:
         self._layer = layer
         self._parts = parts
         self._exchange = exchange
         self._counter = counter
+        self._threads = threads
         after = tuple(dict.fromkeys(event for part in parts for event in part.after))
         self._sent = exchange.send(layer.q, layer.v.shape[3], after)
 
@@ -59,7 +67,8 @@ class HostAttention:
         state.lse.fill_(-torch.inf)
         for part in self._parts:
             q = on_host.packed(part.rows, heads)
-            calls = [_attend(on_host, rows, part) for rows in q.split(_MOST_ROWS, dim=1)]
+            with torch_threads(self._threads):
+                calls = [_attend(on_host, rows, part) for rows in q.split(_MOST_ROWS, dim=1)]
             on_host.merge(heads, state, part.rows, _joined(calls))
             self._counter.cpu_attended_bytes += part.nbytes
         return AttentionState(*self._exchange.reply(self._sent))

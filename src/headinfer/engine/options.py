@@ -36,8 +36,8 @@ _RENAMED = {
 }
 _RENAMED_TRANSPORTS = {"none": "in_place", "early": "eager", "late": "lazy"}
 _TRANSPORTS = ("auto", "in_place", "eager", "lazy")
-# Where KV is stored may differ each time that a session is loaded.
-_NOT_IN_SESSIONS = ("host_kv_budget_bytes", "disk_tier")
+# Where KV is stored, and the threads of the CPU, may differ each time that a session is loaded.
+_NOT_IN_SESSIONS = ("host_kv_budget_bytes", "disk_tier", "cpu_threads")
 
 
 class OptionFields(TypedDict, total=False):
@@ -56,6 +56,7 @@ class OptionFields(TypedDict, total=False):
     rates: TileRates | None
     cpu_share: float | None
     cpu_rows: int | None
+    cpu_threads: int | None
     host_kv_budget_bytes: int | str | None
     disk_tier: str | PathLike[str] | None
 
@@ -114,6 +115,9 @@ class Options:
         cpu_rows: the query rows per KV head that cpu_share was planned for; a plan gives it. If a pass has n times as
             many, the CPU's kernel takes up to n times as long, and the share becomes s / (s + n (1 - s)). None applies
             cpu_share to any number of rows.
+        cpu_threads: the threads with which the CPU attends to its share. None is the number that `headinfer probe`
+            found to be the fastest while the link copies, and torch.get_num_threads() without a probe. The bits of the
+            CPU's kernel do not depend on it.
         host_kv_budget_bytes: upper bound of KV bytes in host memory. It needs disk_tier.
         disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.
 
@@ -131,6 +135,7 @@ class Options:
     rates: TileRates | None = _option(_rates)  # noqa: RUF009  a field, not a TileRates
     cpu_share: float | None = _option(partial(real_number, low=0.0, high=1.0))
     cpu_rows: int | None = _option(whole_number)
+    cpu_threads: int | None = _option(whole_number)
     host_kv_budget_bytes: int | None = _option(byte_count)
     disk_tier: str | None = _option(path_text)
     # Deprecated names.
@@ -190,7 +195,7 @@ class Options:
         return cls(**cast("dict[str, Any]", fields))
 
     def arithmetic(self) -> dict[str, Any]:
-        """Return the fields that a session keeps, for JSON: all but those that say where KV is stored."""
+        """Return the fields that a session keeps, for JSON: all but those of _NOT_IN_SESSIONS."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_SESSIONS}
 
 

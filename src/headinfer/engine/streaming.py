@@ -96,7 +96,7 @@ def attend_streaming(
     host: HostAttention | None = None
     if parts:
         assert exchange is not None, "a plan gives the host a share only if there is an exchange"
-        host = HostAttention(layer, parts, exchange, counter or ByteCounter())
+        host = HostAttention(layer, parts, exchange, counter or ByteCounter(), plan.cpu_threads)
     tiles_by_group = [list(tiles_of(past_parts, heads, plan)) for heads in groups]
     states: list[AttentionState] = []
     fetcher = _Fetcher(ring if ring is not None else InPlace(), tiles_by_group, following)

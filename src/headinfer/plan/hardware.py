@@ -69,8 +69,9 @@ class Hardware:
         kv_bytes_per_s: the attained rate of reading KV in decode's attention, if a probe has measured it.
         cpu_kv_bytes_per_s: the rate at which the host's CPU attends to KV in host memory, in bfloat16 and with 8 KV
             heads of width 128, if a probe has measured it: by query rows per KV head, and then by threads.
-        cpu_beside_link_bytes_per_s: this rate while the link copies to the device, with the threads that a run uses,
-            by query rows per KV head.
+        cpu_threads_beside_link: the threads with which the CPU and the link together bring the most KV.
+        cpu_beside_link_bytes_per_s: the rate of the CPU while the link copies to the device, with these threads, by
+            query rows per KV head.
         link_beside_cpu_bytes_per_s: the rate of the link meanwhile, by the same query rows.
     """
 
@@ -102,6 +103,7 @@ class Hardware:
     weight_bytes_per_s: dict[str, float] = field(default_factory=dict)
     kv_bytes_per_s: float | None = None
     cpu_kv_bytes_per_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    cpu_threads_beside_link: int | None = None
     cpu_beside_link_bytes_per_s: dict[str, float] = field(default_factory=dict)
     link_beside_cpu_bytes_per_s: dict[str, float] = field(default_factory=dict)
 
@@ -119,6 +121,11 @@ class Hardware:
         for name in ("kv_bytes_per_s", "attention_share"):
             if getattr(self, name) is not None:
                 self._check(name, getattr(self, name))
+        threads = self.cpu_threads_beside_link
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise UsageError(
+                f"hardware {self.name}: cpu_threads_beside_link is {threads!r}: it must be a positive whole number"
+            )
         if self.overhead_bytes != 0:
             self._check("overhead_bytes", self.overhead_bytes)
         for name in _BY_ROWS:

@@ -173,6 +173,7 @@ class TilePlan:
         keeps_segments: whether large segments that fit a tile become tiles of their own, which are a single copy each.
         cpu_share: the share of the streamed tokens that the host's CPU attends to in host memory instead. They are not
             copied. 0 in prefill.
+        cpu_threads: the threads with which it does that; None for torch.get_num_threads().
     """
 
     heads_per_group: int
@@ -181,6 +182,7 @@ class TilePlan:
     even_tokens: int = 0
     keeps_segments: bool = False
     cpu_share: float = 0.0
+    cpu_threads: int | None = None
 
     def length(self, tokens: int) -> int:
         """Return the length of the tiles that `tokens` tokens are cut into. The last tile may be shorter."""
