@@ -164,8 +164,8 @@ def install(monkeypatch, clock):
     class OnHost(host_attention.HostAttention):
         """The host's part of a layer. When its queries have arrived, the link gets slower."""
 
-        def __init__(self, layer, parts, exchange, counter):
-            super().__init__(layer, parts, exchange, counter)
+        def __init__(self, layer, parts, exchange, counter, threads):
+            super().__init__(layer, parts, exchange, counter, threads)
             arrived_s = exchange._arrived[self._sent.turn].seconds
             busy_s = sum(part.nbytes for part in parts) / clock.shared.cpu_bytes_per_s
             clock.attending.append((arrived_s, arrived_s + busy_s))
