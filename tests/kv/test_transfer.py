@@ -236,6 +236,20 @@ def test_a_prefetched_tile_is_fetched_once(kind):
 
 
 @both_streams
+def test_another_tile_is_fetched_in_place_of_the_second_prefetched_one(kind):
+    """As after beams have changed places: the first tile of a layer is the prefetched one, and the second is not."""
+    ring = SlotRing(2, 1024, CPU, ByteCounter(), kind())
+    tiles = [random_pieces(seeded(seed), 2, [7], (4, 5)) for seed in range(4)]
+    for wanted in (2, 3):
+        assert ring.prefetch(tiles[0], key=0)
+        assert ring.prefetch(tiles[1], key=1)
+        handles = [ring.fetch(tiles[key], key=key) for key in (0, wanted)]
+        for handle, key in zip(handles, (0, wanted), strict=True):
+            assert all(map(torch.equal, joined(ring.wait(handle)), joined(tiles[key])))
+            ring.release(handle)
+
+
+@both_streams
 @pytest.mark.parametrize("queue", ["fetch", "back"])
 def test_copies_between_other_layouts_are_errors(kind, queue):
     contiguous = torch.zeros(4, 6)

@@ -118,11 +118,9 @@ class SlotRing:
         self._next_handle = 0
 
     def fetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> int:
-        while self._prefetched:
-            prefetched_key, handle = self._prefetched.popleft()
-            if key is not None and key == prefetched_key:
-                return handle
-            del self._in_use[handle]  # nothing reads the tile, and later copies to its slot are in the same queue
+        if self._prefetched and key is not None and key == self._prefetched[0][0]:
+            return self._prefetched.popleft()[1]
+        self.drop_prefetched()  # if the first one is not wanted, those behind it are not either
         return self._begin(pieces, after)
 
     def prefetch(self, pieces: Sequence[Piece], after: Sequence[Any] = (), key: Hashable = None) -> bool:
@@ -144,6 +142,9 @@ class SlotRing:
         self._streams.finish(self._ready[self._slot(handle)])
 
     def drop_prefetched(self) -> None:
+        if self._prefetched:
+            # The next tiles get the same slots: nothing reads the dropped ones, and their copies are in the same queue.
+            self._next_handle = self._prefetched[0][1]
         while self._prefetched:
             del self._in_use[self._prefetched.popleft()[1]]
 
