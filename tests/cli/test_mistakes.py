@@ -88,7 +88,7 @@ WHOLE = {
     "generate": ("--seed", "--max-new-tokens", "--chunk-tokens", "--heads-per-group", "--tile-tokens", "--top-k",
                  "--device-kv-budget", "--host-kv-budget"),
     "read": ("--seed", "--chunk-tokens", "--device-kv-budget", "--host-kv-budget"),
-    "ask": ("--seed", "--max-new-tokens", "--device-kv-budget", "--host-kv-budget"),
+    "ask": ("--seed", "--max-new-tokens", "--top-k", "--device-kv-budget", "--host-kv-budget"),
     "demo": ("--seed", "--context", "--questions"),
     "niah": ("--seed", "--samples", "--device-kv-budget"),
     "ruler": ("--seed", "--samples", "--device-kv-budget"),
@@ -98,8 +98,8 @@ WHOLE = {
     "bench": ("--gpu-memory",),
 }  # fmt: skip
 REAL = {
-    "generate": ("--temperature", "--top-p", "--repetition-penalty"),
-    "ask": ("--temperature",),
+    "generate": ("--temperature", "--top-p", "--min-p", "--repetition-penalty"),
+    "ask": ("--temperature", "--top-p", "--min-p", "--repetition-penalty"),
     "bench": ("--limit-s",),
 }
 
@@ -113,7 +113,7 @@ def test_a_whole_number_out_of_range_is_refused(command, option, refused):
 @pytest.mark.parametrize(("command", "option"), [(name, option) for name in REAL for option in REAL[name]])
 def test_a_number_out_of_range_is_refused(command, option, refused):
     for value in ("-1", "x", "nan", "1e-300", "1e300"):
-        if (option, value) != ("--top-p", "1e-300"):
+        if option not in ("--top-p", "--min-p") or value != "1e-300":
             assert f"{option} is " in refused(*COMMANDS[command], option, value)
 
 

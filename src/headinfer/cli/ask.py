@@ -20,19 +20,20 @@ from headinfer.cli.options import (
     MaxNewTokens,
     SessionOption,
     SessionsFolder,
-    Temperature,
     cpu_share,
     kv_options,
-    seed,
     size,
     text_argument,
 )
+from headinfer.cli.sampling import System, takes_sampling
+from headinfer.jobs.sampling import Sampling
 from headinfer.sessions.folder import default_root
 from headinfer.utils.units import format_bytes
 
 __all__ = ["ask"]
 
 
+@takes_sampling
 def ask(
     questions: Annotated[list[str], text_argument("questions", "One or more questions.", show_default=False)],
     session: SessionOption,
@@ -56,9 +57,10 @@ def ask(
         cpu_share(CPU_SHARE_HELP, show_default="auto: the session's", rich_help_panel=MEMORY_PANEL),
     ] = None,
     device: Device = "auto",
-    seed: Annotated[int, seed("Seed of sampling.")] = 0,
-    temperature: Temperature = 0.0,
+    system: System = "",
     as_json: Json = False,
+    *,
+    sampling: Sampling,
 ) -> None:
     """Ask questions about a document that `headinfer read` has read.
 
@@ -84,9 +86,9 @@ def ask(
         model=model,
         max_new_tokens=max_new_tokens,
         device=device,
-        seed=seed,
         keep=keep,
-        sampling={"do_sample": True, "temperature": temperature} if temperature > 0 else {},
+        system=system,
+        sampling=sampling,
         options=given,
     )
     started = time.perf_counter()

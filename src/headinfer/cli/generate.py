@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headinfer.cli.console import discard, stderr, warning, write
 from headinfer.cli.options import (
     MEMORY_PANEL,
-    SAMPLING_PANEL,
     ChunkTokens,
     CpuShare,
     Device,
@@ -24,16 +23,15 @@ from headinfer.cli.options import (
     MaxNewTokens,
     Model,
     Raw,
-    Temperature,
     kv_options,
     number,
-    real,
-    seed,
     text_option,
     tokens,
 )
+from headinfer.cli.sampling import System, takes_sampling
 from headinfer.errors import UsageError
 from headinfer.hf.ranks import Ranks
+from headinfer.jobs.sampling import Sampling
 from headinfer.utils.files import read_text
 
 if TYPE_CHECKING:
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 
+@takes_sampling
 def generate(
     model: Model,
     file: Annotated[
@@ -90,34 +89,11 @@ def generate(
     staging: Annotated[str | None, typer.Option(hidden=True, help="Deprecated: use --transport.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    seed: Annotated[int, seed("Seed of sampling and of random weights.")] = 0,
-    temperature: Temperature = 0.0,
-    top_k: Annotated[
-        int | None,
-        number("--top-k", "Sample from the k most likely tokens.", rich_help_panel=SAMPLING_PANEL),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        real(
-            "--top-p",
-            "Sample from the fewest tokens whose probabilities sum to p.",
-            low=0,
-            high=1,
-            rich_help_panel=SAMPLING_PANEL,
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        real(
-            "--repetition-penalty",
-            "A value above 1 discourages repetition.",
-            low=0.01,
-            high=100,
-            rich_help_panel=SAMPLING_PANEL,
-        ),
-    ] = None,
+    system: System = "",
     raw: Raw = False,
     as_json: Json = False,
+    *,
+    sampling: Sampling,
 ) -> None:
     """Generate text after a document and a prompt. The text is streamed to stdout."""
     from headinfer.engine.options import Options
@@ -139,7 +115,6 @@ def generate(
             transport=transport,  # type: ignore[arg-type]
             staging=staging,
         )
-        sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
         job = generation.Job(
             model=model,
             document=read_text(file) if file is not None else "",
@@ -148,8 +123,9 @@ def generate(
             chunk_tokens=chunk_tokens,
             dtype=dtype,
             device=device,
-            seed=seed,
+            seed=sampling.seed,
             raw=raw,
+            system=system,
             sampling=sampling,
             options=options,
         )
@@ -160,19 +136,6 @@ def generate(
         summary = _run(prepared, as_json=as_json) if ranks.is_first else generation.run(prepared, on_text=discard)
     if summary.interrupted:
         raise typer.Exit(130)
-
-
-def _sampling(
-    temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float | None
-) -> dict[str, Any]:
-    """Return the sampling options of transformers' generate()."""
-    sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    if temperature > 0:
-        return sampling | {"do_sample": True, "temperature": temperature}
-    if top_k is not None or top_p is not None:
-        raise UsageError("--top-k and --top-p choose among samples: give --temperature above 0 as well")
-    return sampling
 
 
 def _run(prepared: Prepared, *, as_json: bool) -> Summary:

@@ -41,7 +41,6 @@ __all__ = [
     "SessionArgument",
     "SessionOption",
     "SessionsFolder",
-    "Temperature",
     "cpu_share",
     "kv_options",
     "number",
@@ -249,19 +248,6 @@ CPU_SHARE_HELP = "In decode, the share of the KV in host RAM that the CPU attend
 CpuShare = Annotated[
     float | None,
     cpu_share(CPU_SHARE_HELP, show_default="auto: what headinfer probe has measured", rich_help_panel=MEMORY_PANEL),
-]
-
-# The bounds keep logits in the range of float32.
-Temperature = Annotated[
-    float,
-    real(
-        "--temperature",
-        "0 decodes greedily. A value above 0 samples.",
-        low=0.001,
-        high=100,
-        allows_zero=True,
-        rich_help_panel=SAMPLING_PANEL,
-    ),
 ]
 
 SessionOption = Annotated[str, typer.Option("--session", help="Name of the session.")]

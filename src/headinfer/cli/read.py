@@ -26,6 +26,7 @@ from headinfer.cli.options import (
     kv_options,
     seed,
 )
+from headinfer.cli.sampling import System
 from headinfer.sessions.folder import default_root
 from headinfer.utils.files import read_text
 from headinfer.utils.units import format_bytes
@@ -45,6 +46,7 @@ def read(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, seed("Seed of random weights.")] = 0,
+    system: System = "",
     raw: Raw = False,
     as_json: Json = False,
 ) -> None:
@@ -67,6 +69,7 @@ def read(
         device=device,
         seed=seed,
         raw=raw,
+        system=system,
         options=options,
     )
     prepared = reading.prepare_read(job)

@@ -26,6 +26,8 @@ from transformers.cache_utils import (
 )
 from transformers.distributed import DistributedConfig
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -41,6 +43,7 @@ from headinfer.errors import UnsupportedError
 __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
+    "BaseStreamer",
     "Cache",
     "CacheLayerMixin",
     "DistributedConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "LinearAttentionLayer",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "StoppingCriteria",
     "causal_mask_function",
     "check_version",
     "cuda_devices",

@@ -18,13 +18,15 @@ from headinfer.engine.options import current_names, merged
 from headinfer.engine.run_plan import check_saved_kv
 from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.compat import last_logits_only
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
+from headinfer.jobs.answer_text import AnswerText
 from headinfer.jobs.generate import Streamer, Summary, already_warned
-from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, pad_id, question_ids
+from headinfer.jobs.held import hold
+from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, pad_id, question_ids, text_ids
 from headinfer.jobs.rotary import held_rotary_tokens
+from headinfer.jobs.sampling import Sampling
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -48,9 +50,9 @@ class AskJob:
         model: where the model is; None takes the model of the session.
         max_new_tokens: tokens of an answer, at most.
         device: auto, cpu, cuda or cuda:N.
-        seed: of sampling.
         keep: whether questions and answers are added to the session, as context of later questions.
-        sampling: Options of generate() itself.
+        system: the system prompt, if the session must have been read with it; empty takes the session's.
+        sampling: how tokens are chosen.
         options: fields of Options that replace the session's.
     """
 
@@ -60,9 +62,9 @@ class AskJob:
     model: str | None = None
     max_new_tokens: int = 256
     device: str = "auto"
-    seed: int = 0
     keep: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)
+    system: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,9 +106,15 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     folder = session_folder(job.root, job.name)
     if not job.questions or not all(question.strip() for question in job.questions):
         raise UsageError("the question is empty: write it after the session's name")
+    job.sampling.check()
     if job.max_new_tokens < 1:
         raise UsageError(f"max-new-tokens is {job.max_new_tokens}: it must be a positive number")
     manifest = Manifest.read(folder)
+    if job.system and job.system != manifest.about.get("system", ""):
+        raise UsageError(
+            f"the session {folder} was read without this system prompt, and it precedes the document: give --system to "
+            "`headinfer read`, or put it into the question"
+        )
     if job.keep:
         check_no_foreign_files(folder)
     wanted = manifest.about.get("document_tokens", manifest.tokens)
@@ -264,43 +272,51 @@ def ask(
         for new_ids in prepared.question_ids:
             if summaries:
                 on_text("\n")
-            torch.manual_seed(job.seed)
+            torch.manual_seed(job.sampling.seed)
             tail = torch.tensor([new_ids], dtype=torch.long)
             summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
             summary.kernel_failure = kernel_failure
             summaries.append(summary)
             used = cache if job.keep else cache.fork()
-            written = _answer(model, tokenizer, used, torch.cat([ids, tail], dim=1), job, summary, on_text)
+            prompt_ids = torch.cat([ids, tail], dim=1)
+            before = used.checkpoint()
+            answer = _answer(model, tokenizer, used, prompt_ids, job, summary, on_text)
             if summary.interrupted:
                 break
             if lock is not None:
                 answers += 1
-                ids = _read_to_the_end(model, used, written)
+                ids = _hold_the_answer(model, tokenizer, used, prompt_ids, answer, before)
                 facts = about | {"answers": answers}
                 with SessionWriter(prepared.folder, model, arithmetic, facts, lock) as writer:
                     writer.checkpoint(used, ids, can_return=True)
     return summaries
 
 
-def _read_to_the_end(model: Any, cache: HeadCache, written: torch.Tensor) -> torch.Tensor:
-    """Read the last token of an answer, which generate() does not read, unless it ends the sequence.
+def _hold_the_answer(
+    model: Any, tokenizer: Any, cache: HeadCache, prompt_ids: torch.Tensor, answer: AnswerText, before: Any
+) -> torch.Tensor:
+    """Make a cache hold a question and the text of its answer as it was shown.
+
+    The cache lacks the last token of the answer, which generate() does not read. It is read here, unless it ends the
+    sequence. Tokens of a stop string are removed.
+
+    Args:
+        model: the enabled model.
+        tokenizer: its tokenizer.
+        cache: holds the prompt and all tokens of the answer but the last one.
+        prompt_ids: the tokens [1, T] up to the question; int64.
+        answer: the answer.
+        before: a checkpoint of the cache before the question.
 
     Returns:
-        The token ids [1, T] that the cache holds.
+        The token ids [1, T + n] that the cache holds.
     """
     ends = model.generation_config.eos_token_id
-    last = written[:, cache.get_seq_length() :]
-    if last.shape[1] and int(last[0, -1]) not in (ends if isinstance(ends, list) else [ends]):
-        inputs = model.prepare_inputs_for_generation(
-            written.to(model.device),
-            next_sequence_length=last.shape[1],
-            past_key_values=cache,
-            use_cache=True,
-            is_first_iteration=False,
-            **last_logits_only(model),
-        )
-        model(**inputs)
-    return written[:, : cache.get_seq_length()]
+    kept, rest = answer.kept()
+    if kept and kept[-1] in (ends if isinstance(ends, list) else [ends]):
+        kept = kept[:-1]
+    wanted = torch.tensor([[*kept, *text_ids(tokenizer, rest)]], dtype=torch.long)
+    return hold(model, cache, torch.cat([prompt_ids, wanted], dim=1), prompt_ids.shape[1] + len(kept), before)
 
 
 def _answer(
@@ -311,7 +327,7 @@ def _answer(
     job: AskJob,
     summary: Summary,
     on_text: Callable[[str], None],
-) -> torch.Tensor:
+) -> AnswerText:
     """Generate an answer.
 
     Args:
@@ -322,27 +338,23 @@ def _answer(
         job: the job.
         summary: gets tokens, times and bytes.
         on_text: called with each part of the answer.
-
-    Returns:
-        The ids [1, T + n] of the prompt and the answer.
     """
     start = time.perf_counter()
-    streamer = Streamer(tokenizer, on_text, summary, start)
+    streamer = Streamer(tokenizer, on_text, summary, start, job.sampling.stop)
+    sampling = job.sampling.arguments(tokenizer, prompt_tokens=prompt_ids.shape[1], max_new_tokens=job.max_new_tokens)
     try:
         model.generate(
             prompt_ids.to(model.device),
             attention_mask=torch.ones_like(prompt_ids, device=model.device),
             past_key_values=cache,
-            max_new_tokens=job.max_new_tokens,
             streamer=streamer,
             tokenizer=tokenizer,  # for stop_strings in the model's generation config
             pad_token_id=pad_id(tokenizer),
-            **({"do_sample": False} | job.sampling),
+            **sampling,
         )
     except KeyboardInterrupt:
         summary.interrupted = True
         streamer.end()
     summary.total_s = time.perf_counter() - start
     summary.stats = cache.stats()
-    new_ids = torch.tensor([summary.token_ids], dtype=torch.long).view(1, -1)
-    return torch.cat([prompt_ids, new_ids], dim=1)
+    return streamer.answer

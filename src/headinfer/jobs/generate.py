@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from headinfer.attention import native
 from headinfer.engine.machine import chosen_device
@@ -19,13 +18,15 @@ from headinfer.engine.options import Options
 from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run
 from headinfer.errors import ContextLengthWarning, RereadWarning, UsageError
 from headinfer.hf.cache import HeadCache, Stats
-from headinfer.hf.compat import PreTrainedModel
+from headinfer.hf.compat import BaseStreamer, PreTrainedModel
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.parallel import check_shards, gather_from_ranks, load_random_shard, load_shard, rank_device
 from headinfer.hf.ranks import Ranks
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
+from headinfer.jobs.answer_text import AnswerText
 from headinfer.jobs.prompts import prompt_ids
+from headinfer.jobs.sampling import Sampling
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.utils.units import format_bytes
@@ -43,8 +44,6 @@ __all__ = [
     "run",
 ]
 
-_WINDOW_TOKENS = 8
-_LONGEST_CHARACTER_BYTES = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,9 +59,10 @@ class Job:
         chunk_tokens: tokens of a prefill chunk; None is planned.
         dtype: auto, or one of DTYPES.
         device: auto, cpu, cuda or cuda:N.
-        seed: the seed of sampling and random weights.
+        seed: the seed of random weights.
         raw: whether the model's chat template is left out.
-        sampling: Options of generate() itself.
+        system: the system prompt; empty if there is none.
+        sampling: how tokens are chosen.
         options: Options of the cache; what they leave open is planned.
     """
 
@@ -75,7 +75,8 @@ class Job:
     device: str = "auto"
     seed: int = 0
     raw: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)
+    system: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
     options: Options = field(default_factory=Options)
 
 
@@ -127,6 +128,7 @@ class Summary:
         tokens_read: tokens of the prompt that were read. After Ctrl-C the cache no longer holds them.
         tokens_out: tokens that were written.
         token_ids: these tokens.
+        stopped_by: the stop string that ended the answer; its tokens are in token_ids, and it is not in the text.
         first_token_s: seconds to the first of them, from the start of reading.
         total_s: seconds in all.
         interrupted: whether Ctrl-C ended the job. The other fields say what was done so far.
@@ -145,6 +147,7 @@ class Summary:
     tokens_read: int = 0
     tokens_out: int = 0
     token_ids: list[int] = field(default_factory=list)
+    stopped_by: str | None = None
     first_token_s: float | None = None
     total_s: float = 0.0
     interrupted: bool = False
@@ -223,6 +226,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         value = getattr(job, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} is {value}: it must be a positive number")
+    job.sampling.check()
     if not (job.prompt.strip() or job.document.strip()):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
     ranks = ranks or Ranks()
@@ -290,7 +294,7 @@ def run(
     summary.ranks = prepared.ranks.world
     summary.plan = run_plan.plan.as_dict()
     model = _load(prepared)
-    torch.manual_seed(job.seed)
+    torch.manual_seed(job.sampling.seed)
     options = dataclasses.replace(run_plan.options, expected_tokens=tokens_in + job.max_new_tokens)
     cache = HeadCache(model.config, **vars(options))
     cache.rotary_min_tokens = job.options.expected_tokens
@@ -298,7 +302,8 @@ def run(
     if prepared.device == "cpu":
         summary.kernel_failure = native.unavailable_reason(model.dtype)  # compiles it before the clock starts
     start = time.perf_counter()
-    streamer = Streamer(prepared.tokenizer, on_text, summary, start)
+    streamer = Streamer(prepared.tokenizer, on_text, summary, start, job.sampling.stop)
+    sampling = job.sampling.arguments(prepared.tokenizer, prompt_tokens=tokens_in, max_new_tokens=job.max_new_tokens)
     input_ids = prepared.input_ids.to(prepared.device)
 
     def after_forward(cache: HeadCache) -> None:
@@ -312,10 +317,9 @@ def run(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=cache,
-                max_new_tokens=job.max_new_tokens,
                 streamer=streamer,
                 tokenizer=prepared.tokenizer,  # for stop_strings in the model's generation config
-                **({"do_sample": False} | job.sampling),
+                **sampling,
             )
     except KeyboardInterrupt:
         summary.interrupted = True
@@ -353,64 +357,52 @@ def _load(prepared: Prepared) -> PreTrainedModel:
 
 
 class Streamer(BaseStreamer):  # type: ignore[misc]
-    """Passes text on as soon as its characters are complete, and notes tokens and times in a Summary.
-
-    transformers' TextStreamer decodes everything since the last newline again for each token. This one decodes a
-    window of a few tokens: a tokenizer needs only the neighbours of a token to decode its spaces and bytes.
+    """Takes the tokens of generate(), passes their text on, and notes tokens and times in a Summary.
 
     Args:
         tokenizer: the model's tokenizer.
         on_text: called with each part of the text.
         summary: gets the tokens and times.
         start: the time, by time.perf_counter(), from which first_token_s counts.
+        stop: texts that end the answer.
+
+    Attributes:
+        answer: the answer so far.
     """
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], summary: Summary, start: float) -> None:
-        self._tokenizer = tokenizer
-        self._on_text = on_text
+    def __init__(
+        self, tokenizer: Any, on_text: Callable[[str], None], summary: Summary, start: float, stop: Sequence[str] = ()
+    ) -> None:
+        self.answer = AnswerText(tokenizer, stop, on_text)
         self._summary = summary
         self._start = start
         self._seen_prompt = False
-        self._shown: list[int] = []
-        self._held: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, and then one token at a time."""
+        """Take the prompt, and then the new tokens of each pass."""
         if not self._seen_prompt:
             self._seen_prompt = True
             return
-        new_ids = value.flatten().tolist()
         if self._summary.first_token_s is None:
             self._summary.first_token_s = time.perf_counter() - self._start
-        self._summary.tokens_out += len(new_ids)
-        self._summary.token_ids.extend(new_ids)
-        self._held.extend(new_ids)
-        self._show(at_end=False)
+        self.answer.put(value.flatten().tolist())
+        self._note()
 
     def end(self) -> None:
         """Pass on the rest of the text."""
-        self._show(at_end=True)
+        self.answer.end()
+        self._note()
 
-    def _show(self, *, at_end: bool) -> None:
-        before = self._decode(self._shown)
-        after = self._decode(self._shown + self._held)
-        text = after[len(before) :]
-        if text.endswith("\ufffd") and len(self._held) < _LONGEST_CHARACTER_BYTES and not at_end:
-            return  # the first bytes of a character
-        self._shown = (self._shown + self._held)[-_WINDOW_TOKENS:]
-        self._held = []
-        if text:
-            self._summary.text += text
-            self._on_text(text)
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+    def _note(self) -> None:
+        self._summary.tokens_out = len(self.answer.token_ids)
+        self._summary.token_ids = self.answer.token_ids
+        self._summary.text = self.answer.text
+        self._summary.stopped_by = self.answer.stopped_by
 
 
 def _encode(job: Job, tokenizer: Any) -> torch.Tensor:
     """Return token ids [1, T]: the document first, then the question, in the model's chat template if it has one."""
-    ids = prompt_ids(tokenizer, job.document, job.prompt, is_raw=job.raw)
+    ids = prompt_ids(tokenizer, job.document, job.prompt, is_raw=job.raw, system=job.system)
     if not ids:
         raise UsageError("the prompt has no tokens: the model's tokenizer drops all of its characters")
     return torch.tensor([ids])

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from headinfer.errors import UnsupportedError
+from headinfer.errors import UnsupportedError, UsageError
 
 __all__ = [
     "ChatTexts",
@@ -24,6 +24,7 @@ __all__ = [
     "pad_id",
     "prompt_ids",
     "question_ids",
+    "text_ids",
 ]
 
 _DOCUMENT_MARK = "\N{SYMBOL FOR START OF TEXT}document\N{SYMBOL FOR END OF TEXT}"
@@ -31,6 +32,7 @@ _ANSWER_MARK = "\N{SYMBOL FOR START OF TEXT}answer\N{SYMBOL FOR END OF TEXT}"
 _QUESTION_MARK = "\N{SYMBOL FOR START OF TEXT}question\N{SYMBOL FOR END OF TEXT}"
 # A template is a program of the model's author, and these are the errors with which such programs end.
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+_SYSTEM_MARK = "\N{SYMBOL FOR START OF TEXT}system\N{SYMBOL FOR END OF TEXT}"
 _BLANK = "\f"  # put around a mark, to find out whether the template strips it
 _BEGINNINGS = ("a", "0", ".")
 
@@ -51,26 +53,31 @@ class ChatTexts:
     is_stripped: bool
 
 
-def chat_texts(tokenizer: Any, *, is_raw: bool) -> ChatTexts | None:
+def chat_texts(tokenizer: Any, *, is_raw: bool, system: str = "") -> ChatTexts | None:
     """Return what the chat template writes around a message.
 
     Args:
         tokenizer: the tokenizer.
         is_raw: whether the template is ignored.
+        system: the system prompt; empty if there is none.
 
     Returns:
         The texts; None if there is no template or it is ignored.
 
     Raises:
-        UnsupportedError: the template fails, or does not write the message once and unchanged.
+        UsageError: there is a system prompt, and no template.
+        UnsupportedError: the template fails, or does not write the message once and unchanged, or no system prompt.
     """
     if is_raw or not getattr(tokenizer, "chat_template", None):
+        if system:
+            reason = "--raw leaves out the model's chat template" if is_raw else "the model has no chat template"
+            raise UsageError(f"{reason}, which a system prompt needs: put it before the document, or before the prompt")
         return None
-    (before, after), is_stripped = _texts_around(tokenizer, [_DOCUMENT_MARK])
+    (before, after), is_stripped = _texts_around(tokenizer, [_DOCUMENT_MARK], system)
     return ChatTexts(before, after, is_stripped)
 
 
-def prompt_ids(tokenizer: Any, document: str, question: str, *, is_raw: bool) -> list[int]:
+def prompt_ids(tokenizer: Any, document: str, question: str, *, is_raw: bool, system: str = "") -> list[int]:
     """Return the token ids of a prompt: those of the document, then those of the question.
 
     Args:
@@ -78,11 +85,13 @@ def prompt_ids(tokenizer: Any, document: str, question: str, *, is_raw: bool) ->
         document: the document; may be empty.
         question: the question; may be empty.
         is_raw: whether the template is ignored.
+        system: the system prompt; empty if there is none.
 
     Raises:
+        UsageError: there is a system prompt, and no template.
         UnsupportedError: the template cannot be used.
     """
-    chat = chat_texts(tokenizer, is_raw=is_raw)
+    chat = chat_texts(tokenizer, is_raw=is_raw, system=system)
     if document:
         return document_ids(tokenizer, document, chat) + question_ids(tokenizer, question, chat)
     if chat is None:
@@ -149,12 +158,17 @@ def later_question_ids(tokenizer: Any, question: str, *, is_raw: bool) -> list[i
     return _ids_of_continuation(tokenizer, texts[2] + (question.strip() if is_stripped else question) + texts[3])
 
 
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that continues another one, with nothing before or after it."""
+    return _ids_of_continuation(tokenizer, text)
+
+
 def pad_id(tokenizer: Any) -> int:
     """Return the padding id for generate(), which warns if it must choose one itself."""
     return next(token_id for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token_id is not None)
 
 
-def _texts_around(tokenizer: Any, marks: Sequence[str]) -> tuple[list[str], bool]:
+def _texts_around(tokenizer: Any, marks: Sequence[str], system: str = "") -> tuple[list[str], bool]:
     """Return what a chat template writes around messages of the user and the assistant in turn.
 
     Some templates take the text of a message as a string, others as a list of parts, and write nothing for the other.
@@ -162,30 +176,36 @@ def _texts_around(tokenizer: Any, marks: Sequence[str]) -> tuple[list[str], bool
     Args:
         tokenizer: the tokenizer.
         marks: the messages.
+        system: the system prompt before them; empty if there is none.
 
     Returns:
         The texts before, between and after the messages, and whether the template strips the messages.
 
     Raises:
-        UnsupportedError: the template fails, or does not write each message once and unchanged.
+        UnsupportedError: the template fails, or does not write each message once and unchanged, or no system prompt.
     """
     reasons = []
+    messages = [("assistant" if number % 2 else "user", _BLANK + mark + _BLANK) for number, mark in enumerate(marks)]
     for as_parts in (False, True):
-        messages = []
-        for number, mark in enumerate(marks):
-            text = _BLANK + mark + _BLANK
-            content = [{"type": "text", "text": text}] if as_parts else text
-            messages.append({"role": "assistant" if number % 2 else "user", "content": content})
         try:
-            whole: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            whole = _written(tokenizer, [("system", system), *messages] if system else messages, as_parts=as_parts)
+            with_mark = _written(tokenizer, [("system", _SYSTEM_MARK), *messages], as_parts=as_parts) if system else ""
         except _TEMPLATE_ERRORS as error:
             reasons.append(str(error).strip() or type(error).__name__)
+            continue
+        if system and _SYSTEM_MARK not in with_mark:
+            reasons.append("it does not write a system prompt")
             continue
         is_stripped = _BLANK + marks[0] + _BLANK not in whole
         texts = re.split("|".join(f"{_BLANK}?{mark}{_BLANK}?" for mark in marks), whole)
         if len(texts) == len(marks) + 1 and all(mark in whole for mark in marks):
             return texts, is_stripped
         reasons.append("it does not write each message once and unchanged")
+    if system and _can_write(tokenizer, marks):
+        raise UnsupportedError(
+            f"the model's chat template takes no system prompt ({reasons[0].splitlines()[0]}): put it before the "
+            "document, or before the prompt"
+        )
     if len(marks) > 1:
         raise UnsupportedError(
             f"the model's chat template cannot be used for a second question ({reasons[0].splitlines()[0]}): ask "
@@ -194,6 +214,24 @@ def _texts_around(tokenizer: Any, marks: Sequence[str]) -> tuple[list[str], bool
     raise UnsupportedError(
         f"the model's chat template cannot be used ({reasons[0].splitlines()[0]}): leave it out with --raw"
     )
+
+
+def _written(tokenizer: Any, messages: Sequence[tuple[str, str]], *, as_parts: bool) -> str:
+    """Return what a chat template writes for messages (role, text), up to the beginning of the next answer."""
+    given = [
+        {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in messages
+    ]
+    whole: str = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+    return whole
+
+
+def _can_write(tokenizer: Any, marks: Sequence[str]) -> bool:
+    """Return whether a chat template can be used without a system prompt."""
+    try:
+        _texts_around(tokenizer, marks)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -35,6 +35,7 @@ from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.prefix import find_prefix, link_prefix
 from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
+from headinfer.utils.values import shown
 
 __all__ = ["PreparedRead", "ReadJob", "ReadResult", "prepare_read", "read"]
 
@@ -55,6 +56,7 @@ class ReadJob:
         device: auto, cpu, cuda or cuda:N.
         seed: the seed of random weights.
         raw: whether the model's chat template is left out.
+        system: the system prompt; empty if there is none.
         options: Options of the cache; what they leave open is planned.
     """
 
@@ -67,6 +69,7 @@ class ReadJob:
     device: str = "auto"
     seed: int = 0
     raw: bool = False
+    system: str = ""
     options: Options = field(default_factory=Options)
 
 
@@ -194,6 +197,8 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         "asked_for": asked_for,
         **chat,
     }
+    if job.system:
+        about["system"] = job.system
     generation = found.generation if found is not None else 0
     warning = context_warning(tokens, shape)
     return PreparedRead(
@@ -226,7 +231,7 @@ def _encode(job: ReadJob, tokenizer: Any, found: Manifest | None) -> tuple[torch
     """
     document = job.document
     kept = found.about.get("chat") if found is not None and not job.raw else None
-    chat = ChatTexts(**kept) if kept else chat_texts(tokenizer, is_raw=job.raw)
+    chat = ChatTexts(**kept) if kept else chat_texts(tokenizer, is_raw=job.raw, system=job.system)
     about: dict[str, Any] = {"chat": dataclasses.asdict(chat) if chat is not None else None}
     if found is not None and "chat" not in found.about:  # headinfer 0.1.0 stripped the document, and kept no texts
         document = document.lstrip() if chat is not None else document
@@ -239,6 +244,13 @@ def _encode(job: ReadJob, tokenizer: Any, found: Manifest | None) -> tuple[torch
 
 def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
     """Raise UsageError for an option that differs from what the session was begun with."""
+    system = found.about.get("system", "")
+    if job.system != system:
+        begun = f"with the system prompt {shown(system)}" if system else "without a system prompt"
+        raise UsageError(
+            f"the session {folder} was begun {begun}, and goes on with the same: give the same --system, or choose "
+            "another name"
+        )
     kept = current_names(found.arithmetic) | {"dtype": found.model["dtype"]}
     before = current_names(found.about.get("asked_for", {}))
     for name, value in _asked_for(job).items():

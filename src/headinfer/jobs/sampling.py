@@ -1,0 +1,73 @@
+"""How the tokens of an answer are chosen and where the answer ends: the same options in every job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headinfer.errors import UsageError
+
+__all__ = ["Sampling"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of decoding. What is None is as in the model's generation config.
+
+    Attributes:
+        temperature: 0 decodes greedily. A value above 0 samples.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the fewest tokens whose probabilities sum to p.
+        min_p: sample from the tokens that are at least min_p times as likely as the most likely one.
+        repetition_penalty: a value above 1 discourages repetition.
+        stop: texts that end an answer. They are not part of it.
+        ignore_eos: whether the tokens that end an answer are never chosen.
+        seed: the seed of sampling, of each answer.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Check what does not depend on the model.
+
+        Raises:
+            UsageError: an option needs another one, or a stop string is empty.
+        """
+        chosen = {"--top-k": self.top_k, "--top-p": self.top_p, "--min-p": self.min_p}
+        useless = [name for name, value in chosen.items() if value is not None]
+        if useless and not self.temperature:
+            verb = "chooses" if len(useless) == 1 else "choose"
+            raise UsageError(f"{' and '.join(useless)} {verb} among samples: give --temperature above 0 as well")
+        if "" in self.stop:
+            raise UsageError("--stop is empty: give the text that ends an answer")
+
+    def arguments(self, tokenizer: Any, *, prompt_tokens: int, max_new_tokens: int) -> dict[str, Any]:
+        """Return the arguments of transformers' generate().
+
+        Args:
+            tokenizer: the model's tokenizer.
+            prompt_tokens: tokens of a row of the prompt, padding included.
+            max_new_tokens: tokens of an answer, at most.
+        """
+        from headinfer.jobs.answer_text import StopCriterion  # loads transformers, and the command line imports this
+
+        wanted: dict[str, Any] = {
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "temperature": self.temperature or None,
+            "min_new_tokens": max_new_tokens if self.ignore_eos else None,
+        }
+        given = {name: value for name, value in wanted.items() if value is not None}
+        if self.stop:
+            given["stopping_criteria"] = [StopCriterion(tokenizer, self.stop, prompt_tokens)]
+        return {**given, "do_sample": self.temperature > 0, "max_new_tokens": max_new_tokens}
