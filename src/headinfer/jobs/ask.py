@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,13 +17,13 @@ from headinfer.engine.options import current_names, merged
 from headinfer.engine.run_plan import check_saved_kv
 from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
+from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
-from headinfer.jobs.answer_text import AnswerText
-from headinfer.jobs.generate import Streamer, Summary, already_warned
-from headinfer.jobs.held import hold
-from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, pad_id, question_ids, text_ids
+from headinfer.jobs.answering import answer, hold, shown_ids
+from headinfer.jobs.generate import Summary, already_warned
+from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, question_ids
 from headinfer.jobs.rotary import held_rotary_tokens
 from headinfer.jobs.sampling import Sampling
 from headinfer.plan.model_shape import ModelShape
@@ -36,7 +35,16 @@ from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.units import format_bytes
 
-__all__ = ["AskJob", "PreparedAsk", "ask", "prepare_ask"]
+__all__ = [
+    "AskJob",
+    "LoadedSession",
+    "OpenedSession",
+    "PreparedAsk",
+    "ask",
+    "loaded",
+    "open_session",
+    "prepare_ask",
+]
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,8 @@ class AskJob:
 
 
 @dataclass(frozen=True)
-class PreparedAsk:
-    """An AskJob that has passed all checks. No weights are loaded.
+class OpenedSession:
+    """A session that was checked against its model and this machine. No weights are loaded.
 
     Attributes:
         job: the job.
@@ -79,9 +87,7 @@ class PreparedAsk:
         source: the model.
         tokenizer: the model's tokenizer.
         device: the device that computes.
-        question_ids: the token ids of each question, in the order of the job.
         slow: what will take long, and why.
-        warnings: what else the user should know before the run.
     """
 
     job: AskJob
@@ -90,8 +96,19 @@ class PreparedAsk:
     source: ModelSource
     tokenizer: Any
     device: str
-    question_ids: list[list[int]]
     slow: list[str]
+
+
+@dataclass(frozen=True)
+class PreparedAsk(OpenedSession):
+    """An AskJob that has passed all checks. No weights are loaded.
+
+    Attributes:
+        question_ids: the token ids of each question, in the order of the job.
+        warnings: what else the user should know before the run.
+    """
+
+    question_ids: list[list[int]]
     warnings: list[str]
 
 
@@ -103,12 +120,42 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
         SessionError: there is no such session, it is not read to its end, it is damaged, or of another model.
         CapacityError: the session's KV does not fit this machine.
     """
-    folder = session_folder(job.root, job.name)
     if not job.questions or not all(question.strip() for question in job.questions):
         raise UsageError("the question is empty: write it after the session's name")
     job.sampling.check()
     if job.max_new_tokens < 1:
         raise UsageError(f"max-new-tokens is {job.max_new_tokens}: it must be a positive number")
+    opened = open_session(job)
+    manifest = opened.manifest
+    ids = _question_ids(job, opened.tokenizer, manifest.about)
+    opened.source.check_ids(chain.from_iterable(ids))
+    turns = [len(question) + job.max_new_tokens for question in ids]
+    tokens = manifest.tokens + (sum(turns) if job.keep else max(turns))
+    lengths = RotaryLengths.from_config(opened.source.config)
+    crossing = crossing_warning(
+        lengths,
+        held=held_rotary_tokens(lengths, manifest, opened.folder),
+        past_tokens=manifest.tokens,
+        prompt_tokens=manifest.tokens + max(map(len, ids)),
+        longest_tokens=tokens,
+    )
+    told = [context_warning(tokens, ModelShape.from_config(opened.source.config)), crossing]
+    warnings = [line for line in told if line is not None]
+    return PreparedAsk(**vars(opened), question_ids=ids, warnings=warnings)
+
+
+def open_session(job: AskJob) -> OpenedSession:
+    """Check a session against its model and this machine. No weights are loaded.
+
+    Args:
+        job: the job. Its questions do not matter.
+
+    Raises:
+        UsageError: an argument is invalid.
+        SessionError: there is no such session, it is not read to its end, it is damaged, or of another model.
+        CapacityError: the session's KV does not fit this machine.
+    """
+    folder = session_folder(job.root, job.name)
     manifest = Manifest.read(folder)
     if job.system and job.system != manifest.about.get("system", ""):
         raise UsageError(
@@ -137,22 +184,8 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     device = str(chosen_device(job.device))
     check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
     HeadCache(source.config, **merged(kept_options(manifest), job.options))  # raises if an option is out of range
-    ids = _question_ids(job, tokenizer, manifest.about)
-    source.check_ids(chain.from_iterable(ids))
     slow = _slow(job, manifest, source, device)
-    turns = [len(question) + job.max_new_tokens for question in ids]
-    tokens = manifest.tokens + (sum(turns) if job.keep else max(turns))
-    lengths = RotaryLengths.from_config(source.config)
-    crossing = crossing_warning(
-        lengths,
-        held=held_rotary_tokens(lengths, manifest, folder),
-        past_tokens=manifest.tokens,
-        prompt_tokens=manifest.tokens + max(map(len, ids)),
-        longest_tokens=tokens,
-    )
-    told = [context_warning(tokens, ModelShape.from_config(source.config)), crossing]
-    warnings = [line for line in told if line is not None]
-    return PreparedAsk(job, folder, manifest, source, tokenizer, device, ids, slow, warnings)
+    return OpenedSession(job, folder, manifest, source, tokenizer, device, slow)
 
 
 def _source(job: AskJob, folder: Path, manifest: Manifest) -> ModelSource:
@@ -225,6 +258,53 @@ def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> 
     return lines
 
 
+@dataclass(frozen=True)
+class LoadedSession:
+    """A session in memory.
+
+    Attributes:
+        model: the model, enabled.
+        cache: holds the session.
+        arithmetic: the options that fix the results, and chunk_tokens.
+        lock: the lock of the folder, if the job keeps answers.
+        kernel_failure: why the CPU's attention kernel cannot be used; empty if it can, or if a GPU computes.
+    """
+
+    model: PreTrainedModel
+    cache: HeadCache
+    arithmetic: dict[str, Any]
+    lock: Lock | None
+    kernel_failure: str
+
+
+@contextmanager
+def loaded(opened: OpenedSession, on_forward: Callable[[HeadCache], None] | None) -> Iterator[LoadedSession]:
+    """Load the model and the session, for generating.
+
+    Args:
+        opened: the session.
+        on_forward: called with the cache after each forward pass.
+
+    Raises:
+        SessionError: another process writes the session, or has written it, and the job keeps answers.
+    """
+    job = opened.job
+    manifest = opened.manifest
+    arithmetic = current_names(manifest.arithmetic)
+    with ExitStack() as stack:
+        lock = stack.enter_context(Lock(opened.folder)) if job.keep else None
+        if lock is not None:
+            check_unchanged(opened.folder, manifest.generation)
+        dtype = getattr(torch, manifest.model["dtype"])
+        model = opened.source.load(dtype=dtype, device=opened.device, seed=manifest.about.get("seed", 0))
+        # Compiles the kernel, if it was never done here.
+        kernel_failure = native.unavailable_reason(model.dtype) if opened.device == "cpu" else ""
+        stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
+        stack.enter_context(torch.inference_mode())
+        cache = HeadCache.load(opened.folder, model, **job.options)
+        yield LoadedSession(model, cache, arithmetic, lock, kernel_failure)
+
+
 def ask(
     prepared: PreparedAsk,
     *,
@@ -248,23 +328,12 @@ def ask(
         A summary for each question that was asked.
     """
     job = prepared.job
-    manifest = prepared.manifest
-    about = manifest.about
-    arithmetic = current_names(manifest.arithmetic)
+    about = prepared.manifest.about
     tokenizer = prepared.tokenizer
     summaries: list[Summary] = []
-    with ExitStack() as stack:
-        lock = stack.enter_context(Lock(prepared.folder)) if job.keep else None
-        if lock is not None:
-            check_unchanged(prepared.folder, manifest.generation)
-        dtype = getattr(torch, manifest.model["dtype"])
-        model = prepared.source.load(dtype=dtype, device=prepared.device, seed=about.get("seed", 0))
-        # Compiles the kernel, if it was never done here.
-        kernel_failure = native.unavailable_reason(model.dtype) if prepared.device == "cpu" else ""
-        stack.enter_context(already_warned())
-        stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
-        stack.enter_context(torch.inference_mode())
-        cache = HeadCache.load(prepared.folder, model, **job.options)
+    with already_warned(), loaded(prepared, on_forward) as session:
+        model = session.model
+        cache = session.cache
         on_loaded(cache)
         ids = cache.token_ids
         assert ids is not None
@@ -272,89 +341,31 @@ def ask(
         for new_ids in prepared.question_ids:
             if summaries:
                 on_text("\n")
-            torch.manual_seed(job.sampling.seed)
             tail = torch.tensor([new_ids], dtype=torch.long)
             summary = Summary(str(prepared.source.name), tokens_in=tail.shape[1], tokens_read=ids.shape[1])
-            summary.kernel_failure = kernel_failure
+            summary.kernel_failure = session.kernel_failure
             summaries.append(summary)
             used = cache if job.keep else cache.fork()
             prompt_ids = torch.cat([ids, tail], dim=1)
             before = used.checkpoint()
-            answer = _answer(model, tokenizer, used, prompt_ids, job, summary, on_text)
+            found = answer(
+                model,
+                tokenizer,
+                used,
+                prompt_ids,
+                job.sampling,
+                max_new_tokens=job.max_new_tokens,
+                summary=summary,
+                on_text=on_text,
+            )
             if summary.interrupted:
                 break
-            if lock is not None:
+            if session.lock is not None:
                 answers += 1
-                ids = _hold_the_answer(model, tokenizer, used, prompt_ids, answer, before)
+                shown, generated = shown_ids(model, tokenizer, found)
+                ids = torch.cat([prompt_ids, torch.tensor([shown], dtype=torch.long)], dim=1)
+                hold(model, used, ids, prompt_ids.shape[1] + generated, before)
                 facts = about | {"answers": answers}
-                with SessionWriter(prepared.folder, model, arithmetic, facts, lock) as writer:
+                with SessionWriter(prepared.folder, model, session.arithmetic, facts, session.lock) as writer:
                     writer.checkpoint(used, ids, can_return=True)
     return summaries
-
-
-def _hold_the_answer(
-    model: Any, tokenizer: Any, cache: HeadCache, prompt_ids: torch.Tensor, answer: AnswerText, before: Any
-) -> torch.Tensor:
-    """Make a cache hold a question and the text of its answer as it was shown.
-
-    The cache lacks the last token of the answer, which generate() does not read. It is read here, unless it ends the
-    sequence. Tokens of a stop string are removed.
-
-    Args:
-        model: the enabled model.
-        tokenizer: its tokenizer.
-        cache: holds the prompt and all tokens of the answer but the last one.
-        prompt_ids: the tokens [1, T] up to the question; int64.
-        answer: the answer.
-        before: a checkpoint of the cache before the question.
-
-    Returns:
-        The token ids [1, T + n] that the cache holds.
-    """
-    ends = model.generation_config.eos_token_id
-    kept, rest = answer.kept()
-    if kept and kept[-1] in (ends if isinstance(ends, list) else [ends]):
-        kept = kept[:-1]
-    wanted = torch.tensor([[*kept, *text_ids(tokenizer, rest)]], dtype=torch.long)
-    return hold(model, cache, torch.cat([prompt_ids, wanted], dim=1), prompt_ids.shape[1] + len(kept), before)
-
-
-def _answer(
-    model: Any,
-    tokenizer: Any,
-    cache: HeadCache,
-    prompt_ids: torch.Tensor,
-    job: AskJob,
-    summary: Summary,
-    on_text: Callable[[str], None],
-) -> AnswerText:
-    """Generate an answer.
-
-    Args:
-        model: the enabled model.
-        tokenizer: its tokenizer.
-        cache: holds the KV of the first tokens of the prompt.
-        prompt_ids: [1, T] int64.
-        job: the job.
-        summary: gets tokens, times and bytes.
-        on_text: called with each part of the answer.
-    """
-    start = time.perf_counter()
-    streamer = Streamer(tokenizer, on_text, summary, start, job.sampling.stop)
-    sampling = job.sampling.arguments(tokenizer, prompt_tokens=prompt_ids.shape[1], max_new_tokens=job.max_new_tokens)
-    try:
-        model.generate(
-            prompt_ids.to(model.device),
-            attention_mask=torch.ones_like(prompt_ids, device=model.device),
-            past_key_values=cache,
-            streamer=streamer,
-            tokenizer=tokenizer,  # for stop_strings in the model's generation config
-            pad_token_id=pad_id(tokenizer),
-            **sampling,
-        )
-    except KeyboardInterrupt:
-        summary.interrupted = True
-        streamer.end()
-    summary.total_s = time.perf_counter() - start
-    summary.stats = cache.stats()
-    return streamer.answer
