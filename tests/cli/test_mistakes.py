@@ -141,7 +141,7 @@ def test_a_message_names_the_option_of_the_command_line(arguments, message, refu
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("generate", MODEL, "--file", "a", "--file", "b"),
+        ("generate", MODEL, "--seed", "1", "--seed", "2"),
         ("generate", MODEL, "--prompt", "a", "--prompt", "b"),
         ("read", MODEL, "--file", "a", "--session", "s", "--session", "t"),
         ("ask", "x", "--session", "s", "--session", "t"),
@@ -192,7 +192,7 @@ def test_a_file_from_standard_input(book, capsys, monkeypatch):
 
 
 def test_standard_input_that_is_not_utf_8(refused, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\0\xff\xff")))
     assert "cannot read standard input: it is not UTF-8 text" in refused("generate", MODEL, "--file", "-")
 
 
@@ -580,8 +580,9 @@ def test_a_benchmark_prints_and_keeps_what_it_measured(tmp_path, monkeypatch, ca
         assert len(json.load(file)["lines"]) == 2
 
 
-@pytest.mark.parametrize("file", ["/dev/zero", ".", "no-such-file", "/proc/self/mem"])
+@pytest.mark.parametrize("file", ["/dev/zero", "an-empty-folder", "no-such-file", "/proc/self/mem"])
 def test_a_file_that_is_no_text_is_refused(file, refused):
+    os.mkdir("an-empty-folder")
     for arguments in (("generate", MODEL), ("read", MODEL, "--session", "s"), ("eval", "niah", MODEL)):
         option = "--text" if arguments[0] == "eval" else "--file"
         assert f"cannot read {file}" in refused(*arguments, option, file)

@@ -107,7 +107,7 @@ def ids_both_ways(tokenizer, document=DOCUMENT, question=QUESTION, raw=False):
     """Return the ids that `generate` gives the model, those of `read`, and those of `ask`."""
     job = generate.Job("model", document, question, raw=raw)
     whole = generate._encode(job, tokenizer)[0].tolist()
-    document_ids, about = read._encode(read.ReadJob("model", document, "name", None, raw=raw), tokenizer, None)
+    document_ids, about, _ = read._encode(read.ReadJob("model", document, "name", None, raw=raw), tokenizer, None)
     asked = ask._question_ids(ask.AskJob("name", None, [question]), tokenizer, {"raw": raw, **about})
     return whole, document_ids[0].tolist(), asked[0]
 
@@ -197,10 +197,10 @@ def test_a_session_keeps_the_texts_of_its_template():
     today, tomorrow = (turns("Today is " + day + ". {{ m.content }}") + GENERATION for day in ("May 1", "May 2"))
     tokenizer = tokenizer_of("byte-level", today)
     job = read.ReadJob("model", DOCUMENT, "name", None)
-    ids, about = read._encode(job, tokenizer, None)
+    ids, about, _ = read._encode(job, tokenizer, None)
     tokenizer.chat_template = tomorrow
     assert not torch.equal(read._encode(job, tokenizer, None)[0], ids)
-    resumed_ids, resumed_about = read._encode(job, tokenizer, SimpleNamespace(about=about))
+    resumed_ids, resumed_about, _ = read._encode(job, tokenizer, SimpleNamespace(about=about))
     assert torch.equal(resumed_ids, ids)
     assert resumed_about == about
     asked = ask._question_ids(ask.AskJob("name", None, [QUESTION]), tokenizer, about)[0]
@@ -212,7 +212,7 @@ def test_sessions_of_earlier_versions_go_on_and_are_asked():
     """headinfer 0.1.0 kept no texts of the template, and stripped the document."""
     tokenizer = tokenizer_of("byte-level", TEMPLATES["plain"])
     old = SimpleNamespace(about={"raw": False})
-    ids, about = read._encode(read.ReadJob("model", DOCUMENT, "name", None), tokenizer, old)
+    ids, about, _ = read._encode(read.ReadJob("model", DOCUMENT, "name", None), tokenizer, old)
     assert tokenizer.decode(ids[0]) == "<|user|>\n" + DOCUMENT.lstrip()
     assert about == {}  # so that the session is recognized again
     asked = ask._question_ids(ask.AskJob("name", None, [QUESTION]), tokenizer, old.about)[0]

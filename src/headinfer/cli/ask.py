@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from headinfer.cli.console import discard, say, stderr, warning, write
+from headinfer.cli.documents import AGAIN_HELP, DOCUMENT_HELP, Globs, given_document
 from headinfer.cli.options import (
     CPU_SHARE_HELP,
     DEVICE_KV_BUDGET_HELP,
@@ -38,6 +40,13 @@ def ask(
     questions: Annotated[list[str], text_argument("questions", "One or more questions.", show_default=False)],
     session: SessionOption,
     sessions: SessionsFolder = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help=f"Read this before the question, beside the session. {DOCUMENT_HELP} {AGAIN_HELP}", show_default=False
+        ),
+    ] = None,
+    glob: Globs = None,
     keep: Annotated[
         bool,
         typer.Option("--keep", help="Add the questions and answers to the session, as context for later questions."),
@@ -83,6 +92,7 @@ def ask(
         name=session,
         root=sessions or default_root(),
         questions=questions,
+        document="".join(given_document(file or [], glob).texts),
         model=model,
         max_new_tokens=max_new_tokens,
         device=device,

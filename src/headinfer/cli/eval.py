@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headinfer.cli.console import say, show
+from headinfer.cli.documents import DOCUMENT_HELP, given_document
 from headinfer.cli.options import (
     Command,
     CpuShare,
@@ -54,7 +55,7 @@ Compare = Annotated[
 Seed = Annotated[int, seed("Seed of the documents and questions.")]
 Text = Annotated[
     Path | None,
-    typer.Option(help="UTF-8 text file to hide the needles in.", show_default="the text that headinfer ships"),
+    typer.Option(help=f"Text to hide the needles in. {DOCUMENT_HELP}", show_default="the text that headinfer ships"),
 ]
 
 
@@ -347,9 +348,8 @@ def _depths(text: str) -> list[float]:
 
 def _text(path: Path | None) -> str:
     from headinfer.embedded import embedded_text
-    from headinfer.utils.files import read_text
 
-    text = read_text(path) if path is not None else embedded_text()
+    text = "".join(given_document([path], []).texts) if path is not None else embedded_text()
     if not text.strip():
         raise UsageError(f"{path} has no text to hide needles in")
     return text

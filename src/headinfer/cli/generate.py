@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headinfer.cli.console import discard, stderr, warning, write
+from headinfer.cli.documents import Files, Globs, given_document
 from headinfer.cli.options import (
     MEMORY_PANEL,
     ChunkTokens,
@@ -32,7 +32,6 @@ from headinfer.cli.sampling import System, takes_sampling
 from headinfer.errors import UsageError
 from headinfer.hf.ranks import Ranks
 from headinfer.jobs.sampling import Sampling
-from headinfer.utils.files import read_text
 
 if TYPE_CHECKING:
     from headinfer.jobs.generate import Prepared, Summary
@@ -43,9 +42,8 @@ __all__ = ["generate"]
 @takes_sampling
 def generate(
     model: Model,
-    file: Annotated[
-        Path | None, typer.Option(help="UTF-8 text file that precedes the prompt; - reads standard input.")
-    ] = None,
+    file: Files = None,
+    glob: Globs = None,
     prompt: Annotated[str, text_option("--prompt", "The question about the document, or a prompt of its own.")] = "",
     max_new_tokens: MaxNewTokens = 256,
     chunk_tokens: ChunkTokens = None,
@@ -105,7 +103,7 @@ def generate(
         warning("--staging is deprecated: use --transport")
 
     def check() -> Prepared:
-        if prompt == "" and file is None:
+        if prompt == "" and not file:
             raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
         options = Options(
             **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share),
@@ -117,7 +115,7 @@ def generate(
         )
         job = generation.Job(
             model=model,
-            document=read_text(file) if file is not None else "",
+            document=given_document(file or [], glob).texts,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             chunk_tokens=chunk_tokens,

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from headinfer.cli.console import say, warning
+from headinfer.cli.documents import AGAIN_HELP, DOCUMENT_HELP, Globs, given_document
 from headinfer.cli.options import (
     ChunkTokens,
     Device,
@@ -28,16 +29,18 @@ from headinfer.cli.options import (
 )
 from headinfer.cli.sampling import System
 from headinfer.sessions.folder import default_root
-from headinfer.utils.files import read_text
 from headinfer.utils.units import format_bytes
 
 __all__ = ["read"]
 
+NOTHING_NEW = "nothing is new"
+
 
 def read(
     model: Model,
-    file: Annotated[Path, typer.Option(help="UTF-8 text file to read; - reads standard input.")],
+    file: Annotated[list[Path], typer.Option(help=f"{DOCUMENT_HELP} {AGAIN_HELP}")],
     session: SessionOption,
+    glob: Globs = None,
     sessions: SessionsFolder = None,
     chunk_tokens: ChunkTokens = None,
     device_kv_budget: DeviceKVBudget = None,
@@ -52,7 +55,7 @@ def read(
 ) -> None:
     """Read a document once and keep its KV on disk, in a session. An interrupted reading resumes.
 
-    A checkpoint is saved after each chunk.
+    A checkpoint is saved after each chunk. If files have grown or were added since, the same command reads what is new.
     """
     from headinfer.cli import report
     from headinfer.engine.options import Options
@@ -61,7 +64,7 @@ def read(
     options = Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier))
     job = reading.ReadJob(
         model=model,
-        document=read_text(file),
+        document=given_document(file, glob),
         name=session,
         root=sessions or default_root(),
         chunk_tokens=chunk_tokens,
@@ -80,7 +83,12 @@ def read(
 
     def on_resumed(tokens_held: int, origin: str) -> None:
         progress.on_resumed(tokens_held)
-        say(f"{tokens_held:,} tokens are stored already ({origin}): resuming after them")
+        new = tokens - tokens_held
+        rest = f"resuming after them, {new:,} are new, from {prepared.names_after(tokens_held)}" if new else NOTHING_NEW
+        say(f"{tokens_held:,} tokens are stored already ({origin}): {rest}")
+
+    if prepared.done == tokens:
+        say(f"{tokens:,} tokens are stored already (of this session): {NOTHING_NEW}")
 
     with progress:
         result = reading.read(prepared, on_forward=progress.on_forward, on_resumed=on_resumed)

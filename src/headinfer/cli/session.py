@@ -53,8 +53,10 @@ def info(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json =
 
     manifest = Manifest.read(session_folder(sessions or default_root(), name))
     facts = _facts(manifest)
+    files = manifest.about.get("files")  # sessions of earlier versions have none
     if as_json:
-        print(json.dumps({**facts, "arithmetic": manifest.arithmetic, "model_config": manifest.model["config"]}))
+        more = {"files": files, "arithmetic": manifest.arithmetic, "model_config": manifest.model["config"]}
+        print(json.dumps(facts | more))
         return
     shown = facts | {
         "tokens": f"{facts['tokens']:,}",
@@ -63,6 +65,9 @@ def info(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json =
     }
     rows = [(key.replace("_", " "), value) for key, value in shown.items()]
     show(columns_table(name, ("", ""), rows, "left"))
+    if files:
+        cells = [(one["name"], format_bytes(one["bytes"]), one["read_as"], one["sha256"][:16]) for one in files]
+        show(columns_table("", ("file", "size", "read as", "SHA-256 begins with"), cells, "left"))
 
 
 @app.command(cls=LightCommand)

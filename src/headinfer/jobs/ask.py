@@ -55,6 +55,7 @@ class AskJob:
         name: the name of the session.
         root: the folder of all sessions.
         questions: the questions.
+        document: a text that precedes each question; with `keep` only the first, since the others follow it.
         model: where the model is; None takes the model of the session.
         max_new_tokens: tokens of an answer, at most.
         device: auto, cpu, cuda or cuda:N.
@@ -67,6 +68,7 @@ class AskJob:
     name: str
     root: Path
     questions: Sequence[str]
+    document: str = ""
     model: str | None = None
     max_new_tokens: int = 256
     device: str = "auto"
@@ -222,7 +224,9 @@ def _question_ids(job: AskJob, tokenizer: Any, about: dict[str, Any]) -> list[li
     kept = about.get("chat")
     answers = about.get("answers", 0)
     ids = []
-    for question in job.questions:
+    for number, question in enumerate(job.questions):
+        if job.document and not (job.keep and number):
+            question = f"{job.document}\n\n{question}"
         if answers:
             ids.append(later_question_ids(tokenizer, question, is_raw=is_raw))
         else:

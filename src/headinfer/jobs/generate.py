@@ -53,7 +53,7 @@ class Job:
 
     Attributes:
         model: a local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
-        document: a text to read before the prompt.
+        document: a text to read before the prompt, or the pieces of one (Document.texts in jobs/documents.py).
         prompt: the question.
         max_new_tokens: tokens to write, at most.
         chunk_tokens: tokens of a prefill chunk; None is planned.
@@ -67,7 +67,7 @@ class Job:
     """
 
     model: str
-    document: str = ""
+    document: str | Sequence[str] = ""
     prompt: str = ""
     max_new_tokens: int = 64
     chunk_tokens: int | None = None
@@ -227,7 +227,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} is {value}: it must be a positive number")
     job.sampling.check()
-    if not (job.prompt.strip() or job.document.strip()):
+    if not (job.prompt.strip() or any(part.strip() for part in job.document)):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
     ranks = ranks or Ranks()
     device = rank_device(ranks, job.device) if ranks.world > 1 else str(chosen_device(job.device))

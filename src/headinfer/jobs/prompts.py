@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,6 +20,7 @@ __all__ = [
     "ChatTexts",
     "chat_texts",
     "document_ids",
+    "document_parts",
     "following_ids",
     "later_question_ids",
     "pad_id",
@@ -77,12 +79,14 @@ def chat_texts(tokenizer: Any, *, is_raw: bool, system: str = "") -> ChatTexts |
     return ChatTexts(before, after, is_stripped)
 
 
-def prompt_ids(tokenizer: Any, document: str, question: str, *, is_raw: bool, system: str = "") -> list[int]:
+def prompt_ids(
+    tokenizer: Any, document: str | Sequence[str], question: str, *, is_raw: bool, system: str = ""
+) -> list[int]:
     """Return the token ids of a prompt: those of the document, then those of the question.
 
     Args:
         tokenizer: the tokenizer. Its chat template is used if it has one.
-        document: the document; may be empty.
+        document: the document, or its pieces, which are tokenized on their own; may be empty.
         question: the question; may be empty.
         is_raw: whether the template is ignored.
         system: the system prompt; empty if there is none.
@@ -92,7 +96,7 @@ def prompt_ids(tokenizer: Any, document: str, question: str, *, is_raw: bool, sy
         UnsupportedError: the template cannot be used.
     """
     chat = chat_texts(tokenizer, is_raw=is_raw, system=system)
-    if document:
+    if any(document):
         return document_ids(tokenizer, document, chat) + question_ids(tokenizer, question, chat)
     if chat is None:
         return document_ids(tokenizer, question, None)
@@ -100,7 +104,7 @@ def prompt_ids(tokenizer: Any, document: str, question: str, *, is_raw: bool, sy
     return _ids(tokenizer, chat.before + message + chat.after)
 
 
-def document_ids(tokenizer: Any, document: str, chat: ChatTexts | None) -> list[int]:
+def document_ids(tokenizer: Any, document: str | Sequence[str], chat: ChatTexts | None) -> list[int]:
     """Return the token ids of a document and of everything before it. question_ids() continues them.
 
     Without a template they begin with the special tokens that the tokenizer puts before a text. They never end with
@@ -108,12 +112,20 @@ def document_ids(tokenizer: Any, document: str, chat: ChatTexts | None) -> list[
 
     Args:
         tokenizer: the tokenizer.
-        document: the document.
+        document: the document, or its pieces, which are tokenized on their own.
         chat: the texts around a message; None without a template.
     """
+    return list(chain.from_iterable(document_parts(tokenizer, document, chat)))
+
+
+def document_parts(tokenizer: Any, document: str | Sequence[str], chat: ChatTexts | None) -> list[list[int]]:
+    """Return the token ids of document_ids() for each piece of a document."""
+    first, *others = [document] if isinstance(document, str) else document
     if chat is not None:
-        return _ids(tokenizer, chat.before + document)
-    return _ids_before_a_text(tokenizer) + _ids(tokenizer, document)
+        ids = _ids(tokenizer, chat.before + first)
+    else:
+        ids = _ids_before_a_text(tokenizer) + _ids(tokenizer, first)
+    return [ids, *(_ids_of_continuation(tokenizer, text) for text in others)]
 
 
 def question_ids(tokenizer: Any, question: str, chat: ChatTexts | None) -> list[int]:

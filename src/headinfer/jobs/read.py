@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +25,9 @@ from headinfer.hf.enable import context_warning, enable
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.rotary import RotaryLengths
+from headinfer.jobs.documents import Document, as_document
 from headinfer.jobs.generate import already_warned, chosen_dtype
-from headinfer.jobs.prompts import ChatTexts, chat_texts, document_ids
+from headinfer.jobs.prompts import ChatTexts, chat_texts, document_parts
 from headinfer.jobs.rotary import check_document, check_resumed, held_rotary_tokens
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
@@ -48,7 +51,7 @@ class ReadJob:
 
     Attributes:
         model: a local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
-        document: the text.
+        document: the text, or what read_documents() has made of files.
         name: the name of the session.
         root: the folder of all sessions.
         chunk_tokens: tokens of a prefill chunk; None is planned.
@@ -61,7 +64,7 @@ class ReadJob:
     """
 
     model: str
-    document: str
+    document: str | Document
     name: str
     root: Path
     chunk_tokens: int | None = None
@@ -81,7 +84,9 @@ class PreparedRead:
         job: the job.
         source: the model.
         folder: the folder of the session.
-        input_ids: the document [1, T], int64.
+        document: the document, as it is laid out in this session.
+        input_ids: its tokens [1, T], int64.
+        piece_tokens: the tokens of each piece of the document.
         dtype: the dtype of weights and KV.
         device: the device that computes.
         arithmetic: Options of the cache and chunk_tokens, which fix the results; for the manifest.
@@ -95,7 +100,9 @@ class PreparedRead:
     job: ReadJob
     source: ModelSource
     folder: Path
+    document: Document
     input_ids: torch.Tensor
+    piece_tokens: list[int]
     dtype: torch.dtype
     device: str
     arithmetic: dict[str, Any]
@@ -104,6 +111,11 @@ class PreparedRead:
     done: int
     generation: int
     warnings: list[str]
+
+    def names_after(self, tokens: int) -> str:
+        """Return the names of the files whose text follows the first `tokens` tokens, for people."""
+        ends = list(accumulate(self.piece_tokens))
+        return self.document.names_from(bisect_right(ends, tokens))
 
 
 @dataclass
@@ -145,24 +157,24 @@ def prepare_read(job: ReadJob) -> PreparedRead:
     has_manifest = (folder / MANIFEST).exists()
     if not has_manifest:
         check_no_foreign_files(folder)
-    if not job.document.strip():
+    if not any(text.strip() for text in as_document(job.document).texts):
         raise UsageError("the document is empty: there is nothing to read")
     device = str(chosen_device(job.device))
     source = resolve(job.model)
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()
     found = Manifest.read(folder) if has_manifest else None
-    input_ids, chat = _encode(job, tokenizer, found)
+    if found is not None:
+        check_config(found.model, source.config, folder)
+        check_tokenizer(found.about.get("tokenizer"), tokenizer, folder)
+    document, encoded, done = _lay_out(job, tokenizer, folder, found)
+    input_ids = encoded.input_ids
     source.check_ids(input_ids[0].tolist())
     tokens = input_ids.shape[1]
     shape = ModelShape.from_config(source.config)
     lengths = RotaryLengths.from_config(source.config)
     check_document(lengths, tokens)
-    done = 0
     if found is not None:
-        check_config(found.model, source.config, folder)
-        check_tokenizer(found.about.get("tokenizer"), tokenizer, folder)
-        done = _held_tokens(folder, found, input_ids)
         check_resumed(lengths, found, tokens, folder)
         _check_same(job, folder, found)
         dtype = getattr(torch, found.model["dtype"])
@@ -195,7 +207,8 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         "answers": 0,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "asked_for": asked_for,
-        **chat,
+        **encoded.about,
+        **document.facts(),
     }
     if job.system:
         about["system"] = job.system
@@ -205,7 +218,9 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         job,
         source,
         folder,
+        document,
         input_ids,
+        encoded.piece_tokens,
         dtype,
         device,
         arithmetic,
@@ -217,7 +232,59 @@ def prepare_read(job: ReadJob) -> PreparedRead:
     )
 
 
-def _encode(job: ReadJob, tokenizer: Any, found: Manifest | None) -> tuple[torch.Tensor, dict[str, Any]]:
+class _Encoded(NamedTuple):
+    """A document as tokens.
+
+    Attributes:
+        input_ids: the ids [1, T], int64.
+        about: what the session keeps about the chat template.
+        piece_tokens: the tokens of each piece.
+    """
+
+    input_ids: torch.Tensor
+    about: dict[str, Any]
+    piece_tokens: list[int]
+
+
+def _lay_out(job: ReadJob, tokenizer: Any, folder: Path, found: Manifest | None) -> tuple[Document, _Encoded, int]:
+    """Lay out the document so that it goes on from what the session holds.
+
+    If its own layout does so, it is used. Otherwise the pieces of the session come first.
+
+    Args:
+        job: the job.
+        tokenizer: the model's tokenizer.
+        folder: the folder of the session.
+        found: the checkpoint of the session, if there is one.
+
+    Returns:
+        The document, its tokens, and how many of them the session holds.
+
+    Raises:
+        SessionError: the session holds another text.
+    """
+    document = as_document(job.document)
+    encoded = _encode(job, tokenizer, found, document)
+    if found is None:
+        return document, encoded, 0
+    held = _held_ids(folder, found)
+    equal = _equal_tokens(held, encoded)
+    difference = ""
+    if equal < len(held):
+        document, difference = document.continuing(found.about)
+        if not difference:
+            encoded = _encode(job, tokenizer, found, document)
+            equal = _equal_tokens(held, encoded)
+    if equal < len(held):
+        why = f"{difference}; it" if difference else "it"
+        raise SessionError(
+            f"the session {folder} holds another text ({why} differs after {equal:,} tokens): choose another name, and "
+            "what both begin with is taken from there"
+        )
+    return document, encoded, equal
+
+
+def _encode(job: ReadJob, tokenizer: Any, found: Manifest | None, document: Document | None = None) -> _Encoded:
     """Tokenize the document.
 
     Args:
@@ -225,21 +292,20 @@ def _encode(job: ReadJob, tokenizer: Any, found: Manifest | None) -> tuple[torch
         tokenizer: the model's tokenizer.
         found: the checkpoint of the session, if there is one. The texts of its chat template are used again, because a
             template may write the date.
-
-    Returns:
-        The ids [1, T] of the document, int64, and what the session keeps about the template.
+        document: the document, if it is not laid out as that of the job.
     """
-    document = job.document
+    texts = (document or as_document(job.document)).texts
     kept = found.about.get("chat") if found is not None and not job.raw else None
     chat = ChatTexts(**kept) if kept else chat_texts(tokenizer, is_raw=job.raw, system=job.system)
     about: dict[str, Any] = {"chat": dataclasses.asdict(chat) if chat is not None else None}
     if found is not None and "chat" not in found.about:  # headinfer 0.1.0 stripped the document, and kept no texts
-        document = document.lstrip() if chat is not None else document
+        texts[0] = texts[0].lstrip() if chat is not None else texts[0]
         about = {}
-    ids = document_ids(tokenizer, document, chat)
+    parts = document_parts(tokenizer, texts, chat)
+    ids = list(chain.from_iterable(parts))
     if not ids:
         raise UsageError("the document has no tokens: the model's tokenizer drops all of its characters")
-    return torch.tensor([ids]), about
+    return _Encoded(torch.tensor([ids]), about, list(map(len, parts)))
 
 
 def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
@@ -271,8 +337,8 @@ def _asked_for(job: ReadJob) -> dict[str, Any]:
     }
 
 
-def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
-    """Return the number of tokens that the session holds. They must be the beginning of the document."""
+def _held_ids(folder: Path, found: Manifest) -> torch.Tensor:
+    """Return the ids [T] of the tokens that the session holds, int64. They are the beginning of a document."""
     held = read_consistently(folder, lambda manifest: saved_ids(folder, manifest))
     if found.about.get("answers"):
         raise SessionError(
@@ -281,14 +347,14 @@ def _held_tokens(folder: Path, found: Manifest, input_ids: torch.Tensor) -> int:
         )
     if held is None or held.shape[0] != 1:
         raise SessionError(f"the session {folder} holds more than a document's beginning: choose another name")
-    common = min(held.shape[1], input_ids.shape[1])
-    equal = (held[0, :common] == input_ids[0, :common]).long().cumprod(0).sum().item()
-    if equal < held.shape[1]:
-        raise SessionError(
-            f"the session {folder} holds another text (it differs after {equal:,} tokens): choose another name, and "
-            "what both begin with is taken from there"
-        )
-    return held.shape[1]
+    return held[0]
+
+
+def _equal_tokens(held: torch.Tensor, encoded: _Encoded) -> int:
+    """Return the number of tokens that a session and a document have in common at their beginnings."""
+    ids = encoded.input_ids[0]
+    common = min(len(held), len(ids))
+    return int((held[:common] == ids[:common]).long().cumprod(0).sum())
 
 
 def read(

@@ -34,6 +34,7 @@ __all__ = [
     "is_session_folder",
     "link_or_copy",
     "partial_path",
+    "read_bytes",
     "read_json_object",
     "read_text",
     "remove",
@@ -212,14 +213,14 @@ def _keep(content: bytes, suffix: str) -> Path | None:
     return Path(name)
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
+def read_bytes(path: Path) -> bytes:
+    """Read a file that a user names.
 
     Args:
         path: the file; `-` reads standard input.
 
     Raises:
-        UsageError: the file cannot be read, is a device, or is not UTF-8.
+        UsageError: the file cannot be read, or is a device.
     """
     is_stdin = str(path) == "-"
     name = "standard input" if is_stdin else str(path)
@@ -231,12 +232,26 @@ def read_text(path: Path) -> str:
     if problem is not None:
         raise UsageError(f"cannot read {name}: {problem}")
     try:
-        data = sys.stdin.buffer.read() if is_stdin else path.read_bytes()
-        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # with the line ends of a text file
-    except UnicodeDecodeError as error:
-        raise UsageError(f"cannot read {name}: it is not UTF-8 text") from error
+        return sys.stdin.buffer.read() if is_stdin else path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Args:
+        path: the file; `-` reads standard input.
+
+    Raises:
+        UsageError: the file cannot be read, is a device, or is not UTF-8.
+    """
+    data = read_bytes(path)
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # with the line ends of a text file
+    except UnicodeDecodeError as error:
+        name = "standard input" if str(path) == "-" else path
+        raise UsageError(f"cannot read {name}: it is not UTF-8 text") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
