@@ -7,6 +7,7 @@ streaming = ring + tails + write-back buffers + buffers of the exchange with the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from headinfer.engine.machine import free_device_bytes
 from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.device_buffer import TAIL_TOKENS
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.exchange import HostExchange, exchange_bytes
 from headinfer.kv.host_memory import HostTier, releasing_bytes
@@ -221,6 +223,39 @@ class DeviceKV:
             needed = max(DEFAULT_BUDGET_BYTES, 2 * taken)
             self._shrink_residency(max(self.device_kv_budget_bytes - needed, 0))
             self._begin_streaming(layer_kv, shape, taken)
+
+    def fits_rows(self, layer_kvs: Sequence[LayerKV], rows: int, new_tokens: int, query_heads: int) -> bool:
+        """Return whether a fork with so many rows, which share the past, leaves half of the budget to the ring.
+
+        Args:
+            layer_kvs: the KV of the layers on this device.
+            rows: rows of the fork.
+            new_tokens: tokens that each row will get.
+            query_heads: query heads of a layer.
+        """
+        row_tails = [kv.tail_bytes // max(kv.rows, 1) for kv in layer_kvs]
+        new_bytes = rows * new_tokens * sum(row_tails) // TAIL_TOKENS
+        tails = rows * (sum(row_tails) + max(row_tails))
+        on_host = new_bytes if self.disk is None else 0  # what does not fit moves to the disk
+        if self.streams is None:
+            return on_host + tails <= _RESERVED_HOST_SHARE * self._host_room_bytes()
+        held = self.counter.device_bytes
+        exchange = 0
+        if self._cpu_share:
+            first = layer_kvs[0]
+            query_rows = rows * query_heads * FEW_QUERY_TOKENS
+            exchange = exchange_bytes(query_rows, first.key_dim, first.value_dim, first.dtype.itemsize)
+        taken = held["tail"] + tails + held["staging"] + exchange
+        return 2 * taken <= self.device_kv_budget_bytes and on_host <= _RESERVED_HOST_SHARE * self._host_room_bytes()
+
+    def make_room_for_rows(self, layer_kvs: Sequence[LayerKV], rows: int) -> None:
+        """Free device memory for the tails of a fork: the ring, which the next pass makes anew, and resident KV."""
+        tails = sum((rows + kv.rows) * kv.tail_bytes // max(kv.rows, 1) for kv in layer_kvs)
+        if self.held_bytes + tails > self.device_kv_budget_bytes:
+            self._close_ring()
+            over = self.held_bytes + tails - self.device_kv_budget_bytes
+            if self.residency is not None and over > 0:
+                self._shrink_residency(max(self.residency.held_bytes - over, 0))
 
     def can_fetch(self, layer_kv: LayerKV) -> bool:
         """Return whether the current ring can fetch the host part of a layer. If not, begin() must be called."""

@@ -174,6 +174,34 @@ class Engine:
             if is_wanted:
                 yield tile
 
+    def rows_that_fit(self, layer_kvs: Sequence[LayerKV], wanted: int, new_tokens: int, query_heads: int) -> int:
+        """Return how many rows a fork may have that share the past of a cache: 1 to `wanted`.
+
+        Args:
+            layer_kvs: the KV of the cache's layers.
+            wanted: the number of rows that is wanted.
+            new_tokens: tokens that each row will get.
+            query_heads: query heads of a layer.
+        """
+        by_device = self._by_device(layer_kvs)
+        rows = wanted
+        while rows > 1 and not all(
+            self.devices[device].fits_rows(kvs, rows, new_tokens, query_heads) for device, kvs in by_device.items()
+        ):
+            rows -= 1
+        return rows
+
+    def make_room_for_rows(self, layer_kvs: Sequence[LayerKV], rows: int) -> None:
+        """Free device memory for the tails of a fork with so many rows."""
+        for device, kvs in self._by_device(layer_kvs).items():
+            self.devices[device].make_room_for_rows(kvs, rows)
+
+    def _by_device(self, layer_kvs: Sequence[LayerKV]) -> dict[torch.device, list[LayerKV]]:
+        found: dict[torch.device, list[LayerKV]] = {}
+        for layer_kv in layer_kvs:
+            found.setdefault(self._device_of(layer_kv), []).append(layer_kv)
+        return found
+
     def settle(self) -> None:
         """Wait until all write-backs have reached host memory."""
         for kv in self.devices.values():

@@ -10,7 +10,8 @@ headinfer_attention() gets Q, K and V of every attention of an enabled model:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ from headinfer.hf.compat import (
 from headinfer.hf.layers import Tag
 from headinfer.kv.layer_kv import TokenRanges
 
-__all__ = ["NAME", "headinfer_attention", "headinfer_mask", "register", "visible_token_ranges"]
+__all__ = ["NAME", "headinfer_attention", "headinfer_mask", "register", "visible_token_ranges", "windows_skip_padding"]
 
 NAME = "headinfer"
 _LARGEST_MASK_BYTES = 2**31
 _NO_CONTEXT = contextlib.nullcontext()
+_SKIPS_PADDING = ContextVar("_SKIPS_PADDING", default=False)
 
 
 def register() -> None:
@@ -58,6 +60,35 @@ def visible_token_ranges(mask: torch.Tensor) -> list[TokenRanges]:
         stops = (row == -1).nonzero().flatten().tolist()
         token_ranges.append(list(zip(starts, stops, strict=True)))
     return token_ranges
+
+
+@contextlib.contextmanager
+def windows_skip_padding() -> Iterator[None]:
+    """Within the block, windows and attention chunks do not count padding that follows other tokens of its row.
+
+    transformers counts it. The rows of a batch of questions have such padding (batch.py).
+    """
+    token = _SKIPS_PADDING.set(True)
+    try:
+        yield
+    finally:
+        _SKIPS_PADDING.reset(token)
+
+
+def _skipping_padding(mask_function: Callable[..., Any], mask: torch.Tensor) -> Callable[..., Any]:
+    """Return a mask function for which padding behind the first token of a row takes no positions.
+
+    Args:
+        mask_function: the function of indices of the batch, head, query and key.
+        mask: the padding mask [B, Tk].
+    """
+    counted = mask.bool() | (mask.cumsum(dim=1) == 0)
+    positions = counted.cumsum(dim=1) - 1
+
+    def skipping(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
+        return mask_function(batch, head, positions[batch, query], positions[batch, key])
+
+    return skipping
 
 
 def headinfer_mask(
@@ -111,6 +142,8 @@ def headinfer_mask(
                 f"this model needs an attention mask of {batch_size} x {q_length} x {kv_length} bytes, which is more "
                 f"than {_LARGEST_MASK_BYTES:,}: use a smaller chunk_tokens"
             )
+        if attention_mask is not None and _SKIPS_PADDING.get():
+            common["mask_function"] = _skipping_padding(mask_function, attention_mask)
         mask: torch.Tensor = sdpa_mask(**common, local_size=local_size, allow_is_causal_skip=False)
         return mask
     padding: torch.Tensor | None = flash_attention_mask(**common)

@@ -22,6 +22,7 @@ from headinfer.errors import StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import (
     Cache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,7 +32,7 @@ from headinfer.hf.compat import (
     layer_device,
     shared_full_layers,
 )
-from headinfer.hf.layers import HeadLayer, HybridHeadLayer, restore, state_of, uncroppable_reason
+from headinfer.hf.layers import HeadLayer, HybridHeadLayer, PaddedWindowLayer, restore, state_of, uncroppable_reason
 from headinfer.hf.wrappers import unwrapped
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.sessions.cache import Saved
@@ -135,6 +136,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         no_plan_for: tokens and rows for which no plan fits the free memory; None if that is unknown.
         is_in_forward: whether a forward pass of an enabled model is running. Only such a pass can add tokens.
         token_ids: the token ids [rows, tokens] that load() found and the cache still holds; int64.
+        shares_rows: whether fork_rows() made it. Its rows share a chunk's tokens, and no plan is made for them.
 
     Raises:
         UnsupportedError: the config has a layer that is not served, or no full-attention layer.
@@ -178,6 +180,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.no_plan_for: tuple[int, int] | None = None
         self.is_in_forward = False
         self.token_ids: torch.Tensor | None = None
+        self.shares_rows = False
         super().__init__(layers=layers)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -345,6 +348,26 @@ class HeadCache(Cache):  # type: ignore[misc]
             twin.layers.append(copied)
         twin.saved = self.saved.copy() if self.saved is not None else None
         return twin
+
+    def fork_rows(self, rows: torch.Tensor, padding: int = 0) -> HeadCache:
+        """Create an independent cache whose row i has the content of row rows[i] of this one.
+
+        Rows with the same content share their segments. The fork holds no token ids.
+
+        Args:
+            rows: [N], int64.
+            padding: tokens of padding that a row may get, at most.
+        """
+        forked = self.fork()
+        self.engine.make_room_for_rows(list(forked.layer_kvs().values()), rows.shape[0])
+        forked.token_ids = None
+        forked.shares_rows = True
+        if forked.get_seq_length():
+            forked.reorder_cache(rows)
+            for layer in forked.layers:
+                if padding and type(layer) is DynamicSlidingWindowLayer:
+                    PaddedWindowLayer.extend(layer, padding)
+        return forked
 
     def __copy__(self) -> HeadCache:
         return self.fork()

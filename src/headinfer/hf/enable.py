@@ -12,7 +12,8 @@ import inspect
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -21,7 +22,8 @@ import torch
 from headinfer.engine.options import OptionFields, Options
 from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run, tightest
 from headinfer.errors import CapacityError, ContextLengthWarning, StateError, UnsupportedError, UsageError
-from headinfer.hf.attention import NAME, register
+from headinfer.hf.attention import NAME, register, windows_skip_padding
+from headinfer.hf.batch import ask
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.chunks import chunks_of
 from headinfer.hf.compat import (
@@ -64,6 +66,7 @@ __all__ = ["Enabled", "check_model", "context_warning", "enable"]
 # The methods that enable() replaces on the model object.
 _REPLACED = ("forward", "generate", "prepare_inputs_for_generation", "_prepare_cache_for_generation")
 _UNPLANNED_CHUNK_TOKENS = 2048  # if no plan fits the free memory: the engine still tries
+_LEAST_BATCH_CHUNK_TOKENS = 256  # of each row of a batch of questions: each chunk reads the past once
 _OUR_CACHES = (None, "dynamic", "hybrid")  # "hybrid": older Gemma checkpoints name it; a HeadCache is one
 
 
@@ -163,6 +166,44 @@ class Enabled:
         cache.no_plan_for = (expected_tokens, rows) if planned is None else None
         return cache
 
+    @property
+    def shape(self) -> ModelShape:
+        """The shape of the model, or of this rank's shard."""
+        return self._shape
+
+    def fits(self, tokens: int, rows: int) -> bool:
+        """Return whether a plan for a context of so many tokens in each row fits the free memory."""
+        return self._plan(tokens, rows) is not None
+
+    def ask(
+        self,
+        cache: HeadCache,
+        questions: Sequence[Sequence[int] | torch.Tensor],
+        *,
+        document_ids: torch.Tensor | None = None,
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Answer questions about the document in a cache together. Each token reads the document's KV once for all.
+
+        Each answer is the one that its question gets alone, up to the rounding of other shapes. The cache does not
+        change.
+
+        Args:
+            cache: holds the document in one row.
+            questions: the token ids of each question, which follow the document.
+            document_ids: the ids [1, T] of what the cache holds; None takes cache.token_ids, which load() sets.
+            max_new_tokens: tokens of an answer, at most.
+            **options: further arguments of generate(), such as pad_token_id.
+
+        Returns:
+            The ids of each answer.
+
+        Raises:
+            UsageError: an argument is invalid.
+        """
+        return ask(self, cache, questions, document_ids=document_ids, max_new_tokens=max_new_tokens, **options)
+
     def _plan(self, tokens: int, rows: int, cache: HeadCache | None = None) -> RunPlan | None:
         """Plan a context with the memory that is free now or that its cache holds.
 
@@ -196,6 +237,10 @@ class Enabled:
         A plan is made once for each generate(), and again only if the context outgrows it. If no plan fits, none is
         made for longer contexts.
         """
+        if cache.shares_rows and cache.get_seq_length():
+            planned_tokens = cache.run_plan.chunk_tokens if cache.run_plan is not None else _UNPLANNED_CHUNK_TOKENS
+            chunk = self.chunk_tokens or planned_tokens
+            return max(chunk // rows, min(chunk, _LEAST_BATCH_CHUNK_TOKENS))
         if self.chunk_tokens is not None:
             return self.chunk_tokens
         planned = cache.run_plan
@@ -317,7 +362,8 @@ class Enabled:
         cache.engine.attentions = 0
         cache.is_in_forward = True
         try:
-            result = forward(**inputs)
+            with windows_skip_padding() if cache.shares_rows else nullcontext():
+                result = forward(**inputs)
         finally:
             cache.is_in_forward = False
         if cache.engine.awaiting is not None or cache.engine.attentions != cache.attentions_per_forward:

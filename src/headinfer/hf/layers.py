@@ -26,7 +26,7 @@ from headinfer.hf.compat import (
 )
 from headinfer.kv.layer_kv import LayerKV
 
-__all__ = ["HeadLayer", "HybridHeadLayer", "Tag", "restore", "state_of", "uncroppable_reason"]
+__all__ = ["HeadLayer", "HybridHeadLayer", "PaddedWindowLayer", "Tag", "restore", "state_of", "uncroppable_reason"]
 
 
 @dataclass
@@ -279,6 +279,24 @@ class HybridHeadLayer(HeadLayer, LinearAttentionAndFullAttentionLayer):  # type:
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that a tensor of indices or a bool mask selects."""
         self.reorder_cache(torch.arange(self.rows)[indices.cpu()])
+
+
+class PaddedWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A sliding-window layer of transformers with rows that have padding behind their first tokens.
+
+    It keeps `padding` tokens more than its window, so that each row has its whole window beside the padding.
+    """
+
+    @classmethod
+    def extend(cls, layer: DynamicSlidingWindowLayer, padding: int) -> None:
+        """Make a layer keep `padding` tokens more than its window."""
+        layer.__class__ = cls
+        layer.sliding_window += padding
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys that a mask covers, and the position of the first one: all that the layer has."""
+        held = self.keys.shape[-2]
+        return held + query_length, self.cumulative_length - held
 
 
 _NOT_IN_STATE = ("engine", "layer_kv", "pending")
