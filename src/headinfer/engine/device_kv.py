@@ -234,9 +234,10 @@ class DeviceKV:
             query_heads: query heads of a layer.
         """
         row_tails = [kv.tail_bytes // max(kv.rows, 1) for kv in layer_kvs]
-        new_bytes = rows * new_tokens * sum(row_tails) // TAIL_TOKENS
         tails = rows * (sum(row_tails) + max(row_tails))
-        on_host = new_bytes if self.disk is None else 0  # what does not fit moves to the disk
+        on_host = rows * (new_tokens + TAIL_TOKENS) * sum(row_tails) // TAIL_TOKENS  # segments are not small
+        if on_host > self._room_for_rows_bytes():
+            return False
         if self.streams is None:
             return on_host + tails <= _RESERVED_HOST_SHARE * self._host_room_bytes()
         held = self.counter.device_bytes
@@ -246,7 +247,14 @@ class DeviceKV:
             query_rows = rows * query_heads * FEW_QUERY_TOKENS
             exchange = exchange_bytes(query_rows, first.key_dim, first.value_dim, first.dtype.itemsize)
         taken = held["tail"] + tails + held["staging"] + exchange
-        return 2 * taken <= self.device_kv_budget_bytes and on_host <= _RESERVED_HOST_SHARE * self._host_room_bytes()
+        return 2 * taken <= self.device_kv_budget_bytes
+
+    def _room_for_rows_bytes(self) -> int:
+        """Return the host memory that new rows may take. With a disk tier this is half of its budget, since the newest
+        segment of each row cannot move to the disk."""
+        if self.disk is not None:
+            return self.disk.host_budget // 2
+        return int(_RESERVED_HOST_SHARE * self._host_room_bytes())
 
     def make_room_for_rows(self, layer_kvs: Sequence[LayerKV], rows: int) -> None:
         """Free device memory for the tails of a fork: the ring, which the next pass makes anew, and resident KV."""

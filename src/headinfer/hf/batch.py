@@ -23,7 +23,7 @@ from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import DynamicSlidingWindowLayer, PreTrainedModel
 from headinfer.hf.layers import HeadLayer
-from headinfer.hf.rotary import RotaryLengths
+from headinfer.hf.rotary import RotaryLengths, keeps_frequencies
 from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.values import whole_number
 
@@ -40,7 +40,7 @@ __all__ = [
 MOST_ROWS = 32
 """Rows of a batch, at most."""
 
-_MOST_PADDED_WORK = 2  # times the work without padding
+_CHEAP_TOKENS = 64  # so much padding is always accepted: reading the document takes the time
 _IGNORED_ID = 0  # stands for a token of a row that has left the batch
 
 
@@ -135,7 +135,7 @@ def plan_batches(enabled: EnabledModel, cache: HeadCache, questions: Sequence[Ba
         return []
     longest = max(question.work for question in questions)
     most_rows = _most_rows(enabled, cache, min(len(questions), MOST_ROWS), longest)
-    if not _keeps_frequencies(enabled.model, cache, longest):
+    if not keeps_frequencies(RotaryLengths.from_config(enabled.model.config), cache, longest):
         most_rows = 1
     return split_into_batches(questions, most_rows, is_padded=_can_pad(cache))
 
@@ -170,17 +170,6 @@ def _tensors(layer: Any) -> list[torch.Tensor]:
     return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
-def _keeps_frequencies(model: PreTrainedModel, cache: HeadCache, new_tokens: int) -> bool:
-    """Return whether the rotary frequencies are those of the cache for all lengths that its rows can reach."""
-    lengths = RotaryLengths.from_config(model.config)
-    if not lengths:
-        return True
-    past_tokens = cache.get_seq_length()
-    needed = lengths.normalized(past_tokens + new_tokens)
-    held = lengths.held(cache.head_layers[0].rotary_tokens, past_tokens) if past_tokens else needed
-    return held == needed == lengths.normalized(past_tokens + 1)
-
-
 def _can_pad(cache: HeadCache) -> bool:
     """Return whether questions of different lengths can be padded behind the tokens of a cache.
 
@@ -204,21 +193,17 @@ def split_into_batches(questions: Sequence[BatchQuestion], most_rows: int, *, is
     batches: list[Batch] = []
     for entry in sorted(enumerate(questions), key=lambda entry: -len(entry[1].ids)):
         last = batches[-1] if batches else None
-        if last is not None and len(last) < most_rows and _join([*last, entry], is_padded=is_padded):
+        if last is not None and len(last) < most_rows and _join(entry[1], len(last[0][1].ids), is_padded=is_padded):
             last.append(entry)
         else:
             batches.append([entry])
     return sorted((sorted(batch, key=_number) for batch in batches), key=lambda batch: _number(batch[0]))
 
 
-def _join(batch: Batch, *, is_padded: bool) -> bool:
-    """Return whether questions may be in one batch. The longest one is the first."""
-    longest = len(batch[0][1].ids)
-    if not is_padded:
-        return all(len(question.ids) == longest for _, question in batch)
-    work = sum(question.work for _, question in batch)
-    padding = sum(longest - len(question.ids) for _, question in batch)
-    return work + padding <= _MOST_PADDED_WORK * work
+def _join(question: BatchQuestion, longest: int, *, is_padded: bool) -> bool:
+    """Return whether a question may be in a batch whose longest question has `longest` tokens."""
+    padding = longest - len(question.ids)
+    return padding == 0 or (is_padded and padding <= max(question.work, _CHEAP_TOKENS))
 
 
 def _number(entry: tuple[int, BatchQuestion]) -> int:

@@ -358,8 +358,11 @@ class HeadCache(Cache):  # type: ignore[misc]
             rows: [N], int64.
             padding: tokens of padding that a row may get, at most.
         """
+        layer_kvs = list(self.layer_kvs().values())
+        for layer_kv in layer_kvs:
+            layer_kv.promote()
+        self.engine.make_room_for_rows(layer_kvs, rows.shape[0])
         forked = self.fork()
-        self.engine.make_room_for_rows(list(forked.layer_kvs().values()), rows.shape[0])
         forked.token_ids = None
         forked.shares_rows = True
         if forked.get_seq_length():

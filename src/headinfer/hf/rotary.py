@@ -30,7 +30,7 @@ from headinfer.hf.compat import PreTrainedConfig, PreTrainedModel
 from headinfer.hf.inputs import number_of_positions, number_of_tokens
 from headinfer.utils.stacklevel import stacklevel_of_user
 
-__all__ = ["MIXED", "RotaryControl", "RotaryLengths", "RotaryPass", "crossing_warning"]
+__all__ = ["MIXED", "RotaryControl", "RotaryLengths", "RotaryPass", "crossing_warning", "keeps_frequencies"]
 
 MIXED = -1
 """The value of HeadLayer.rotary_tokens if the tokens of a cache have the frequencies of different lengths."""
@@ -323,6 +323,14 @@ class RotaryControl:
         """Let a dynamic NTK module forget the longest context that it has seen, whose frequencies it would keep."""
         if self.lengths.grows_beyond is not None:
             module.forward(x[:1, :1], torch.zeros(1, 1, dtype=torch.long, device=x.device), *layer_type)
+
+
+def keeps_frequencies(lengths: RotaryLengths, cache: HeadCache, new_tokens: int) -> bool:
+    """Return whether all passes up to `new_tokens` more tokens have the frequencies of the tokens in a cache."""
+    past_tokens = cache.get_seq_length()
+    first, last = (lengths.normalized(max(past_tokens + new, _min_tokens(cache))) for new in (1, new_tokens))
+    held = lengths.held(cache.head_layers[0].rotary_tokens, past_tokens) if past_tokens and lengths else first
+    return held == first == last
 
 
 def _min_tokens(cache: HeadCache) -> int:
