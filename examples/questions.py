@@ -1,7 +1,7 @@
-"""Read a document once and ask several questions about it, each on a fork of the cache.
+"""Read a document once and ask several questions about it together.
 
-A fork shares the document's KV with the cache that it was made from: nothing is copied, and no answer depends on
-another question. The defaults use the small model that ships with headinfer:
+Each token of the answers reads the document's KV once for all questions, and no answer depends on another question.
+The defaults use the small model that ships with headinfer:
 
     python examples/questions.py
     python examples/questions.py --model MODEL --file book.txt --question "Who did it?" --question "Why?"
@@ -49,18 +49,14 @@ def main() -> None:
     is_shared = (torch.cat([prompt[:, : shortest - 1] for prompt in prompts]) == prompts[0][:, : shortest - 1]).all(0)
     shared_tokens = int(is_shared.cumprod(0).sum())
 
-    with headinfer.enable(model):
-        cache = headinfer.HeadCache(model.config)
-        model(prompts[0][:, :shared_tokens].to(device), past_key_values=cache, logits_to_keep=1)
-        for prompt in prompts:
-            output = model.generate(
-                prompt.to(device),
-                attention_mask=torch.ones_like(prompt, device=device),
-                past_key_values=cache.fork(),
-                max_new_tokens=args.max_new_tokens,
-                do_sample=False,
-            )
-            print(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip())
+    with headinfer.enable(model) as enabled:
+        document_ids = prompts[0][:, :shared_tokens].to(device)
+        cache = enabled.new_cache()
+        model(document_ids, past_key_values=cache, logits_to_keep=1)
+        questions = [prompt[0, shared_tokens:] for prompt in prompts]
+        answers = enabled.ask(cache, questions, document_ids=document_ids, max_new_tokens=args.max_new_tokens)
+    for answer in answers:
+        print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 
 
 if __name__ == "__main__":

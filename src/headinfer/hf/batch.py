@@ -273,6 +273,7 @@ def answer_batch(
     starts = torch.tensor([longest - len(question.ids) for question in questions])
     ids = torch.cat([documents, tails], dim=1).to(device)
     whole_mask = torch.cat([seen, torch.arange(longest) >= starts[:, None]], dim=1).to(device)
+    new_tokens = max(question.new_tokens for question in questions)
     decoding = _Decoding(questions)
     loop = {"custom_generate": decoding.run} if len(questions) > 1 else {"streamer": questions[0].streamer}
     with _forked(cache, rows, int(starts.max())) as forked:
@@ -280,8 +281,7 @@ def answer_batch(
             ids,
             attention_mask=whole_mask,
             past_key_values=forked,
-            max_new_tokens=max(question.new_tokens for question in questions),
-            **({"do_sample": False} | loop | options),
+            **({"do_sample": False, "max_new_tokens": new_tokens} | loop | options),
         )
     return decoding.answers if len(questions) > 1 else [written[0, ids.shape[1] :].tolist()]
 
