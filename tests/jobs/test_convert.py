@@ -70,7 +70,7 @@ def paragraph(text, style=""):
     return f"<w:p>{properties}<w:r><w:t>{text}</w:t></w:r></w:p>"
 
 
-def epub(**chapters):
+def epub(locked="", **chapters):
     """An EPUB whose chapters are in the reverse order of their names."""
     items = "".join(
         f'<item id="{name}" href="{name}%20x.xhtml" media-type="application/xhtml+xml"/>' for name in chapters
@@ -83,6 +83,12 @@ def epub(**chapters):
         "book/p.opf": f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest>'
         f"<spine>{spine}</spine></package>",
     }
+    if locked:
+        members["META-INF/encryption.xml"] = (
+            '<encryption xmlns="urn:oasis:names:tc:opendocument:xmlns:container" '
+            'xmlns:e="http://www.w3.org/2001/04/xmlenc#"><e:EncryptedData><e:CipherData>'
+            f'<e:CipherReference URI="{locked}"/></e:CipherData></e:EncryptedData></encryption>'
+        )
     for name, body in chapters.items():
         members[f"book/{name} x.xhtml"] = (
             '<?xml version="1.0" encoding="utf-8"?>\n<html xmlns="http://www.w3.org/1999/xhtml"><head><title>T</title>'
@@ -159,6 +165,7 @@ def test_epub_chapters_are_in_the_order_of_the_spine():
     found = to_text(epub(a="<p>First.</p>", b="<p>Über.</p><img src='x.png'/>"), "book.epub")
     assert found.content == "# Chapter b\n\nÜber.\n\n# Chapter a\n\nFirst."
     assert found.read_as.startswith("EPUB by markdownify ")
+    assert to_text(epub(locked="book/font.ttf", a="<p>x</p>"), "x.epub").content == "# Chapter a\n\nx"
 
 
 def test_html():
@@ -186,6 +193,7 @@ def test_html():
         ("cut.docx", docx(paragraph("x"))[:-30], "is a zip file that is damaged"),
         ("bad.docx", docx("<w:p>"), "is DOCX that is damaged"),
         ("bad.epub", zipped(**{"META-INF/container.xml": "<x/>"}), "is EPUB that is damaged"),
+        ("drm.epub", epub(locked="book/a%20x.xhtml", a="x"), "is EPUB that is protected (DRM)"),
         ("x.zip", zipped(a="b"), "is a zip file, and neither EPUB nor DOCX"),
         ("empty.html", b"<html><body><script>x</script></body></html>", "is HTML that holds no text"),
         ("deep.html", b"<div>" * 3000 + b"x", "is HTML that is nested too deeply"),

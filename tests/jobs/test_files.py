@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from headinfer import enable
 from headinfer.hf.models import byte_tokenizer, resolve
 from headinfer.jobs import prompts
+from headinfer.jobs.convert import Text
 from headinfer.jobs.documents import Document, Piece, SourceFile, as_document, read_documents
 from headinfer.sessions.manifest import Manifest
 
@@ -143,6 +144,15 @@ def test_mistakes_get_one_sentence(headinfer, code, tmp_path, monkeypatch, files
         exit_code, out, err = headinfer(*command, *options)
         assert (exit_code, out, err.count("\n")) == (2, "", 1)
         assert says in err
+
+
+def test_many_files_with_pages_without_text_get_few_lines(code, monkeypatch):
+    text = Text("x", "PDF by a library", notes=["1 of 2 pages hold no text"])
+    monkeypatch.setattr("headinfer.jobs.documents.to_text", lambda data, name: text)
+    notes = read_documents([str(code)]).notes
+    assert notes[0] == "README.md: 1 of 2 pages hold no text"
+    assert notes[3] == "3 more files have pages without text"
+    assert len(notes) == 5
 
 
 def test_a_file_without_text_in_a_folder_is_left_out(code):
@@ -289,6 +299,32 @@ def test_read_again_reads_only_what_is_new(headinfer, code, tmp_path):
     assert "holds another text (a.txt has changed; it differs after " in err
     fresh = run_json(headinfer, "read", MODEL, "--file", code, "--session", "fresh", "--chunk-tokens", 64)[0]
     assert fresh["tokens"] == len(text_of(read_documents([code])).encode())
+
+
+def test_an_interrupted_reading_goes_on_with_files_that_have_changed(headinfer, code, tmp_path, monkeypatch):
+    """What was not read yet may change, and what was read keeps its place."""
+    (code / "README.md").write_text(LINE * 10)
+    arguments = ("read", MODEL, "--file", code, "--session", "s", "--chunk-tokens", 128)
+    with monkeypatch.context() as patched:
+        chunks = []
+
+        def on_forward(progress, cache):
+            chunks.append(cache)
+            if len(chunks) == 2:
+                raise KeyboardInterrupt
+
+        patched.setattr("headinfer.cli.report.GenerationProgress.on_forward", on_forward)
+        assert headinfer(*arguments)[0] == 130
+    (code / "a.txt").write_text("Changed.\n")
+    (code / "A.md").write_text("New, and first.\n")
+    exit_code, _, err = headinfer(*arguments)
+    assert exit_code == 2
+    assert "a.txt has changed" in err
+    (code / "A.md").unlink()
+    resumed, err = run_json(headinfer, *arguments)
+    assert resumed["resumed_at"] == 256
+    assert resumed["tokens"] == len(text_of(read_documents([code])).encode())
+    assert "are new, from README.md, a/café.py, a/z.py and 2 more" in err
 
 
 def test_a_session_of_one_file_goes_on_with_a_second_one(headinfer, tmp_path):

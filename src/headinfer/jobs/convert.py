@@ -48,6 +48,7 @@ _NOT_IN_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _WITHOUT_TEXT = ("script", "style", "template", "noscript", "head")
 _DOCX_PART = "word/document.xml"
 _EPUB_PART = "META-INF/container.xml"
+_EPUB_LOCKS = "META-INF/encryption.xml"
 _MOST_PAGES_NAMED = 5
 # What the converters raise for files that are damaged. Errors about memory are not among them.
 _DAMAGE = (
@@ -290,13 +291,19 @@ def _from_epub(archive: zipfile.ZipFile, name: str) -> Text:
         container = ElementTree.fromstring(archive.read(_EPUB_PART))
         package_path = container.findall(".//{*}rootfile")[0].attrib["full-path"]
         package = ElementTree.fromstring(archive.read(package_path))
+        locked = set()
+        if _EPUB_LOCKS in archive.namelist():
+            locks = ElementTree.fromstring(archive.read(_EPUB_LOCKS))
+            locked = {unquote(lock.attrib["URI"]) for lock in locks.findall(".//{*}CipherReference")}
         items = {item.attrib["id"]: item for item in package.findall("{*}manifest/{*}item")}
         chapters = []
         for reference in package.findall("{*}spine/{*}itemref"):
             item = items[reference.attrib["idref"]]
             if "html" in item.attrib.get("media-type", ""):
-                path = posixpath.join(posixpath.dirname(package_path), unquote(item.attrib["href"]))
-                chapters.append(_markdown(archive.read(posixpath.normpath(path)), name))
+                path = posixpath.normpath(posixpath.join(posixpath.dirname(package_path), unquote(item.attrib["href"])))
+                if path in locked:
+                    raise NoTextError(name, "is EPUB that is protected (DRM)", "give one without protection")
+                chapters.append(_markdown(archive.read(path), name))
         text = "\n\n".join(chapter for chapter in chapters if chapter)
         return _converted(text, name, "EPUB", "markdownify")
 

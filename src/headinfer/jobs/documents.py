@@ -217,7 +217,7 @@ class _LeftOut:
         return [f"left out: {', '.join(parts)}"] if parts else []
 
 
-def read_documents(paths: Sequence[Path], globs: Sequence[str] = ()) -> Document:
+def read_documents(paths: Sequence[Path | str], globs: Sequence[str] = ()) -> Document:
     """Read files into a document.
 
     A single file is the document. Several files, and the files of a folder, have their names as headings. The files of
@@ -234,11 +234,11 @@ def read_documents(paths: Sequence[Path], globs: Sequence[str] = ()) -> Document
             not installed, a folder has no file with text, or a pattern is given without a folder.
     """
     left_out = _LeftOut()
-    found = _all_files(paths, globs, left_out)
+    found = _all_files([Path(path) for path in paths], globs, left_out)
     names = _names(found)
     files = []
     read_as: dict[str, list[str]] = {}
-    notes = []
+    about_pages: list[str] = []
     for one, name in zip(found, names, strict=True):
         shown = "standard input" if one.path == _STANDARD_INPUT else str(one.path)
         try:
@@ -254,9 +254,12 @@ def read_documents(paths: Sequence[Path], globs: Sequence[str] = ()) -> Document
             continue
         if text.read_as != "UTF-8" and " by " not in text.read_as:
             read_as.setdefault(text.read_as + (" (guessed)" if text.is_guessed else ""), []).append(name)
-        notes += [f"{name}: {note}" for note in text.notes]
+        about_pages += [f"{name}: {note}" for note in text.notes]
         sha256 = hashlib.sha256(data).hexdigest()
         files.append(SourceFile(name, len(data), sha256, text.read_as, text.content))
+    notes = about_pages[:_MOST_NAMED]
+    if len(about_pages) > _MOST_NAMED:
+        notes.append(f"{len(about_pages) - _MOST_NAMED} more files have pages without text")
     notes += [f"read as {kind}: {_named(its_names)}" for kind, its_names in read_as.items()]
     notes += left_out.note()
     if paths and not files:
