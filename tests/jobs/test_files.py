@@ -21,6 +21,7 @@ from headinfer.jobs.documents import Document, Piece, SourceFile, as_document, r
 from headinfer.sessions.manifest import Manifest
 
 MODEL = "random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2"
+WINDOWED = "random:gemma-3-4b?layers=6&hidden=64&intermediate=64&heads=4&kv_heads=2&head_dim=16&sliding_window=64"
 LINE = "It was a bright cold day in April.\n"
 
 
@@ -327,12 +328,13 @@ def test_an_interrupted_reading_goes_on_with_files_that_have_changed(headinfer, 
     assert "are new, from README.md, a/café.py, a/z.py and 2 more" in err
 
 
-def test_a_session_of_one_file_goes_on_with_a_second_one(headinfer, tmp_path):
+@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["full attention", "windows"])
+def test_a_session_of_one_file_goes_on_with_a_second_one(headinfer, tmp_path, model):
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text(LINE * 3)
     two.write_text("Two.\n")
-    first = run_json(headinfer, "read", MODEL, "--file", one, "--session", "s")[0]
-    both, err = run_json(headinfer, "read", MODEL, "--file", two, "--file", one, "--session", "s")
+    first = run_json(headinfer, "read", model, "--file", one, "--session", "s")[0]
+    both, err = run_json(headinfer, "read", model, "--file", two, "--file", one, "--session", "s")
     assert both["resumed_at"] == first["tokens"] == len(LINE) * 3
     assert both["tokens"] - first["tokens"] == len("\n\n# two.txt\n\nTwo.\n")
     assert "are new, from two.txt" in err

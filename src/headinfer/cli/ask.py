@@ -43,7 +43,9 @@ def ask(
     file: Annotated[
         list[Path] | None,
         typer.Option(
-            help=f"Read this before the question, beside the session. {DOCUMENT_HELP} {AGAIN_HELP}", show_default=False
+            help=f"Read this before the question, beside the session. {DOCUMENT_HELP} {AGAIN_HELP}",
+            metavar="PATH",
+            show_default=False,
         ),
     ] = None,
     glob: Globs = None,

@@ -18,12 +18,16 @@ __all__ = ["AGAIN_HELP", "DOCUMENT_HELP", "Files", "Globs", "given_document"]
 DOCUMENT_HELP = "A text in any encoding, PDF, HTML, EPUB or DOCX; a folder of them; or - for standard input."
 AGAIN_HELP = "Give the option again for more."
 
-Files = Annotated[list[Path] | None, typer.Option("--file", help=f"{DOCUMENT_HELP} {AGAIN_HELP}", show_default=False)]
+Files = Annotated[
+    list[Path] | None,
+    typer.Option("--file", help=f"{DOCUMENT_HELP} {AGAIN_HELP}", metavar="PATH", show_default=False),
+]
 Globs = Annotated[
     list[str] | None,
     typer.Option(
         "--glob",
         help="Of folders, read only the files that match this pattern, e.g. '*.py'. Give the option again for more.",
+        metavar="PATTERN",
         show_default="all that have text",
     ),
 ]

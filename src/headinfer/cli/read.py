@@ -38,7 +38,7 @@ NOTHING_NEW = "nothing is new"
 
 def read(
     model: Model,
-    file: Annotated[list[Path], typer.Option(help=f"{DOCUMENT_HELP} {AGAIN_HELP}")],
+    file: Annotated[list[Path], typer.Option(help=f"{DOCUMENT_HELP} {AGAIN_HELP}", metavar="PATH")],
     session: SessionOption,
     glob: Globs = None,
     sessions: SessionsFolder = None,
