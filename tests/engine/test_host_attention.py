@@ -20,9 +20,10 @@ from headinfer.engine import host_attention, past
 from headinfer.engine.engine import Engine
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.options import Options
-from headinfer.kv.exchange import HostExchange, exchange_bytes
+from headinfer.kv.exchange import HostExchange
 from headinfer.kv.host_memory import HostTier
 from headinfer.plan import cpu_share as share_of_plan
+from headinfer.plan.footprint import layer_exchange_bytes
 from headinfer.plan.tiles import TilePlan
 from headinfer.sessions.manifest import Manifest
 
@@ -78,6 +79,10 @@ class HostBench(Bench):
         self.exchange = HostExchange(CPU, self.counter, self.streams, HostTier(self.counter).buffer)
 
     def attend(self, q, k, v, **options):
+        shape = self.shape
+        self.exchange.reserve(
+            layer_exchange_bytes(q[..., 0].numel(), shape.key_dim, shape.value_dim, shape.dtype.itemsize)
+        )
         return super().attend(q, k, v, exchange=self.exchange, counter=self.counter, **options)
 
     def assert_moved(self, tokens):
@@ -220,7 +225,7 @@ def test_rows_that_share_segments_are_one_call(transport, calls):
     calls.clear()
     bench.assert_step(4)
     assert calls == [(3 * 2 * 4, shared), *[(2 * 4, own)] * 3]
-    held = exchange_bytes(3 * 4 * 4, 16, 16, 4)
+    held = layer_exchange_bytes(3 * 4 * 4, 16, 16, 4)
     assert bench.counter.device_bytes["exchange"] == held, "queries and results of a row cross once"
     bench.select_rows([2, 0, 0, 1])
     calls.clear()
@@ -282,22 +287,31 @@ def test_rows_that_share_a_part_stay_within_the_budget():
         step(engine, layer_kvs, 200)
         step(engine, layer_kvs, 16)
         held.append(engine.counter.device_bytes["exchange"])
-    assert held == [exchange_bytes(4 * 8 * 16, 16, 16, 4)] * 3
+    assert held == [layer_exchange_bytes(4 * 8 * 16, 16, 16, 4)] * 3
     assert engine.counter.device_peak_bytes <= budget
 
 
-def test_many_query_heads_stay_within_the_budget():
-    """The ring is closed before the buffers for queries grow."""
-    engine = Engine(Options(transport="lazy", **SMALL, cpu_share=0.5), 1)
-    for tokens in (400, 1, 16):
-        q, k, v = (torch.randn(1, heads, tokens, 16) for heads in (64, 2, 2))
-        if not engine.devices:
-            layer_kv = engine.new_layer_kv(k, v)
-        engine.begin(layer_kv, 64, tokens)
-        engine.attend(q, k, v, layer_kv, AttentionSpec(0.25))
-        layer_kv.append(k, v)
-    held = engine.counter.device_bytes
-    assert held["exchange"] > layer_kv.tail_bytes, "which is free most of the time"
+@pytest.mark.parametrize("query_heads", [(64,), (4, 64)])
+def test_many_query_heads_stay_within_the_budget(query_heads):
+    """Ring and exchange are sized for the largest layer in prefill already, and again for more new tokens."""
+    engine = Engine(Options(transport="lazy", **SMALL, cpu_share=0.5), len(query_heads))
+    layer_kvs = []
+    rings = []
+    for tokens in (400, 300, 1, 300, 1, 16, 1):
+        for layer, heads in enumerate(query_heads):
+            q, k, v = (torch.randn(1, each, tokens, 16) for each in (heads, 2, 2))
+            if len(layer_kvs) == layer:
+                layer_kvs.append(engine.new_layer_kv(k, v))
+            if layer == 0:
+                engine.begin(layer_kvs[0], heads, tokens)
+            engine.attend(q, k, v, layer_kvs[layer], AttentionSpec(0.25))
+            layer_kvs[layer].append(k, v)
+        (kv,) = engine.devices.values()
+        rings.append((kv.ring, engine.counter.device_bytes["exchange"]))
+    tokens_held = [0, 1, 1, 1, 1, 16, 16]
+    assert [held for _, held in rings] == [layer_exchange_bytes(64 * tokens, 16, 16, 4) for tokens in tokens_held]
+    assert len({ring for ring, _ in rings[1:5]}) == 1, "the first new token does not replace the ring"
+    assert rings[-1][1] > layer_kvs[0].tail_bytes, "which is free most of the time"
     assert engine.counter.device_peak_bytes <= STREAMING
 
 

@@ -21,6 +21,7 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.exchange import HostExchange
 from headinfer.kv.transfer import SlotRing
 from headinfer.kv.write_back import StagingWriter
+from headinfer.plan.footprint import layer_exchange_bytes
 
 CPU = torch.device("cpu")
 TOKENS = 2
@@ -84,6 +85,7 @@ class Loop:
         if exchange is not None:
             allocate = functools.partial(torch.zeros, dtype=torch.uint8)
             self.exchange = exchange(CPU, ByteCounter(), streams, allocate)
+            self.exchange.reserve(layer_exchange_bytes(1, 4, 4, 4))
         self.host_waits_for_write_back = host_waits_for_write_back
         self.sends_ahead = sends_ahead
         self.sent = deque()
@@ -426,7 +428,7 @@ def test_the_host_waits_once_in_a_layer_after_all_other_work_is_queued(monkeypat
     begin = DeviceKV.begin
 
     def begin_uncounted(kv, *more):
-        """Begin a pass. The first one with a share replaces the ring, which drains the queues."""
+        """Begin a pass. The first one of 16 tokens replaces the ring, which drains the queues."""
         before = streams.waits
         begin(kv, *more)
         streams.waits = before

@@ -15,7 +15,6 @@ import torch
 from headinfer.engine.options import Options, known_fields
 from headinfer.engine.run_plan import RunRequest, engine_options, plan_run
 from headinfer.errors import UsageError
-from headinfer.kv import exchange
 from headinfer.plan.cpu_share import HostWay, SharedRates, best_share, layer_seconds, share_at_rows, shared_rates
 from headinfer.plan.footprint import exchange_bytes
 from headinfer.plan.hardware import HARDWARE, Hardware
@@ -139,7 +138,7 @@ def test_short_contexts_do_without_the_cpu(tokens):
 
 def test_no_plan_with_the_cpu_exceeds_a_budget():
     wanted = {1: exchange_bytes(LLAMA, 2, 1), 16: exchange_bytes(LLAMA, 2, 16)}
-    assert wanted == {tokens: exchange.exchange_bytes(32 * tokens, 128, 128, 2) for tokens in (1, 16)}
+    assert wanted == {tokens: 2 * tokens * 32 * (128 * 2 + 129 * 4) for tokens in (1, 16)}
     for budget in (128 * MIB, 256 * MIB, 3 * GIB):
         for decode_tokens, rows in ((1, 1), (16, 1), (1, 2)):
             request = Request(

@@ -618,7 +618,7 @@ def test_a_broken_hardware_file_says_so(tmp_path):
 def test_field_names_end_with_their_unit():
     """The name of each field of bytes, seconds or a rate ends with its unit."""
     counts = {"multiprocessors", "disk_share", "name", "source", "is_host", "flops_per_s", "transfer_name"}
-    counts |= {"blocks_at_once", "idle_gain", "block_tokens"}
+    counts |= {"blocks_at_once", "idle_gain", "block_tokens", "cpu_threads_beside_link"}
     for kind in (Footprint, Hardware):
         for field in dataclasses.fields(kind):
             assert field.name.endswith(("_bytes", "_s", "_share")) or field.name in counts, field.name

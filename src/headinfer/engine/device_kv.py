@@ -19,7 +19,7 @@ from headinfer.errors import CapacityError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import TAIL_TOKENS
 from headinfer.kv.disk_tier import DiskTier
-from headinfer.kv.exchange import HostExchange, exchange_bytes
+from headinfer.kv.exchange import HostExchange
 from headinfer.kv.host_memory import HostTier, releasing_bytes
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.numa import node_of
@@ -29,7 +29,7 @@ from headinfer.kv.streams import Streams, Transport, open_streams
 from headinfer.kv.transfer import InPlace, Ring, SlotRing
 from headinfer.kv.write_back import StagingWriter, WriteInPlace, Writer
 from headinfer.plan.cpu_share import share_at_rows
-from headinfer.plan.footprint import host_kv_tokens, write_back_bytes
+from headinfer.plan.footprint import host_kv_tokens, layer_exchange_bytes, write_back_bytes
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import (
     DEFAULT_BUDGET_BYTES,
@@ -56,7 +56,7 @@ class PassShape:
     """What a forward pass asks of its attention.
 
     Attributes:
-        query_heads: query heads of the layer.
+        query_heads: query heads of a layer.
         query_tokens: tokens of the chunk.
         row_copies: rows that each row will become during the pass or soon after; each needs a tail (hf/copies.py).
     """
@@ -185,10 +185,10 @@ class DeviceKV:
         return available_host_bytes() + counter.host_bytes - counter.host_untouched_bytes + releasing_bytes()
 
     def begin(self, layer_kv: LayerKV, shape: PassShape) -> None:
-        """Fit the ring to the budget and choose the tile, before the first attention of a forward pass.
+        """Fit ring and exchange to the budget and choose the tile, before the first attention of a forward pass.
 
         Args:
-            layer_kv: the KV of the layer that attends first.
+            layer_kv: the KV of the layer that attends next.
             shape: what the pass asks for.
 
         Raises:
@@ -245,7 +245,7 @@ class DeviceKV:
         if self._cpu_share:
             first = layer_kvs[0]
             query_rows = rows * query_heads * FEW_QUERY_TOKENS
-            exchange = exchange_bytes(query_rows, first.key_dim, first.value_dim, first.dtype.itemsize)
+            exchange = layer_exchange_bytes(query_rows, first.key_dim, first.value_dim, first.dtype.itemsize)
         taken = held["tail"] + tails + held["staging"] + exchange
         return 2 * taken <= self.device_kv_budget_bytes
 
@@ -265,11 +265,12 @@ class DeviceKV:
             if self.residency is not None and over > 0:
                 self._shrink_residency(max(self.residency.held_bytes - over, 0))
 
-    def can_fetch(self, layer_kv: LayerKV) -> bool:
-        """Return whether the current ring can fetch the host part of a layer. If not, begin() must be called."""
+    def can_stream(self, layer_kv: LayerKV, shape: PassShape) -> bool:
+        """Return whether ring and exchange serve the host part of a layer. If not, begin() must be called."""
         if self.streams is None or layer_kv.is_all_resident:
             return True
-        return self._has_slots and not self._is_outdated()
+        has_exchange = self._exchange_bytes(layer_kv, shape) <= self.counter.device_bytes["exchange"]
+        return has_exchange and self._has_slots and not self._is_outdated()
 
     def check(self) -> None:
         """Raise CapacityError if the KV holds more than its budget."""
@@ -325,11 +326,16 @@ class DeviceKV:
         return share_at_rows(self._cpu_share or 0.0, self._cpu_rows, rows)
 
     def _exchange_bytes(self, layer_kv: LayerKV, shape: PassShape) -> int:
-        """Return the bytes of the exchange that a pass needs on the device; 0 if the host attends to nothing."""
+        """Return the bytes of the exchange that a layer needs on the device; 0 if the host attends to nothing.
+
+        In prefill they are those of a new token, so that the ring is the same before and after the first one.
+        """
+        if shape.query_tokens > FEW_QUERY_TOKENS:
+            shape = dataclasses.replace(shape, query_tokens=1)
         if layer_kv.is_all_resident or not self._share_of_cpu(layer_kv, shape):
             return 0
-        query_rows = layer_kv.rows * shape.query_heads * shape.query_tokens
-        return exchange_bytes(query_rows, layer_kv.key_dim, layer_kv.value_dim, layer_kv.dtype.itemsize)
+        query_rows = layer_kv.rows * shape.row_copies * shape.query_heads * shape.query_tokens
+        return layer_exchange_bytes(query_rows, layer_kv.key_dim, layer_kv.value_dim, layer_kv.dtype.itemsize)
 
     def _grow_exchange(self, nbytes: int) -> None:
         """Make the buffers of the exchange larger. The ring, which fills the streaming budget, is closed before."""

@@ -118,8 +118,11 @@ class Engine:
         self.attentions += 1
         device = self._device_of(layer_kv)
         kv = self.devices[device]
+        shape = self._shape
+        if q.shape[1] != shape.query_heads:
+            shape = dataclasses.replace(shape, query_heads=q.shape[1])
         if device not in self._begun:
-            kv.begin(layer_kv, self._shape)
+            kv.begin(layer_kv, shape)
             self._begun.add(device)
         layer_kv.promote()
         if q.shape[2] == 1 and past_tokens is None:
@@ -127,8 +130,8 @@ class Engine:
             if out is not None:
                 self.backends_used.add(SDPA)
                 return out
-        if not kv.can_fetch(layer_kv):
-            kv.begin(layer_kv, self._shape)
+        if not kv.can_stream(layer_kv, shape):
+            kv.begin(layer_kv, shape)
         kv.check()
         self._layer_order.note(layer_kv)
         assert kv.plan is not None

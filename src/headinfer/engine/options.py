@@ -97,9 +97,10 @@ class Options:
 
     Attributes:
         device_kv_budget_bytes: upper bound of KV bytes on each device, at any context length: resident tokens, ring,
-            tails and write-back buffers. None takes what is free on the device, less a reserve.
-        streaming_budget_bytes: the part of the device budget for ring, tails and write-back buffers. The rest keeps
-            the first tokens resident. None is 256 MiB.
+            tails, write-back buffers and the buffers for cpu_share. None takes what is free on the device, less a
+            reserve.
+        streaming_budget_bytes: the part of the device budget for all of these but resident tokens. The rest keeps the
+            first tokens resident. None is 256 MiB.
         heads_per_group: KV heads that are streamed together.
         tile_tokens: tokens that are streamed together.
         backend: attention backends to try first, separated by commas. See `headinfer info`.

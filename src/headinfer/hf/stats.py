@@ -17,7 +17,7 @@ class Stats:
         tokens: tokens of each row.
         layers_offloaded: number of full-attention layers, whose KV is in host memory.
         layers_left_to_transformers: number of layers that keep transformers' own cache.
-        device_kv_bytes: bytes of KV on the device now: ring, tails, write-back buffers and resident tokens.
+        device_kv_bytes: bytes of KV on the device now: ring, tails, buffers and resident tokens.
         device_kv_peak_bytes: the largest device_kv_bytes so far.
         device_ring_bytes: bytes of the ring's slots, through which tiles are streamed.
         device_tail_bytes: bytes of the tails, which hold the newest tokens.

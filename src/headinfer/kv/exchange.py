@@ -1,6 +1,6 @@
 """The exchange between a device and its host, if the host computes a part of attention on the KV in its own memory.
 
-For each layer the loop calls, in this order:
+The engine reserves the buffers before a pass (device_kv.py). For each layer the loop calls, in this order:
 
     sent = exchange.send(queries, value_dim, after)    begins to copy the queries to the host; returns at once
     ...                                                queues all other work of the layer
@@ -32,19 +32,19 @@ from typing import Any
 
 import torch
 
+from headinfer.errors import StateError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.streams import Streams
 
-__all__ = ["HostExchange", "Sent", "exchange_bytes"]
+__all__ = ["HostExchange", "Sent"]
 
 _BUFFERS = 2
-_ALIGN_BYTES = 64
 _RESULT_ITEM_BYTES = 4  # float32
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Queries that were sent to the host.
+    """Queries that were sent to the host. A buffer begins with their results, out and then lse, before the queries.
 
     Attributes:
         turn: the number of the buffer.
@@ -59,28 +59,14 @@ class Sent:
     value_dim: int
 
     @property
-    def query_bytes(self) -> int:
-        """Bytes of the queries, with which the buffer begins."""
-        return self.shape.numel() * self.dtype.itemsize
+    def result_bytes(self) -> int:
+        """Bytes of the results."""
+        return math.prod(self.shape[:3]) * (self.value_dim + 1) * _RESULT_ITEM_BYTES
 
     @property
-    def results(self) -> slice:
-        """The bytes of the buffer that hold the results: out, and lse behind it."""
-        start = _aligned(self.query_bytes)
-        return slice(start, start + math.prod(self.shape[:3]) * (self.value_dim + 1) * _RESULT_ITEM_BYTES)
-
-
-def exchange_bytes(query_rows: int, key_dim: int, value_dim: int, element_bytes: int) -> int:
-    """Return the bytes on each side, for queries, their results and log-sum-exps, in all buffers.
-
-    Args:
-        query_rows: query rows of all heads and of the whole batch.
-        key_dim: the head dim of the queries.
-        value_dim: the head dim of the values.
-        element_bytes: bytes of an element of the queries.
-    """
-    queries = _aligned(query_rows * key_dim * element_bytes)
-    return _BUFFERS * _aligned(queries + query_rows * (value_dim + 1) * _RESULT_ITEM_BYTES)
+    def query_bytes(self) -> int:
+        """Bytes of the queries."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 class HostExchange:
@@ -116,7 +102,11 @@ class HostExchange:
         return len(self._on_device) * self._buffer_bytes
 
     def reserve(self, nbytes: int) -> None:
-        """Make the buffers larger if all of them together have less than `nbytes` bytes, as exchange_bytes() counts."""
+        """Make the buffers larger if all of them together have fewer bytes.
+
+        Args:
+            nbytes: bytes of all buffers of one side, as layer_exchange_bytes() in plan/footprint.py counts them.
+        """
         buffer_bytes = nbytes // _BUFFERS
         if buffer_bytes <= self._buffer_bytes:
             return
@@ -137,12 +127,16 @@ class HostExchange:
             queries: [B, Hq, T, Dk] on the device, of any strides.
             value_dim: the head dim of the values, Dv.
             after: events of the write-back of the KV that the host will read.
+
+        Raises:
+            StateError: the buffers that were reserved are too small.
         """
-        rows, heads, tokens, key_dim = queries.shape
-        self.reserve(exchange_bytes(rows * heads * tokens, key_dim, value_dim, queries.dtype.itemsize))
-        self._turn = (self._turn + 1) % _BUFFERS
-        turn = self._turn
+        turn = (self._turn + 1) % _BUFFERS
         sent = Sent(turn, queries.shape, queries.dtype, value_dim)
+        nbytes = sent.result_bytes + sent.query_bytes
+        if nbytes > self._buffer_bytes:
+            raise StateError(f"queries and results of {nbytes} bytes exceed a buffer of {self._buffer_bytes}")
+        self._turn = turn
         packed = _queries(self._on_device[turn], sent)
         self._streams.copy([(packed, queries)], "compute")
         self._streams.record(self._packed[turn], "compute")
@@ -172,11 +166,11 @@ class HostExchange:
         Returns:
             out [B, Hq, T, Dv] and lse [B, Hq, T] on the device. They are valid until two layers later.
         """
-        on_host, on_device = (side[sent.turn][sent.results] for side in (self._on_host, self._on_device))
-        self._copy(on_device.view(torch.float32), on_host.view(torch.float32))
+        on_host, on_device = (_result_items(side[sent.turn], sent) for side in (self._on_host, self._on_device))
+        self._copy(on_device, on_host)
         self._streams.record(self._replied[sent.turn], "host")
         self._streams.wait(self._replied[sent.turn], "compute")
-        self._counter.host_to_device_bytes += len(on_host)
+        self._counter.host_to_device_bytes += sent.result_bytes
         return _results(self._on_device[sent.turn], sent)
 
     def close(self) -> None:
@@ -194,18 +188,18 @@ class HostExchange:
         self._counter.copies += 1
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
-
-
 def _queries(buffer: torch.Tensor, sent: Sent) -> torch.Tensor:
     """Return the queries in a buffer of bytes."""
-    return buffer[: sent.query_bytes].view(sent.dtype).view(sent.shape)
+    return buffer[sent.result_bytes :][: sent.query_bytes].view(sent.dtype).view(sent.shape)
+
+
+def _result_items(buffer: torch.Tensor, sent: Sent) -> torch.Tensor:
+    """Return the results in a buffer of bytes as one tensor."""
+    return buffer[: sent.result_bytes].view(torch.float32)
 
 
 def _results(buffer: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out and lse in a buffer of bytes."""
     rows = sent.shape[:3]
-    items = buffer[sent.results].view(torch.float32)
-    out, lse = items.split([rows.numel() * sent.value_dim, rows.numel()])
+    out, lse = _result_items(buffer, sent).split([rows.numel() * sent.value_dim, rows.numel()])
     return out.view(*rows, sent.value_dim), lse.view(rows)

@@ -84,7 +84,7 @@ def fitting_footprint(
     Args:
         request: the job.
         chunk_tokens: tokens of a chunk.
-        streaming_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
+        streaming_bytes: bytes of ring, tails and buffers; None if KV is read in place.
         resident: resident tokens of each offloaded layer; None for none.
         with_cpu: whether the host's CPU attends to a share; None if the request asks for a share.
 
@@ -142,7 +142,7 @@ def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> 
 
     Args:
         request: the job.
-        streaming_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
+        streaming_bytes: bytes of ring, tails and buffers; None if KV is read in place.
         bare: the footprint without resident tokens.
     """
     if streaming_bytes is None or not request.keeps_resident:

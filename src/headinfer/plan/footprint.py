@@ -23,6 +23,7 @@ __all__ = [
     "baseline_footprint",
     "exchange_bytes",
     "host_kv_tokens",
+    "layer_exchange_bytes",
     "resident_tokens",
     "streaming_footprint",
     "tail_bytes",
@@ -33,9 +34,8 @@ __all__ = [
 TAIL_UNIT_TOKENS = 128  # as in kv/layer_kv.py, which a test checks
 # K of one layer of Llama-3-8B for a chunk of 8,192 tokens, which is then packed without a wait.
 _WRITE_BACK_BYTES = 16 * 2**20
-_EXCHANGE_BUFFERS = 2  # as in kv/exchange.py, as are the next two; a test checks the sum
-_EXCHANGE_ALIGN_BYTES = 64
-_RESULT_ITEM_BYTES = 4
+_EXCHANGE_BUFFERS = 2  # as in kv/exchange.py
+_RESULT_ITEM_BYTES = 4  # as in kv/exchange.py
 BASELINES = ("standard", "chunked prefill", "4-bit KV", "layer-wise offload", "head-wise (paper)")
 _CHUNKED = ("chunked prefill", "head-wise (paper)")
 OFFLOADED = ("layer-wise offload", "head-wise (paper)")
@@ -217,15 +217,21 @@ def exchange_bytes(shape: ModelShape, element_bytes: int, query_tokens: int, row
 
     def of_layer(layer: LayerShape) -> int:
         query_rows = rows * layer.query_heads * query_tokens
-        queries = _exchange_aligned(query_rows * layer.key_dim * element_bytes)
-        results = query_rows * (layer.value_dim + 1) * _RESULT_ITEM_BYTES
-        return _EXCHANGE_BUFFERS * _exchange_aligned(queries + results)
+        return layer_exchange_bytes(query_rows, layer.key_dim, layer.value_dim, element_bytes)
 
     return max(map(of_layer, _offloaded(shape)), default=0)
 
 
-def _exchange_aligned(nbytes: int) -> int:
-    return -(-nbytes // _EXCHANGE_ALIGN_BYTES) * _EXCHANGE_ALIGN_BYTES
+def layer_exchange_bytes(query_rows: int, key_dim: int, value_dim: int, element_bytes: int) -> int:
+    """Return the device bytes of one layer's queries, of their results and of the log-sum-exps, in all buffers.
+
+    Args:
+        query_rows: query rows of all heads and of the whole batch.
+        key_dim: the head dim of the queries.
+        value_dim: the head dim of the values.
+        element_bytes: bytes of an element of the queries.
+    """
+    return _EXCHANGE_BUFFERS * query_rows * (key_dim * element_bytes + (value_dim + 1) * _RESULT_ITEM_BYTES)
 
 
 def tail_bytes(shape: ModelShape, element_bytes: int, rows: int = 1) -> tuple[int, int]:

@@ -52,7 +52,7 @@ class Plan:
         decode: the tile of decode, for the layer with the most KV.
         resident_tokens: for each layer of the model, the first tokens of a row that stay on the device; 0 for layers
             that are not offloaded.
-        streaming_budget_bytes: bytes of ring, tails and write-back buffers; None if KV is read in place.
+        streaming_budget_bytes: bytes of ring, tails and buffers; None if KV is read in place.
         footprint: the bytes of each component.
         prefill_cost: seconds of prefill.
         decode_cost: seconds of one new token, with cpu_share.

@@ -30,7 +30,7 @@ class Request:
         chunk_tokens: tokens of a prefill chunk; None to choose.
         heads_per_group: KV heads that are streamed together; None to choose.
         tile_tokens: tokens that are streamed together; None to choose.
-        device_kv_budget_bytes: upper bound of ring, tails, write-back buffers and resident KV; None for what is free.
+        device_kv_budget_bytes: upper bound of ring, tails, buffers and resident KV; None for what is free.
         streaming_budget_bytes: the part of it that is not for resident KV; None to choose.
         prefetches_next_layer: whether the first tile of a layer is copied while the layer before computes.
         keeps_resident: whether the first tokens of each layer may stay on the device.
