@@ -23,6 +23,7 @@ from headinfer.engine.options import Options
 from headinfer.kv.exchange import HostExchange
 from headinfer.kv.host_memory import HostTier
 from headinfer.plan import cpu_share as share_of_plan
+from headinfer.plan.cpu_share import host_tokens
 from headinfer.plan.footprint import layer_exchange_bytes
 from headinfer.plan.tiles import TilePlan
 from headinfer.sessions.manifest import Manifest
@@ -231,6 +232,26 @@ def test_rows_that_share_segments_are_one_call(transport, calls):
     calls.clear()
     bench.assert_step(1)
     assert calls == [(4 * 2, shared), (2, own), (2 * 2, own), (2, own)]
+
+
+def test_a_planned_share_is_smaller_for_tokens_that_rows_share(calls):
+    """The link brings them once for all rows, and the CPU's kernel takes longer for each row."""
+    bench = HostBench(Shape(rows=1), share=0.5)
+    bench.plan = dataclasses.replace(bench.plan, cpu_rows=2)
+    bench.fill(1000)
+    shared = bench.layer_kv.host_tokens
+    bench.assert_step(1)
+    assert calls == [(2, host_tokens(0.5, shared))]
+    bench.select_rows([0, 0, 0])
+    bench.fill(600)
+    own = bench.layer_kv.host_tokens - shared
+    calls.clear()
+    bench.assert_step(1)
+    assert calls == [(3 * 2, host_tokens(0.25, shared)), *[(2, host_tokens(0.5, own))] * 3]
+    bench.plan = dataclasses.replace(bench.plan, cpu_rows=None)
+    calls.clear()
+    bench.assert_step(1)
+    assert calls[0] == (3 * 2, host_tokens(0.5, shared)), "a share that the user gives is used as it is"
 
 
 def test_many_query_rows_are_several_calls(calls):

@@ -322,8 +322,7 @@ class DeviceKV:
         is_given = self._cpu_share is not None and self._cpu_rows is None
         if self.tier.pin_refusal and not is_given and not unavailable_reason(layer_kv.dtype):
             return 1.0
-        rows = shape.query_heads // layer_kv.heads * shape.query_tokens
-        return share_at_rows(self._cpu_share or 0.0, self._cpu_rows, rows)
+        return share_at_rows(self._cpu_share or 0.0, self._cpu_rows, _query_rows(layer_kv, shape))
 
     def _exchange_bytes(self, layer_kv: LayerKV, shape: PassShape) -> int:
         """Return the bytes of the exchange that a layer needs on the device; 0 if the host attends to nothing.
@@ -380,7 +379,8 @@ class DeviceKV:
         )
         plan = choose_tiles(work, min(bounds, default=None), self.rates, self.fixed_tile)
         share = self._share_of_cpu(layer_kv, shape)
-        self.plan = dataclasses.replace(plan, cpu_share=share, cpu_threads=self._cpu_threads)
+        rows = None if self._cpu_rows is None else max(self._cpu_rows, _query_rows(layer_kv, shape))
+        self.plan = dataclasses.replace(plan, cpu_share=share, cpu_rows=rows, cpu_threads=self._cpu_threads)
 
     def _use_ring(self, slot_bytes: int | None) -> None:
         """Keep the ring if it is as wanted. It changes with the batch, forks, and memory that is not pinned."""
@@ -394,3 +394,8 @@ class DeviceKV:
         if self._read_slot_bytes is not None:
             ring = ReadAhead(ring, self.tier, self._read_slot_bytes, self.streams)
         self.ring = ring
+
+
+def _query_rows(layer_kv: LayerKV, shape: PassShape) -> int:
+    """Return the query rows per KV head of one row of the batch."""
+    return shape.query_heads // layer_kv.heads * shape.query_tokens

@@ -114,8 +114,8 @@ class Options:
             link brings the others: 0 to 1. None is the plan's choice, and 0 without a plan. Unless the user gives one,
             it is 1 as soon as the system refuses to pin host memory.
         cpu_rows: the query rows per KV head that cpu_share was planned for; a plan gives it. If a pass has n times as
-            many, the CPU's kernel takes up to n times as long, and the share becomes s / (s + n (1 - s)). None applies
-            cpu_share to any number of rows.
+            many, or n rows of the batch share tokens, the CPU's kernel takes up to n times as long, and the share of
+            these tokens becomes s / (s + n (1 - s)). None applies cpu_share to any number of rows.
         cpu_threads: the threads with which the CPU attends to its share. None is the number that `headinfer probe`
             found to be the fastest while the link copies, and torch.get_num_threads() without a probe. The bits of the
             CPU's kernel do not depend on it.

@@ -10,7 +10,7 @@ from headinfer.kv.device_buffer import BufferSlice
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
 from headinfer.kv.segments import SegmentSlice, SharedPrefix
 from headinfer.kv.slices import AnyPiece
-from headinfer.plan.cpu_share import host_tokens
+from headinfer.plan.cpu_share import host_tokens, share_at_rows
 from headinfer.plan.tiles import TilePlan
 from headinfer.utils.tensors import Piece
 
@@ -88,7 +88,9 @@ def divide(layer_kv: LayerKV, plan: TilePlan, token_ranges: Sequence[TokenRanges
     parts = []
     for shared in layer_kv.shared_prefixes(token_ranges):
         resident, others = _split_by_residency(shared)
-        on_host, streamed = _split_for_host(others, plan.cpu_share)
+        # All rows that share a part are one call of the CPU's kernel, while the link brings the part once.
+        share = share_at_rows(plan.cpu_share, plan.cpu_rows, (plan.cpu_rows or 1) * len(shared.rows))
+        on_host, streamed = _split_for_host(others, share)
         parts.append(PastPart(shared.rows, resident, on_host, streamed))
     return parts
 

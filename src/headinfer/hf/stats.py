@@ -34,7 +34,8 @@ class Stats:
         heads_per_group: KV heads that are streamed together; 0 before the first forward pass.
         tile_tokens: tokens that are streamed together; 0 before the first forward pass.
         tile_reason: why this tile was chosen.
-        cpu_share: the share of the streamed tokens that the host's CPU attended to in the last forward pass.
+        cpu_share: the share of the streamed tokens that the host's CPU attended to in the last forward pass. Of tokens
+            that several rows share, a planned share is smaller (Options.cpu_rows).
         cpu_attended_bytes: bytes of KV that the host's CPU has attended to, so that they did not cross the link.
         attention_backends: names of the attention backends that ran. As the option `backend` they repeat every choice.
         oom_retries: chunks or decode steps that were computed again, because a device ran out of memory.

@@ -173,6 +173,8 @@ class TilePlan:
         keeps_segments: whether large segments that fit a tile become tiles of their own, which are a single copy each.
         cpu_share: the share of the streamed tokens that the host's CPU attends to in host memory instead. They are not
             copied. 0 in prefill.
+        cpu_rows: the query rows per KV head of one row of the batch, if cpu_share becomes smaller for tokens that
+            several rows share (share_at_rows() in cpu_share.py). None: it is the same for all.
         cpu_threads: the threads with which it does that; None for torch.get_num_threads().
     """
 
@@ -182,6 +184,7 @@ class TilePlan:
     even_tokens: int = 0
     keeps_segments: bool = False
     cpu_share: float = 0.0
+    cpu_rows: int | None = None
     cpu_threads: int | None = None
 
     def length(self, tokens: int) -> int:
