@@ -129,6 +129,23 @@ def test_one_very_long_question_is_a_batch_of_its_own(llama):
     assert_same_answers(llama, questions((400, *LENGTHS), (4, *NEW_TOKENS)), batches=2)
 
 
+@torch.inference_mode()
+def test_samples_are_those_of_each_question_alone(llama):
+    document = text()
+    asked = questions()
+    sampling = {**EARLY, "do_sample": True, "temperature": 2.0}
+    with headinfer.enable(llama, chunk_tokens=CHUNK_TOKENS) as enabled:
+        cache = read(enabled, document)
+        wanted = []
+        for one in asked:
+            torch.manual_seed(4)
+            wanted += alone(llama, cache, document, [one], **sampling)
+        torch.manual_seed(4)
+        batches = plan_batches(enabled, cache, asked)
+        assert answer_all(enabled, cache, document, batches, **sampling) == wanted
+        assert answer_all(enabled, cache, document, batches, **sampling) != wanted
+
+
 def test_without_a_document(llama):
     assert_same_answers(llama, questions(), tokens=0)
 

@@ -20,6 +20,7 @@ from headinfer.cli.options import (
     HostKVBudget,
     Json,
     MaxNewTokens,
+    QuestionsFile,
     SessionOption,
     SessionsFolder,
     cpu_share,
@@ -37,8 +38,12 @@ __all__ = ["ask"]
 
 @takes_sampling
 def ask(
-    questions: Annotated[list[str], text_argument("questions", "One or more questions.", show_default=False)],
     session: SessionOption,
+    questions: Annotated[
+        list[str] | None,
+        text_argument("questions", "One or more questions. Several are answered together.", show_default=False),
+    ] = None,
+    questions_file: QuestionsFile = None,
     sessions: SessionsFolder = None,
     file: Annotated[
         list[Path] | None,
@@ -76,10 +81,12 @@ def ask(
     """Ask questions about a document that `headinfer read` has read.
 
     Each question is answered as if it were the only one, and the session does not change, unless --keep is given.
+    Several questions are answered together, since each token reads the document's KV once for all of them.
     """
-    from headinfer.cli.report import AgainProgress, columns_table, summary_row
+    from headinfer.cli.report import AgainProgress, AnswersProgress, columns_table, summary_row
     from headinfer.engine.options import Options
     from headinfer.jobs import ask as asking
+    from headinfer.jobs.together import GivenQuestion, read_questions
     from headinfer.plan.model_shape import ModelShape
 
     given = kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share)
@@ -90,10 +97,13 @@ def ask(
         del given["cpu_share"]
     else:
         given["cpu_rows"] = None  # the session's share was planned for them, this one was not
+    asked = [GivenQuestion(question) for question in questions or ()]
+    if questions_file is not None:
+        asked += read_questions(questions_file)
     job = asking.AskJob(
         name=session,
         root=sessions or default_root(),
-        questions=questions,
+        questions=[question.text for question in asked],
         document="".join(given_document(file or [], glob).texts),
         model=model,
         max_new_tokens=max_new_tokens,
@@ -112,30 +122,40 @@ def ask(
     for message in prepared.slow:
         say(message)
     load_seconds: list[float] = []
-    with AgainProgress(ModelShape.from_config(prepared.source.config), prepared.manifest.tokens) as progress:
+    tokens = prepared.manifest.tokens
+    answers = AnswersProgress(len(asked))
+    again = AgainProgress(ModelShape.from_config(prepared.source.config), tokens)
+    with answers if job.is_together else again as progress:
+        shows = answers.write if job.is_together else write
         summaries = asking.ask(
             prepared,
-            on_text=discard if as_json else write,
+            on_text=discard if as_json else shows,
             on_loaded=lambda _: load_seconds.append(time.perf_counter() - checked),
             on_forward=progress.on_forward,
+            on_done=answers.on_done,
+            on_note=say,
         )
     if as_json:
         result = {
             "slow": prepared.slow,
             "checks_s": checked - started,
             "model_load_s": load_seconds[0],
-            "answers": [one.as_dict() for one in summaries],
+            "answers": [
+                {"question": question.text, **question.facts, **one.as_dict()}
+                for question, one in zip(asked, summaries, strict=False)  # Ctrl-C leaves some out
+            ],
         }
         print(json.dumps(result))
     else:
-        print(flush=True)
+        if not job.is_together:
+            print(flush=True)
         header = ("question", "first token", "tokens/s", "KV on the device, peak")
         stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
         if summaries[-1].cpu_text:
             say(f"attended by the CPU: {summaries[-1].cpu_text}")
         if summaries[-1].kernel_failure:
             say(f"slower attention on the CPU: {summaries[-1].kernel_failure}")
-    if summaries[-1].interrupted:
+    if any(one.interrupted for one in summaries):
         if keep:
             say("interrupted: this question is not kept, and the session is as it was before it")
         raise typer.Exit(130)

@@ -37,6 +37,7 @@ __all__ = [
     "LightCommand",
     "MaxNewTokens",
     "Model",
+    "QuestionsFile",
     "Raw",
     "SessionArgument",
     "SessionOption",
@@ -205,6 +206,15 @@ Model = Annotated[
         help="A local folder, a Hugging Face hub name, embedded (the model that ships with headinfer), or "
         "random:NAME?layers=2 (a built-in config with random weights, drawn on --device: with the same seed, a CPU and "
         "a GPU draw different ones).",
+        show_default=False,
+    ),
+]
+QuestionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--questions",
+        help="A file with a question in each line, or, in JSON Lines, an object with the field question in each line, "
+        "whose other fields --json repeats; - reads standard input.",
         show_default=False,
     ),
 ]

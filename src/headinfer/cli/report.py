@@ -12,7 +12,7 @@ from rich.console import JustifyMethod
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from headinfer.cli.console import stderr
+from headinfer.cli.console import stderr, write
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.units import format_bytes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AgainProgress",
+    "AnswersProgress",
     "EvaluationProgress",
     "GenerationProgress",
     "ReadingProgress",
@@ -107,6 +108,42 @@ class AgainProgress(_Shown):
         if self._bar is not None and self._bar.update(done):
             self._bar = None
             self._progress.stop()
+
+
+class AnswersProgress(_Shown):
+    """A progress bar for questions that are answered together.
+
+    Args:
+        questions: the number of questions.
+    """
+
+    def __init__(self, questions: int) -> None:
+        super().__init__()
+        self._questions = questions
+        self._done = 0
+        self._steps = 0
+        self._task = self._progress.add_task("answering", total=questions, shown="")
+
+    def on_forward(self, cache: HeadCache) -> None:
+        """Update the bar. Called after each chunk and after each token of all answers."""
+        self._steps += 1
+        self._show()
+
+    def on_done(self, answers: int) -> None:
+        """Note how many answers are complete."""
+        self._done = answers
+        self._show()
+
+    def write(self, text: str) -> None:
+        """Write lines to stdout, which may be the terminal that the bar is on."""
+        self._progress.stop()
+        write(text)
+        if self._done < self._questions:
+            self._progress.start()
+
+    def _show(self) -> None:
+        shown = f"{self._done:,}/{self._questions:,} answers, {self._steps:,} passes"
+        self._progress.update(self._task, completed=self._done, shown=shown)
 
 
 class GenerationProgress(_Shown):

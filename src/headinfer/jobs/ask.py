@@ -18,7 +18,7 @@ from headinfer.engine.run_plan import check_saved_kv
 from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel
-from headinfer.hf.enable import context_warning, enable
+from headinfer.hf.enable import Enabled, context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.answering import answer, hold, shown_ids
@@ -26,6 +26,7 @@ from headinfer.jobs.generate import Summary, already_warned
 from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, question_ids
 from headinfer.jobs.rotary import held_rotary_tokens
 from headinfer.jobs.sampling import Sampling
+from headinfer.jobs.together import Together, answer_together
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -76,6 +77,11 @@ class AskJob:
     system: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_together(self) -> bool:
+        """Whether the questions are answered together. With `keep`, later questions see earlier answers."""
+        return len(self.questions) > 1 and not self.keep
 
 
 @dataclass(frozen=True)
@@ -267,18 +273,23 @@ class LoadedSession:
     """A session in memory.
 
     Attributes:
-        model: the model, enabled.
+        enabled: the model, enabled.
         cache: holds the session.
         arithmetic: the options that fix the results, and chunk_tokens.
         lock: the lock of the folder, if the job keeps answers.
         kernel_failure: why the CPU's attention kernel cannot be used; empty if it can, or if a GPU computes.
     """
 
-    model: PreTrainedModel
+    enabled: Enabled
     cache: HeadCache
     arithmetic: dict[str, Any]
     lock: Lock | None
     kernel_failure: str
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.enabled.model
 
 
 @contextmanager
@@ -303,10 +314,10 @@ def loaded(opened: OpenedSession, on_forward: Callable[[HeadCache], None] | None
         model = opened.source.load(dtype=dtype, device=opened.device, seed=manifest.about.get("seed", 0))
         # Compiles the kernel, if it was never done here.
         kernel_failure = native.unavailable_reason(model.dtype) if opened.device == "cpu" else ""
-        stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
+        enabled = stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
         stack.enter_context(torch.inference_mode())
         cache = HeadCache.load(opened.folder, model, **job.options)
-        yield LoadedSession(model, cache, arithmetic, lock, kernel_failure)
+        yield LoadedSession(enabled, cache, arithmetic, lock, kernel_failure)
 
 
 def ask(
@@ -315,18 +326,24 @@ def ask(
     on_text: Callable[[str], None],
     on_loaded: Callable[[HeadCache], None] = lambda cache: None,
     on_forward: Callable[[HeadCache], None] | None = None,
+    on_done: Callable[[int], None] = lambda answers: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> list[Summary]:
     """Load the model and the session, and answer each question.
 
-    Each question is asked on a fork of the document, and the session is not written. With `keep`, questions and
-    answers are appended to the document and written to the session. Ctrl-C ends the job after the current chunk or
+    Each question is asked on a fork of the document, and the session is not written. Several questions are answered
+    together. With `keep`, questions and answers are appended to the document, one after the other, and written to the
+    session. Ctrl-C ends the job after the current chunk or
     token, and the question that it interrupts is not kept.
 
     Args:
         prepared: the job.
-        on_text: called with each part of an answer as it is written.
+        on_text: called with each part of an answer as it is written. Answers that are given together are whole, in the
+            order of the questions, with a newline each.
         on_loaded: called with the cache when the session is loaded.
         on_forward: called with the cache after each chunk and each token.
+        on_done: called with the number of complete answers, if several questions are answered together.
+        on_note: called with a line if not all of them fit one batch.
 
     Returns:
         A summary for each question that was asked.
@@ -341,6 +358,14 @@ def ask(
         on_loaded(cache)
         ids = cache.token_ids
         assert ids is not None
+        if job.is_together:
+            for new_ids in prepared.question_ids:
+                summary = Summary(str(prepared.source.name), tokens_in=len(new_ids), tokens_read=ids.shape[1])
+                summary.kernel_failure = session.kernel_failure
+                summaries.append(summary)
+            together = Together(session.enabled, tokenizer, job.sampling, job.max_new_tokens, on_text, on_done, on_note)
+            answer_together(together, cache, ids, prepared.question_ids, summaries)
+            return summaries
         answers = about.get("answers", 0)
         for new_ids in prepared.question_ids:
             if summaries:

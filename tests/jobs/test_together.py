@@ -1,0 +1,124 @@
+"""Several questions and prompts are answered together, as each alone, in the order of the questions."""
+
+import io
+import json
+
+import pytest
+
+from headinfer.errors import UsageError
+from headinfer.jobs import ask as asking
+from headinfer.jobs.together import read_questions
+
+FILLER = "The ship sailed on under a grey sky, and no one on deck said a word. " * 8
+FACTS = {"bazuko": 40817, "tirelo": 93265, "mugapi": 57140}
+TEXT = "".join(f"{FILLER}The magic number for {word} is {number}. " for word, number in FACTS.items())
+QUESTIONS = [f"What is the magic number for {word}?" for word in FACTS]
+QUESTIONS[1] += " Only the number, and nothing else."
+SHORT = ("--max-new-tokens", 20)
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory):
+    """A folder with the session `book`."""
+    from headinfer.jobs.read import ReadJob, prepare_read, read
+
+    root = tmp_path_factory.mktemp("sessions")
+    read(prepare_read(ReadJob("embedded", TEXT, "book", root, device="cpu", dtype="float32")))
+    return root
+
+
+@pytest.fixture
+def ask(run_command, sessions):
+    """A function from the arguments of `headinfer ask --json` to its answers."""
+
+    def answers(*arguments, code=0):
+        found, out, err = run_command("ask", "--session", "book", "--sessions", sessions, "--json", *SHORT, *arguments)
+        assert found == code, err
+        return json.loads(out)["answers"]
+
+    return answers
+
+
+def texts(answers):
+    return [(one["text"], one["token_ids"], one["tokens_in"]) for one in answers]
+
+
+@pytest.mark.parametrize("more", [(), ("--repetition-penalty", 1.2, "--stop", "2"), ("--ignore-eos",)])
+def test_questions_are_answered_as_each_alone(ask, more):
+    together = ask(*more, *QUESTIONS)
+    assert texts(together) == [texts(ask(*more, question))[0] for question in QUESTIONS]
+    assert [one["question"] for one in together] == QUESTIONS
+
+
+def test_answers_are_shown_in_order(run_command, sessions):
+    command = ("ask", "--session", "book", "--sessions", sessions, *SHORT)
+    code, out, err = run_command(*command, *QUESTIONS)
+    assert code == 0
+    assert out == "".join(run_command(*command, question)[1] for question in QUESTIONS)
+    assert "3/3 answers" in err
+
+
+def test_what_precedes_each_question_is_read_once(ask, tmp_path):
+    (tmp_path / "more.txt").write_text(FILLER * 2)
+    more = ("--file", tmp_path / "more.txt")
+    alone = [texts(ask(*more, question))[0] for question in QUESTIONS]
+    assert texts(ask(*more, *QUESTIONS)) == alone
+
+
+def test_a_file_of_questions(ask, tmp_path, monkeypatch):
+    alone = texts(ask(*QUESTIONS))
+    objects = [{"question": question, "id": number} for number, question in enumerate(QUESTIONS)]
+    lines = "\n\n".join(map(json.dumps, objects))
+    (tmp_path / "questions.jsonl").write_text(lines)
+    found = ask("--questions", tmp_path / "questions.jsonl")
+    assert texts(found) == alone
+    assert [one["id"] for one in found] == [0, 1, 2]
+    for text in ("\n".join(QUESTIONS[1:]) + "\n", "\n".join(map(json.dumps, objects[1:]))):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert texts(ask(QUESTIONS[0], "--questions", "-")) == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("\n \n", "no question"), ("{}\n", 'line 1 .*"question"'), ('{"question": "a"}\n\nb\n', 'line 3 .*"question"'),
+     ('{"question": " "}', 'line 1 .*"question"'), ('{"question": "a", "text": 1}', 'line 1 .*"text".*rename')],
+)  # fmt: skip
+def test_files_of_questions_that_are_refused(tmp_path, text, message):
+    (tmp_path / "questions.jsonl").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_questions(tmp_path / "questions.jsonl")
+
+
+def test_kept_questions_are_asked_one_after_the_other(sessions):
+    def job(**changes):
+        return asking.AskJob("book", sessions, QUESTIONS, **changes)
+
+    assert job().is_together
+    assert not job(keep=True).is_together
+
+
+def test_an_interruption_shows_what_was_answered(sessions):
+    passes = 0
+    shown = []
+
+    def stop(cache):
+        nonlocal passes
+        passes += 1
+        if passes == 4:
+            raise KeyboardInterrupt
+
+    job = asking.AskJob("book", sessions, QUESTIONS, device="cpu", max_new_tokens=20)
+    whole = asking.ask(asking.prepare_ask(job), on_text=lambda text: None)
+    found = asking.ask(asking.prepare_ask(job), on_text=shown.append, on_forward=stop)
+    assert [one.token_ids for one in found] == [one.token_ids[:3] for one in whole]
+    assert all(one.interrupted for one in found)
+    assert shown == [one.text + "\n" for one in found]
+
+
+def test_memory_for_fewer_rows_is_said_in_one_line(sessions, monkeypatch):
+    monkeypatch.setattr("headinfer.hf.batch.MOST_ROWS", 2)
+    lines = []
+    job = asking.AskJob("book", sessions, QUESTIONS, device="cpu", max_new_tokens=4)
+    found = asking.ask(asking.prepare_ask(job), on_text=lambda text: None, on_note=lines.append)
+    assert lines == ["3 questions are answered in 2 batches (2, 1), as their lengths and the memory allow"]
+    assert [one.tokens_out for one in found] == [4, 4, 4]
