@@ -106,7 +106,7 @@ def tokenizer_of(kind, template=None, begins=False, ends=False):
 def ids_both_ways(tokenizer, document=DOCUMENT, question=QUESTION, raw=False):
     """Return the ids that `generate` gives the model, those of `read`, and those of `ask`."""
     job = generate.Job("model", document, question, raw=raw)
-    whole = generate._encode(job, tokenizer)[0].tolist()
+    whole = generate._encode(job, tokenizer)[0]
     document_ids, about, _ = read._encode(read.ReadJob("model", document, "name", None, raw=raw), tokenizer, None)
     asked = ask._question_ids(ask.AskJob("name", None, [question]), tokenizer, {"raw": raw, **about})
     return whole, document_ids[0].tolist(), asked[0]

@@ -122,3 +122,29 @@ def test_memory_for_fewer_rows_is_said_in_one_line(sessions, monkeypatch):
     found = asking.ask(asking.prepare_ask(job), on_text=lambda text: None, on_note=lines.append)
     assert lines == ["3 questions are answered in 2 batches (2, 1), as their lengths and the memory allow"]
     assert [one.tokens_out for one in found] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("document", [True, False])
+def test_several_prompts_of_generate(run_command, tmp_path, document):
+    (tmp_path / "book.txt").write_text(TEXT)
+    command = ["generate", "embedded", "--json", "--dtype", "float32", *SHORT]
+    prompts = QUESTIONS if document else [TEXT[: 400 + 90 * number] for number in range(3)]
+    command += ["--file", tmp_path / "book.txt"] if document else []
+    alone = [json.loads(run_command(*command, "--prompt", prompt)[1]) for prompt in prompts]
+    code, out, _ = run_command(*command, *(word for prompt in prompts for word in ("--prompt", prompt)))
+    assert code == 0
+    together = [json.loads(line) for line in out.splitlines()]
+    assert texts(together) == texts(alone)
+    assert [one["prompt"] for one in together] == prompts
+    assert [one["tokens_read"] for one in together] == [one["tokens_in"] for one in alone]
+    if document:
+        command.remove("--json")
+        code, out, err = run_command(*command, "--prompt", prompts[0], "--prompt", prompts[1])
+        assert (code, out) == (0, "".join(one["text"] + "\n" for one in alone[:2]))
+        assert "2/2 answers" in err
+
+
+def test_an_empty_prompt_among_several_is_refused(run_command):
+    code, _, err = run_command("generate", "embedded", "--prompt", "When?", "--prompt", " ")
+    assert code == 2
+    assert "one of the prompts is empty" in err

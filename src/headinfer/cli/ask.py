@@ -83,7 +83,7 @@ def ask(
     Each question is answered as if it were the only one, and the session does not change, unless --keep is given.
     Several questions are answered together, since each token reads the document's KV once for all of them.
     """
-    from headinfer.cli.report import AgainProgress, AnswersProgress, columns_table, summary_row
+    from headinfer.cli.report import ANSWER_COLUMNS, AgainProgress, AnswersProgress, columns_table, summary_row
     from headinfer.engine.options import Options
     from headinfer.jobs import ask as asking
     from headinfer.jobs.together import GivenQuestion, read_questions
@@ -149,7 +149,7 @@ def ask(
     else:
         if not job.is_together:
             print(flush=True)
-        header = ("question", "first token", "tokens/s", "KV on the device, peak")
+        header = ("question", *ANSWER_COLUMNS)
         stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
         if summaries[-1].cpu_text:
             say(f"attended by the CPU: {summaries[-1].cpu_text}")

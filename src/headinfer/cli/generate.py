@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headinfer.cli.console import discard, stderr, warning, write
+from headinfer.cli.console import discard, say, stderr, warning, write
 from headinfer.cli.documents import Files, Globs, given_document
 from headinfer.cli.options import (
     MEMORY_PANEL,
@@ -44,7 +44,14 @@ def generate(
     model: Model,
     file: Files = None,
     glob: Globs = None,
-    prompt: Annotated[str, text_option("--prompt", "The question about the document, or a prompt of its own.")] = "",
+    prompt: Annotated[
+        list[str] | None,
+        text_option(
+            "--prompt",
+            "The question about the document, or a prompt of its own. Several are answered together.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 256,
     chunk_tokens: ChunkTokens = None,
     device_kv_budget: DeviceKVBudget = None,
@@ -93,7 +100,10 @@ def generate(
     *,
     sampling: Sampling,
 ) -> None:
-    """Generate text after a document and a prompt. The text is streamed to stdout."""
+    """Generate text after a document and a prompt. The text is streamed to stdout.
+
+    The answers to several prompts are printed in their order, as soon as they are complete.
+    """
     from headinfer.engine.options import Options
     from headinfer.hf import parallel
     from headinfer.jobs import generate as generation
@@ -103,7 +113,7 @@ def generate(
         warning("--staging is deprecated: use --transport")
 
     def check() -> Prepared:
-        if prompt == "" and not file:
+        if not any(prompt or []) and not file:
             raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
         options = Options(
             **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share),
@@ -116,7 +126,8 @@ def generate(
         job = generation.Job(
             model=model,
             document=given_document(file or [], glob).texts,
-            prompt=prompt,
+            prompt=prompt[0] if prompt else "",
+            more_prompts=prompt[1:] if prompt else (),
             max_new_tokens=max_new_tokens,
             chunk_tokens=chunk_tokens,
             dtype=dtype,
@@ -131,6 +142,9 @@ def generate(
 
     with parallel.process_group(ranks):
         prepared = parallel.run_on_all_ranks(ranks, check)
+        if prepared.job.more_prompts:
+            _run_together(prepared, as_json=as_json)
+            return
         summary = _run(prepared, as_json=as_json) if ranks.is_first else generation.run(prepared, on_text=discard)
     if summary.interrupted:
         raise typer.Exit(130)
@@ -158,3 +172,33 @@ def _run(prepared: Prepared, *, as_json: bool) -> Summary:
         print(flush=True)
         stderr.print(report.summary_table(summary))
     return summary
+
+
+def _run_together(prepared: Prepared, *, as_json: bool) -> None:
+    """Answer several prompts, with warnings and progress on stderr, and the texts or JSON Lines on stdout.
+
+    Raises:
+        typer.Exit: Ctrl-C has ended it.
+    """
+    from headinfer.cli import report
+    from headinfer.jobs.together import generate_together
+
+    for message in prepared.warnings:
+        warning(message)
+    with report.AnswersProgress(len(prepared.prompts), min(map(len, prepared.prompts))) as progress:
+        summaries = generate_together(
+            prepared,
+            on_text=discard if as_json else progress.write,
+            on_forward=progress.on_forward,
+            on_done=progress.on_done,
+            on_note=say,
+        )
+    prompts = (prepared.job.prompt, *prepared.job.more_prompts)
+    if as_json:
+        for prompt, summary in zip(prompts, summaries, strict=True):
+            print(json.dumps({"prompt": prompt, **summary.as_dict()}))
+    else:
+        rows = [report.summary_row(number, summary) for number, summary in enumerate(summaries, 1)]
+        stderr.print(report.columns_table("", ("prompt", *report.ANSWER_COLUMNS), rows))
+    if any(summary.interrupted for summary in summaries):
+        raise typer.Exit(130)

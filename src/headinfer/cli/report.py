@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headinfer.jobs.generate import Summary
 
 __all__ = [
+    "ANSWER_COLUMNS",
     "AgainProgress",
     "AnswersProgress",
     "EvaluationProgress",
@@ -115,17 +116,23 @@ class AnswersProgress(_Shown):
 
     Args:
         questions: the number of questions.
+        to_read: tokens of what precedes the questions, if it is still to be read.
     """
 
-    def __init__(self, questions: int) -> None:
+    def __init__(self, questions: int, to_read: int = 0) -> None:
         super().__init__()
         self._questions = questions
+        self._to_read = to_read
         self._done = 0
         self._steps = 0
         self._task = self._progress.add_task("answering", total=questions, shown="")
 
     def on_forward(self, cache: HeadCache) -> None:
         """Update the bar. Called after each chunk and after each token of all answers."""
+        read = cache.get_seq_length()
+        if read < self._to_read:
+            self._progress.update(self._task, shown=f"{read:,}/{self._to_read:,} tokens are read")
+            return
         self._steps += 1
         self._show()
 
@@ -327,6 +334,10 @@ def columns_table(
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     return table
+
+
+ANSWER_COLUMNS = ("first token", "tokens/s", "KV on the device, peak")
+"""The columns of summary_row() after the first one."""
 
 
 def summary_row(number: int, summary: Summary) -> tuple[str, str, str, str]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from headinfer.hf.parallel import check_shards, gather_from_ranks, load_random_s
 from headinfer.hf.ranks import Ranks
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.answer_text import AnswerText
-from headinfer.jobs.prompts import prompt_ids
+from headinfer.jobs.prompts import prompts_ids
 from headinfer.jobs.sampling import Sampling
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
@@ -40,6 +41,7 @@ __all__ = [
     "Summary",
     "already_warned",
     "chosen_dtype",
+    "load",
     "prepare",
     "run",
 ]
@@ -55,6 +57,7 @@ class Job:
         model: a local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
         document: a text to read before the prompt, or the pieces of one (Document.texts in jobs/documents.py).
         prompt: the question.
+        more_prompts: further questions about the document, which are answered together with it.
         max_new_tokens: tokens to write, at most.
         chunk_tokens: tokens of a prefill chunk; None is planned.
         dtype: auto, or one of DTYPES.
@@ -69,6 +72,7 @@ class Job:
     model: str
     document: str | Sequence[str] = ""
     prompt: str = ""
+    more_prompts: Sequence[str] = ()
     max_new_tokens: int = 64
     chunk_tokens: int | None = None
     dtype: str = "auto"
@@ -88,12 +92,13 @@ class Prepared:
         job: the job.
         source: the model.
         tokenizer: the model's tokenizer.
-        input_ids: the prompt [1, T], int64.
+        input_ids: the prompt [1, T], int64; the longest one if there are several.
         dtype: the dtype of weights and KV.
         device: the device that computes.
         warnings: what the user should know before the run.
         run_plan: what the run will do.
         ranks: this process among those that share the model.
+        prompts: the token ids of all prompts.
     """
 
     job: Job
@@ -105,6 +110,7 @@ class Prepared:
     warnings: list[str]
     run_plan: RunPlan
     ranks: Ranks = field(default_factory=Ranks)
+    prompts: Sequence[list[int]] = ()
 
     @property
     def shape(self) -> ModelShape:
@@ -227,15 +233,21 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} is {value}: it must be a positive number")
     job.sampling.check()
+    prompts = [job.prompt, *job.more_prompts]
+    if len(prompts) > 1 and not all(prompt.strip() for prompt in prompts):
+        raise UsageError("one of the prompts is empty: leave it out, or write a question")
     if not (job.prompt.strip() or any(part.strip() for part in job.document)):
         raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
     ranks = ranks or Ranks()
+    if ranks.world > 1 and job.more_prompts:
+        raise UsageError("several processes share the model, and each answers one prompt: give --prompt once")
     device = rank_device(ranks, job.device) if ranks.world > 1 else str(chosen_device(job.device))
     source = resolve(job.model)
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()
-    input_ids = _encode(job, tokenizer)
-    source.check_ids(input_ids[0].tolist())
+    ids = _encode(job, tokenizer)
+    source.check_ids(chain.from_iterable(ids))
+    input_ids = torch.tensor([max(ids, key=len)])
     shape = ModelShape.from_config(source.config)
     weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
     if ranks.world > 1:
@@ -256,7 +268,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     run_plan = plan_run(request)
     HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
     told = _warnings(source, shape, input_ids.shape[1], job.max_new_tokens)
-    return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks)
+    return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks, ids)
 
 
 def _warnings(source: ModelSource, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> list[str]:
@@ -293,7 +305,7 @@ def run(
     summary = Summary(job.model, tokens_in=tokens_in, warnings=prepared.warnings)
     summary.ranks = prepared.ranks.world
     summary.plan = run_plan.plan.as_dict()
-    model = _load(prepared)
+    model = load(prepared)
     torch.manual_seed(job.sampling.seed)
     options = dataclasses.replace(run_plan.options, expected_tokens=tokens_in + job.max_new_tokens)
     cache = HeadCache(model.config, **vars(options))
@@ -340,7 +352,7 @@ def already_warned() -> Iterator[None]:
         yield
 
 
-def _load(prepared: Prepared) -> PreTrainedModel:
+def load(prepared: Prepared) -> PreTrainedModel:
     """Return the model, or this rank's shard of it."""
     source = prepared.source
     ranks = prepared.ranks
@@ -400,9 +412,10 @@ class Streamer(BaseStreamer):  # type: ignore[misc]
         self._summary.stopped_by = self.answer.stopped_by
 
 
-def _encode(job: Job, tokenizer: Any) -> torch.Tensor:
-    """Return token ids [1, T]: the document first, then the question, in the model's chat template if it has one."""
-    ids = prompt_ids(tokenizer, job.document, job.prompt, is_raw=job.raw, system=job.system)
-    if not ids:
+def _encode(job: Job, tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of each prompt: the document first, then the question, in the model's chat template."""
+    questions = [job.prompt, *job.more_prompts]
+    ids = prompts_ids(tokenizer, job.document, questions, is_raw=job.raw, system=job.system)
+    if not all(ids):
         raise UsageError("the prompt has no tokens: the model's tokenizer drops all of its characters")
-    return torch.tensor([ids])
+    return ids

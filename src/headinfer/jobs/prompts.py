@@ -25,6 +25,7 @@ __all__ = [
     "later_question_ids",
     "pad_id",
     "prompt_ids",
+    "prompts_ids",
     "question_ids",
     "text_ids",
 ]
@@ -95,13 +96,21 @@ def prompt_ids(
         UsageError: there is a system prompt, and no template.
         UnsupportedError: the template cannot be used.
     """
+    return prompts_ids(tokenizer, document, [question], is_raw=is_raw, system=system)[0]
+
+
+def prompts_ids(
+    tokenizer: Any, document: str | Sequence[str], questions: Sequence[str], *, is_raw: bool, system: str = ""
+) -> list[list[int]]:
+    """Return the token ids of several prompts with the same document, which is tokenized once; see prompt_ids()."""
     chat = chat_texts(tokenizer, is_raw=is_raw, system=system)
     if any(document):
-        return document_ids(tokenizer, document, chat) + question_ids(tokenizer, question, chat)
+        head = document_ids(tokenizer, document, chat)
+        return [head + question_ids(tokenizer, question, chat) for question in questions]
     if chat is None:
-        return document_ids(tokenizer, question, None)
-    message = question.strip() if chat.is_stripped else question
-    return _ids(tokenizer, chat.before + message + chat.after)
+        return [document_ids(tokenizer, question, None) for question in questions]
+    messages = [question.strip() if chat.is_stripped else question for question in questions]
+    return [_ids(tokenizer, chat.before + message + chat.after) for message in messages]
 
 
 def document_ids(tokenizer: Any, document: str | Sequence[str], chat: ChatTexts | None) -> list[int]:

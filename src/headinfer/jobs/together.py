@@ -13,19 +13,20 @@ from typing import Any
 
 import torch
 
+from headinfer.attention import native
 from headinfer.errors import UsageError
 from headinfer.hf.batch import BatchQuestion, answer_batch, plan_batches
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import last_logits_only
-from headinfer.hf.enable import Enabled
+from headinfer.hf.enable import Enabled, enable
 from headinfer.hf.rotary import RotaryLengths, keeps_frequencies
-from headinfer.jobs.generate import Streamer, Summary
+from headinfer.jobs.generate import Prepared, Streamer, Summary, already_warned, load
 from headinfer.jobs.prompts import pad_id
 from headinfer.jobs.sampling import Sampling
 from headinfer.utils.files import read_text
 from headinfer.utils.values import shown
 
-__all__ = ["GivenQuestion", "Together", "answer_together", "read_questions"]
+__all__ = ["GivenQuestion", "Together", "answer_together", "generate_together", "read_questions"]
 
 _LEAST_COMMON_TOKENS = 128  # a shorter beginning that questions have in common is read with each of them
 
@@ -123,6 +124,59 @@ def answer_together(
             _ask(job, begun, questions, answers)
     except KeyboardInterrupt:
         answers.interrupt()
+
+
+def generate_together(
+    prepared: Prepared,
+    *,
+    on_text: Callable[[str], None],
+    on_forward: Callable[[HeadCache], None] | None = None,
+    on_done: Callable[[int], None] = lambda answers: None,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> list[Summary]:
+    """Load the model, read what all prompts of a job begin with, and answer them together.
+
+    Args:
+        prepared: the job.
+        on_text: called with each answer and a newline, in the order of the prompts.
+        on_forward: called with the cache after each chunk and each token.
+        on_done: called with the number of complete answers.
+        on_note: called with a line if not all prompts are in one batch.
+
+    Returns:
+        A summary for each prompt. Ctrl-C sets `interrupted` in those that are not complete.
+    """
+    job = prepared.job
+    run_plan = prepared.run_plan
+    model = load(prepared)
+    options = dataclasses.replace(run_plan.options, expected_tokens=prepared.input_ids.shape[1] + job.max_new_tokens)
+    cache = HeadCache(model.config, **vars(options))
+    cache.rotary_min_tokens = job.options.expected_tokens
+    summaries = []
+    for ids in prepared.prompts:
+        summary = Summary(job.model, tokens_in=len(ids), warnings=prepared.warnings, plan=run_plan.plan.as_dict())
+        summary.options = dataclasses.asdict(options) | {"chunk_tokens": run_plan.chunk_tokens}
+        if prepared.device == "cpu":
+            summary.kernel_failure = native.unavailable_reason(model.dtype)
+        summaries.append(summary)
+
+    def after_forward(cache: HeadCache) -> None:
+        for summary in summaries:
+            summary.tokens_read = max(summary.tokens_read, min(cache.get_seq_length(), summary.tokens_in))
+        if on_forward is not None:
+            on_forward(cache)
+
+    with (
+        already_warned(),
+        torch.inference_mode(),
+        enable(
+            model, chunk_tokens=run_plan.chunk_tokens, on_forward=after_forward, **vars(run_plan.options)
+        ) as enabled,
+    ):
+        together = Together(enabled, prepared.tokenizer, job.sampling, job.max_new_tokens, on_text, on_done, on_note)
+        nothing = torch.zeros(1, 0, dtype=torch.long)
+        answer_together(together, cache, nothing, prepared.prompts, summaries)
+    return summaries
 
 
 def _ask(job: Together, begun: _Beginning, questions: Sequence[Sequence[int]], answers: _Answers) -> None:
