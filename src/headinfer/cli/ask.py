@@ -25,6 +25,7 @@ from headinfer.cli.options import (
     SessionsFolder,
     cpu_share,
     kv_options,
+    session_options,
     size,
     text_argument,
 )
@@ -91,12 +92,6 @@ def ask(
 
     given = kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share)
     Options(**given)  # raises UsageError before anything is loaded
-    if device_kv_budget is None:
-        del given["device_kv_budget_bytes"]  # the session's own budget applies
-    if cpu_share is None:
-        del given["cpu_share"]
-    else:
-        given["cpu_rows"] = None  # the session's share was planned for them, this one was not
     asked = [GivenQuestion(question) for question in questions or ()]
     if questions_file is not None:
         asked += read_questions(questions_file)
@@ -111,7 +106,7 @@ def ask(
         keep=keep,
         system=system,
         sampling=sampling,
-        options=given,
+        options=session_options(given),
     )
     started = time.perf_counter()
     prepared = asking.prepare_ask(job)

@@ -16,6 +16,7 @@ from headinfer.cli import eval as evaluations
 from headinfer.cli import session as sessions
 from headinfer.cli.ask import ask
 from headinfer.cli.bench import bench
+from headinfer.cli.chat import chat
 from headinfer.cli.console import error, say, show_log
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
@@ -44,7 +45,7 @@ app = typer.Typer(
     "--check-plan); 2 a mistake or a missing resource, with one sentence on stderr; 130 Ctrl-C; 141 the reader of the "
     "output has ended.",
 )
-for command in (generate, read, ask, plan, probe, info, demo, bench):
+for command in (generate, read, ask, chat, plan, probe, info, demo, bench):
     app.command(cls=LightCommand if command is plan else Command)(command)
 app.add_typer(sessions.app, name="session")
 app.add_typer(evaluations.app, name="eval")

@@ -47,6 +47,7 @@ __all__ = [
     "number",
     "real",
     "seed",
+    "session_options",
     "size",
     "text_argument",
     "text_option",
@@ -285,3 +286,15 @@ def kv_options(
         "host_kv_budget_bytes": host_kv_budget,
         "disk_tier": disk_tier,
     }
+
+
+def session_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of kv_options() that replace those of a session. Where KV is stored is not in the session."""
+    chosen = dict(given)
+    if chosen["device_kv_budget_bytes"] is None:
+        del chosen["device_kv_budget_bytes"]  # the session's own budget applies
+    if chosen["cpu_share"] is None:
+        del chosen["cpu_share"]
+    else:
+        chosen["cpu_rows"] = None  # the session's share was planned for them, this one was not
+    return chosen

@@ -16,7 +16,7 @@ from headinfer.jobs.generate import Streamer, Summary
 from headinfer.jobs.prompts import pad_id, text_ids
 from headinfer.jobs.sampling import Sampling
 
-__all__ = ["answer", "can_remove", "hold", "remove_after", "shown_ids"]
+__all__ = ["answer", "can_remove", "read_missing", "remove_after", "shown_ids"]
 
 Checkpoint = list[dict[str, Any]]
 """The state of a cache, as HeadCache.checkpoint() returns it."""
@@ -107,25 +107,23 @@ def remove_after(cache: HeadCache, tokens: int, before: Checkpoint) -> None:
         cache.rollback(before)
 
 
-def hold(model: Any, cache: HeadCache, ids: torch.Tensor, common: int, before: Checkpoint) -> None:
-    """Make a cache hold certain tokens: remove what differs from them, and read what is missing.
+def read_missing(model: Any, cache: HeadCache, ids: torch.Tensor) -> None:
+    """Read the tokens that a cache lacks.
 
     Args:
         model: the enabled model.
-        cache: a cache of one row.
+        cache: a cache of one row that holds a beginning of the tokens.
         ids: the tokens [1, T], int64.
-        common: how many of the first tokens the cache holds, or a larger number if it holds no others.
-        before: a checkpoint of the cache at which it held a beginning of the first `common` tokens.
     """
-    remove_after(cache, common, before)
     missing = ids.shape[1] - cache.get_seq_length()
-    if missing:
-        inputs = model.prepare_inputs_for_generation(
-            ids.to(model.device),
-            next_sequence_length=missing,
-            past_key_values=cache,
-            use_cache=True,
-            is_first_iteration=False,
-            **last_logits_only(model),
-        )
-        model(**inputs)
+    if not missing:
+        return
+    inputs = model.prepare_inputs_for_generation(
+        ids.to(model.device),
+        next_sequence_length=missing,
+        past_key_values=cache,
+        use_cache=True,
+        is_first_iteration=False,
+        **last_logits_only(model),
+    )
+    model(**inputs)

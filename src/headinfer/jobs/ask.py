@@ -21,7 +21,7 @@ from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import Enabled, context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
-from headinfer.jobs.answering import answer, hold, shown_ids
+from headinfer.jobs.answering import answer, read_missing, remove_after, shown_ids
 from headinfer.jobs.generate import Summary, already_warned
 from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, question_ids
 from headinfer.jobs.rotary import held_rotary_tokens
@@ -277,6 +277,7 @@ class LoadedSession:
         cache: holds the session.
         arithmetic: the options that fix the results, and chunk_tokens.
         lock: the lock of the folder, if the job keeps answers.
+        load: loads the session again.
         kernel_failure: why the CPU's attention kernel cannot be used; empty if it can, or if a GPU computes.
     """
 
@@ -284,6 +285,7 @@ class LoadedSession:
     cache: HeadCache
     arithmetic: dict[str, Any]
     lock: Lock | None
+    load: Callable[[], HeadCache]
     kernel_failure: str
 
     @property
@@ -316,8 +318,11 @@ def loaded(opened: OpenedSession, on_forward: Callable[[HeadCache], None] | None
         kernel_failure = native.unavailable_reason(model.dtype) if opened.device == "cpu" else ""
         enabled = stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
         stack.enter_context(torch.inference_mode())
-        cache = HeadCache.load(opened.folder, model, **job.options)
-        yield LoadedSession(enabled, cache, arithmetic, lock, kernel_failure)
+
+        def load() -> HeadCache:
+            return HeadCache.load(opened.folder, model, **job.options)
+
+        yield LoadedSession(enabled, load(), arithmetic, lock, load, kernel_failure)
 
 
 def ask(
@@ -393,7 +398,8 @@ def ask(
                 answers += 1
                 shown, generated = shown_ids(model, tokenizer, found)
                 ids = torch.cat([prompt_ids, torch.tensor([shown], dtype=torch.long)], dim=1)
-                hold(model, used, ids, prompt_ids.shape[1] + generated, before)
+                remove_after(used, prompt_ids.shape[1] + generated, before)
+                read_missing(model, used, ids)
                 facts = about | {"answers": answers}
                 with SessionWriter(prepared.folder, model, session.arithmetic, facts, session.lock) as writer:
                     writer.checkpoint(used, ids, can_return=True)

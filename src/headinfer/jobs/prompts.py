@@ -17,6 +17,9 @@ from jinja2 import TemplateError
 from headinfer.errors import UnsupportedError, UsageError
 
 __all__ = [
+    "ANSWER_MARK",
+    "DOCUMENT_MARK",
+    "TEMPLATE_ERRORS",
     "ChatTexts",
     "chat_texts",
     "document_ids",
@@ -27,14 +30,15 @@ __all__ = [
     "prompt_ids",
     "prompts_ids",
     "question_ids",
+    "template_text",
     "text_ids",
 ]
 
-_DOCUMENT_MARK = "\N{SYMBOL FOR START OF TEXT}document\N{SYMBOL FOR END OF TEXT}"
-_ANSWER_MARK = "\N{SYMBOL FOR START OF TEXT}answer\N{SYMBOL FOR END OF TEXT}"
+DOCUMENT_MARK = "\N{SYMBOL FOR START OF TEXT}document\N{SYMBOL FOR END OF TEXT}"
+ANSWER_MARK = "\N{SYMBOL FOR START OF TEXT}answer\N{SYMBOL FOR END OF TEXT}"
 _QUESTION_MARK = "\N{SYMBOL FOR START OF TEXT}question\N{SYMBOL FOR END OF TEXT}"
 # A template is a program of the model's author, and these are the errors with which such programs end.
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 _SYSTEM_MARK = "\N{SYMBOL FOR START OF TEXT}system\N{SYMBOL FOR END OF TEXT}"
 _BLANK = "\f"  # put around a mark, to find out whether the template strips it
 _BEGINNINGS = ("a", "0", ".")
@@ -76,7 +80,7 @@ def chat_texts(tokenizer: Any, *, is_raw: bool, system: str = "") -> ChatTexts |
             reason = "--raw leaves out the model's chat template" if is_raw else "the model has no chat template"
             raise UsageError(f"{reason}, which a system prompt needs: put it before the document, or before the prompt")
         return None
-    (before, after), is_stripped = _texts_around(tokenizer, [_DOCUMENT_MARK], system)
+    (before, after), is_stripped = _texts_around(tokenizer, [DOCUMENT_MARK], system)
     return ChatTexts(before, after, is_stripped)
 
 
@@ -175,7 +179,7 @@ def later_question_ids(tokenizer: Any, question: str, *, is_raw: bool) -> list[i
     """
     if is_raw or not getattr(tokenizer, "chat_template", None):
         return _ids_of_continuation(tokenizer, "\n" + question)
-    texts, is_stripped = _texts_around(tokenizer, [_DOCUMENT_MARK, _ANSWER_MARK, _QUESTION_MARK])
+    texts, is_stripped = _texts_around(tokenizer, [DOCUMENT_MARK, ANSWER_MARK, _QUESTION_MARK])
     return _ids_of_continuation(tokenizer, texts[2] + (question.strip() if is_stripped else question) + texts[3])
 
 
@@ -209,12 +213,15 @@ def _texts_around(tokenizer: Any, marks: Sequence[str], system: str = "") -> tup
     messages = [("assistant" if number % 2 else "user", _BLANK + mark + _BLANK) for number, mark in enumerate(marks)]
     for as_parts in (False, True):
         try:
-            whole = _written(tokenizer, [("system", system), *messages] if system else messages, as_parts=as_parts)
-            with_mark = _written(tokenizer, [("system", _SYSTEM_MARK), *messages], as_parts=as_parts) if system else ""
-        except _TEMPLATE_ERRORS as error:
+            first = [("system", system)] if system else []
+            whole = template_text(tokenizer, [*first, *messages], as_parts=as_parts)
+            is_written = not system or _SYSTEM_MARK in template_text(
+                tokenizer, [("system", _SYSTEM_MARK), *messages], as_parts=as_parts
+            )
+        except TEMPLATE_ERRORS as error:
             reasons.append(str(error).strip() or type(error).__name__)
             continue
-        if system and _SYSTEM_MARK not in with_mark:
+        if not is_written:
             reasons.append("it does not write a system prompt")
             continue
         is_stripped = _BLANK + marks[0] + _BLANK not in whole
@@ -230,14 +237,14 @@ def _texts_around(tokenizer: Any, marks: Sequence[str], system: str = "") -> tup
     if len(marks) > 1:
         raise UnsupportedError(
             f"the model's chat template cannot be used for a second question ({reasons[0].splitlines()[0]}): ask "
-            "without --keep, or read the document with --raw"
+            "one question with `headinfer ask` without --keep, or leave the template out with --raw"
         )
     raise UnsupportedError(
         f"the model's chat template cannot be used ({reasons[0].splitlines()[0]}): leave it out with --raw"
     )
 
 
-def _written(tokenizer: Any, messages: Sequence[tuple[str, str]], *, as_parts: bool) -> str:
+def template_text(tokenizer: Any, messages: Sequence[tuple[str, str]], *, as_parts: bool) -> str:
     """Return what a chat template writes for messages (role, text), up to the beginning of the next answer."""
     given = [
         {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in messages

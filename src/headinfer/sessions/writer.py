@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from headinfer.sessions.cache import Saved, SessionCache
 from headinfer.sessions.fingerprint import fingerprint
 from headinfer.sessions.folder import Lock
 from headinfer.sessions.layer_state import to_plain
-from headinfer.sessions.manifest import MANIFEST, Manifest, SegmentFile, first_chain, versions
+from headinfer.sessions.manifest import MANIFEST, EarlierCheckpoint, Manifest, SegmentFile, first_chain, versions
 from headinfer.sessions.ownership import check_replaceable, remove_unused, write_manifest
 from headinfer.utils.files import FileEntry, sync_folder
 
@@ -62,11 +63,12 @@ def save_cache(
         writer.checkpoint(cache, token_ids)
 
 
-def undo(folder: Path) -> Manifest:
+def undo(folder: Path, lock: Lock | None = None) -> Manifest:
     """Return a session to the checkpoint before its last kept answer. Nothing but the manifest is written.
 
     Args:
         folder: the session's folder.
+        lock: the folder's lock, if the caller holds it.
 
     Returns:
         The manifest that the session has now.
@@ -76,7 +78,7 @@ def undo(folder: Path) -> Manifest:
             writes it.
     """
     Manifest.read(folder)  # raises if there is no session, before the lock would create the folder
-    with Lock(folder):
+    with nullcontext() if lock is not None else Lock(folder):
         manifest = Manifest.read(folder)
         if not manifest.earlier:
             reason = "holds no kept answer"
@@ -155,7 +157,8 @@ class SessionWriter:
         Args:
             cache: the cache.
             token_ids: the ids [rows, tokens] of all tokens in the cache, or more.
-            can_return: whether the previous checkpoint is kept, so that undo() returns the session to it.
+            can_return: whether previous checkpoints are kept, so that undo() returns the session to them: those that
+                have fewer `answers` than the facts of the caller.
 
         Raises:
             SessionError: the folder holds a session that the cache does not go on from.
@@ -177,19 +180,33 @@ class SessionWriter:
         cache.saved = saved
         named_before = {entry.name for entry in on_disk.files()} if on_disk is not None else set()
         snapshot = _snapshot(cache, saved, self._model, token_ids)
-        before = on_disk if can_return else None
-        self._job = self._thread.submit(self._write, snapshot, saved, named_before, before)
+        earlier: list[EarlierCheckpoint] = []
+        if on_disk is not None and can_return:
+            answers = self.about.get("answers", 0)
+            earlier = [*on_disk.earlier, on_disk.as_earlier()]
+            earlier = [checkpoint for checkpoint in earlier if checkpoint.about.get("answers", 0) < answers]
+        files_before = on_disk.segment_files if on_disk is not None else []
+        self._job = self._thread.submit(self._write, snapshot, saved, named_before, earlier, files_before)
         if cache.engine.options.host_kv_budget_bytes is not None:
             self.finish()  # the snapshot keeps segments in host memory, which has a budget
 
-    def _write(self, snapshot: _Snapshot, saved: Saved, named_before: set[str], before: Manifest | None) -> None:
+    def _write(
+        self,
+        snapshot: _Snapshot,
+        saved: Saved,
+        named_before: set[str],
+        earlier: list[EarlierCheckpoint],
+        files_before: list[SegmentFile],
+    ) -> None:
         """Write new segment files, then the end file, then the manifest. Only then remove unused files.
 
         Args:
             snapshot: the state to write.
             saved: the session that the cache belongs to.
             named_before: the files that the manifest of the previous checkpoint names.
-            before: the previous checkpoint, if the session must be able to return to it.
+            earlier: the checkpoints to which the session must be able to return. None is kept if the new checkpoint
+                lacks a segment of one of them.
+            files_before: the segment files of the previous checkpoint.
         """
 
         def write(name: str, tensors: dict[str, torch.Tensor]) -> FileEntry:
@@ -223,8 +240,9 @@ class SessionWriter:
             about=self.about,
             versions=versions(),
         )
-        if before is not None and manifest.segment_files[: len(before.segment_files)] == before.segment_files:
-            manifest.earlier = [*before.earlier, before.as_earlier()]
+        needed = max((checkpoint.segments for checkpoint in earlier), default=0)
+        if manifest.segment_files[:needed] == files_before[:needed]:
+            manifest.earlier = earlier
         write_manifest(self.folder, manifest)
         saved.generation = generation
         saved.next_number = number
