@@ -1,5 +1,6 @@
 """The CPU's benchmarks run, measure what they say, and leave nothing behind. Their speed is not tested."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from headinfer.errors import UsageError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DEFAULT_SUITES = [name for name, suite in CPU_SUITES.items() if suite.by_default]
-DISK_SUITES = set(CPU_SUITES).difference(DEFAULT_SUITES, ["attention"])
+DISK_SUITES = set(CPU_SUITES).difference(DEFAULT_SUITES, ["attention", "batch"])
 
 
 def measured(names, job):
@@ -58,6 +59,17 @@ def test_the_decode_kernel_is_measured_for_every_target(job):
     assert all("x sdpa's" in line.note for line in found if line.who in targets)
     errors = [line.details["error_against_float64"] / line.details["error_of_sdpa"] for line in found if line.details]
     assert max(errors) <= 1.5
+
+
+def test_eight_questions_are_measured_against_one():
+    small = "random:llama-3-8b?layers=1&hidden=64&intermediate=64&vocab=256&heads=8"
+    sizes = dataclasses.replace(QUICK_CPU, model=small + "&kv_heads=2", batch_model=small + "&kv_heads=8")
+    found = measured(["batch"], CpuJob(sizes, lambda line: None))
+    assert len(found) == 8
+    assert all(line.value > 0 and line.goal == "<= 1.3 x" for line in found)
+    assert {line.point.partition(", ")[2] for line in found} == {
+        f"{heads} query heads per KV head, {where}" for heads in (1, 4) for where in ("in place", "through the ring")
+    }
 
 
 def test_goals_are_answered(measurements):

@@ -369,17 +369,6 @@ def test_the_host_attends_to_all_memory_that_cannot_be_pinned(monkeypatch, trans
     assert moved["host_to_device_bytes"] > 0
 
 
-@pytest.mark.parametrize(("options", "expected"), [({"cpu_rows": 4}, 0), ({}, 0.5)], ids=["planned", "given"])
-def test_a_planned_share_needs_the_kernel(monkeypatch, options, expected):
-    """Without a compiler the CPU is slower than the link, and slower than what a probe has measured."""
-    monkeypatch.setattr("headinfer.engine.device_kv.unavailable_reason", lambda dtype: "no C compiler was found")
-    options = Options(transport="lazy", **SMALL, cpu_share=0.5, **options)
-    errors, engine, _ = attend_all("cpu", torch.float32, (600, 1), options, (16, 16))
-    assert max(errors) < 1e-5
-    assert engine.plan.cpu_share == expected
-    assert (engine.counter.device_bytes["exchange"] > 0) == (expected > 0)
-
-
 @both_streams
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_kv_on_disk_is_streamed_and_the_host_attends_to_the_rest(tmp_path, transport, share):

@@ -1,5 +1,6 @@
 """Evaluations: tasks, metrics with known scores, results that continue after an interruption."""
 
+import dataclasses
 import json
 import random
 import re
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from families import tiny_model
 
 from headinfer.errors import UsageError
 from headinfer.evals import data_files
@@ -292,6 +294,44 @@ def test_questions_are_independent_and_both_caches_agree(tiny, transport):
     for key in "012":
         text = "".join(piece for one, piece in pieces[: len(pieces) // 2] if one == key)
         assert text == head_wise.answers[int(key)].text + "\n"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_documents_that_are_read_together_get_the_answers_of_each_alone(family):
+    tokenizer = byte_tokenizer()
+    model = tiny_model(family, vocab_size=len(tokenizer))
+    reader = Reader(model, tokenizer, options={"chunk_tokens": 128})
+    documents = [dataclasses.replace(one, text=one.text[40 * number :]) for number, one in enumerate(documents_of(3))]
+    alone = [reader.read(document, HEAD_WISE) for document in documents]
+    together = reader.read_together(documents)
+    for found, wanted in zip(together, alone, strict=True):
+        assert [one.token_ids for one in found.answers] == [one.token_ids for one in wanted.answers]
+        assert [one.text for one in found.answers] == [one.text for one in wanted.answers]
+        assert found.tokens == wanted.tokens
+    assert reader.can_read_together()
+    assert not Reader(tiny_model("qwen3_next"), tokenizer).can_read_together()
+
+
+def test_documents_of_one_length_are_read_together(tiny, tmp_path, monkeypatch):
+    groups = []
+    read_together = Reader.read_together
+
+    def noted(self, documents):
+        groups.append([document.key for document in documents])
+        return read_together(self, documents)
+
+    monkeypatch.setattr(Reader, "read_together", noted)
+    documents = [dataclasses.replace(one, facts={"length": 800}) for one in documents_of(4)]
+    documents[3] = dataclasses.replace(documents[3], facts={"length": 900})
+    run(tiny, tmp_path, documents[1:2], compare=False)
+    results, read = run(tiny, tmp_path, documents, compare=False)
+    assert groups == [["d/1"], ["d/0"], ["d/2"], ["d/3"]]
+    assert [len(readings) for _, readings in read] == [1, 0, 1, 1]
+    groups.clear()
+    fresh, _ = run(tiny, tmp_path / "fresh", documents, compare=False)
+    assert groups == [["d/0", "d/1", "d/2"], ["d/3"]]
+    tokens = {one["key"]: one["token_ids"] for one in fresh.records}
+    assert tokens == {one["key"]: one["token_ids"] for one in results.records}
 
 
 def test_interrupted_evaluation_continues(tiny, tmp_path):

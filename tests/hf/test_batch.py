@@ -167,7 +167,7 @@ def test_rows_of_different_documents(llama):
             own = document[one.row : one.row + 1][:, mask[one.row]]
             wanted += alone(llama, read(enabled, own), own, [one], **EARLY)
         cache = enabled.new_cache(400, rows=3)
-        llama(document, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        llama.generate(document, attention_mask=mask, past_key_values=cache, max_new_tokens=1, pad_token_id=0)
         found = answer_all(enabled, cache, document, plan_batches(enabled, cache, placed), mask=mask, **EARLY)
     assert found == wanted
 

@@ -257,6 +257,7 @@ SDPA = "sdpa"
 _SDPA_LARGEST_HEAD_DIM = 256
 
 
+@functools.lru_cache(maxsize=256)
 @functools.lru_cache(maxsize=64)
 def sdpa_serves(device_type: str, dtype: torch.dtype, key_dim: int, value_dim: int, preferred: str | None) -> bool:
     """Return whether torch's scaled_dot_product_attention computes a decode step whose K and V are one piece.

@@ -9,6 +9,7 @@ a function and add it to `CPU_SUITES` or `GPU_SUITES`.
 |---|---|
 | cpu_suites, host_time, disk_suites | the CPU's suites, also of the host's time and those that write to a disk |
 | cpu_attention | the CPU's decode kernel for each set of instructions |
+| batch | several questions about one document against one |
 | cpu_model | what the CPU's suites share |
 | gpu_link, gpu_decode, gpu_prefill, gpu_attention, gpu_real | one GPU suite each |
 | choice | the suites and sizes that the options of the command ask for |

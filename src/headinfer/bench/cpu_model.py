@@ -40,9 +40,9 @@ def kv_bytes(config: Any, tokens: int) -> int:
     return int(2 * 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
 
 
-def forward_and_crop(model: Any, cache: Any, tokens: int = 1, mask: torch.Tensor | None = None) -> None:
+def forward_and_crop(model: Any, cache: Any, tokens: int = 1, mask: torch.Tensor | None = None, rows: int = 1) -> None:
     """Run one forward pass of `tokens` tokens at the end of a cache, then crop the cache to its old length."""
-    ids = torch.full((1, tokens), 7)
+    ids = torch.full((rows, tokens), 7)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, attention_mask=mask)
     cache.crop(-tokens)
 

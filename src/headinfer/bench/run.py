@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from headinfer.bench import cpu_attention, cpu_suites, disk_suites
+from headinfer.bench.batch import batch
 from headinfer.bench.gpu_attention import attention
 from headinfer.bench.gpu_decode import decode
 from headinfer.bench.gpu_link import link, measure_rates, rate_measurements
@@ -52,6 +53,7 @@ CPU_SUITES: Mapping[str, Suite[CpuJob]] = {
     "device-kv": Suite(cpu_suites.device_kv),
     "host": Suite(host),
     "attention": Suite(cpu_attention.attention, by_default=False),
+    "batch": Suite(batch, by_default=False),
     "session": Suite(disk_suites.session, by_default=False),
     "disk-tier": Suite(disk_suites.disk_tier, by_default=False),
 }

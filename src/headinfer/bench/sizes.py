@@ -71,6 +71,10 @@ class CpuSizes(Sizes):
         disk_rounds: rounds of the suites that write to a disk.
         attention_tokens: keys of the suite `attention`: 8 heads of width 128.
         attention_rounds: its rounds.
+        batch_model: the second model of the suite `batch`: one query head for each KV head.
+        batch_tokens: tokens of its document.
+        batch_new_tokens: tokens of its answers.
+        batch_rounds: its rounds.
         plan_cases: what --check-plan measures.
         about_s: for each suite, about how many seconds it takes on two cores of an AMD EPYC.
     """
@@ -89,6 +93,10 @@ class CpuSizes(Sizes):
     disk_rounds: int = 5
     attention_tokens: int = 65_536
     attention_rounds: int = 9
+    batch_model: str = "random:llama-3-8b?layers=2&hidden=1024&intermediate=256&vocab=256&heads=8&context=1048576"
+    batch_tokens: int = 65_536
+    batch_new_tokens: int = 32
+    batch_rounds: int = 5
     plan_cases: tuple[PlanCase, ...] = (
         PlanCase("decode after 32,768 tokens, bfloat16", torch.bfloat16, 32_768),
         PlanCase("decode after 1,024 tokens, bfloat16", torch.bfloat16, 1024),
@@ -104,6 +112,7 @@ class CpuSizes(Sizes):
             "device-kv": 30.0,
             "host": 10.0,
             "attention": 90.0,
+            "batch": 240.0,
             "session": 300.0,
             "disk-tier": 150.0,
         }
@@ -175,11 +184,15 @@ QUICK_CPU = CpuSizes(
         "device-kv": 3.0,
         "host": 2.0,
         "attention": 2.0,
+        "batch": 10.0,
         "session": 60.0,
         "disk-tier": 10.0,
     },
     attention_tokens=1024,
     attention_rounds=1,
+    batch_tokens=1024,
+    batch_new_tokens=4,
+    batch_rounds=1,
     plan_cases=(
         PlanCase("decode after 1,024 tokens, bfloat16", torch.bfloat16, 1024, layers=1),
         PlanCase("prefill of 256 tokens, chunks of 128, bfloat16", torch.bfloat16, 256, 128, layers=1),

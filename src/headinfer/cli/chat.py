@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from headinfer.cli.console import error, say, stderr, warning, write
-from headinfer.cli.documents import AGAIN_HELP, Globs, given_document
+from headinfer.cli.documents import Files, Globs, given_document
 from headinfer.cli.options import (
     ChunkTokens,
     CpuShare,
@@ -52,16 +52,7 @@ def chat(
             show_default=False,
         ),
     ] = None,
-    file: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--file",
-            help="What is read before the first question: a text in any encoding, PDF, HTML, EPUB or DOCX, or a folder "
-            f"of them. {AGAIN_HELP}",
-            metavar="PATH",
-            show_default=False,
-        ),
-    ] = None,
+    file: Files = None,
     glob: Globs = None,
     session: Annotated[str | None, typer.Option(help="Name of the session to talk about.", show_default=False)] = None,
     sessions: SessionsFolder = None,

@@ -315,15 +315,14 @@ class DeviceKV:
         """Return the share of the streamed tokens that the host's CPU attends to in a pass.
 
         Unless the user has given one, it is 1 if the system refuses to pin host memory, from which the CPU reads faster
-        than the device does, and 0 if the CPU's kernel cannot be built.
+        than the device does.
         """
         if self.exchange is None or shape.query_tokens > FEW_QUERY_TOKENS:
             return 0.0
         is_given = self._cpu_share is not None and self._cpu_rows is None
-        share = 1.0 if self.tier.pin_refusal and not is_given else self._cpu_share or 0.0
-        if share and not is_given and unavailable_reason(layer_kv.dtype):
-            return 0.0
-        return share_at_rows(share, self._cpu_rows, _query_rows(layer_kv, shape))
+        if self.tier.pin_refusal and not is_given and not unavailable_reason(layer_kv.dtype):
+            return 1.0
+        return share_at_rows(self._cpu_share or 0.0, self._cpu_rows, _query_rows(layer_kv, shape))
 
     def _exchange_bytes(self, layer_kv: LayerKV, shape: PassShape) -> int:
         """Return the bytes of the exchange that a layer needs on the device; 0 if the host attends to nothing.

@@ -112,7 +112,7 @@ class Options:
         rates: the rates that tiles are chosen for. None takes those of the machine.
         cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to in host memory while the
             link brings the others: 0 to 1. None is the plan's choice, and 0 without a plan. Unless the user gives one,
-            it is 1 as soon as the system refuses to pin host memory, and 0 if the CPU's kernel cannot be built.
+            it is 1 as soon as the system refuses to pin host memory.
         cpu_rows: the query rows per KV head that cpu_share was planned for; a plan gives it. If a pass has n times as
             many, or n rows of the batch share tokens, the CPU's kernel takes up to n times as long, and the share of
             these tokens becomes s / (s + n (1 - s)). None applies cpu_share to any number of rows.

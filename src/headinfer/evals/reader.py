@@ -1,13 +1,15 @@
 """Reads a document once and asks many questions about it, with the head-wise cache or with transformers' cache.
 
 Each question is asked on a copy of the cache, so that no answer depends on another question. A HeadCache is forked,
-which copies no KV. A DynamicCache of transformers is copied completely.
+which copies no KV. A DynamicCache of transformers is copied completely. With a HeadCache several questions can be
+answered together, also about several documents.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +19,12 @@ import torch
 from transformers import DynamicCache, TextStreamer
 
 from headinfer.evals.tasks import Document, Question
-from headinfer.hf.cache import HeadCache, Stats
-from headinfer.hf.compat import PreTrainedModel, last_logits_only
+from headinfer.hf.batch import BatchQuestion, answer_all, plan_batches
+from headinfer.hf.cache import HeadCache
+from headinfer.hf.compat import LinearAttentionCacheLayerMixin, PreTrainedModel, last_logits_only
 from headinfer.hf.enable import enable
+from headinfer.hf.rotary import RotaryLengths
+from headinfer.hf.stats import Stats
 from headinfer.jobs.prompts import chat_texts, document_ids, following_ids, pad_id
 
 __all__ = ["HEAD_WISE", "STANDARD", "Answer", "Method", "Reader", "Reading"]
@@ -42,7 +47,7 @@ class Answer:
     Attributes:
         text: the generated text. It continues the question's lead and does not contain it.
         token_ids: the generated tokens.
-        seconds: the time that the answer took.
+        seconds: the time that the answer took; an equal share of the time of all answers that were given together.
     """
 
     text: str
@@ -57,7 +62,8 @@ class Reading:
     Attributes:
         method: the cache.
         tokens: the tokens of the document.
-        read_s: the seconds that reading the document took, without the questions.
+        read_s: the seconds that reading the document took, without the questions; an equal share if several documents
+            were read together.
         answers: the answers, in the order of the questions.
         device_kv_bytes: the peak of the KV on the device; for the standard cache, the KV of the document.
         host_kv_bytes: the KV in host memory.
@@ -151,6 +157,84 @@ class Reader:
         reading.host_kv_bytes = stats.host_kv_bytes
         head_cache.reset()
         return reading
+
+    def can_read_together(self) -> bool:
+        """Return whether documents of different lengths can be rows of one batch of the head-wise cache.
+
+        They are padded, which would change the states of linear layers. Rotary frequencies that depend on the length
+        would be those of the longest document.
+        """
+        cache = HeadCache(self.model.config)
+        has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        return not has_states and not RotaryLengths.from_config(self.model.config)
+
+    def fits_together(self, tokens: int, documents: int) -> bool:
+        """Return whether the KV of several documents fits the memory at once.
+
+        Args:
+            tokens: tokens of each document and what follows it.
+            documents: the number of documents.
+        """
+        with enable(self.model, **self._options) as enabled:
+            return documents == 1 or enabled.fits(tokens, documents)
+
+    def read_together(self, documents: Sequence[Document]) -> list[Reading]:
+        """Read documents as rows of one batch with the head-wise cache, then answer all questions in batches.
+
+        Args:
+            documents: the documents.
+
+        Returns:
+            The answers about each document.
+        """
+        encoded = [self.encode(document) for document in documents]
+        longest = max(len(head) for head, _ in encoded)
+        starts = torch.tensor([longest - len(head) for head, _ in encoded])
+        ids = torch.tensor([head[:1] * (longest - len(head)) + head for head, _ in encoded])
+        mask = torch.arange(longest) >= starts[:, None]
+        asked = [
+            BatchQuestion(tail, question.new_tokens, row)
+            for row, ((_, tails), document) in enumerate(zip(encoded, documents, strict=True))
+            for tail, question in zip(tails, document.questions, strict=True)
+        ]
+        with enable(self.model, on_forward=self._after_forward, **self._options) as enabled, torch.inference_mode():
+            start = time.perf_counter()
+            cache = enabled.new_cache(longest + max(question.work for question in asked), len(documents))
+            if len(documents) == 1:
+                self._forward(ids.to(self.model.device), cache)
+            else:
+                self._forward_rows(ids, mask, cache)
+            read_s = time.perf_counter() - start
+            start = time.perf_counter()
+            batches = plan_batches(enabled, cache, asked)
+            generate = {"pad_token_id": pad_id(self.tokenizer), "tokenizer": self.tokenizer}
+            answers = iter(answer_all(enabled, cache, ids, batches, mask=mask, **generate))
+            answer_s = (time.perf_counter() - start) / len(asked)
+            stats = cache.stats()
+            cache.reset()
+        readings = []
+        for document, (head, _) in zip(documents, encoded, strict=True):
+            reading = Reading(HEAD_WISE, len(head), read_s / len(documents), stats=stats)
+            reading.device_kv_bytes = stats.device_kv_peak_bytes
+            reading.host_kv_bytes = stats.host_kv_bytes
+            for new_ids in itertools.islice(answers, len(document.questions)):
+                text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
+                reading.answers.append(Answer(text, new_ids, answer_s))
+            readings.append(reading)
+        return readings
+
+    def _forward_rows(self, ids: torch.Tensor, mask: torch.Tensor, cache: HeadCache) -> None:
+        """Read padded rows. generate() gives each token its position; the token that it generates is not read."""
+        device = self.model.device
+        self.model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            past_key_values=cache,
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=pad_id(self.tokenizer),
+            tokenizer=self.tokenizer,  # for stop_strings in the model's generation config
+        )
 
     def _read_standard(self, ids: torch.Tensor, reading: Reading) -> DynamicCache:
         start = time.perf_counter()

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from headinfer.errors import UsageError
 from headinfer.evals.reader import HEAD_WISE, STANDARD, Method, Reader, Reading
 from headinfer.evals.tasks import Document, Question
+from headinfer.hf.batch import MOST_ROWS
 from headinfer.info import machine
 from headinfer.plan.memory import available_host_bytes
 from headinfer.utils.files import Output, read_json_object
@@ -22,6 +23,7 @@ from headinfer.utils.units import format_bytes
 __all__ = ["Results", "evaluate"]
 
 _FORMAT = 1
+_MOST_TOKENS_TOGETHER = 65_536  # of all documents of a group: computing takes the time of longer ones
 
 
 @dataclass
@@ -189,6 +191,9 @@ def evaluate(
 ) -> None:
     """Answer the questions that are not answered yet, and save the results after each document.
 
+    Without a comparison, the questions about a document are answered in batches, and documents of one length are read
+    together. With one, the head-wise cache answers one question after the other too, as the standard cache does.
+
     Args:
         reader: reads the documents.
         documents: the documents.
@@ -198,9 +203,20 @@ def evaluate(
         kv_bytes_per_token: the KV of one token in all layers, in bytes.
         on_document: called after each document with its new readings.
     """
+    if not compare:
+        for group in _groups(reader, documents, results):
+            readings = [] if results.has(group[0], HEAD_WISE) else reader.read_together(group)
+            for document, reading in zip(group, readings, strict=False):
+                results.add(document, reading)
+            if readings:
+                results.save()
+            for number, document in enumerate(group):
+                on_document(document, readings[number : number + 1])
+        results.save()
+        return
     for document in documents:
         readings = []
-        for method in (HEAD_WISE, STANDARD) if compare else (HEAD_WISE,):
+        for method in (HEAD_WISE, STANDARD):
             if results.has(document, method):
                 continue
             if method == STANDARD:
@@ -217,6 +233,38 @@ def evaluate(
             readings.append(reading)
         on_document(document, readings)
     results.save()
+
+
+def _groups(reader: Reader, documents: Iterable[Document], results: Results) -> Iterator[list[Document]]:
+    """Yield documents in order, in groups that are read together.
+
+    These are neighbours of equal length that fit the memory. Beyond _MOST_TOKENS_TOGETHER nothing is gained. A document
+    that has all its answers is a group of its own.
+    """
+    group: list[Document] = []
+    can_pad = reader.can_read_together()
+    for document in documents:
+        if group and not (can_pad and _joins(reader, group, document, results)):
+            yield group
+            group = []
+        group.append(document)
+    if group:
+        yield group
+
+
+def _joins(reader: Reader, group: Sequence[Document], document: Document, results: Results) -> bool:
+    """Return whether a document is read together with a group."""
+    length = document.facts.get("length")
+    rows = len(group) + 1
+    return (
+        isinstance(length, int)
+        and length == group[0].facts.get("length")
+        and rows <= MOST_ROWS
+        and rows * length <= _MOST_TOKENS_TOGETHER
+        and not results.has(group[0], HEAD_WISE)
+        and not results.has(document, HEAD_WISE)
+        and reader.fits_together(length, rows)
+    )
 
 
 def _free_bytes(reader: Reader) -> int:

@@ -142,7 +142,7 @@ def _run_command(chat: Chat, terminal: Terminal, name: str, rest: str = "") -> b
 def _say_what_is_lost(chat: Chat, terminal: Terminal) -> None:
     """Tell a person who leaves that the conversation is not kept."""
     if terminal.is_interactive and not chat.is_saved:
-        terminal.say("the conversation is not kept: /save NAME keeps one, and so does --keep")
+        terminal.say("the conversation was not kept: type /save before you leave, or begin with --keep")
 
 
 @contextmanager
