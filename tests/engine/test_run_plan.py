@@ -15,7 +15,7 @@ from headinfer.cli import main as cli
 from headinfer.engine import machine, run_plan
 from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
-from headinfer.hf import enable as enable_module
+from headinfer.hf import planning
 from headinfer.jobs import generate as generation
 from headinfer.plan.hardware import HARDWARE, Hardware, probe_path
 from headinfer.plan.model_shape import ModelShape
@@ -265,7 +265,7 @@ def test_a_model_on_several_gpus_is_planned_for_the_smallest_free_memory(monkeyp
         planned_for.append(request.device)
         raise CapacityError("nothing fits")
 
-    monkeypatch.setattr("headinfer.hf.enable.plan_run", plan_run)
+    monkeypatch.setattr("headinfer.hf.planning.plan_run", plan_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((9, 3, 7)[device.index] * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
@@ -285,8 +285,8 @@ def test_a_model_on_several_gpus_is_planned_for_the_smallest_free_memory(monkeyp
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
 def test_generate_plans_once(monkeypatch, options):
     planned = []
-    plan_run = enable_module.plan_run
-    monkeypatch.setattr(enable_module, "plan_run", lambda request: planned.append(request) or plan_run(request))
+    plan_run = planning.plan_run
+    monkeypatch.setattr(planning, "plan_run", lambda request: planned.append(request) or plan_run(request))
     monkeypatch.setattr("headinfer.plan.fit.HOST_CHUNK_TOKENS", 128)
     model = tiny_model("llama")
     with headinfer.enable(model) as enabled:

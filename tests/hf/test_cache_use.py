@@ -10,7 +10,7 @@ from families import VOCAB, tiny_model
 import headinfer
 from headinfer.engine import run_plan as planning
 from headinfer.errors import CapacityError, StateError, UnsupportedError, UsageError
-from headinfer.hf import enable as enabling
+from headinfer.hf import planning as hf_planning
 from headinfer.hf.compat import DynamicSlidingWindowLayer
 
 CHUNK_TOKENS = 64
@@ -289,13 +289,13 @@ def test_a_context_for_which_no_plan_fits_is_planned_once(llama, monkeypatch):
         asked.append(request.context_tokens)
         raise CapacityError("nothing fits")
 
-    monkeypatch.setattr(enabling, "plan_run", none_fits)
+    monkeypatch.setattr(hf_planning, "plan_run", none_fits)
     with headinfer.enable(llama) as enabled:
         cache = enabled.new_cache(expected_tokens=2000)
         for _ in range(4):
             llama(text(300), past_key_values=cache, logits_to_keep=1)
         assert asked == [2000, 300], "the whole context, and its beginning, which is shorter"
-        monkeypatch.setattr(enabling, "plan_run", planning.plan_run)
+        monkeypatch.setattr(hf_planning, "plan_run", planning.plan_run)
         llama(text(50), past_key_values=enabled.new_cache(expected_tokens=50), logits_to_keep=1)
         assert enabled.plan is not None
 

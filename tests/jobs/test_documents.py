@@ -157,7 +157,7 @@ def test_ctrl_c_in_ask_stops_within_one_chunk(headinfer, book, tmp_path, monkeyp
     expected = ask(headinfer, LONG_QUESTION)[0]["token_ids"]
     with monkeypatch.context() as patched:
         pressed = CtrlC(patched, in_pass)
-        arguments = ["ask", "--session", "mybook", "--max-new-tokens", 8, "--json", *more]
+        arguments = ["ask", "--session", "mybook", "--max-new-tokens", 8, "--guesses", "off", "--json", *more]
         code, out, err = headinfer(*arguments, "--", LONG_QUESTION, "Another?")
     assert code == 130
     assert pressed.passes == in_pass

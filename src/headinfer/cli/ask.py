@@ -146,6 +146,8 @@ def ask(
             print(flush=True)
         header = ("question", *ANSWER_COLUMNS)
         stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
+        if summaries[-1].guesses_off_reason:
+            say(f"guesses are off: {summaries[-1].guesses_off_reason}")
         if summaries[-1].cpu_text:
             say(f"attended by the CPU: {summaries[-1].cpu_text}")
         if summaries[-1].kernel_failure:

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from headinfer.errors import CapacityError, UsageError
+from headinfer.plan import guesses
 from headinfer.plan.memory import address_space_limit
 from headinfer.utils.units import format_bytes
 from headinfer.utils.values import byte_count, check_text, real_number, shown, token_count, whole_number
@@ -189,6 +190,12 @@ def _share(value: Any, name: str) -> float | None:
 def seed(help: str) -> Any:
     """Return the typer option --seed."""
     return number("--seed", help, low=0, high=2**63 - 1)
+
+
+def guesses_option(help: str, **more: Any) -> Any:
+    """Return the typer option --guesses."""
+    converted = _converted(guesses.guesses_option, "--guesses")
+    return typer.Option("--guesses", help=help, metavar="GUESSES", **converted, **more)
 
 
 def text_option(name: str, help: str, **more: Any) -> Any:

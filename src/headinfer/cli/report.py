@@ -336,16 +336,17 @@ def columns_table(
     return table
 
 
-ANSWER_COLUMNS = ("first token", "tokens/s", "KV on the device, peak")
+ANSWER_COLUMNS = ("first token", "tokens/s", "tokens/pass", "KV on the device, peak")
 """The columns of summary_row() after the first one."""
 
 
-def summary_row(number: int, summary: Summary) -> tuple[str, str, str, str]:
-    """Return one question's number, time to first token, tokens per second and peak of KV on the device."""
+def summary_row(number: int, summary: Summary) -> tuple[str, str, str, str, str]:
+    """Return one question's number, time to first token, tokens per second and pass, and peak of KV on the device."""
     return (
         str(number),
         _seconds(summary.first_token_s),
         _rate(summary.decode_tokens_per_s),
+        _rate(summary.guess_counts.tokens_per_pass),
         "-" if summary.stats is None else format_bytes(summary.stats.device_kv_peak_bytes),
     )
 
@@ -359,6 +360,8 @@ def summary_table(summary: Summary) -> Table:
         ("time to first token", _seconds(summary.first_token_s)),
         ("tokens/s after the first", _rate(summary.decode_tokens_per_s)),
     ]
+    if summary.guesses_text:
+        rows.append(("guesses", summary.guesses_text))
     if stats is not None:
         each = f", each of {summary.ranks} ranks" if summary.ranks > 1 else ""  # all ranks have equally many heads
         rows += [

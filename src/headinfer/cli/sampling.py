@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headinfer.cli.options import SAMPLING_PANEL, number, real, text_option
+from headinfer.cli.options import SAMPLING_PANEL, guesses_option, number, real, text_option
 from headinfer.jobs.sampling import Sampling
 
 __all__ = ["System", "takes_sampling"]
@@ -102,6 +102,24 @@ def _sampling(
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = 0,
+    guesses: Annotated[
+        Any,
+        guesses_option(
+            "Guess that text repeats what came before, and verify several tokens in one pass: auto (if it pays), off, "
+            "or the most guesses of a pass.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = "auto",
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            help="A smaller model of the same family, whose guesses the model verifies. It reads the whole text too.",
+            metavar="MODEL",
+            show_default="none",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
 ) -> Sampling:
     return Sampling(
         temperature=temperature,
@@ -112,6 +130,8 @@ def _sampling(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         seed=seed,
+        guesses=guesses,
+        draft=draft,
     )
 
 

@@ -32,6 +32,7 @@ from headinfer.utils.units import format_bytes
 
 __all__ = ["RunPlan", "RunRequest", "check_saved_kv", "engine_options", "plan_run", "tightest"]
 
+_OTHER_KV_BYTES = 512 * 2**20  # device memory that is left to the KV and activations of a draft model
 _HOST_OVERHEAD_BYTES = 256 * 2**20  # beside weights and KV, for a process that is running already
 
 
@@ -54,6 +55,7 @@ class RunRequest:
         held_host_bytes: host bytes of KV of this context that exist already.
         host_weight_bytes: weights that will be loaded into host memory; None if the check of host memory is left to
             the planner.
+        other_model_bytes: weights of a draft model that will be loaded too.
         session_root: the folder of sessions, if the context is saved to one.
         saved_tokens: tokens of the context that the session holds already.
     """
@@ -71,6 +73,7 @@ class RunRequest:
     held_device_bytes: int = 0
     held_host_bytes: int = 0
     host_weight_bytes: int | None = None
+    other_model_bytes: int = 0
     session_root: Path | None = None
     saved_tokens: int = 0
 
@@ -113,7 +116,7 @@ def plan_run(run: RunRequest) -> RunPlan:
         check_host_memory(
             run.context_tokens,
             run.shape.kv_bytes_per_token(run.dtype.itemsize),
-            run.host_weight_bytes,
+            run.host_weight_bytes + (run.other_model_bytes if run.device.type == "cpu" else 0),
             available=_free_host_bytes() // run.ranks_on_host,
             kv_budget=options.host_kv_budget_bytes,
         )
@@ -233,9 +236,10 @@ def _planner_request(run: RunRequest) -> Request:
     device_bytes: int | None = None
     if machine.is_host:
         machine = dataclasses.replace(machine, overhead_bytes=_HOST_OVERHEAD_BYTES)
-        host_bytes += loaded_bytes + run.held_device_bytes
+        host_bytes += loaded_bytes + run.held_device_bytes - run.other_model_bytes
     else:
-        device_bytes = free_device_bytes(run.device) + loaded_bytes + run.held_device_bytes
+        others = run.other_model_bytes + (_OTHER_KV_BYTES if run.other_model_bytes else 0)
+        device_bytes = max(free_device_bytes(run.device) + loaded_bytes + run.held_device_bytes - others, 1)
     disk_bytes = 0
     if options.disk_tier is not None:
         folder = Path(options.disk_tier)

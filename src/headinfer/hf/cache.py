@@ -201,8 +201,10 @@ class HeadCache(Cache):  # type: ignore[misc]
             StateError: a layer of transformers has dropped the older states that this needs. No layer is changed.
         """
         tokens_to_remove = whole_number(tokens_to_remove, "tokens_to_remove", low=-(2**63))
+        if tokens_to_remove > 0:  # layers of transformers take only a number of tokens to remove
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         for layer in self.layers:
-            reason = uncroppable_reason(layer)
+            reason = uncroppable_reason(layer, -tokens_to_remove)
             if reason:
                 raise StateError(f"cannot crop: {reason}")
         super().crop(tokens_to_remove)

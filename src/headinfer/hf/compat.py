@@ -25,8 +25,16 @@ from transformers.cache_utils import (
     StaticCache,
 )
 from transformers.distributed import DistributedConfig
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -46,16 +54,22 @@ __all__ = [
     "BaseStreamer",
     "Cache",
     "CacheLayerMixin",
+    "CandidateGenerator",
     "DistributedConfig",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "EosTokenCriteria",
     "GenerationMode",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
+    "LogitsProcessor",
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "StopStringCriteria",
     "StoppingCriteria",
     "causal_mask_function",
     "check_version",

@@ -6,7 +6,6 @@ generate() prepares, and a forward that restores the cache after an error.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import warnings
@@ -20,8 +19,7 @@ from typing import Any, Unpack
 import torch
 
 from headinfer.engine.options import OptionFields, Options
-from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run, tightest
-from headinfer.errors import CapacityError, ContextLengthWarning, StateError, UnsupportedError, UsageError
+from headinfer.errors import ContextLengthWarning, StateError, UnsupportedError, UsageError
 from headinfer.hf.attention import NAME, register, windows_skip_padding
 from headinfer.hf.batch import ask
 from headinfer.hf.cache import HeadCache
@@ -31,14 +29,15 @@ from headinfer.hf.compat import (
     GenerationMode,
     PreTrainedModel,
     check_version,
-    cuda_devices,
     is_unsupported_cache,
     layer_device,
     takes_attention_interface,
 )
 from headinfer.hf.copies import distinct_rows, repeat_logits
 from headinfer.hf.defaults import use_cache_by_default
+from headinfer.hf.draws import DrawControl
 from headinfer.hf.generation import check_generate
+from headinfer.hf.guesses import GuessControl, GuessCounts
 from headinfer.hf.inputs import (
     check_attention_outputs,
     check_no_images,
@@ -49,24 +48,31 @@ from headinfer.hf.inputs import (
     wants_more_than_logits,
 )
 from headinfer.hf.layers import HeadLayer
+from headinfer.hf.planning import Planning
 from headinfer.hf.recovery import Recovery
 from headinfer.hf.rollback import rollback_on_error
 from headinfer.hf.rotary import RotaryControl
 from headinfer.hf.wrappers import unwrapped
-from headinfer.kv.byte_counter import ByteCounter
 from headinfer.plan.families import check_family
+from headinfer.plan.guesses import Guesses, guesses_option
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.sessions.weights import adapter_layers, applied_adapters
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.values import optional, shown, token_count, whole_number
 
-__all__ = ["Enabled", "check_model", "context_warning", "enable"]
+__all__ = ["Enabled", "check_model", "context_warning", "enable", "enabled_on"]
 
 # The methods that enable() replaces on the model object.
-_REPLACED = ("forward", "generate", "prepare_inputs_for_generation", "_prepare_cache_for_generation")
-_UNPLANNED_CHUNK_TOKENS = 2048  # if no plan fits the free memory: the engine still tries
-_LEAST_BATCH_CHUNK_TOKENS = 256  # of each row of a batch of questions: each chunk reads the past once
+_REPLACED = (
+    "forward",
+    "generate",
+    "prepare_inputs_for_generation",
+    "_prepare_cache_for_generation",
+    "_get_stopping_criteria",
+    "_get_candidate_generator",
+    "_get_logits_processor",
+)
 _OUR_CACHES = (None, "dynamic", "hybrid")  # "hybrid": older Gemma checkpoints name it; a HeadCache is one
 
 
@@ -108,10 +114,10 @@ class Enabled:
         chunk_tokens: tokens of a prefill chunk; None is planned.
         options: the options of the caches that it makes.
         on_forward: called with the cache after each forward pass.
+        guesses: whether generate() uses prompt lookup; see enable().
 
     Attributes:
         last_cache: the cache of the last forward pass.
-        plan: the last plan; None before the first one, or if no plan fits the free memory.
     """
 
     def __init__(
@@ -120,14 +126,15 @@ class Enabled:
         chunk_tokens: int | None,
         options: Options,
         on_forward: Callable[[HeadCache], None] | None,
+        guesses: Guesses = "auto",
     ) -> None:
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.options = options
         self.on_forward = on_forward
         self.last_cache: HeadCache | None = None
-        self.plan: Plan | None = None
         self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
+        self._planning = Planning(model, self._shape, options, chunk_tokens)
         self._has_warned = False
         self._removes_last_token = False
         self._draft: Any = None  # the draft model of the generate() that is running
@@ -139,10 +146,27 @@ class Enabled:
         model.forward = self._forward(model.forward)
         model.generate = self._generate(model.generate)
         model._prepare_cache_for_generation = self._prepare_cache
+        self._guesses = GuessControl(model, guesses, self._guess_costs)
+        self._draws = DrawControl(model)
         self._rotary = RotaryControl(model)
         self._adapter_layers = adapter_layers(model)
         model.prepare_inputs_for_generation = self._rotary.wrap(model.prepare_inputs_for_generation)
         model._headinfer = self
+
+    @property
+    def plan(self) -> Plan | None:
+        """The last plan; None before the first one, or if no plan fits the free memory."""
+        return self._planning.plan
+
+    @property
+    def guess_counts(self) -> GuessCounts:
+        """What the guesses of the last generate() did."""
+        return self._guesses.counts
+
+    @property
+    def guesses_off_reason(self) -> str:
+        """Why the last generate() could not use guesses; empty if it could, or if they are off."""
+        return self._guesses.off_reason
 
     def new_cache(self, expected_tokens: int | str = 0, rows: int = 1) -> HeadCache:
         """Create an empty cache to pass as past_key_values. What the options leave open is planned.
@@ -155,16 +179,7 @@ class Enabled:
             UsageError: a number is of another type or out of range.
         """
         expected_tokens = token_count(expected_tokens, "expected_tokens", low=0) or self.options.expected_tokens
-        planned = self._plan(expected_tokens, whole_number(rows, "rows"))
-        options = planned.options if planned is not None else self.options
-        options = dataclasses.replace(options, expected_tokens=expected_tokens)
-        if not expected_tokens:  # a plan would give the cache no more memory than its first token needs
-            budgets = ("device_kv_budget_bytes", "streaming_budget_bytes")
-            options = dataclasses.replace(options, **{name: getattr(self.options, name) for name in budgets})
-        cache = HeadCache(self.model.config, **vars(options))
-        cache.run_plan = planned
-        cache.no_plan_for = (expected_tokens, rows) if planned is None else None
-        return cache
+        return self._planning.new_cache(expected_tokens, whole_number(rows, "rows"))
 
     @property
     def shape(self) -> ModelShape:
@@ -173,7 +188,7 @@ class Enabled:
 
     def fits(self, tokens: int, rows: int) -> bool:
         """Return whether a plan for a context of so many tokens in each row fits the free memory."""
-        return self._plan(tokens, rows) is not None
+        return self._planning.plan_now(tokens, rows) is not None
 
     def ask(
         self,
@@ -203,53 +218,6 @@ class Enabled:
             UsageError: an argument is invalid.
         """
         return ask(self, cache, questions, document_ids=document_ids, max_new_tokens=max_new_tokens, **options)
-
-    def _plan(self, tokens: int, rows: int, cache: HeadCache | None = None) -> RunPlan | None:
-        """Plan a context with the memory that is free now or that its cache holds.
-
-        Returns:
-            The plan; None if no plan fits. Lengths are often only upper bounds here, so the run goes on, and what
-            does not fit fails when it is reached.
-        """
-        counters = cache.engine.counters if cache is not None else [ByteCounter()]
-        request = RunRequest(
-            shape=self._shape,
-            device=tightest(cuda_devices(self.model)) or torch.device("cpu"),
-            dtype=self.model.dtype,
-            context_tokens=max(tokens, 1),
-            options=self.options,
-            chunk_tokens=self.chunk_tokens,
-            rows=rows,
-            is_loaded=True,
-            held_device_bytes=min(sum(counter.device_bytes.values()) for counter in counters),
-            held_host_bytes=counters[0].host_bytes - counters[0].host_untouched_bytes,
-        )
-        try:
-            planned = plan_run(request)
-        except CapacityError:
-            planned = None
-        self.plan = planned.plan if planned is not None else None
-        return planned
-
-    def _chunk(self, tokens: int, rows: int, cache: HeadCache) -> int:
-        """Return the tokens of a prefill chunk, for a context that will have `tokens` tokens.
-
-        A plan is made once for each generate(), and again only if the context outgrows it. If no plan fits, none is
-        made for longer contexts.
-        """
-        if cache.shares_rows and cache.get_seq_length():
-            planned_tokens = cache.run_plan.chunk_tokens if cache.run_plan is not None else _UNPLANNED_CHUNK_TOKENS
-            chunk = self.chunk_tokens or planned_tokens
-            return max(chunk // rows, min(chunk, _LEAST_BATCH_CHUNK_TOKENS))
-        if self.chunk_tokens is not None:
-            return self.chunk_tokens
-        planned = cache.run_plan
-        is_covered = planned is not None and _covers(planned.plan, tokens, rows)
-        if not is_covered and not _exceeds(cache.no_plan_for, tokens, rows):
-            planned = self._plan(tokens, rows, cache)
-            cache.run_plan = planned
-            cache.no_plan_for = (tokens, rows) if planned is None else None
-        return planned.chunk_tokens if planned is not None else _UNPLANNED_CHUNK_TOKENS
 
     def _warn_about(self, tokens: int) -> None:
         """Warn once if a context is longer than what the model was made for. Raise UsageError if it cannot be."""
@@ -320,13 +288,22 @@ class Enabled:
 
         @functools.wraps(generate)
         def checked(*args: Any, **kwargs: Any) -> Any:
+            kwargs = self._draws.begin(kwargs)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             given.setdefault("input_ids", given.get("inputs"))
             self._draft = given.get("assistant_model")
             self._removes_last_token = check_generate(given, self.model.config)
-            return generate(*args, **kwargs)
+            mask = given.get("attention_mask")
+            ids = given.get("input_ids")
+            self._has_all_ids = ids is not None and (mask is None or mask.shape[-1] == ids.shape[-1])
+            return generate(*args, **kwargs | self._guesses.begin(given))
 
         return checked
+
+    def _guess_costs(self, cache: Any, tokens: int) -> Sequence[float] | None:
+        """Return what guesses cost in a context of so many tokens; None if no plan fits."""
+        planned = self._planning.plan_of(cache, tokens, 1) if isinstance(cache, HeadCache) else None
+        return planned.plan.guess_costs if planned is not None else None
 
     def _guarded_chunks(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
         """Run a forward pass, in chunks if it is long. After an error the cache is as it was before.
@@ -350,7 +327,11 @@ class Enabled:
             self._rotary.frequencies(rotary, cache) as has_noted,
         ):
             result = recovery.run(
-                chunks_of(inputs, config, lambda tokens: self._chunk(tokens, cache.head_layers[0].rows or 1, cache)),
+                chunks_of(
+                    inputs,
+                    config,
+                    lambda tokens: self._planning.chunk_of(cache, tokens, cache.head_layers[0].rows or 1),
+                ),
                 lambda chunk: self._one_chunk(forward, chunk, cache),
                 lambda: self._between_chunks(cache),
                 cache.checkpoint() if has_noted else before,
@@ -391,10 +372,11 @@ class Enabled:
             raise _unsupported_cache(type(cache).__name__)
         if generation_config.cache_implementation not in _OUR_CACHES:
             raise _unsupported_cache(f"cache_implementation={generation_config.cache_implementation!r}")
-        if isinstance(cache, HeadCache) and cache.get_seq_length() and mode == GenerationMode.ASSISTED_GENERATION:
+        is_assisted = mode == GenerationMode.ASSISTED_GENERATION
+        if is_assisted and isinstance(cache, HeadCache) and cache.get_seq_length() and not self._has_all_ids:
             raise UnsupportedError(
-                f"the cache holds {cache.get_seq_length()} tokens, and transformers' assisted decoding would read them "
-                "again on top: give it an empty cache, or generate without prompt lookup and draft model"
+                f"the cache holds {cache.get_seq_length()} tokens, and assisted decoding needs their ids too: give "
+                "generate() the ids of all tokens, or generate without prompt lookup and draft model"
             )
         generation_config.cache_implementation = None
         if cache is not None or generation_config.use_cache is False:
@@ -405,13 +387,15 @@ class Enabled:
             cache = self.new_cache(max_cache_length, batch_size)
             cache.rotary_min_tokens = self.options.expected_tokens
             model_kwargs["past_key_values"] = cache
-        guesses = (generation_config.prompt_lookup_num_tokens or 1) - 1  # they may go beyond the last token
+        guesses = 0
+        if not self._guesses.is_on:
+            guesses = (generation_config.prompt_lookup_num_tokens or 1) - 1  # they may go beyond the last token
         longest = max_cache_length + guesses - unused_positions(model_kwargs)
         self._warn_about(longest)
         draft = getattr(self._draft, "_headinfer", None)
         if isinstance(draft, Enabled) and draft._shape.vocab_size == self._shape.vocab_size:
             draft._shape.check_positions(longest)  # not in the middle of the answer
-        self._rotary.begin_generation(longest, is_assisted=mode == GenerationMode.ASSISTED_GENERATION)
+        self._rotary.begin_generation(longest, is_assisted=is_assisted)
         if self._rotary.lengths or wants_more_than_logits(model_kwargs, self.model.config):
             generation_config.prefill_chunk_size = None  # the pass must be whole: chunks_of() cuts it
         if isinstance(cache, HeadCache):
@@ -430,17 +414,13 @@ class Enabled:
         if generation_config.is_assistant:
             cache.activate_past_recording()  # rejected guesses are cropped
         if is_empty:
-            self._chunk(max_cache_length, batch_size, cache)  # plans the whole run, not the prompt alone
+            self._planning.chunk_of(cache, max_cache_length, batch_size)  # plans the whole run, not the prompt alone
 
 
-def _covers(plan: Plan, tokens: int, rows: int) -> bool:
-    """Return whether a plan is for at least this number of tokens and rows."""
-    return tokens <= plan.request.context_tokens and rows <= plan.request.rows
-
-
-def _exceeds(limit: tuple[int, int] | None, tokens: int, rows: int) -> bool:
-    """Return whether a context has at least the tokens and rows of a limit."""
-    return limit is not None and tokens >= limit[0] and rows >= limit[1]
+def enabled_on(model: PreTrainedModel) -> Enabled:
+    """Return what enable() returned for a model on which headinfer is enabled."""
+    found: Enabled = model._headinfer
+    return found
 
 
 def _unsupported_cache(what: str) -> UnsupportedError:
@@ -454,6 +434,7 @@ def enable(
     *,
     chunk_tokens: int | str | None = None,
     on_forward: Callable[[HeadCache], None] | None = None,
+    guesses: Guesses = "auto",
     **options: Unpack[OptionFields],
 ) -> Enabled:
     """Offload the KV cache of a model to host memory, in model(...) and model.generate(...).
@@ -471,6 +452,11 @@ def enable(
             in it.
         chunk_tokens: tokens of a prefill chunk, as a number or a text such as "4K".
         on_forward: called with the cache after each forward pass, for progress displays.
+        guesses: whether generate() guesses that what followed the newest tokens of the text before follows again, and
+            verifies these guesses in the pass of the next token: greedy tokens are the same up to rounding, and
+            sampling keeps its distribution. "auto" guesses as much as the plan expects to pay, a number from 1 to 15 is
+            the most guesses of a pass, and "off" is none. A batch, beams and whatever else it cannot serve exactly go
+            on without guesses.
         **options: fields of `headinfer.Options`.
 
     Returns:
@@ -490,4 +476,4 @@ def enable(
     check_model(model)
     if "_headinfer" in model.__dict__:
         raise StateError("headinfer is already enabled on this model: disable it first, or leave its with block")
-    return Enabled(model, chunk, chosen, on_forward)
+    return Enabled(model, chunk, chosen, on_forward, guesses_option(guesses, "guesses"))

@@ -339,16 +339,29 @@ def restore(layer: Any, state: dict[str, Any]) -> None:
             layer.layer_kv.crop(state["tokens"])
 
 
-def uncroppable_reason(layer: Any) -> str:
-    """Return why the newest tokens of a layer cannot be removed; empty if they can."""
+def uncroppable_reason(layer: Any, tokens: int = 1) -> str:
+    """Return why the newest tokens of a layer cannot be removed; empty if they can.
+
+    Layers that record their past keep what a pass needs and its own tokens until the next crop. They cannot remove
+    more than that, and transformers itself does not check it.
+
+    Args:
+        layer: the layer.
+        tokens: how many tokens are removed.
+    """
     advice = "call activate_past_recording() on the cache before generating"
     if isinstance(layer, DynamicSlidingWindowLayer):
-        if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
+        held = layer.get_seq_length()
+        needed = min(layer.sliding_window - 1, held - tokens) + tokens
+        if held >= layer.sliding_window and (not layer.record_past or layer.keys.shape[-2] < needed):
             return f"a sliding-window layer keeps only its last {layer.sliding_window} tokens, so {advice}"
     elif isinstance(layer, LinearAttentionCacheLayerMixin):
         if any(layer.is_recurrent_states_initialized.values()):
             return "a linear-attention layer keeps only its newest state, so keep a fork() of the cache instead"
-        if any(layer.is_conv_states_initialized.values()) and not layer.record_past:
+        states = [layer.conv_states[at] for at, has_state in layer.is_conv_states_initialized.items() if has_state]
+        sizes = [layer.conv_kernel_size[at] for at, has_state in layer.is_conv_states_initialized.items() if has_state]
+        is_short = any(state.shape[-1] < size + tokens for state, size in zip(states, sizes, strict=True))
+        if states and (not layer.record_past or is_short):
             return f"a convolution layer keeps only its newest states, so {advice}"
     return ""
 

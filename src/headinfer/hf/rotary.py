@@ -183,6 +183,10 @@ class RotaryControl:
             cache = kwargs.get("past_key_values")
             if not isinstance(cache, HeadCache):
                 return prepare(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+            past_tokens = cache.get_seq_length()
+            if next_sequence_length is None and self._is_assisted and past_tokens:
+                # transformers' assisted decoding would read the tokens of the cache again.
+                next_sequence_length = input_ids.shape[1] - past_tokens
             inputs = _inputs_with_cache(prepare, input_ids, next_sequence_length, kwargs)
             if not self.lengths:
                 return inputs

@@ -143,6 +143,8 @@ class StopCriterion(StoppingCriteria):  # type: ignore[misc]
         prompt_tokens: tokens of each row that precede its answer, padding included.
     """
 
+    takes_several_tokens = True  # read by hf/guesses.py
+
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._stop = stop

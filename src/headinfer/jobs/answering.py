@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.compat import last_logits_only
+from headinfer.hf.compat import PreTrainedModel, last_logits_only
+from headinfer.hf.enable import enabled_on
 from headinfer.hf.layers import uncroppable_reason
 from headinfer.jobs.answer_text import AnswerText
 from headinfer.jobs.generate import Streamer, Summary
@@ -32,6 +33,7 @@ def answer(
     max_new_tokens: int,
     summary: Summary,
     on_text: Callable[[str], None],
+    draft: PreTrainedModel | None = None,
 ) -> AnswerText:
     """Generate an answer. Ctrl-C ends it, and sets `interrupted` in the summary.
 
@@ -44,6 +46,7 @@ def answer(
         max_new_tokens: tokens of the answer, at most.
         summary: gets tokens, times and bytes.
         on_text: called with each part of the answer.
+        draft: a model that guesses, enabled.
     """
     torch.manual_seed(sampling.seed)
     start = time.perf_counter()
@@ -56,12 +59,14 @@ def answer(
             streamer=streamer,
             tokenizer=tokenizer,  # for stop_strings in the model's generation config
             pad_token_id=pad_id(tokenizer),
+            assistant_model=draft,
             **sampling.arguments(tokenizer, prompt_tokens=prompt_ids.shape[1], max_new_tokens=max_new_tokens),
         )
     except KeyboardInterrupt:
         summary.interrupted = True
         streamer.end()
     summary.total_s = time.perf_counter() - start
+    summary.note_guesses(enabled_on(model))
     summary.stats = cache.stats()
     return streamer.answer
 
@@ -85,9 +90,9 @@ def shown_ids(model: Any, tokenizer: Any, found: AnswerText) -> tuple[list[int],
     return [*kept, *text_ids(tokenizer, rest)], len(kept)
 
 
-def can_remove(cache: HeadCache) -> bool:
-    """Return whether a cache can remove its newest tokens."""
-    return not any(uncroppable_reason(layer) for layer in cache.layers)
+def can_remove(cache: HeadCache, tokens: int) -> bool:
+    """Return whether a cache can remove so many of its newest tokens."""
+    return not any(uncroppable_reason(layer, tokens) for layer in cache.layers)
 
 
 def remove_after(cache: HeadCache, tokens: int, before: Checkpoint) -> None:
@@ -101,7 +106,7 @@ def remove_after(cache: HeadCache, tokens: int, before: Checkpoint) -> None:
     """
     if cache.get_seq_length() <= tokens:
         return
-    if can_remove(cache):
+    if can_remove(cache, cache.get_seq_length() - tokens):
         cache.crop(tokens)
     else:
         cache.rollback(before)

@@ -22,6 +22,7 @@ from headinfer.hf.enable import Enabled, context_warning, enable
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.answering import answer, read_missing, remove_after, shown_ids
+from headinfer.jobs.draft import check_draft, loaded_draft
 from headinfer.jobs.generate import Summary, already_warned
 from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, question_ids
 from headinfer.jobs.rotary import held_rotary_tokens
@@ -96,6 +97,7 @@ class OpenedSession:
         tokenizer: the model's tokenizer.
         device: the device that computes.
         slow: what will take long, and why.
+        draft: the draft model; None if none was asked for.
     """
 
     job: AskJob
@@ -105,6 +107,7 @@ class OpenedSession:
     tokenizer: Any
     device: str
     slow: list[str]
+    draft: ModelSource | None
 
 
 @dataclass(frozen=True)
@@ -192,8 +195,9 @@ def open_session(job: AskJob) -> OpenedSession:
     device = str(chosen_device(job.device))
     check_tokenizer(manifest.about.get("tokenizer"), tokenizer, folder)
     HeadCache(source.config, **merged(kept_options(manifest), job.options))  # raises if an option is out of range
-    slow = _slow(job, manifest, source, device)
-    return OpenedSession(job, folder, manifest, source, tokenizer, device, slow)
+    draft = check_draft(job.sampling.draft, source, tokenizer)
+    slow = _slow(job, manifest, source, draft, device)
+    return OpenedSession(job, folder, manifest, source, tokenizer, device, slow, draft)
 
 
 def _source(job: AskJob, folder: Path, manifest: Manifest) -> ModelSource:
@@ -242,14 +246,15 @@ def _question_ids(job: AskJob, tokenizer: Any, about: dict[str, Any]) -> list[li
     return ids
 
 
-def _slow(job: AskJob, manifest: Manifest, source: ModelSource, device: str) -> list[str]:
+def _slow(job: AskJob, manifest: Manifest, source: ModelSource, draft: ModelSource | None, device: str) -> list[str]:
     """Return warnings about what will take long.
 
     Raises:
         CapacityError: host memory or the disk tier does not hold the session's KV.
     """
     dtype = getattr(torch, manifest.model["dtype"])
-    weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
+    models = [source, *([draft] if draft is not None else [])]
+    weight_bytes = sum(one.weight_bytes(dtype) for one in models) if device == "cpu" else 0
     kept_bytes = check_saved_kv(manifest.tokens, manifest.nbytes, weight_bytes, job.options, is_mapped=device == "cpu")
     disk_bytes_per_s = this_machine(torch.device(device)).disk_read_bytes_per_s
     first_s = manifest.nbytes / disk_bytes_per_s
@@ -279,6 +284,7 @@ class LoadedSession:
         lock: the lock of the folder, if the job keeps answers.
         load: loads the session again.
         kernel_failure: why the CPU's attention kernel cannot be used; empty if it can, or if a GPU computes.
+        draft: the draft model, enabled; None if none was asked for.
     """
 
     enabled: Enabled
@@ -287,6 +293,7 @@ class LoadedSession:
     lock: Lock | None
     load: Callable[[], HeadCache]
     kernel_failure: str
+    draft: PreTrainedModel | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -316,13 +323,20 @@ def loaded(opened: OpenedSession, on_forward: Callable[[HeadCache], None] | None
         model = opened.source.load(dtype=dtype, device=opened.device, seed=manifest.about.get("seed", 0))
         # Compiles the kernel, if it was never done here.
         kernel_failure = native.unavailable_reason(model.dtype) if opened.device == "cpu" else ""
-        enabled = stack.enter_context(enable(model, chunk_tokens=arithmetic.get("chunk_tokens"), on_forward=on_forward))
+        enabled = enable(
+            model,
+            chunk_tokens=arithmetic.get("chunk_tokens"),
+            on_forward=on_forward,
+            guesses=job.sampling.guesses,
+        )
+        stack.enter_context(enabled)
+        draft = stack.enter_context(loaded_draft(opened.draft, dtype, opened.device))
         stack.enter_context(torch.inference_mode())
 
         def load() -> HeadCache:
             return HeadCache.load(opened.folder, model, **job.options)
 
-        yield LoadedSession(enabled, load(), arithmetic, lock, load, kernel_failure)
+        yield LoadedSession(enabled, load(), arithmetic, lock, load, kernel_failure, draft)
 
 
 def ask(
@@ -391,6 +405,7 @@ def ask(
                 max_new_tokens=job.max_new_tokens,
                 summary=summary,
                 on_text=on_text,
+                draft=session.draft,
             )
             if summary.interrupted:
                 break

@@ -81,6 +81,7 @@ class Beginning:
         load: loads the session again; None without one.
         about: facts for the manifest.
         arithmetic: the options that fix the results, for the manifest.
+        draft: the draft model, enabled; None if none was asked for.
     """
 
     model: PreTrainedModel
@@ -93,6 +94,7 @@ class Beginning:
     load: Callable[[], HeadCache] | None
     about: dict[str, Any]
     arithmetic: dict[str, Any]
+    draft: PreTrainedModel | None = None
 
 
 class Chat:
@@ -122,6 +124,7 @@ class Chat:
         self._folder = beginning.folder
         self._lock = beginning.lock
         self._load = beginning.load
+        self._draft = beginning.draft
         self._arithmetic = beginning.arithmetic
         self._say = say
         self._read_again = 0
@@ -166,6 +169,7 @@ class Chat:
             max_new_tokens=self._job.max_new_tokens,
             summary=summary,
             on_text=on_text,
+            draft=self._draft,
         )
         self._held = [*ids, *found.token_ids]
         self.last = summary
@@ -322,7 +326,9 @@ class Chat:
     def _can_go_back(self, tokens: int) -> bool:
         """Return whether the cache can be cut to the first tokens of the conversation, or fewer of them."""
         wanted = self._first.shape[1] + tokens
-        is_held = self._cache.get_seq_length() <= wanted or can_remove(self._cache)
+        is_held = self._cache.get_seq_length() <= wanted or can_remove(
+            self._cache, self._cache.get_seq_length() - wanted
+        )
         return is_held or any(at <= wanted for at, _ in self._checkpoints)
 
     def _go_back(self, tokens: int) -> None:

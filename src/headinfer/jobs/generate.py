@@ -20,12 +20,14 @@ from headinfer.engine.run_plan import RunPlan, RunRequest, plan_run
 from headinfer.errors import ContextLengthWarning, RereadWarning, UsageError
 from headinfer.hf.cache import HeadCache, Stats
 from headinfer.hf.compat import BaseStreamer, PreTrainedModel
-from headinfer.hf.enable import context_warning, enable
+from headinfer.hf.enable import Enabled, context_warning, enable
+from headinfer.hf.guesses import GuessCounts
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.parallel import check_shards, gather_from_ranks, load_random_shard, load_shard, rank_device
 from headinfer.hf.ranks import Ranks
 from headinfer.hf.rotary import RotaryLengths, crossing_warning
 from headinfer.jobs.answer_text import AnswerText
+from headinfer.jobs.draft import check_draft, loaded_draft
 from headinfer.jobs.prompts import prompts_ids
 from headinfer.jobs.sampling import Sampling
 from headinfer.plan.model_shape import ModelShape
@@ -99,6 +101,7 @@ class Prepared:
         run_plan: what the run will do.
         ranks: this process among those that share the model.
         prompts: the token ids of all prompts.
+        draft: the draft model; None if none was asked for.
     """
 
     job: Job
@@ -111,6 +114,7 @@ class Prepared:
     run_plan: RunPlan
     ranks: Ranks = field(default_factory=Ranks)
     prompts: Sequence[list[int]] = ()
+    draft: ModelSource | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -142,6 +146,8 @@ class Summary:
         plan: the predictions of the plan, and why it was chosen.
         options: Options of `enable()` that repeat the arithmetic of the run.
         warnings: what the user was told before the run.
+        guess_counts: what the guesses did.
+        guesses_off_reason: why guesses could not be used; empty if they could, or if they were not wanted.
         kernel_failure: why the CPU's attention kernel could not be used; empty if it could, or if a GPU computed.
         stats: bytes and choices of this process.
         rank_stats: those of all ranks, if several processes shared the model and none was interrupted.
@@ -161,6 +167,8 @@ class Summary:
     plan: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    guess_counts: GuessCounts = field(default_factory=GuessCounts)
+    guesses_off_reason: str = ""
     kernel_failure: str = ""
     stats: Stats | None = None
     rank_stats: list[Stats] = field(default_factory=list)
@@ -189,11 +197,25 @@ class Summary:
         share = f"{self.stats.cpu_share:.1%} of what would stream"
         return f"{format_bytes(self.stats.cpu_attended_bytes)}, {share}, {rate / 1e9:.3g} GB/s of decode"
 
+    @property
+    def guesses_text(self) -> str:
+        """What the guesses did, for people; empty if none was wanted."""
+        counts = self.guess_counts
+        if not counts.passes:
+            return f"off: {self.guesses_off_reason}" if self.guesses_off_reason else ""
+        return f"{counts.accepted:,} of {counts.guessed:,} were right: {counts.tokens_per_pass:.2f} tokens a pass"
+
+    def note_guesses(self, active: Enabled) -> None:
+        """Note what the guesses of the last generate() of a model did."""
+        self.guess_counts = active.guess_counts
+        self.guesses_off_reason = active.guesses_off_reason
+
     def as_dict(self) -> dict[str, Any]:
         """Return all fields, for JSON."""
         rates = {
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "cpu_attended_bytes_per_s": self.cpu_attended_bytes_per_s,
+            "tokens_per_pass": self.guess_counts.tokens_per_pass,
         }
         return {**dataclasses.asdict(self), **rates}
 
@@ -250,6 +272,9 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     input_ids = torch.tensor([max(ids, key=len)])
     shape = ModelShape.from_config(source.config)
     weight_bytes = source.weight_bytes(dtype) if device == "cpu" else 0
+    draft = check_draft(job.sampling.draft, source, tokenizer)
+    if draft is not None and ranks.world > 1:
+        raise UsageError("--draft is for one process: leave it out, or do not share the model among processes")
     if ranks.world > 1:
         check_shards(source.config, shape, ranks)
         shape = shape.shard(ranks.world)
@@ -264,11 +289,12 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         chunk_tokens=job.chunk_tokens,
         ranks_on_host=ranks.local_world,
         host_weight_bytes=weight_bytes,
+        other_model_bytes=draft.weight_bytes(dtype) if draft is not None else 0,
     )
     run_plan = plan_run(request)
     HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
     told = _warnings(source, shape, input_ids.shape[1], job.max_new_tokens)
-    return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks, ids)
+    return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks, ids, draft)
 
 
 def _warnings(source: ModelSource, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> list[str]:
@@ -324,15 +350,26 @@ def run(
             on_forward(cache)
 
     try:
-        with already_warned(), enable(model, chunk_tokens=run_plan.chunk_tokens, on_forward=after_forward):
+        with (
+            already_warned(),
+            enable(
+                model,
+                chunk_tokens=run_plan.chunk_tokens,
+                on_forward=after_forward,
+                guesses=job.sampling.guesses,
+            ) as active,
+            loaded_draft(prepared.draft, prepared.dtype, prepared.device) as draft,
+        ):
             model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=cache,
                 streamer=streamer,
                 tokenizer=prepared.tokenizer,  # for stop_strings in the model's generation config
+                assistant_model=draft,
                 **sampling,
             )
+            summary.note_guesses(active)
     except KeyboardInterrupt:
         summary.interrupted = True
         streamer.end()

@@ -23,6 +23,7 @@ from headinfer.hf.rotary import RotaryLengths
 from headinfer.jobs.ask import AskJob, OpenedSession, loaded, open_session
 from headinfer.jobs.chat import Beginning, Chat, ChatJob
 from headinfer.jobs.conversation import Conversation, Turn
+from headinfer.jobs.draft import loaded_draft
 from headinfer.jobs.generate import Job, Prepared, prepare
 from headinfer.jobs.prompts import chat_texts, document_ids
 from headinfer.jobs.rotary import check_document
@@ -98,6 +99,7 @@ def _prepare_session(job: ChatJob, name: str) -> PreparedChat:
         device=job.device,
         keep=job.keep,
         system=job.system,
+        sampling=job.sampling,
         options=job.options,
     )
     opened = open_session(asked)
@@ -131,6 +133,7 @@ def _prepare_model(job: ChatJob) -> PreparedChat:
         seed=job.sampling.seed,
         raw=job.raw,
         system=job.system,
+        sampling=job.sampling,
         options=Options(**job.options),
     )
     prepared = prepare(run)
@@ -176,21 +179,26 @@ def open_chat(
                 session.load,
                 about,
                 session.arithmetic,
+                session.draft,
             )
             yield Chat(job, beginning, prepared.conversation.resumed(about, ids), say)
         return
     model = origin.source.load(dtype=origin.dtype, device=origin.device, seed=job.sampling.seed)
     if origin.device == "cpu":
         native.unavailable_reason(model.dtype)  # compiles the decode kernel, if it was never done here
-    enabled = enable(model, chunk_tokens=job.chunk_tokens, on_forward=on_forward, **job.options)
-    with enabled, torch.inference_mode():
+    enabled = enable(
+        model, chunk_tokens=job.chunk_tokens, on_forward=on_forward, guesses=job.sampling.guesses, **job.options
+    )
+    with enabled, loaded_draft(origin.draft, origin.dtype, origin.device) as draft, torch.inference_mode():
         cache = enabled.new_cache()
         ids = torch.tensor([prepared.document_ids], dtype=torch.long)
         if ids.shape[1]:
             model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, **last_logits_only(model))
         arithmetic = cache.engine.options.arithmetic()
         about = _about(prepared, origin)
-        beginning = Beginning(model, origin.source, origin.tokenizer, cache, ids, None, None, None, about, arithmetic)
+        beginning = Beginning(
+            model, origin.source, origin.tokenizer, cache, ids, None, None, None, about, arithmetic, draft
+        )
         yield Chat(job, beginning, prepared.conversation, say)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headinfer.errors import UsageError
+from headinfer.plan.guesses import Guesses
 
 __all__ = ["Sampling"]
 
@@ -24,6 +25,8 @@ class Sampling:
         stop: texts that end an answer. They are not part of it.
         ignore_eos: whether the tokens that end an answer are never chosen.
         seed: the seed of sampling, of each answer.
+        guesses: how many guessed tokens a pass verifies; see `headinfer.enable()`.
+        draft: where a draft model is, which guesses in place of the text before; None for none.
     """
 
     temperature: float = 0.0
@@ -34,6 +37,8 @@ class Sampling:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     seed: int = 0
+    guesses: Guesses = "auto"
+    draft: str | None = None
 
     def check(self) -> None:
         """Check what does not depend on the model.
@@ -46,6 +51,8 @@ class Sampling:
         if useless and not self.temperature:
             verb = "chooses" if len(useless) == 1 else "choose"
             raise UsageError(f"{' and '.join(useless)} {verb} among samples: give --temperature above 0 as well")
+        if self.draft is not None and self.guesses != "auto":
+            raise UsageError("--draft guesses with a model, and --guesses from the text before: give one of them")
         if "" in self.stop:
             raise UsageError("--stop is empty: give the text that ends an answer")
 
@@ -70,4 +77,6 @@ class Sampling:
         given = {name: value for name, value in wanted.items() if value is not None}
         if self.stop:
             given["stopping_criteria"] = [StopCriterion(tokenizer, self.stop, prompt_tokens)]
+        if self.temperature:
+            given["sampling_seed"] = self.seed
         return {**given, "do_sample": self.temperature > 0, "max_new_tokens": max_new_tokens}

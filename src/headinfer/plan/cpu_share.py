@@ -38,6 +38,7 @@ __all__ = [
     "HostWay",
     "SharedRates",
     "best_share",
+    "cpu_slowdown",
     "host_tokens",
     "layer_seconds",
     "share_at_rows",
@@ -102,6 +103,20 @@ def shared_rates(hardware: Hardware, query_rows: int) -> SharedRates:
         return SharedRates(cpu, link, alone, is_measured=True)
     dram = hardware.dram_bytes_per_s * hardware.dram_share
     return SharedRates(max(dram - alone, 0.0), min(alone, dram), alone, is_measured=False)
+
+
+def cpu_slowdown(hardware: Hardware, few_rows: int, query_rows: int) -> float:
+    """Return how many times as long the CPU alone attends for more query rows per KV head.
+
+    It is 1 if no probe has measured the CPU. What arithmetic takes is then all that more rows cost.
+
+    Args:
+        hardware: the machine.
+        few_rows: the query rows that count as 1.
+        query_rows: the query rows.
+    """
+    rates = {rows: max(by_threads.values()) for rows, by_threads in hardware.cpu_kv_bytes_per_s.items()}
+    return _at_rows(rates, few_rows) / _at_rows(rates, query_rows) if rates else 1.0
 
 
 def _at_rows(rates: Mapping[str, float], query_rows: int) -> float:

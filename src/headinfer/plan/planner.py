@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from headinfer.plan.cpu_share import share_at_rows
 from headinfer.plan.fit import (
     chunks,
     fitting_footprint,
@@ -24,6 +25,7 @@ from headinfer.plan.fit import (
     tiles,
 )
 from headinfer.plan.footprint import Footprint, host_kv_tokens
+from headinfer.plan.guesses import MOST_GUESSES
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.operating_points import hiding_chunk_tokens
@@ -55,7 +57,7 @@ class Plan:
         streaming_budget_bytes: bytes of ring, tails and buffers; None if KV is read in place.
         footprint: the bytes of each component.
         prefill_cost: seconds of prefill.
-        decode_cost: seconds of one new token, with cpu_share.
+        decode_cost: seconds of a decode step, with cpu_share.
         schedule: what is copied, and when.
         kernel: the attention kernel, if one is fixed.
     """
@@ -89,6 +91,17 @@ class Plan:
         if cpu_share == self.cpu_share:
             return self.decode_cost
         return decode_seconds(*self._of_decode(dataclasses.replace(self.schedule, cpu_share=cpu_share)))
+
+    @cached_property
+    def guess_costs(self) -> tuple[float, ...]:
+        """The seconds of a decode step that verifies 0, 1, 2 ... guesses, in units of those without guesses."""
+        rows = self.query_rows
+        seconds = []
+        for tokens in range(1, MOST_GUESSES + 2):
+            share = share_at_rows(self.cpu_share, rows, rows * tokens)
+            schedule = dataclasses.replace(self.schedule, decode_tokens=tokens, cpu_share=share)
+            seconds.append(decode_seconds(*self._of_decode(schedule)).total_s)
+        return tuple(one / seconds[0] for one in seconds)
 
     def _of_decode(self, schedule: Schedule) -> tuple[ModelShape, Hardware, int, Schedule, str, int, int]:
         request = self.request

@@ -23,7 +23,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from headinfer.plan.cpu_share import CLEARLY, HostWay, best_share, host_tokens, shared_rates
+from headinfer.plan.cpu_share import CLEARLY, HostWay, best_share, cpu_slowdown, host_tokens, shared_rates
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.overlap import LayerChunks
@@ -74,7 +74,7 @@ class Schedule:
         disk_share: the share of the streamed bytes that is read from disk.
         prefetches_next_layer: whether a layer's first tile is copied while the layer before it computes.
         cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to.
-        decode_tokens: new tokens of each row in a decode step, as far as they decide the time of the CPU.
+        decode_tokens: new tokens of each row in a decode step: more than one if guesses are verified.
     """
 
     chunk_tokens: int
@@ -281,7 +281,7 @@ def decode_seconds(
     weight_bits: int = 16,
     rows: int = 1,
 ) -> Seconds:
-    """Predict the seconds of one decoded token.
+    """Predict the seconds of a decode step.
 
     Args:
         shape: the model.
@@ -290,7 +290,7 @@ def decode_seconds(
         schedule: what is copied, and when.
         dtype: the model's dtype.
         weight_bits: bits of a stored weight.
-        rows: rows of the batch, each of which gets one token.
+        rows: rows of the batch, each of which gets schedule.decode_tokens.
 
     Returns:
         The seconds of one forward pass.
@@ -299,7 +299,8 @@ def decode_seconds(
     element_bytes = 4 if dtype == "float32" else 2
     own_s_per_byte, transfer_name = _transfer(hardware, schedule)
     weights = shape.active_weights + shape.head_weights
-    flop_s = 2 * weights * rows / flops_per_s
+    new_tokens = rows * schedule.decode_tokens
+    flop_s = 2 * weights * new_tokens / flops_per_s
     byte_s = weights * weight_bits / 8 / hardware.attained_weight_bytes_per_s(dtype)
     total = _Sum(linear_s=max(flop_s, byte_s))
     if flop_s > byte_s:
@@ -317,8 +318,10 @@ def decode_seconds(
         on_device = seen - on_host
         streamed = wanted - on_host
         kv_bytes = on_device * token_bytes
-        flop_s = layer.flops_per_pair * on_device * rows / flops_per_s
-        byte_s = kv_bytes / hardware.attained_kv_bytes_per_s
+        flop_s = layer.flops_per_pair * on_device * new_tokens / flops_per_s
+        group = layer.query_heads // layer.kv_heads
+        slowdown = cpu_slowdown(hardware, group, group * schedule.decode_tokens) if hardware.is_host else 1.0
+        byte_s = kv_bytes / hardware.attained_kv_bytes_per_s * slowdown
         attention_s = max(flop_s, byte_s)
         total.attention_s += count * attention_s
         if flop_s > byte_s:
@@ -328,7 +331,7 @@ def decode_seconds(
         chain_s = 0.0
         transfer_s_per_byte = own_s_per_byte
         if on_host:
-            rates = shared_rates(hardware, layer.query_heads // layer.kv_heads * schedule.decode_tokens)
+            rates = shared_rates(hardware, group * schedule.decode_tokens)
             way = host_way(layer, hardware, wanted, schedule, element_bytes, rows, rates.link_bytes_per_s)
             cpu_s_per_byte = 1 / rates.cpu_bytes_per_s if rates.cpu_bytes_per_s else math.inf
             chain_s = on_host * token_bytes * cpu_s_per_byte + way.fixed_s + streamed / wanted * way.queue_s
