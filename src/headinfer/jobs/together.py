@@ -124,6 +124,8 @@ def answer_together(
             _ask(job, begun, questions, answers)
     except KeyboardInterrupt:
         answers.interrupt()
+    for summary in summaries:
+        summary.guesses_off_reason = job.enabled.guesses_off_reason
 
 
 def generate_together(
@@ -170,7 +172,11 @@ def generate_together(
         already_warned(),
         torch.inference_mode(),
         enable(
-            model, chunk_tokens=run_plan.chunk_tokens, on_forward=after_forward, **vars(run_plan.options)
+            model,
+            chunk_tokens=run_plan.chunk_tokens,
+            on_forward=after_forward,
+            guesses=job.sampling.guesses,
+            **vars(run_plan.options),
         ) as enabled,
     ):
         together = Together(enabled, prepared.tokenizer, job.sampling, job.max_new_tokens, on_text, on_done, on_note)
