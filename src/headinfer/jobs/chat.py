@@ -326,9 +326,8 @@ class Chat:
     def _can_go_back(self, tokens: int) -> bool:
         """Return whether the cache can be cut to the first tokens of the conversation, or fewer of them."""
         wanted = self._first.shape[1] + tokens
-        is_held = self._cache.get_seq_length() <= wanted or can_remove(
-            self._cache, self._cache.get_seq_length() - wanted
-        )
+        surplus = self._cache.get_seq_length() - wanted
+        is_held = surplus <= 0 or can_remove(self._cache, surplus)
         return is_held or any(at <= wanted for at, _ in self._checkpoints)
 
     def _go_back(self, tokens: int) -> None:
