@@ -142,7 +142,7 @@ def test_a_message_names_the_option_of_the_command_line(arguments, message, refu
     "arguments",
     [
         ("generate", MODEL, "--seed", "1", "--seed", "2"),
-        ("generate", MODEL, "--prompt", "a", "--prompt", "b"),
+        ("generate", MODEL, "--guesses", "1", "--guesses", "2"),
         ("read", MODEL, "--file", "a", "--session", "s", "--session", "t"),
         ("ask", "x", "--session", "s", "--session", "t"),
         ("eval", "niah", MODEL, "--lead", "--no-lead"),

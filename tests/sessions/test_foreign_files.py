@@ -638,13 +638,13 @@ def test_a_file_created_while_an_evaluation_runs_is_kept(command, tmp_path, monk
     pytest.importorskip("matplotlib")
     from headinfer.evals import reader
 
-    original = reader.Reader.read
+    original = reader.Reader.read_together
 
-    def meanwhile(self, document, method):
+    def meanwhile(self, documents):
         put(tmp_path / "out", name)
-        return original(self, document, method)
+        return original(self, documents)
 
-    monkeypatch.setattr(reader.Reader, "read", meanwhile)
+    monkeypatch.setattr(reader.Reader, "read_together", meanwhile)
     code, out, err = command("eval", "niah", "embedded", "--lengths", "1K", "--depths", "50", "--out", tmp_path / "out")
     assert code == 2
     assert f"{name} is not an earlier result" in err
