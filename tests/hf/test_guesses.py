@@ -11,8 +11,10 @@ from transformers import StoppingCriteria
 import headinfer
 from headinfer import HeadCache
 from headinfer.errors import UnsupportedError, UsageError
+from headinfer.hf.compat import EosTokenCriteria, MaxLengthCriteria
 from headinfer.hf.draws import Draws
 from headinfer.hf.guesses import Ends, GuessCounts, PromptLookup
+from headinfer.hf.models import resolve
 from headinfer.hf.ngrams import KEY_TOKENS, LONGEST_MATCH, NgramIndex
 from headinfer.jobs import generate as generation
 from headinfer.jobs.ask import AskJob, ask, prepare_ask
@@ -126,12 +128,7 @@ def test_right_guesses_make_longer_ones():
 
 
 def test_a_guess_that_ends_the_answer_is_left_out():
-    class Ended(StoppingCriteria):
-        eos_token_id = None
-
-    from headinfer.hf.compat import EosTokenCriteria
-
-    candidates, _ = lookup(None, ends=Ends([EosTokenCriteria(5), Ended()]))
+    candidates, _ = lookup(None, ends=Ends([EosTokenCriteria(5), MaxLengthCriteria(10**9)]))
     text = torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2, 3]])
     assert candidates.get_candidates(text)[0].tolist() == [[1, 2, 3, 4, 5, 6, 1, 2, 3, 4]]
 
@@ -331,8 +328,6 @@ def test_answers_and_sessions_are_those_without_guesses(tmp_path, sampling):
 
 
 def _embedded():
-    from headinfer.hf.models import resolve
-
     return resolve("embedded").load(dtype=torch.float32, device="cpu", seed=0)
 
 

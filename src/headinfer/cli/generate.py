@@ -200,5 +200,7 @@ def _run_together(prepared: Prepared, *, as_json: bool) -> None:
     else:
         rows = [report.summary_row(number, summary) for number, summary in enumerate(summaries, 1)]
         stderr.print(report.columns_table("", ("prompt", *report.ANSWER_COLUMNS), rows))
+        if summaries[-1].guesses_off_reason:
+            say(f"guesses are off: {summaries[-1].guesses_off_reason}")
     if any(summary.interrupted for summary in summaries):
         raise typer.Exit(130)

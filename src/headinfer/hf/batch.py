@@ -356,7 +356,6 @@ class _Decoding:
         step = length - cache.get_seq_length()
         scores: torch.Tensor | None = None
         alive = list(range(len(self._questions)))
-        draws = _Draws(len(alive), ids.device) if generation_config.do_sample else None
         for number in alive:
             self._stream(number, input_ids[number])
         is_first = True
@@ -375,11 +374,11 @@ class _Decoding:
             logits = outputs.logits[:, -1].to(device=ids.device, dtype=torch.float32)
             del outputs
             scores = logits if scores is None else scores.index_copy(0, chosen, logits)
-            processed = logits_processor(ids[:, :length], scores.clone())
-            if draws is not None:
-                ids[chosen, length] = draws(processed.softmax(dim=-1), alive)
+            processed = logits_processor(ids[:, :length], scores.clone())[chosen]
+            if generation_config.do_sample:
+                ids[chosen, length] = torch.multinomial(processed.softmax(dim=-1), num_samples=1)[:, 0]
             else:
-                ids[chosen, length] = processed.argmax(dim=-1)[chosen]
+                ids[chosen, length] = processed.argmax(dim=-1)
             length += 1
             ended = stopping_criteria(ids[:, :length], None).tolist()
             kept = []
@@ -408,43 +407,6 @@ class _Decoding:
         streamer = self._questions[number].streamer
         if streamer is not None:
             streamer.end()
-
-
-class _Draws:
-    """Draws the tokens of each row as if it were alone: with random numbers of its own.
-
-    The rows begin with the state of torch's generator, which moves on as it does with the first row alone.
-
-    Args:
-        rows: the number of rows.
-        device: the device of the probabilities.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self._device = device
-        state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-        self._generators = [torch.Generator(device) for _ in range(rows)]
-        for generator in self._generators:
-            generator.set_state(state)
-
-    def __call__(self, probabilities: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Draw a token of some rows.
-
-        Args:
-            probabilities: of all rows, [N, V].
-            rows: the numbers of the rows to draw for.
-
-        Returns:
-            The tokens [len(rows)].
-        """
-        drawn = [torch.multinomial(probabilities[row], 1, generator=self._generators[row]) for row in rows]
-        if rows[0] == 0:
-            state = self._generators[0].get_state()
-            if self._device.type == "cuda":
-                torch.cuda.set_rng_state(state, self._device)
-            else:
-                torch.set_rng_state(state)
-        return torch.cat(drawn)
 
 
 def _select_rows(model_kwargs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:

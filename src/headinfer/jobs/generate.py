@@ -360,16 +360,18 @@ def run(
             ) as active,
             loaded_draft(prepared.draft, prepared.dtype, prepared.device) as draft,
         ):
-            model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                past_key_values=cache,
-                streamer=streamer,
-                tokenizer=prepared.tokenizer,  # for stop_strings in the model's generation config
-                assistant_model=draft,
-                **sampling,
-            )
-            summary.note_guesses(active)
+            try:
+                model.generate(
+                    input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    past_key_values=cache,
+                    streamer=streamer,
+                    tokenizer=prepared.tokenizer,  # for stop_strings in the model's generation config
+                    assistant_model=draft,
+                    **sampling,
+                )
+            finally:
+                summary.note_guesses(active)
     except KeyboardInterrupt:
         summary.interrupted = True
         streamer.end()

@@ -90,7 +90,7 @@ class Together:
     Attributes:
         enabled: the enabled model.
         tokenizer: its tokenizer.
-        sampling: how tokens are chosen. Its seed is set for each batch.
+        sampling: how tokens are chosen.
         max_new_tokens: tokens of an answer, at most.
         on_text: called with each answer and a newline when it and those before it are complete.
         on_done: called with the number of complete answers whenever one is complete.
@@ -199,7 +199,6 @@ def _ask(job: Together, begun: _Beginning, questions: Sequence[Sequence[int]], a
         )
     for batch in batches:
         answers.begin()
-        torch.manual_seed(job.sampling.seed)
         longest = max(len(question.ids) for _, question in batch)
         sampling = job.sampling.arguments(
             job.tokenizer, prompt_tokens=begun.ids.shape[1] + longest, max_new_tokens=job.max_new_tokens
