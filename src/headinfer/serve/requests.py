@@ -52,6 +52,8 @@ class DocumentState:
             `headinfer read` has not finished, and that only it can finish.
         tokens: tokens that have been read.
         of: tokens of the document; 0 as long as that is unknown.
+        characters: characters of the document's text; 0 as long as that is unknown. The page needs it to draw the
+            document along its length, so the HTTP layer has it in "headinfer" of the file object.
         eta_s: estimated seconds until it is ready; None if it is not being read, or if there is no estimate yet.
         disk_bytes: bytes on disk of the session.
         error: why it failed, in one sentence; empty if it has not.
@@ -64,6 +66,7 @@ class DocumentState:
     status: DocumentStatus
     tokens: int
     of: int
+    characters: int = 0
     eta_s: float | None = None
     disk_bytes: int = 0
     error: str = ""
