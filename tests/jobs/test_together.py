@@ -7,6 +7,7 @@ import pytest
 
 from headinfer.errors import UsageError
 from headinfer.jobs import ask as asking
+from headinfer.jobs.sampling import Sampling
 from headinfer.jobs.together import read_questions
 
 FILLER = "The ship sailed on under a grey sky, and no one on deck said a word. " * 8
@@ -95,6 +96,21 @@ def test_kept_questions_are_asked_one_after_the_other(sessions):
 
     assert job().is_together
     assert not job(keep=True).is_together
+
+
+def test_a_draft_model_for_several_questions_is_refused(run_command, sessions, tmp_path):
+    (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS))
+    session = ("ask", "--session", "book", "--sessions", sessions)
+    for command in (
+        ("generate", "embedded", "--prompt", QUESTIONS[0], "--prompt", QUESTIONS[1]),
+        (*session, *QUESTIONS),
+        (*session, "--questions", tmp_path / "questions.txt"),
+    ):
+        code, out, err = run_command(*command, "--draft", "embedded")
+        assert (code, out) == (2, "")
+        assert "--draft guesses for one question at a time" in err
+    drafted = Sampling(draft="embedded")
+    assert asking.prepare_ask(asking.AskJob("book", sessions, QUESTIONS, keep=True, sampling=drafted)).draft is not None
 
 
 def test_an_interruption_shows_what_was_answered(sessions):

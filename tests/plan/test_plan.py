@@ -26,6 +26,7 @@ from headinfer.plan.footprint import (
     resident_tokens,
     streaming_footprint,
 )
+from headinfer.plan.guesses import best_width, guesses_sentences, least_chance, speedup
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
@@ -625,6 +626,34 @@ def test_field_names_end_with_their_unit():
     from headinfer.plan.roofline import Seconds
 
     assert all(field.name.endswith("_s") or field.name in counts for field in dataclasses.fields(Seconds))
+
+
+def test_a_plan_says_what_guesses_cost_and_when_they_pay():
+    def plan(device, **changes):
+        shape = find_shape("llama-3-8b")
+        return make_plan(Request(shape, find_hardware(device), 64 * 1024, host_bytes=64 * 2**30, **changes))
+
+    on_gpu = plan("rtx4090", keeps_resident=False)
+    assert max(on_gpu.guess_costs) < 1.01, "the link bounds a token and a pass with guesses"
+    shown = on_gpu.as_dict()["guesses"]
+    assert shown["pass_costs"] == list(on_gpu.guess_costs)
+    assert shown["least_chance"] == 0.05
+    assert shown["best"][-1] == {"chance": 1.0, "guesses": 15, "speedup": pytest.approx(16, rel=0.01)}
+    assert "Guesses pay if at least 5% of them are right" in on_gpu.explain()[-1]
+
+    on_cpu = plan("cpu")
+    costs = on_cpu.guess_costs
+    assert list(costs) == sorted(costs)
+    assert costs[15] > 2, "the kernel of the CPU is bound by arithmetic"
+    least = least_chance(costs)
+    assert not best_width(costs, least - 0.01)
+    assert (1 + least) / costs[1] >= 1.05
+    assert f"{costs[15]:.2f} times as long as a new token" in on_cpu.explain()[-2]
+    width = best_width(costs, 0.5)
+    times = f"{speedup(costs, width, 0.5):.2g} times"
+    assert f"If half of them are right, {width} in a pass are best: {times} the tokens" in on_cpu.explain()[-1]
+    assert guesses_sentences([1.0 + width for width in range(16)])[-1].startswith("Guesses do not pay")
+    assert plan("rtx4090", rows=2).as_dict()["guesses"] is None, "a batch is decoded without guesses"
 
 
 def test_candidates_come_in_order_of_their_chunks():

@@ -114,7 +114,8 @@ def _sampling(
         str | None,
         typer.Option(
             "--draft",
-            help="A smaller model of the same family, whose guesses the model verifies. It reads the whole text too.",
+            help="A smaller model of the same family, whose guesses the model verifies. It reads the whole text too. "
+            "It does not serve several questions that are answered together.",
             metavar="MODEL",
             show_default="none",
             rich_help_panel=SAMPLING_PANEL,

@@ -133,7 +133,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     """
     if not job.questions or not all(question.strip() for question in job.questions):
         raise UsageError("the question is empty: write it after the session's name")
-    job.sampling.check()
+    job.sampling.check(is_together=job.is_together)
     if job.max_new_tokens < 1:
         raise UsageError(f"max-new-tokens is {job.max_new_tokens}: it must be a positive number")
     opened = open_session(job)

@@ -254,7 +254,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
         value = getattr(job, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} is {value}: it must be a positive number")
-    job.sampling.check()
+    job.sampling.check(is_together=bool(job.more_prompts))
     prompts = [job.prompt, *job.more_prompts]
     if len(prompts) > 1 and not all(prompt.strip() for prompt in prompts):
         raise UsageError("one of the prompts is empty: leave it out, or write a question")

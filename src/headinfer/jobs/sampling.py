@@ -40,11 +40,14 @@ class Sampling:
     guesses: Guesses = "auto"
     draft: str | None = None
 
-    def check(self) -> None:
+    def check(self, *, is_together: bool = False) -> None:
         """Check what does not depend on the model.
 
+        Args:
+            is_together: whether several questions are answered together.
+
         Raises:
-            UsageError: an option needs another one, or a stop string is empty.
+            UsageError: an option needs another one or excludes it, or a stop string is empty.
         """
         chosen = {"--top-k": self.top_k, "--top-p": self.top_p, "--min-p": self.min_p}
         useless = [name for name, value in chosen.items() if value is not None]
@@ -53,6 +56,11 @@ class Sampling:
             raise UsageError(f"{' and '.join(useless)} {verb} among samples: give --temperature above 0 as well")
         if self.draft is not None and self.guesses != "auto":
             raise UsageError("--draft guesses with a model, and --guesses from the text before: give one of them")
+        if self.draft is not None and is_together:
+            raise UsageError(
+                "--draft guesses for one question at a time, and several questions are answered together: leave it "
+                "out, or ask one question at a time"
+            )
         if "" in self.stop:
             raise UsageError("--stop is empty: give the text that ends an answer")
 

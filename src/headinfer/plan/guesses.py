@@ -19,13 +19,26 @@ from headinfer.errors import UsageError
 from headinfer.plan.tiles import FEW_QUERY_TOKENS
 from headinfer.utils.values import shown
 
-__all__ = ["MOST_GUESSES", "Guesses", "best_width", "guesses_option", "tokens_per_pass"]
+__all__ = [
+    "MOST_GUESSES",
+    "Guesses",
+    "best_width",
+    "guesses_as_dict",
+    "guesses_option",
+    "guesses_sentences",
+    "least_chance",
+    "speedup",
+    "tokens_per_pass",
+]
 
 MOST_GUESSES = FEW_QUERY_TOKENS - 1
 """A decode step verifies at most so many guesses: it has one token more, and more tokens are a prefill chunk."""
 
 Guesses = Literal["auto", "off"] | int
 """The option: "auto", "off", or how many guesses a pass verifies at most."""
+
+_SHOWN_WIDTHS = (1, 2, 4, 8, MOST_GUESSES)
+_SHOWN_CHANCES = {0.5: "half of them", 0.9: "90%"}
 
 _CLEARLY = 1.05  # guesses must be predicted to give 5 % more tokens per second, since the model is not more exact
 
@@ -47,9 +60,70 @@ def best_width(costs: Sequence[float], chance: float) -> int:
         costs: seconds of a pass with 0, 1, 2 ... guesses, in units of those of a pass without guesses.
         chance: how likely a guess is right, if those before it are: 0 to 1.
     """
-    gains = [tokens_per_pass(width, chance) / cost for width, cost in enumerate(costs)]
+    gains = [speedup(costs, width, chance) for width in range(len(costs))]
     width = max(range(len(gains)), key=lambda width: gains[width])
     return width if gains[width] >= _CLEARLY else 0
+
+
+def speedup(costs: Sequence[float], width: int, chance: float) -> float:
+    """Return the tokens per second with so many guesses in each pass, in units of those without guesses.
+
+    Args:
+        costs: seconds of a pass with 0, 1, 2 ... guesses, in units of those of a pass without guesses.
+        width: guesses of a pass.
+        chance: how likely a guess is right, if those before it are: 0 to 1.
+    """
+    return tokens_per_pass(width, chance) / costs[width]
+
+
+def least_chance(costs: Sequence[float]) -> float | None:
+    """Return how likely a guess must be right for guesses to pay, rounded up to 0.01; None if they never pay.
+
+    Args:
+        costs: seconds of a pass with 0, 1, 2 ... guesses, in units of those of a pass without guesses.
+    """
+    return next((percent / 100 for percent in range(1, 101) if best_width(costs, percent / 100)), None)
+
+
+def guesses_sentences(costs: Sequence[float]) -> list[str]:
+    """Return what guesses cost and when they pay, for people.
+
+    Args:
+        costs: seconds of a pass with 0, 1, 2 ... MOST_GUESSES guesses, in units of those of a pass without guesses.
+    """
+    *widths, widest = (str(width) for width in _SHOWN_WIDTHS)
+    *times, longest = (f"{costs[width]:.2f}" for width in _SHOWN_WIDTHS)
+    takes = (
+        f"Guesses: a pass that verifies {', '.join(widths)} or {widest} of them takes {', '.join(times)} or {longest} "
+        "times as long as a new token without guesses."
+    )
+    least = least_chance(costs)
+    if least is None:
+        return [takes, "Guesses do not pay, even if all of them are right."]
+    gains = []
+    for chance, text in _SHOWN_CHANCES.items():
+        width = best_width(costs, chance)
+        if width:
+            gain = f"{speedup(costs, width, chance):.2g} times the tokens per second"
+            gains.append(f"If {text} are right, {width} in a pass are best: {gain}.")
+    return [takes, " ".join([f"Guesses pay if at least {least:.0%} of them are right.", *gains])]
+
+
+def guesses_as_dict(costs: Sequence[float]) -> dict[str, Any]:
+    """Return what guesses cost and when they pay, for JSON.
+
+    Args:
+        costs: seconds of a pass with 0, 1, 2 ... MOST_GUESSES guesses, in units of those of a pass without guesses.
+    """
+    widths = {chance: best_width(costs, chance) for chance in (0.25, 0.5, 0.75, 0.9, 1.0)}
+    return {
+        "pass_costs": list(costs),
+        "least_chance": least_chance(costs),
+        "best": [
+            {"chance": chance, "guesses": width, "speedup": speedup(costs, width, chance)}
+            for chance, width in widths.items()
+        ],
+    }
 
 
 def guesses_option(value: Any, name: str) -> Guesses:

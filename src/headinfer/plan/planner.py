@@ -25,7 +25,7 @@ from headinfer.plan.fit import (
     tiles,
 )
 from headinfer.plan.footprint import Footprint, host_kv_tokens
-from headinfer.plan.guesses import MOST_GUESSES
+from headinfer.plan.guesses import MOST_GUESSES, guesses_as_dict, guesses_sentences
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.operating_points import hiding_chunk_tokens
@@ -103,6 +103,11 @@ class Plan:
             seconds.append(decode_seconds(*self._of_decode(schedule)).total_s)
         return tuple(one / seconds[0] for one in seconds)
 
+    @property
+    def can_guess(self) -> bool:
+        """Whether decode can verify guesses: in one row, and without linear-attention layers."""
+        return self.request.rows == 1 and all(layer.kind != "linear_attention" for layer in self.request.shape.layers)
+
     def _of_decode(self, schedule: Schedule) -> tuple[ModelShape, Hardware, int, Schedule, str, int, int]:
         request = self.request
         dtype = request.dtype
@@ -174,6 +179,8 @@ class Plan:
         )
         lines.append(f"A new token takes {format_seconds(self.decode_cost.total_s)}, {_bound_text(self.decode_cost)}.")
         lines += self._cpu_sentences()
+        if self.can_guess:
+            lines += guesses_sentences(self.guess_costs)
         if memory.disk_kv_bytes:
             lines.append("KV on disk needs --host-kv-budget and --disk-tier: each token reads all of it once.")
         return lines
@@ -234,6 +241,7 @@ class Plan:
             "decode_s_per_token": self.decode_cost.total_s,
             "decode_cost": dataclasses.asdict(self.decode_cost) | {"bound": self.decode_cost.bound},
             **self.cpu_as_dict(),
+            "guesses": guesses_as_dict(self.guess_costs) if self.can_guess else None,
             "why": self.explain(),
         }
 
