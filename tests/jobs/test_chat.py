@@ -43,11 +43,11 @@ QUESTIONS = ("When was it?", "And where?", "Why?")
 READ_AGAIN = "read again, as the template writes them"
 
 
-def saved_model(folder, template, family):
+def saved_model(folder, template, family, seed=0):
     """A random tiny model that writes ASCII, in a folder with a chat template. So each text has one encoding."""
     if family is None:
         source = resolve("random:tiny-llama?layers=2&hidden=64&intermediate=64&heads=4&kv_heads=2")
-        model = source.load(dtype=torch.float32, device="cpu", seed=0)
+        model = source.load(dtype=torch.float32, device="cpu", seed=seed)
     else:
         model = tiny_model(family, vocab_size=len(byte_tokenizer()))
     tokenizer = byte_tokenizer()
@@ -135,6 +135,29 @@ def test_each_answer_is_that_to_the_whole_conversation(folders, tmp_path, templa
             if number and template in ("none", "plain"):  # the question, and the last token of the answer before it
                 assert summary.tokens_in <= len(f"</>\n<user>{question}</>\n<assistant>") + 1
         assert (int(dict(chat.stats())[READ_AGAIN]) > 0) == (template in ("marks the last", "thinks"))
+
+
+@pytest.mark.parametrize("draft", ["itself", "another model"])
+def test_answers_with_a_draft_model_are_those_without(folders, tmp_path, press, draft):
+    folder = folders("plain")
+    guesser = folder if draft == "itself" else saved_model(tmp_path / "draft", TEMPLATES["plain"], None, seed=1)
+    with opened(tmp_path, model=folder, document=DOCUMENT, sampling=Sampling(draft=guesser)) as chat:
+        for question in QUESTIONS:
+            text = whole_text(chat, "plain", question)
+            summary = ask_chat(chat, question)
+            assert summary.token_ids == expected(folder, text)
+            assert summary.guess_counts.guessed > 0
+            assert draft == "another model" or summary.guess_counts.passes < summary.tokens_out
+        assert chat.undo().question == QUESTIONS[-1]
+        text = whole_text(chat, "plain", "Who?")
+        whole = expected(folder, text)
+        press(3)  # the model reads the question, the draft model too, and guesses
+        stopped = ask_chat(chat, "Who?")
+        assert stopped.interrupted
+        assert stopped.token_ids == whole[: stopped.tokens_out]
+        text = whole_text(chat, "plain", "Where?")
+        assert ask_chat(chat, "Where?").token_ids == expected(folder, text)
+        assert chat.said == []
 
 
 def test_a_system_prompt_that_moves_to_the_newest_question_is_announced(folders, tmp_path):
