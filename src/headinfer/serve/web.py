@@ -1,0 +1,74 @@
+"""The web server under the application: uvicorn, with a limit of the time that the head of a request may take."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["web_server"]
+
+HEAD_S = 20.0
+_HEAD_BYTES = 32768
+_CONNECTIONS = 1000
+_GOODBYE_S = 3
+
+
+def web_server(app: FastAPI) -> uvicorn.Server:
+    """Return a server of an application. Its run() takes listening sockets, and ends after Ctrl-C."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=_TimedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=_HEAD_BYTES,
+            limit_concurrency=_CONNECTIONS,
+            timeout_graceful_shutdown=_GOODBYE_S,
+        )
+    )
+
+
+class _TimedProtocol(H11Protocol):
+    """A connection that is closed if the head of a request does not come within `HEAD_S` seconds.
+
+    uvicorn limits the time between requests, but not that of a head that comes byte by byte.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a head."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of a client."""
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._wait_for_head()
+        else:
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
