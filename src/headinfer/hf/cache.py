@@ -69,6 +69,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         adapters: which adapters of peft computed the KV (sessions/weights.py).
         rotary_min_tokens: the option expected_tokens, if the user gave it: models whose rotary frequencies depend on
             the length of the context use those of this length from the first token (rotary.py).
+        chunk_tokens: tokens of a prefill chunk with this cache; None if the model's enable() or a plan chooses them.
         run_plan: the last plan of a generate() or a forward pass with this cache.
         no_plan_for: tokens and rows for which no plan fits the free memory; None if that is unknown.
         is_in_forward: whether a forward pass of an enabled model is running. Only such a pass can add tokens.
@@ -113,6 +114,7 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.saved: Saved | None = None
         self.adapters: tuple[tuple[Any, ...], ...] = ()
         self.rotary_min_tokens = chosen.expected_tokens
+        self.chunk_tokens: int | None = None
         self.run_plan: RunPlan | None = None
         self.no_plan_for: tuple[int, int] | None = None
         self.is_in_forward = False

@@ -102,12 +102,13 @@ class Planning:
 
     def chunk_of(self, cache: HeadCache, tokens: int, rows: int) -> int:
         """Return the tokens of a prefill chunk of a cache that will hold `tokens` tokens in each row."""
+        chosen_tokens = cache.chunk_tokens or self._chunk_tokens
         if cache.shares_rows and cache.get_seq_length():
             planned_tokens = cache.run_plan.chunk_tokens if cache.run_plan is not None else _UNPLANNED_CHUNK_TOKENS
-            chunk = self._chunk_tokens or planned_tokens
+            chunk = chosen_tokens or planned_tokens
             return max(chunk // rows, min(chunk, _LEAST_BATCH_CHUNK_TOKENS))
-        if self._chunk_tokens is not None:
-            return self._chunk_tokens
+        if chosen_tokens is not None:
+            return chosen_tokens
         planned = self.plan_of(cache, tokens, rows)
         return planned.chunk_tokens if planned is not None else _UNPLANNED_CHUNK_TOKENS
 

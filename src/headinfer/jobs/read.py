@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,106 +15,30 @@ import torch
 
 from headinfer.attention import native
 from headinfer.engine.machine import chosen_device
-from headinfer.engine.options import Options, current_names
+from headinfer.engine.options import current_names
 from headinfer.engine.run_plan import RunRequest, plan_run
 from headinfer.errors import SessionError, UsageError
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.compat import PreTrainedModel, last_logits_only
 from headinfer.hf.enable import context_warning, enable
-from headinfer.hf.layers import HeadLayer
 from headinfer.hf.models import ModelSource, resolve
 from headinfer.hf.rotary import RotaryLengths
 from headinfer.jobs.documents import Document, as_document
 from headinfer.jobs.generate import already_warned, chosen_dtype
 from headinfer.jobs.prompts import ChatTexts, chat_texts, document_parts
-from headinfer.jobs.rotary import check_document, check_resumed, held_rotary_tokens
+from headinfer.jobs.reading import PreparedRead, Reading, ReadJob
+from headinfer.jobs.rotary import check_document, check_resumed
 from headinfer.plan.model_shape import ModelShape
-from headinfer.sessions.fingerprint import check_config, check_tokenizer, fingerprint, tokenizer_fingerprint
+from headinfer.sessions.fingerprint import check_config, check_tokenizer, tokenizer_fingerprint
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
 from headinfer.sessions.loader import saved_ids
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
-from headinfer.sessions.prefix import find_prefix, link_prefix
-from headinfer.sessions.writer import SessionWriter
 from headinfer.utils.files import check_folder
 from headinfer.utils.values import shown
 
 __all__ = ["PreparedRead", "ReadJob", "ReadResult", "prepare_read", "read"]
 
 OnForward = Callable[[HeadCache], None]
-
-
-@dataclass(frozen=True)
-class ReadJob:
-    """A document to read into a session.
-
-    Attributes:
-        model: a local folder, a hub name, `embedded`, or random:NAME (hf/models.py).
-        document: the text, or what read_documents() has made of files.
-        name: the name of the session.
-        root: the folder of all sessions.
-        chunk_tokens: tokens of a prefill chunk; None is planned.
-        dtype: auto, float32, bfloat16 or float16.
-        device: auto, cpu, cuda or cuda:N.
-        seed: the seed of random weights.
-        raw: whether the model's chat template is left out.
-        system: the system prompt; empty if there is none.
-        options: Options of the cache; what they leave open is planned.
-    """
-
-    model: str
-    document: str | Document
-    name: str
-    root: Path
-    chunk_tokens: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    raw: bool = False
-    system: str = ""
-    options: Options = field(default_factory=Options)
-
-
-@dataclass(frozen=True)
-class PreparedRead:
-    """A ReadJob that has passed all checks. No weights are loaded.
-
-    Attributes:
-        job: the job.
-        source: the model.
-        folder: the folder of the session.
-        document: the document, as it is laid out in this session.
-        input_ids: its tokens [1, T], int64.
-        piece_tokens: the tokens of each piece of the document.
-        dtype: the dtype of weights and KV.
-        device: the device that computes.
-        arithmetic: Options of the cache and chunk_tokens, which fix the results; for the manifest.
-        about: facts about the document, for the manifest.
-        shape: the shape of the model.
-        done: tokens that the session holds already.
-        generation: the checkpoint that holds them; 0 if there is none.
-        warnings: what the user should know before the run.
-    """
-
-    job: ReadJob
-    source: ModelSource
-    folder: Path
-    document: Document
-    input_ids: torch.Tensor
-    piece_tokens: list[int]
-    dtype: torch.dtype
-    device: str
-    arithmetic: dict[str, Any]
-    about: dict[str, Any]
-    shape: ModelShape
-    done: int
-    generation: int
-    warnings: list[str]
-
-    def names_after(self, tokens: int) -> str:
-        """Return the names of the files whose text follows the first `tokens` tokens, for people."""
-        ends = list(accumulate(self.piece_tokens))
-        return self.document.names_from(bisect_right(ends, tokens))
 
 
 @dataclass
@@ -143,8 +66,13 @@ class ReadResult:
     interrupted: bool = False
 
 
-def prepare_read(job: ReadJob) -> PreparedRead:
+def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any = None) -> PreparedRead:
     """Check a document against the model, this machine and what the session holds. No weights are loaded.
+
+    Args:
+        job: the job.
+        source: the model, if its weights are in memory already; None resolves the model of the job.
+        tokenizer: its tokenizer; None loads it.
 
     Raises:
         UsageError: an argument is invalid, or differs from what the session was begun with.
@@ -160,9 +88,10 @@ def prepare_read(job: ReadJob) -> PreparedRead:
     if not any(text.strip() for text in as_document(job.document).texts):
         raise UsageError("the document is empty: there is nothing to read")
     device = str(chosen_device(job.device))
-    source = resolve(job.model)
+    is_loaded = source is not None
+    source = source or resolve(job.model)
     dtype = chosen_dtype(job.dtype, source, device)
-    tokenizer = source.tokenizer()
+    tokenizer = tokenizer or source.tokenizer()
     found = Manifest.read(folder) if has_manifest else None
     if found is not None:
         check_config(found.model, source.config, folder)
@@ -189,6 +118,7 @@ def prepare_read(job: ReadJob) -> PreparedRead:
         chunk_tokens=job.chunk_tokens,
         session_root=job.root,
         saved_tokens=done,
+        is_loaded=is_loaded,
         keeps_resident=False,  # the free memory may differ when reading resumes, and the bits must not
     )
     run_plan = plan_run(request)
@@ -383,12 +313,14 @@ def read(
                 check_unchanged(folder, prepared.generation)
                 model = prepared.source.load(dtype=prepared.dtype, device=prepared.device, seed=job.seed)
                 native.unavailable_reason(model.dtype)  # compiles the decode kernel, if it was never done here
-                done = _resume(prepared, model, on_resumed)
-                result.tokens = done
-                result.resumed_at = done
-                start = time.perf_counter()
-                if done < tokens:
-                    _read_rest(prepared, model, done, lock, on_forward)
+                with Reading(prepared, model, lock, on_resumed) as reading:
+                    result.tokens = reading.done
+                    result.resumed_at = reading.done
+                    start = time.perf_counter()
+                    with already_warned(), enable(model), torch.inference_mode():
+                        while not reading.is_done:
+                            reading.step()
+                            on_forward(reading.cache)
         except KeyboardInterrupt:
             result.interrupted = True
     result.seconds = time.perf_counter() - start
@@ -397,49 +329,3 @@ def read(
         result.tokens = manifest.tokens
         result.disk_bytes = manifest.disk_bytes
     return result
-
-
-def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable[[int, str], None]) -> int:
-    """Return the number of tokens that need not be read: of this session, or of another one with the same beginning."""
-    done = prepared.done
-    origin = "of this session"
-    if not done:
-        root = prepared.job.root
-        whole_only = not all(type(layer) is HeadLayer for layer in HeadCache(model.config).layers)
-        lengths = RotaryLengths.from_config(model.config)
-        needed = lengths.normalized(prepared.input_ids.shape[1])
-        found = find_prefix(
-            root,
-            fingerprint(model),
-            prepared.input_ids[0],
-            exclude=prepared.job.name,
-            whole_only=whole_only,
-            is_usable=lambda manifest, folder: held_rotary_tokens(lengths, manifest, folder) == needed,
-        )
-        if found is not None:
-            link_prefix(root, found, prepared.folder, prepared.arithmetic, prepared.about)
-            done = found.tokens
-            origin = f"of the session {found.name}"
-    if done:
-        on_resumed(done, origin)
-    return done
-
-
-def _read_rest(prepared: PreparedRead, model: PreTrainedModel, done: int, lock: Lock, on_forward: OnForward) -> None:
-    """Read the tokens after the first `done` ones, and write a checkpoint after each chunk."""
-    folder = prepared.folder
-    options = {name: value for name, value in prepared.arithmetic.items() if name != "chunk_tokens"}
-    options["host_kv_budget_bytes"] = prepared.job.options.host_kv_budget_bytes
-    options["disk_tier"] = prepared.job.options.disk_tier
-    chunk_tokens = prepared.arithmetic["chunk_tokens"]
-    with SessionWriter(folder, model, prepared.arithmetic, prepared.about, lock) as writer:
-
-        def after_chunk(cache: HeadCache) -> None:
-            writer.checkpoint(cache, prepared.input_ids)
-            on_forward(cache)
-
-        enabled = enable(model, chunk_tokens=chunk_tokens, on_forward=after_chunk)
-        with already_warned(), enabled, torch.inference_mode():
-            cache = HeadCache.load(folder, model, **options) if done else HeadCache(model.config, **options)
-            rest = prepared.input_ids[:, done:].to(prepared.device)
-            model(input_ids=rest, past_key_values=cache, use_cache=True, **last_logits_only(model))
