@@ -41,6 +41,17 @@ def test_progress_of_a_resumed_read_begins_at_what_is_there(clock, known_before)
     assert task.completed == pytest.approx(shape.prefill_flops(9000), rel=1e-6)
 
 
+def test_chunks_that_take_long_have_a_remaining_time(clock):
+    progress = report.GenerationProgress(find_shape("llama-3-8b"), 12_000, 0, show_decode=False)
+    progress._progress.get_time = lambda: clock.seconds
+    (task,) = progress._progress.tasks
+    task._get_time = progress._progress.get_time
+    for tokens in (4000, 8000):
+        clock.seconds += 100
+        progress.on_forward(cache_of(tokens))
+    assert 100 < task.time_remaining < 130
+
+
 def test_read_tells_the_progress_where_it_resumes(tmp_path, monkeypatch, capsys):
     model = "random:tiny-llama?layers=1&hidden=64&intermediate=64&heads=4&kv_heads=2"
     book = tmp_path / "book.txt"

@@ -1,9 +1,12 @@
 """The command `headinfer chat`. Each answer is compared with that to the whole conversation as a template writes it."""
 
 import io
+import json
+import shutil
 import signal
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -341,6 +344,26 @@ class Script:
         self.shown += [name for name, _ in rows]
 
 
+def test_a_document_beyond_the_context_of_the_model_gets_one_line(folders, tmp_path, run_command, monkeypatch):
+    folder = Path(shutil.copytree(folders("plain"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    (tmp_path / "book.txt").write_text(DOCUMENT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("When?\n"))
+    command = ("chat", folder, "--file", tmp_path / "book.txt", "--device", "cpu", "--max-new-tokens", 4)
+    code, _, err = run_command(*command)
+    assert code == 0
+    assert err.count("exceed the 100 that this model was made for") == 1
+
+
+def test_ctrl_c_while_the_document_is_read_ends_the_command(folders, tmp_path, run_command, press):
+    (tmp_path / "book.txt").write_text(DOCUMENT)
+    press(1)
+    code, out, err = run_command("chat", folders("plain"), "--file", tmp_path / "book.txt", "--device", "cpu")
+    assert (code, out) == (130, "")
+    assert err.endswith("headinfer: interrupted\n")
+
+
 def test_commands_errors_and_ctrl_c_at_the_prompt(folders, tmp_path, press):
     pressed = KeyboardInterrupt()
     lines = ["/save", "/undo", "When?", "", "/nope", "/save mine", "/undo", "/stats", "/help"]
@@ -355,7 +378,7 @@ def test_commands_errors_and_ctrl_c_at_the_prompt(folders, tmp_path, press):
         assert f"the conversation is kept in {tmp_path / 'mine'}" in script.said
         assert "removed: When?" in script.said
         assert script.said.count("press Ctrl-C again to leave, or Ctrl-D") == 2
-        assert {"turns", "/undo"} <= set(script.shown)
+        assert {"turns", "/undo", "its guesses", "KV in the files of the session"} <= set(script.shown)
         assert script.written.count("\n") == 2
         assert "not kept" in script.said[-1]
         press(3)

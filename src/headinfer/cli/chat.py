@@ -126,7 +126,8 @@ def chat(
             reading.close()
             turns = opened.conversation.turns
             if turns:
-                say(f"the conversation goes on; the last of {len(turns)} questions: {turns[-1].question}")
+                which = f"the last of {len(turns)} questions" if len(turns) > 1 else "its only question so far"
+                say(f"the conversation goes on; {which}: {turns[-1].question}")
             terminal = _Terminal([turn.question for turn in turns])
             was_interrupted = talk(opened, terminal)
     if was_interrupted:

@@ -113,13 +113,12 @@ def _run() -> int | str | None:
                 redirected.enter_context(redirect_stderr(io.StringIO()))
             app()
     except SystemExit as ended:
+        stopped = ended.__context__  # typer turns Ctrl-C into an Exit, and that into SystemExit
+        if is_first and stopped is not None and isinstance(stopped.__cause__, KeyboardInterrupt):
+            say("headinfer: interrupted")
         return ended.code
     except HeadinferError as raised:
         error(str(raised), origin)
-    except KeyboardInterrupt:
-        if is_first:
-            say("headinfer: interrupted")
-        return 130
     except (MemoryError, ImportError, OSError, RuntimeError) as raised:
         if not is_out_of_memory(raised):
             raise

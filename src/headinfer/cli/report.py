@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+# Rich tells the remaining time from what was done in the last 30 seconds, in which there may be no chunk.
+_RATE_PERIOD_S = 3600.0
+
+
 def _new_progress() -> Progress:
     """Return a progress display on stderr. Its tasks have a field `shown`, the text beside the bar."""
     return Progress(
@@ -45,6 +49,7 @@ def _new_progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=stderr,
+        speed_estimate_period=_RATE_PERIOD_S,
     )
 
 

@@ -20,6 +20,7 @@ from headinfer.jobs.documents import Document
 from headinfer.jobs.generate import Summary
 from headinfer.jobs.sampling import Sampling
 from headinfer.sessions.folder import Lock, session_folder
+from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.writer import SessionWriter, undo
 from headinfer.utils.units import format_bytes
 
@@ -276,6 +277,8 @@ class Chat:
         ]
         if stats.disk_kv_bytes:
             rows.append(("KV on the disk", format_bytes(stats.disk_kv_bytes)))
+        if self._folder is not None:
+            rows.append(("KV in the files of the session", format_bytes(Manifest.read(self._folder).nbytes)))
         last = self.last
         if last is not None:
             rows += [
@@ -286,6 +289,8 @@ class Chat:
                 rows.append(("time to its first token", f"{last.first_token_s:.2f} s"))
             if last.decode_tokens_per_s is not None:
                 rows.append(("its tokens/s after the first", f"{last.decode_tokens_per_s:.2f}"))
+            if last.guesses_text:
+                rows.append(("its guesses", last.guesses_text))
         return rows
 
     def _prompt(self, question: str) -> Prompt:

@@ -24,7 +24,7 @@ from headinfer.jobs.ask import AskJob, OpenedSession, loaded, open_session
 from headinfer.jobs.chat import Beginning, Chat, ChatJob
 from headinfer.jobs.conversation import Conversation, Turn
 from headinfer.jobs.draft import loaded_draft
-from headinfer.jobs.generate import Job, Prepared, prepare
+from headinfer.jobs.generate import Job, Prepared, already_warned, prepare
 from headinfer.jobs.prompts import chat_texts, document_ids
 from headinfer.jobs.rotary import check_document
 from headinfer.plan.model_shape import ModelShape
@@ -193,7 +193,8 @@ def open_chat(
         cache = enabled.new_cache()
         ids = torch.tensor([prepared.document_ids], dtype=torch.long)
         if ids.shape[1]:
-            model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, **last_logits_only(model))
+            with already_warned():
+                model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, **last_logits_only(model))
         arithmetic = cache.engine.options.arithmetic()
         about = _about(prepared, origin)
         beginning = Beginning(
