@@ -14,7 +14,7 @@ from headinfer.serve.web import web_server
 def live_server(service, access: Access | None = None) -> Iterator[str]:
     """Serve a service; yield the address of the server."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = web_server(build_app(service, access or Access()))
+    server = web_server(build_app(service, access or Access()), service.close)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

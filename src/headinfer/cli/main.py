@@ -25,6 +25,7 @@ from headinfer.cli.options import Command, LightCommand
 from headinfer.cli.plan import plan
 from headinfer.cli.probe import probe
 from headinfer.cli.read import read
+from headinfer.cli.serve import serve
 from headinfer.cli.streams import BROKEN_PIPE, KeptOutput, open_missing_streams
 from headinfer.errors import HeadinferError, UsageError, is_out_of_memory
 
@@ -45,7 +46,7 @@ app = typer.Typer(
     "--check-plan); 2 a mistake or a missing resource, with one sentence on stderr; 130 Ctrl-C; 141 the reader of the "
     "output has ended.",
 )
-for command in (generate, read, ask, chat, plan, probe, info, demo, bench):
+for command in (generate, read, ask, chat, serve, plan, probe, info, demo, bench):
     app.command(cls=LightCommand if command is plan else Command)(command)
 app.add_typer(sessions.app, name="session")
 app.add_typer(evaluations.app, name="eval")

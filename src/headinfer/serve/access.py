@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -20,10 +19,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headinfer.serve.http_errors import HttpError, error_response
 
-__all__ = ["Access", "BodyLimits", "HostCheck", "KeyCheck", "client_name", "is_loopback", "keys_of"]
+__all__ = ["Access", "HostCheck", "KeyCheck", "Limits", "client_name"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 WILDCARDS = ("0.0.0.0", "::")
+_HEAD_BYTES = 32768
 _FILES = "/v1/files"
 _DEFAULT_PORTS = (":80", ":443")
 _CLOSE = {"Connection": "close"}
@@ -66,13 +66,6 @@ class Access:
         """Return whether a text is one of the keys. The time that it takes tells nothing about the keys."""
         digest = _digest(given)
         return sum(hmac.compare_digest(digest, _digest(key)) for key in self.keys) > 0
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address or a name is that of this machine only, without asking a name server."""
-    if host.lower() == "localhost":
-        return True
-    return _is_address(host) and ipaddress.ip_address(host).is_loopback
 
 
 def client_name(scope: Scope) -> str:
@@ -197,8 +190,8 @@ def _is_public(path: str) -> bool:
     return path in ("/", "/health") or path.startswith("/page/")
 
 
-class BodyLimits:
-    """Ends requests whose body is too large or comes too slowly, and answers that their client does not accept.
+class Limits:
+    """Ends requests that are too large or come too slowly, and answers that their client does not accept.
 
     Args:
         app: the application.
@@ -213,6 +206,11 @@ class BodyLimits:
         """Serve a request. Reading its body raises HttpError 413 or 408."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > _HEAD_BYTES:
+            await error_response(HttpError(431, "the head of the request is too large: send less", headers=_CLOSE))(
+                scope, receive, send
+            )
             return
         limit = self._access.file_bytes if scope["path"] == _FILES else self._access.body_bytes
         length = Headers(scope=scope).get("content-length", "0")
@@ -277,8 +275,3 @@ def _patient(send: Send, stall_s: float) -> Send:
             raise OSError("the client does not read its answer") from None
 
     return sends
-
-
-def keys_of(lines: Iterable[str]) -> tuple[str, ...]:
-    """Return the keys in the lines of a file: one in each line that is not empty."""
-    return tuple(line.strip() for line in lines if line.strip())

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headinfer.errors import HeadinferError
-from headinfer.serve.access import Access, BodyLimits, HostCheck, KeyCheck
+from headinfer.serve.access import Access, HostCheck, KeyCheck, Limits
 from headinfer.serve.chat import chat_routes
 from headinfer.serve.common import check_model, now
 from headinfer.serve.completions import completion_routes
@@ -58,7 +58,7 @@ def build_app(service: Service, access: Access) -> FastAPI:
     _add_small_routes(app, service)
     app.mount("/page", StaticFiles(directory=_PAGE, check_dir=False))
     _add_error_handlers(app, service.settings.root)
-    for middleware in (KeyCheck, HostCheck, BodyLimits):  # the last one is the outermost
+    for middleware in (KeyCheck, HostCheck, Limits):  # the last one is the outermost
         app.add_middleware(middleware, access=access)
     app.add_middleware(_SafetyHeaders)
     return app
