@@ -1,14 +1,17 @@
 """The command line: exit codes, stdout and stderr of whole commands."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from own_process import HANG_S
 
 from headinfer.attention import native, native_build
@@ -31,6 +34,14 @@ def book(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "book.txt"
     path.write_text("It was a bright cold day in April.\n" * 60, encoding="utf-8")
     return path
+
+
+def test_warnings_of_libraries_are_not_shown():
+    from headinfer.cli import main as cli
+
+    assert cli.app
+    levels = [of._get_default_logging_level() for of in (transformers.utils.logging, huggingface_hub.utils.logging)]
+    assert levels == [logging.ERROR, logging.ERROR]
 
 
 def test_generate_prints_text_and_a_summary(book):

@@ -32,9 +32,10 @@ from headinfer.errors import HeadinferError, UsageError, is_out_of_memory
 __all__ = ["app", "main"]
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-# Libraries whose warnings repeat or contradict headinfer's own.
-_QUIET_LIBRARIES = ("transformers", "huggingface_hub", "torchao", "torch.utils._pytree")
+# Libraries whose warnings repeat or contradict headinfer's own. The first two set their levels when they are imported.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+_QUIET_LIBRARIES = ("torchao", "torch.utils._pytree")
 
 app = typer.Typer(
     no_args_is_help=True,
