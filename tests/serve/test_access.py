@@ -5,10 +5,9 @@ import json
 import socket
 import time
 
-import httpx2
 import openai
 import pytest
-from live_server import live_server
+from live_server import BROWSER, live_server
 from scripted_service import ScriptedService
 
 from headinfer.serve import access as rules
@@ -17,7 +16,6 @@ from headinfer.serve.access import Access
 
 KEY = "0123456789abcdef"
 OTHER = "fedcba9876543210"
-BROWSER = httpx2.Client(verify=False)
 BODY = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
 
 

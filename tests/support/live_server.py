@@ -1,13 +1,20 @@
 """A real server in a thread of this process, at a free port of the loopback address."""
 
+import atexit
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx2
+
 from headinfer.serve.access import Access
 from headinfer.serve.app import build_app
 from headinfer.serve.web import web_server
+
+BROWSER = httpx2.Client(verify=False, limits=httpx2.Limits(max_connections=200))
+"""A client of HTTP. Making one takes long, since certificates are loaded unless verify=False."""
+atexit.register(BROWSER.close)
 
 
 @contextmanager

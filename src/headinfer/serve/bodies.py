@@ -37,6 +37,7 @@ _NEEDED = {
     "less_than_equal": "at most {le}",
     "list_type": "a list",
     "literal_error": "{expected}",
+    "model_attributes_type": "an object",
     "model_type": "an object",
     "none_required": "null",
     "string_too_long": "of at most {max_length} characters",
@@ -165,7 +166,7 @@ def _mistake(body: Any, details: Sequence[ErrorDetails]) -> HttpError:
     Of the alternatives of a field, the one that fits best counts: that whose mistake is deepest.
     """
     named = [(_path(body, one), one) for one in details]
-    path, detail = max(named, key=lambda pair: pair[0].count(".") + pair[0].count("["))
+    path, detail = max(named, key=lambda pair: (pair[0].count(".") + pair[0].count("["), _rank(pair[1])))
     if not path:
         return HttpError(400, "the request is no JSON object: send one")
     kind = detail["type"]
@@ -178,11 +179,17 @@ def _mistake(body: Any, details: Sequence[ErrorDetails]) -> HttpError:
     elif kind == "value_error":
         message = str(detail["ctx"]["error"])
     else:
-        needed = dict.fromkeys(_needed(one) for other, one in named if other == path)
+        alternatives = [one for other, one in named if other == path and _rank(one) == _rank(detail)]
+        needed = dict.fromkeys(_needed(one) for one in alternatives)
         value = detail["ctx"]["tag"] if kind == "union_tag_invalid" else detail["input"]
         what = f"{path} is {shown(value)}" if kind != "too_long" else path
         message = f"{what}: it must be {' or '.join(needed)}"
     return HttpError(400, message, param=path)
+
+
+def _rank(detail: ErrorDetails) -> int:
+    """Return how much a mistake tells: a wrong value most, then a wrong type, then a field that is missing."""
+    return 0 if detail["type"] == "missing" else 1 if detail["type"].endswith("_type") else 2
 
 
 def _needed(detail: ErrorDetails) -> str:

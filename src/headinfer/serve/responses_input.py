@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from headinfer.serve.bodies import Body, FunctionTool, GenerationBody, StreamOptions
 from headinfer.serve.chat import template_call
@@ -81,7 +81,18 @@ class InputReasoning(Body):
     status: str | None = None
 
 
-InputItem = InputMessage | InputCall | InputCallOutput | InputReasoning
+def _type_of(item: Any) -> Any:
+    """Return the type of an item, which messages need not have."""
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(_type_of),
+]
 
 
 class ResponseTool(FunctionTool):
