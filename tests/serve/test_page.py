@@ -1,16 +1,20 @@
 """The page in a real Chromium: documents, questions, passages, the keyboard, small screens, and hostile texts.
 
-Most tests use a small server with canned answers, so that a test can say what the server answers. No test depends on
-how long something takes: each waits for what it expects.
+Most tests use the server over a scripted service, so that a test can say what is answered. No test depends on how long
+something takes: each waits for what it expects.
 """
 
 import json
 import re
 import shutil
-import threading
 
 import pytest
-from fake_server import FakeServer, Script
+from live_server import live_server
+from page_service import PageService, passage
+
+from headinfer.errors import UsageError
+from headinfer.serve.access import Access
+from headinfer.serve.events import Prefill
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 WORDS = "It was the best of times, it was the worst of times, it was the age of wisdom. "
@@ -24,11 +28,11 @@ pytestmark = pytest.mark.browser
 
 def passages(text):
     at = text.find(FACT)
-    found = [(max(0, at), at + len(FACT), 0.62), (0, 79, 0.2), (len(text) - 100, len(text), 0.004)]
-    return [
-        {"start": start, "stop": stop, "share": share, "text": text[start:stop], "file": "", "file_start": start}
-        for start, stop, share in found
-    ]
+    return (
+        passage(text, at, at + len(FACT), 0.62),
+        passage(text, 0, 79, 0.2),
+        passage(text, len(text) - 100, len(text), 0.004),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,8 @@ class Pages:
         return page
 
     def close(self):
-        for context in self.contexts:
-            context.close()
+        while self.contexts:
+            self.contexts.pop().close()
 
 
 @pytest.fixture
@@ -73,10 +77,20 @@ def pages(browser):
     assert pages.problems == []
 
 
+@pytest.fixture(scope="module")
+def served():
+    service = PageService()
+    with live_server(service) as address:
+        service.url = f"{address}/"
+        yield service
+
+
 @pytest.fixture
-def server():
-    with FakeServer(Script(passages=passages)) as server:
-        yield server
+def server(served):
+    """The scripted service behind a server, with no documents."""
+    served.reset()
+    served.passages = passages
+    return served
 
 
 def drop(page, name, text):
@@ -101,6 +115,11 @@ def ask(page, question=QUESTION):
     page.keyboard.press("Enter")
 
 
+def contents(server):
+    """The messages of the last question."""
+    return [message["content"] for message in server.asked[-1].messages]
+
+
 def row(page, state):
     return page.locator(f".row[data-state={state}]")
 
@@ -121,15 +140,9 @@ def test_drop_read_ask_see_the_passage_reload_and_delete(pages, server):
     page.locator(".source").first.wait_for()
     assert page.locator(".answer").inner_text() == "The magic number is 60732."
     assert "8,201 of 8,234 prompt tokens were read before" in page.locator(".turn-facts").inner_text()
-    name = next(iter(server.documents))
-    assert server.asked[-1] == {
-        "model": "embedded",
-        "messages": [{"role": "user", "content": QUESTION}],
-        "metadata": {"session": name},
-        "where": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    assert server.asked[-1].session in server.stored
+    assert server.asked[-1].where
+    assert contents(server) == [QUESTION]
 
     assert page.locator(".passage-share").all_inner_texts() == ["62 %", "20 %", "< 1 %"]
     strip = page.locator("#strip").bounding_box()
@@ -148,7 +161,7 @@ def test_drop_read_ask_see_the_passage_reload_and_delete(pages, server):
 
     ask(page, "And again?")
     page.locator(".turn:nth-child(2) .source").first.wait_for()
-    assert [message["role"] for message in server.asked[-1]["messages"]] == ["user", "assistant", "user"]
+    assert contents(server) == [QUESTION, "The magic number is 60732.", "And again?"]
 
     page.reload()
     page.locator(".turn:nth-child(2) .source").first.wait_for()
@@ -159,16 +172,16 @@ def test_drop_read_ask_see_the_passage_reload_and_delete(pages, server):
 
     page.get_by_role("button", name="Delete book.txt").click()
     page.get_by_role("button", name="Cancel").click()
-    assert server.documents
+    assert server.stored
     page.get_by_role("button", name="Delete book.txt").click()
     page.get_by_role("button", name="Delete", exact=True).click()
     page.get_by_text("Drop a document here").wait_for()
-    assert not server.documents
+    assert not server.stored
     assert page.evaluate("Object.keys(localStorage).filter(key => key.includes('history'))") == []
 
 
 def test_everything_with_the_keyboard(pages, server):
-    server.add("book.txt", TEXT, step=2)
+    server.add("book.txt", TEXT)
     page = pages.open(server.url)
     page.get_by_role("radio", name="book.txt").wait_for()
 
@@ -205,7 +218,7 @@ def test_everything_with_the_keyboard(pages, server):
     page.keyboard.type("lines?")
     page.keyboard.press("Enter")
     page.locator(".source").first.wait_for()
-    assert server.asked[-1]["messages"][-1]["content"] == "Two\nlines?"
+    assert contents(server) == ["Two\nlines?"]
     tab_to("Send earlier")
     tab_to("Ask")
     tab_to("Passage 1")
@@ -229,13 +242,13 @@ def test_everything_with_the_keyboard(pages, server):
     page.keyboard.press("Enter")
     page.get_by_text("Drop a document here").wait_for()
     page.wait_for_function("document.activeElement.type === 'radio'")
-    assert not server.documents
+    assert not server.stored
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_screen_in_both_schemes(pages, server, scheme):
-    server.add("a-very-long-file-name-without-any-space-in-it-" * 4 + ".txt", TEXT, step=2)
-    server.add("failed.pdf", "x", error="The file is no PDF: give another one.")
+    server.add("a-very-long-file-name-without-any-space-in-it-" * 4 + ".txt", TEXT)
+    server.add("failed.pdf", "x", status="failed", error="The file is no PDF: give another one.")
     page = pages.open(
         server.url, viewport={"width": 375, "height": 700}, color_scheme=scheme, reduced_motion="reduce", has_touch=True
     )
@@ -266,12 +279,9 @@ def test_a_narrow_screen_in_both_schemes(pages, server, scheme):
 
 def test_texts_are_never_markup(pages, server):
     text = HOSTILE + TEXT
-    server.script.answer = (HOSTILE, " is the answer")
-    server.script.passages = lambda text: [
-        {"start": 0, "stop": len(HOSTILE), "share": 1.0, "text": HOSTILE, "file": HOSTILE, "file_start": 0}
-    ]
-    server.script.state = {"model": HOSTILE}
-    server.add("failed.txt", "x", error=HOSTILE)
+    server.answer = (HOSTILE, " is the answer")
+    server.passages = lambda text: (passage(text, 0, len(HOSTILE), 1.0, HOSTILE),)
+    server.add("failed.txt", "x", status="failed", error=HOSTILE)
     page = pages.open(server.url)
     drop(page, HOSTILE.replace("/", "-"), text)
     row(page, "ready").wait_for()
@@ -283,7 +293,8 @@ def test_texts_are_never_markup(pages, server):
     assert page.locator(".reader mark").inner_text() == HOSTILE
     assert HOSTILE in page.locator(".passage-place").inner_text()
     assert HOSTILE in row(page, "failed").inner_text()
-    assert HOSTILE in page.locator("#model").inner_text()
+    server.figures = {"model": HOSTILE}
+    page.locator("#model", has_text=HOSTILE).wait_for()
     page.reload()
     page.locator(".source").first.wait_for()
     assert page.locator(".answer").inner_text() == HOSTILE + " is the answer"
@@ -293,44 +304,43 @@ def test_texts_are_never_markup(pages, server):
 
 
 def test_progress_while_reading_and_stop(pages, server):
-    server.add("book.txt", TEXT, step=2)
-    server.script.prefill = ({"tokens": 34000, "of": 120000, "eta_s": 80.0},)
-    server.script.hold = threading.Event()
-    try:
-        page = pages.open(server.url)
-        page.get_by_role("radio", name="book.txt").check(force=True)
-        ask(page)
-        page.get_by_text("Reading 34,000 of 120,000 tokens · about 1 min 20 s left").wait_for()
-        assert page.locator("#announce").inner_text() == "25 % has been read · about 1 min 20 s left"
-        assert page.locator(".turn").get_attribute("aria-busy") == "true"
-        page.get_by_role("radio", name="No document").check(force=True)  # the answer goes on
-        assert page.locator(".turn").count() == 0
-        page.get_by_role("radio", name="book.txt").check(force=True)
-        page.get_by_role("button", name="Stop").click()
-        page.get_by_text("Stopped.").wait_for()
-        assert page.get_by_role("button", name="Ask").is_visible()
-        assert page.locator(".turn").get_attribute("aria-busy") is None
-        assert page.evaluate("document.activeElement.id") == "question"
-    finally:
-        server.script.hold.set()
+    server.add("book.txt", TEXT)
+    server.prefill = (Prefill(34000, 120000, 80.0),)
+    server.may_answer.clear()
+    page = pages.open(server.url)
+    page.get_by_role("radio", name="book.txt").check(force=True)
+    ask(page)
+    page.get_by_text("Reading 34,000 of 120,000 tokens · about 1 min 20 s left").wait_for()
+    assert page.locator("#announce").inner_text() == "25 % has been read · about 1 min 20 s left"
+    assert page.locator(".turn").get_attribute("aria-busy") == "true"
+    page.get_by_role("radio", name="No document").check(force=True)  # the answer goes on
+    assert page.locator(".turn").count() == 0
+    page.get_by_role("radio", name="book.txt").check(force=True)
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped.").wait_for()
+    assert page.get_by_role("button", name="Ask").is_visible()
+    assert page.locator(".turn").get_attribute("aria-busy") is None
+    assert page.evaluate("document.activeElement.id") == "question"
+    assert server.works[-1].cancelled.wait(30)  # the server has noticed that nobody listens
 
 
 def test_a_key_is_asked_for_and_kept_only_in_this_tab(pages, server):
-    server.script.key = "a secret"
-    server.add("book.txt", TEXT, step=2)
-    page = pages.open(server.url)
-    page.get_by_label("Key", exact=True).fill("wrong")
-    page.keyboard.press("Enter")
-    page.get_by_text("The server refused this key.").wait_for()
-    page.get_by_label("Key", exact=True).fill("a secret")
-    page.keyboard.press("Enter")
-    page.get_by_role("radio", name="book.txt").wait_for()
-    assert page.locator("dialog[open]").count() == 0
-    drop(page, "other.txt", TEXT)
-    page.get_by_role("radio", name="other.txt").wait_for()
-    page.reload()
-    page.get_by_role("radio", name="other.txt").wait_for()
-    kept = page.evaluate("[JSON.stringify(localStorage), JSON.stringify(sessionStorage)]")
+    server.add("book.txt", TEXT)
+    with live_server(server, Access(keys=("a secret",))) as address:
+        page = pages.open(f"{address}/")
+        page.get_by_label("Key", exact=True).fill("wrong")
+        page.keyboard.press("Enter")
+        page.get_by_text("The server refused this key.").wait_for()
+        page.get_by_label("Key", exact=True).fill("a secret")
+        page.keyboard.press("Enter")
+        page.get_by_role("radio", name="book.txt").wait_for()
+        assert page.locator("dialog[open]").count() == 0
+        drop(page, "other.txt", TEXT)
+        page.get_by_role("radio", name="other.txt").wait_for()
+        page.reload()
+        page.get_by_role("radio", name="other.txt").wait_for()
+        kept = page.evaluate("[JSON.stringify(localStorage), JSON.stringify(sessionStorage)]")
+        pages.close()
     assert "a secret" not in kept[0]
     assert json.loads(kept[1]) == {"headinfer.key": "a secret"}
     assert len(pages.problems) == 2  # the browser notes both answers of 401
@@ -339,17 +349,17 @@ def test_a_key_is_asked_for_and_kept_only_in_this_tab(pages, server):
 
 
 def test_errors_are_shown_as_the_servers_sentence(pages, server):
-    server.script.error = (
-        "The prompt has 3,000,000 tokens, but this model reads 1,048,576: ask about a shorter document."
+    server.error = UsageError(
+        "the prompt has 3,000,000 tokens, but this model reads 1,048,576: ask about a shorter text"
     )
     page = pages.open(server.url)
     page.get_by_text("Drop a document here").wait_for()
     ask(page, "Why?")
-    page.get_by_text(server.script.error).wait_for()
-    assert "session" not in json.dumps(server.asked[-1])
-    server.script.error = ""
+    page.get_by_text(str(server.error)).wait_for()
+    assert server.asked[-1].session is None
+    server.error = None
     ask(page, "Why not?")
     page.get_by_text("The magic number is 60732.").wait_for()
-    assert [message["content"] for message in server.asked[-1]["messages"]] == ["Why not?"]
+    assert contents(server) == ["Why not?"]
     assert all("400" in problem for problem in pages.problems)
     pages.problems.clear()

@@ -7,8 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from scripted_service import ScriptedService
+from starlette.routing import Match
 
 import headinfer
+from headinfer.serve.access import Access
+from headinfer.serve.app import build_app
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path(headinfer.__file__).parent / "serve" / "page"
@@ -72,6 +76,22 @@ def test_all_files_that_the_page_loads_exist_and_all_are_loaded():
     for name in SCRIPTS:
         named |= set(re.findall(r'from "\./([\w.]+)"', FILES[name]))
     assert named | {"index.html"} == set(FILES)
+
+
+def test_all_addresses_that_the_page_asks_for_exist():
+    """Calls in api.js: json(path, {method: ...}), request(path, ...) and exchange.open(method, path)."""
+    text = FILES["api.js"]
+    text = text.replace("${encodeURIComponent(name)}", "NAME").replace("${file(name)}", "/v1/files/NAME")
+    text = text.replace("file(name)", "`/v1/files/NAME`").replace("${range}", "?start=0&stop=9")
+    calls = re.findall(r"""(?:json|request)\(\s*["`](/v1/[^"`]*)["`](?:,\s*\{\s*method: "(\w+)")?""", text)
+    calls += [(path, method) for method, path in re.findall(r"""open\("(\w+)", "([^"]*)"\)""", text)]
+    assert len(calls) == 7
+    assert {path for path, _ in calls} == set(re.findall(r"/v1/[\w/?=&]+", text))
+    assert not [name for name in SCRIPTS if name != "api.js" and re.search(r"/v1/|fetch\(|XMLHttp", FILES[name])]
+    routes = build_app(ScriptedService(), Access()).router.routes
+    for path, method in calls:
+        scope = {"type": "http", "path": path.split("?")[0], "root_path": "", "method": method or "GET"}
+        assert Match.FULL in [route.matches(scope)[0] for route in routes], (method, path)
 
 
 def test_all_elements_that_are_named_exist_once():

@@ -33,6 +33,7 @@ __all__ = ["build_app"]
 
 _PAGE = Path(__file__).parent / "page"
 _HEADERS = {
+    "Cache-Control": "no-cache",  # a browser asks whether its copy of the page is that of this version
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
@@ -120,7 +121,7 @@ def _of_query(error: RequestValidationError) -> HttpError:
 
 
 class _SafetyHeaders:
-    """Adds headers to every answer that tell browsers to load nothing from elsewhere, and to guess no type.
+    """Adds headers to every answer: browsers load nothing from elsewhere, guess no type, and keep nothing unasked.
 
     Args:
         app: the application.
@@ -136,7 +137,7 @@ class _SafetyHeaders:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
-                    headers[name] = value
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, sends)
