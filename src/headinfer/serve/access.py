@@ -23,7 +23,7 @@ __all__ = ["Access", "HostCheck", "KeyCheck", "Limits", "client_name"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 WILDCARDS = ("0.0.0.0", "::")
-_HEAD_BYTES = 32768
+HEAD_BYTES = 32768
 _FILES = "/v1/files"
 _DEFAULT_PORTS = (":80", ":443")
 _CLOSE = {"Connection": "close"}
@@ -207,7 +207,7 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > _HEAD_BYTES:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > HEAD_BYTES:
             await error_response(HttpError(431, "the head of the request is too large: send less", headers=_CLOSE))(
                 scope, receive, send
             )

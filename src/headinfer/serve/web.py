@@ -12,11 +12,12 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from headinfer.serve.access import HEAD_BYTES
+
 __all__ = ["web_server"]
 
 HEAD_S = 20.0
-_HEAD_BYTES = 32768
-_CONNECTIONS = 1000
+CONNECTIONS = 1000
 _GOODBYE_S = 3
 
 
@@ -36,8 +37,8 @@ def web_server(app: FastAPI, on_end: Callable[[], None]) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            h11_max_incomplete_event_size=_HEAD_BYTES,
-            limit_concurrency=_CONNECTIONS,
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=_GOODBYE_S,
         ),
         on_end,
