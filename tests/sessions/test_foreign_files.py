@@ -834,6 +834,7 @@ CALLS = {
     "cli/plan_plots.py": ["Output", "Output", "savefig"],
     # a temporary file
     "bench/probe.py": ["NamedTemporaryFile"],
+    "serve/files.py": ["NamedTemporaryFile"],
     # a temporary file if standard output fails, and /dev/null
     "cli/streams.py": ["mkstemp", "open for writing", "os.open for writing", "os.open for writing"],
     "sessions/archive.py": ["Output", "open for writing", "os.replace", "remove", "tarfile.open for writing"],

@@ -77,7 +77,6 @@ def serve(
         number(
             "--caches",
             "Conversations and documents whose KV stays in memory for the next request, at most.",
-            low=0,
             high=1000,
             rich_help_panel=_PANEL,
         ),
