@@ -303,6 +303,25 @@ def test_texts_are_never_markup(pages, server):
     assert page.locator("script").count() == 1
 
 
+def test_answers_with_light_markup(pages, server):
+    answer = "# A *b*\n\nOne **two `3*4`**\nnext 2 * 3 * 4\n- a\n  more\n  - b\n- c\n7. x\n> q\n\n```py\nx = '<b>'\n"
+    shown = (
+        "<h4>A <em>b</em></h4><p>One <strong>two <code>3*4</code></strong>\nnext 2 * 3 * 4</p>"
+        "<ul><li>a\nmore<ul><li>b</li></ul></li><li>c</li></ul>"
+        '<ol start="7"><li>x</li></ol><blockquote><p>q</p></blockquote>'
+        "<pre tabindex=\"0\"><code>x = '&lt;b&gt;'\n</code></pre>"
+    )
+    server.answer = tuple(answer)  # letter by letter
+    page = pages.open(server.url)
+    page.get_by_text("Drop a document here").wait_for()
+    ask(page)
+    page.locator(".turn-facts", has_text="12 tokens").wait_for()
+    assert page.locator(".answer").evaluate("answer => answer.innerHTML") == shown
+    ask(page, "And?")
+    page.locator(".turn:nth-child(2) .turn-facts", has_text="12 tokens").wait_for()
+    assert contents(server)[1] == answer  # the model gets what it wrote
+
+
 def test_progress_while_reading_and_stop(pages, server):
     server.add("book.txt", TEXT)
     server.prefill = (Prefill(34000, 120000, 80.0),)

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import {announce, make, setText} from "./dom.js";
 import {count, joined, left, percent, plural, seconds} from "./format.js";
 import * as history from "./history.js";
+import {showMarkup} from "./markup.js";
 
 const ENDS = {
   length: "The answer has reached its limit of tokens.",
@@ -108,7 +109,7 @@ export class Conversation {
     }
     if (delta.content) {
       turn.answer += delta.content;
-      turn.view.answer.append(delta.content);
+      this.draw(turn);
     }
     if (reasoning || delta.content) {
       turn.view.progress.hidden = true;
@@ -117,6 +118,17 @@ export class Conversation {
     if (choice?.finish_reason) turn.end = choice.finish_reason;
     if (chunk.where) turn.where = chunk.where;
     if (chunk.usage) turn.facts = usage(chunk.usage, (performance.now() - began) / 1000);
+  }
+
+  // Draws the answer once before the next frame, however many tokens come until then.
+  draw(turn) {
+    if (turn.view.isDrawn) return;
+    turn.view.isDrawn = true;
+    requestAnimationFrame(() => {
+      turn.view.isDrawn = false;
+      showMarkup(turn.view.answer, turn.answer);
+      this.on.onGrow();
+    });
   }
 
   showPrefill(turn, {tokens, of, eta_s: eta}) {
@@ -137,7 +149,7 @@ export class Conversation {
 
   // A turn with all that is known about it. Its view has the elements that change while the answer is written.
   show(turn) {
-    const answer = make("div", {class: "answer"}, turn.answer);
+    const answer = make("div", {class: "answer"});
     const reasoningText = make("div", {class: "reasoning-text"}, turn.reasoning);
     const reasoning = make("details", {class: "reasoning"}, make("summary", {}, "Reasoning"), reasoningText);
     reasoning.hidden = !turn.reasoning;
@@ -168,7 +180,8 @@ export class Conversation {
   }
 
   finish(turn) {
-    const {element, progress, error, facts, sources} = turn.view;
+    const {element, answer, progress, error, facts, sources} = turn.view;
+    showMarkup(answer, turn.answer);
     element.removeAttribute("aria-busy");
     progress.hidden = true;
     setText(error, turn.error);
