@@ -16,6 +16,7 @@ from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import Options
 from headinfer.engine.past import Tile, divide, tiles_of
+from headinfer.engine.recorder import MassRecorder
 from headinfer.engine.streaming import attend_one_piece, attend_streaming
 from headinfer.errors import UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
@@ -47,6 +48,7 @@ class Engine:
         attentions: attentions that ran since the start of the forward pass.
         disk: the disk tier, if there is one.
         shortage: what was done when a device ran out of memory.
+        recorder: records attention mass; None outside of hf/where.py.
     """
 
     def __init__(self, options: Options, layers: int) -> None:
@@ -61,6 +63,7 @@ class Engine:
         self.attentions = 0
         self.disk: DiskTier | None = None
         self.shortage = Shortage()
+        self.recorder: MassRecorder | None = None
         self._shape = PassShape()
         self._begun: set[torch.device] = set()  # the devices that have begun the current pass
         self._layer_order = _LayerOrder()
@@ -125,7 +128,7 @@ class Engine:
             kv.begin(layer_kv, shape)
             self._begun.add(device)
         layer_kv.promote()
-        if q.shape[2] == 1 and past_tokens is None:
+        if q.shape[2] == 1 and past_tokens is None and self.recorder is None:
             out = attend_one_piece(q, k, v, layer_kv, spec, self.options.backend)
             if out is not None:
                 self.backends_used.add(SDPA)
@@ -135,13 +138,16 @@ class Engine:
         kv.check()
         self._layer_order.note(layer_kv)
         assert kv.plan is not None
+        plan = kv.plan
+        if self.recorder is not None:  # it sees what comes to the device
+            plan = dataclasses.replace(plan, cpu_share=0.0)
         return attend_streaming(
             q,
             k,
             v,
             layer_kv,
             spec,
-            plan=kv.plan,
+            plan=plan,
             ring=kv.ring,
             exchange=kv.exchange,
             counter=kv.counter,
@@ -149,7 +155,9 @@ class Engine:
             backend=self.options.backend,
             used=self.backends_used,
             choices=self._choices,
-            following=self._following(layer_kv, spec.token_ranges),
+            following=self._following(layer_kv, spec.token_ranges) if self.recorder is None else (),
+            recorder=self.recorder,
+            attention=self.attentions - 1,
         )
 
     def _following(self, layer_kv: LayerKV, token_ranges: Sequence[TokenRanges] | None) -> Iterator[Tile]:

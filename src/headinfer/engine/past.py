@@ -29,6 +29,7 @@ class Tile:
         after: events of the write-back of these pieces.
         key: equal for tiles of the same tokens of the same segments, as long as their content is the same.
         resident: what is on the device.
+        slices: the tokens, in the order of `pieces` or `resident`.
     """
 
     rows: tuple[int, ...]
@@ -36,6 +37,7 @@ class Tile:
     after: tuple[Any, ...] = ()
     key: Hashable = None
     resident: tuple[BufferSlice, ...] = ()
+    slices: tuple[SegmentSlice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def tiles_of(past: Sequence[PastPart], heads: slice, plan: TilePlan) -> Iterator
         resident = shared.resident
         streamed = shared.streamed
         if resident:
-            yield Tile(shared.rows, resident=tuple(part.segment.resident(part.start, part.stop) for part in resident))
+            buffers = tuple(part.segment.resident(part.start, part.stop) for part in resident)
+            yield Tile(shared.rows, resident=buffers, slices=tuple(resident))
         most = plan.length(sum(part.tokens for part in streamed))
         slices: list[SegmentSlice] = []
         room = most
@@ -199,4 +202,4 @@ def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -
     """Return a tile that must be fetched."""
     pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
     key = tuple((part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices)
-    return Tile(rows, pieces, _write_events(slices), key)
+    return Tile(rows, pieces, _write_events(slices), key, slices=tuple(slices))

@@ -30,6 +30,7 @@ from headinfer.attention.state import AttentionState
 from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.layer_pass import BLOCK_TOKENS, AttentionSpec, LayerPass
 from headinfer.engine.past import Tile, divide, host_parts, tiles_of
+from headinfer.engine.recorder import MassRecorder
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import BufferSlice, pieces_of
 from headinfer.kv.exchange import HostExchange
@@ -58,6 +59,8 @@ def attend_streaming(
     used: set[str] | None = None,
     choices: dict[Hashable, Backend] | None = None,
     following: Iterable[Tile] = (),
+    recorder: MassRecorder | None = None,
+    attention: int = 0,
 ) -> torch.Tensor:
     """Compute causal attention of a chunk on the tokens before it and on itself.
 
@@ -76,6 +79,8 @@ def attend_streaming(
         used: collects the names of the backends that ran.
         choices: collects the backends that were chosen, by problem, for the other layers of the pass.
         following: the first tiles of the layer that runs next. The ring prefetches them.
+        recorder: records the attention mass of stretches. The plan must give the host no share.
+        attention: the number of the attention in the forward pass, for the recorder.
 
     Returns:
         [B, T, Hq, Dv] in q's dtype. Query rows that see no key give 0.
@@ -86,6 +91,7 @@ def attend_streaming(
     past = layer_kv.tokens if past_tokens is None else past_tokens
     choices = choices if choices is not None else {}
     layer = LayerPass(q, k, v, layer_kv, spec, past, backend, used, int(is_staged), choices)
+    recording = recorder.layer(layer, attention) if recorder is not None else None
     past_ranges = spec.token_ranges
     if past != layer_kv.tokens:
         past_ranges = first_of(spec.token_ranges, past, q.shape[0])
@@ -101,6 +107,8 @@ def attend_streaming(
     states: list[AttentionState] = []
     fetcher = _Fetcher(ring if ring is not None else InPlace(), tiles_by_group, following)
     for heads, tiles in zip(groups, tiles_by_group, strict=True):
+        if recording is not None:
+            recording.begin(heads)
         state, on_device = _own_state(layer, heads, past_ranges)
         for tile in tiles:
             # The tail of a row follows its resident tokens in memory: one piece. In decode it joins the first tile that
@@ -117,10 +125,14 @@ def attend_streaming(
             for some in _calls(layer, len(tile.rows), pieces):
                 state = _attend_tile(layer, heads, state, tile.rows, (*some, *own))
                 own = ()
+            if recording is not None:
+                recording.add_tile(tile, pieces)
             if not tile.resident:
                 fetcher.release()
         for row, near in on_device.items():
             state = _attend_tile(layer, heads, state, (row,), near.pieces(heads))
+        if recording is not None:
+            recording.end()
         if host is None:
             _write(layer, heads, state, out)
         else:

@@ -121,12 +121,12 @@ def check_version() -> None:
         )
 
 
-def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
-    """Return the arguments with which a forward pass computes the last token's logits only.
+def last_logits_only(model: PreTrainedModel, tokens: int = 1) -> dict[str, int]:
+    """Return the arguments with which a forward pass computes the logits of its last tokens only.
 
     Empty if the model has no such argument.
     """
-    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    return {"logits_to_keep": tokens} if model._supports_logits_to_keep() else {}
 
 
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:

@@ -52,6 +52,7 @@ from headinfer.hf.planning import Planning
 from headinfer.hf.recovery import Recovery
 from headinfer.hf.rollback import rollback_on_error
 from headinfer.hf.rotary import RotaryControl
+from headinfer.hf.where import TokenIds, Where, where
 from headinfer.hf.wrappers import unwrapped
 from headinfer.plan.families import check_family
 from headinfer.plan.guesses import Guesses, guesses_option
@@ -193,7 +194,7 @@ class Enabled:
     def ask(
         self,
         cache: HeadCache,
-        questions: Sequence[Sequence[int] | torch.Tensor],
+        questions: Sequence[TokenIds],
         *,
         document_ids: torch.Tensor | None = None,
         max_new_tokens: int = 256,
@@ -218,6 +219,23 @@ class Enabled:
             UsageError: an argument is invalid.
         """
         return ask(self, cache, questions, document_ids=document_ids, max_new_tokens=max_new_tokens, **options)
+
+    def where(
+        self, cache: HeadCache, question: TokenIds, answer: TokenIds, *, edges: Sequence[int] | None = None
+    ) -> Where:
+        """Compute the exact attention mass of the document's stretches for each token of an answer (where.py).
+
+        Args:
+            cache: holds the document in one row. It does not change.
+            question: the token ids of the question, which follow the document.
+            answer: those of its answer.
+            edges: the positions at which the stretches begin, and the end of the last; None is every 256 tokens.
+
+        Raises:
+            UsageError: an argument is invalid.
+            UnsupportedError: the answer cannot be repeated in one pass.
+        """
+        return where(self, cache, question, answer, edges=edges)
 
     def _warn_about(self, tokens: int) -> None:
         """Warn once if a context is longer than what the model was made for. Raise UsageError if it cannot be."""

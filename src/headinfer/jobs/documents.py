@@ -21,7 +21,7 @@ from headinfer.errors import UsageError
 from headinfer.jobs.convert import SNIFFED_BYTES, NoTextError, is_binary, to_text
 from headinfer.utils.files import read_bytes
 
-__all__ = ["Document", "Piece", "SourceFile", "as_document", "read_documents"]
+__all__ = ["Document", "Piece", "SourceFile", "as_document", "read_documents", "sha256_of_text"]
 
 _STANDARD_INPUT = Path("-")
 _SKIPPED_FOLDERS = ("__pycache__", "node_modules")  # what programs put there, nobody asks about
@@ -93,7 +93,7 @@ class Document:
             {"name": file.name, "bytes": file.nbytes, "sha256": file.sha256, "read_as": file.read_as}
             for file in self.files
         ]
-        pieces = [{**vars(piece), "sha256": _sha256_of_text(self._characters(piece))} for piece in self.pieces]
+        pieces = [{**vars(piece), "sha256": sha256_of_text(self._characters(piece))} for piece in self.pieces]
         return {"files": files, "pieces": pieces}
 
     def names_from(self, piece: int) -> str:
@@ -159,7 +159,7 @@ def _goes_on(file: SourceFile, pieces: Sequence[Mapping[str, Any]], *, is_last: 
     If the document does not end with this file, its new part gets a heading, and so must begin with a line.
     """
     for piece in pieces:
-        if _sha256_of_text(file.text[piece["start"] : piece["stop"]]) != piece["sha256"]:
+        if sha256_of_text(file.text[piece["start"] : piece["stop"]]) != piece["sha256"]:
             return False
     stop = max(piece["stop"] for piece in pieces)
     return is_last or len(file.text) == stop or "\n" in file.text[stop - 1 : stop + 1]
@@ -174,7 +174,8 @@ def _difference(entry: Mapping[str, Any], given: SourceFile | None) -> str:
     return f"{given.name} was read as {entry['read_as']}, and is now read as {given.read_as}"
 
 
-def _sha256_of_text(text: str) -> str:
+def sha256_of_text(text: str) -> str:
+    """Return the SHA-256 that a session keeps of the characters of a piece, in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
