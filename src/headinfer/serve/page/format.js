@@ -1,4 +1,5 @@
-// Numbers, sizes and times for people. 1 KiB is 1,024 bytes, 1 GB is 10^9 bytes.
+// Numbers, sizes and times for people. 1 KiB is 1,024 bytes, 1 GB is 10^9 bytes. No line ends between a size and its
+// unit.
 
 export function count(number) {
   return Math.round(number).toLocaleString("en");
@@ -24,11 +25,11 @@ function scaled(number, base, units) {
 }
 
 export function bytes(number) {
-  return scaled(number, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]).join(" ");
+  return scaled(number, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]).join("\u00a0");
 }
 
 export function fileSize(number) {
-  return scaled(number, 1000, ["B", "kB", "MB", "GB"]).join(" ");
+  return scaled(number, 1000, ["B", "kB", "MB", "GB"]).join("\u00a0");
 }
 
 // The number and the unit of bytes per second.

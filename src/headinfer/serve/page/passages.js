@@ -9,7 +9,7 @@ const MORE = 3000; // characters that are added by "Earlier" and "Later"
 
 export class Passages {
   constructor() {
-    this.turn = null;
+    this.turn = undefined; // nothing is shown yet
     this.cards = [];
   }
 
@@ -150,7 +150,7 @@ export class Passages {
     const update = () => {
       earlier.disabled = from === 0;
       later.disabled = to === length;
-      setText(place, `Characters ${count(from)} to ${count(to)} of ${count(length)}`);
+      setText(place, `Characters ${count(from)} to ${count(to)}`);
     };
     earlier.addEventListener("click", async () => {
       const start = Math.max(0, from - MORE);
