@@ -28,7 +28,7 @@ def emulated(target):
 
 
 BY_NAME = {target.name: target for target in (*TARGETS, emulated(TARGETS[0]))}
-CASES = [(name, dtype) for name, target in BY_NAME.items() for dtype in target.dtypes]
+CASES = [(name, dtype) for name, target in BY_NAME.items() for dtype in target.dtypes if dtype in DTYPES]
 on_targets = pytest.mark.parametrize(
     ("target", "dtype"),
     [pytest.param(BY_NAME[name], dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}") for name, dtype in CASES],

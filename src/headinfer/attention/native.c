@@ -8,9 +8,11 @@
  * own partial result; these are merged in a fixed order. So the result has the same bits for any number of threads, and
  * the scratch memory does not grow with the number of keys.
  *
- * The file is compiled for one target and one dtype (native_build.py). Two headers attend to a block:
+ * The file is compiled for one target and one dtype of K and V (native_build.py). Two headers attend to a block:
  *     native_vector.h   in float32, on any target
  *     native_matrix.h   with products of bfloat16, in AVX512-BF16 or AMX, for more than VECTOR_ROWS query rows
+ * If K and V are quantised, a third does:
+ *     native_quantised.h   with products of integers, on any target
  */
 #include <math.h>
 #include <stdint.h>
@@ -34,11 +36,22 @@
 #define FLOAT32 0
 #define BFLOAT16 1
 #define FLOAT16 2
-#define WIDTH (DTYPE == FLOAT32 ? 4 : 2)   /* bytes of an element of q, K and V */
+#if DTYPE == 3   /* K and V are quantised, and q is float32 */
+#define BITS 8
+#elif DTYPE == 4
+#define BITS 4
+#else
+#define BITS 0
+#endif
+#if BITS
+#undef DTYPE
+#define DTYPE FLOAT32
+#endif
+#define WIDTH (DTYPE == FLOAT32 ? 4 : 2)   /* bytes of an element of q, and of K and V if they are not quantised */
 
 typedef struct {
     const void *k, *v;                         /* [heads, tokens, dim]; each head is contiguous */
-    int64_t k_head_stride, v_head_stride;      /* elements between heads */
+    int64_t k_head_stride, v_head_stride;      /* elements between heads; bytes if they are quantised */
     int64_t tokens;
 } piece_t;
 
@@ -79,6 +92,17 @@ INLINE const char *whole_span(const char *k, int64_t n, int64_t row, char *copy)
 }
 
 #include "native_vector.h"
+#if BITS
+#include "native_quantised.h"
+#define KEY_STRIDE(call) KEY_BYTES((call)->dk)       /* bytes between tokens of a head */
+#define VALUE_STRIDE(call) VALUE_BYTES((call)->dv)
+#define ELEMENT_BYTES 1
+#define attend_in_vectors attend_in_integers
+#else
+#define KEY_STRIDE(call) (WIDTH * (call)->dk)
+#define VALUE_STRIDE(call) (WIDTH * (call)->dv)
+#define ELEMENT_BYTES WIDTH
+#endif
 #if DTYPE == BFLOAT16 && (defined(__AVX512BF16__) || defined(TILES))
 #include "native_matrix.h"
 #define IN_MATRIX(call) ((call)->rows > VECTOR_ROWS)
@@ -136,11 +160,11 @@ static void attend_strand(const call_t *call, const layout_t *l, int64_t head, i
     int64_t number = 0;   /* of the piece's first block */
     for (const piece_t *piece = call->pieces; number < end; piece++) {
         const int64_t blocks = (piece->tokens + BLOCK - 1) / BLOCK;
-        const char *keys = (const char *)piece->k + WIDTH * head * piece->k_head_stride;
-        const char *values = (const char *)piece->v + WIDTH * head * piece->v_head_stride;
+        const char *keys = (const char *)piece->k + ELEMENT_BYTES * head * piece->k_head_stride;
+        const char *values = (const char *)piece->v + ELEMENT_BYTES * head * piece->v_head_stride;
         for (int64_t b = first > number ? first - number : 0; b < least(blocks, end - number); b++) {
             const int64_t tokens = least(piece->tokens - b * BLOCK, BLOCK);
-            const char *k = keys + WIDTH * b * BLOCK * call->dk, *v = values + WIDTH * b * BLOCK * call->dv;
+            const char *k = keys + b * BLOCK * KEY_STRIDE(call), *v = values + b * BLOCK * VALUE_STRIDE(call);
             for (int64_t g = 0; g < l->groups; g++) {
                 const int64_t rows = least(call->rows - g * GROUP, GROUP);
                 const state_t state = state_at(states + g * l->state_floats, l->dv_padded);

@@ -17,7 +17,7 @@ from headinfer.attention.native_build import Target
 from headinfer.attention.state import AttentionState
 from headinfer.utils.tensors import Piece
 
-__all__ = ["MAX_ROWS", "attend_native", "plain_read", "summary", "unavailable_reason"]
+__all__ = ["MAX_ROWS", "attend_native", "attend_quantised", "plain_read", "summary", "unavailable_reason"]
 
 MAX_ROWS = 64
 """Query rows per KV head, such as those of 16 new tokens if four query heads share a KV head."""
@@ -141,13 +141,66 @@ def attend_native(
         RuntimeError: the kernel cannot be built.
         ValueError: `out` or `lse` has another shape, dtype or layout.
     """
-    library, reason = native_build.load(q.dtype) if target is None else native_build.built(target, q.dtype)
+    # Segments and tails have contiguous heads, slices of a model's own K and V may not. This list keeps copies alive.
+    pieces = [(_contiguous_heads(k), _contiguous_heads(v)) for k, v in pieces]
+    return _attend(q.dtype, q, pieces, pieces[0][1].shape[-1], scale, soft_cap, threads, target, out, lse)
+
+
+def attend_quantised(
+    q: torch.Tensor,
+    pieces: Sequence[Piece],
+    *,
+    bits: int,
+    value_dim: int,
+    scale: float,
+    soft_cap: float | None = None,
+    threads: int | None = None,
+    target: Target | None = None,
+) -> AttentionState:
+    """Compute attention of q to the quantised keys of all pieces, without a mask, without dequantising them.
+
+    The result differs from attention to the dequantised K and V, since query rows and weights are rounded to integers
+    for each block of tokens: to 15 bits with 8 bits of K and V, and to 8 bits with 4. The oracle is attend_reference()
+    on decode_k() and decode_v(). The result has the same bits for any number of threads.
+
+    Args:
+        q: [H, N, D] in float32, bfloat16 or float16; D must be a multiple of 16.
+        pieces: pairs of k and v as quantised.encode_k() and encode_v() return them, in host memory. Heads may have any
+            stride.
+        bits: of K and V, 8 or 4.
+        value_dim: the head dim Dv of V, a multiple of 8.
+        scale: the factor of the scores.
+        soft_cap: caps the scores by soft_cap * tanh(score / soft_cap). None: no cap.
+        threads: the number of threads that compute. None: torch.get_num_threads().
+        target: the instructions to use, one of native_build.targets_here(). None: the fastest ones.
+
+    Returns:
+        out [H, N, Dv] and lse [H, N], float32.
+
+    Raises:
+        RuntimeError: the kernel cannot be built.
+    """
+    dtype = torch.quint8 if bits == 8 else torch.quint4x2
+    return _attend(dtype, q.float(), pieces, value_dim, scale, soft_cap, threads, target)
+
+
+def _attend(
+    dtype: torch.dtype,
+    q: torch.Tensor,
+    pieces: Sequence[Piece],
+    value_dim: int,
+    scale: float,
+    soft_cap: float | None,
+    threads: int | None,
+    target: Target | None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> AttentionState:
+    """Call the library of a dtype of K and V, whose pieces have contiguous heads."""
+    library, reason = native_build.load(dtype) if target is None else native_build.built(target, dtype)
     if library is None:
         raise RuntimeError(reason)
     heads, rows, key_dim = q.shape
-    value_dim = pieces[0][1].shape[-1]
-    # Segments and tails have contiguous heads, slices of a model's own K and V may not. This list keeps copies alive.
-    pieces = [(_contiguous_heads(k), _contiguous_heads(v)) for k, v in pieces]
     table = (_Piece * len(pieces))()
     for entry, (k, v) in zip(table, pieces, strict=True):
         entry.k = k.data_ptr()

@@ -1,8 +1,8 @@
 """Builds native.c, the CPU kernel of decode, for the instructions that this CPU has.
 
-A library serves one target, which is a set of CPU features, and one dtype. An idle core compiles it in about a second.
-It is compiled when it is first needed, into the user's cache folder; the logger of this module says so. If it cannot be
-built, load() says why.
+A library serves one target, which is a set of CPU features, and one dtype of K and V. An idle core compiles it in about
+a second. It is compiled when it is first needed, into the user's cache folder; the logger of this module says so. If it
+cannot be built, load() says why.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ import torch
 
 from headinfer.utils.user_folders import cache_folder
 
-__all__ = ["DTYPES", "TARGETS", "Target", "built", "load", "target_of", "targets_here"]
+__all__ = ["DTYPES", "QUANTISED", "TARGETS", "Target", "built", "load", "target_of", "targets_here"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of q, K and V, with their numbers in native.c."""
 
+QUANTISED = {torch.quint8: 3, torch.quint4x2: 4}
+"""The dtypes of quantised K and V (quantised.py), with their numbers in native.c. Then q is float32."""
+
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
-_SOURCES = ("native.c", "native_vector.h", "native_matrix.h", "native_tiles.h")
+_SOURCES = ("native.c", "native_vector.h", "native_matrix.h", "native_tiles.h", "native_quantised.h")
 _FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 _BUILD_S = 600  # a compiler that takes longer hangs
 _SWITCH = "HEADINFER_NATIVE"
@@ -50,13 +53,13 @@ class Target:
 
     name: str
     features: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)
+    dtypes: tuple[torch.dtype, ...] = (*DTYPES, *QUANTISED)
     defines: tuple[str, ...] = ()
 
     def flags(self, dtype: torch.dtype) -> list[str]:
         """Return the compiler's flags. Each feature has a flag of almost the same name."""
         features = [f"-m{feature.replace('amx_', 'amx-').replace('_', '')}" for feature in self.features]
-        return [*_FLAGS, *features, *(f"-D{name}" for name in (*self.defines, f"DTYPE={DTYPES[dtype]}"))]
+        return [*_FLAGS, *features, *(f"-D{name}" for name in (*self.defines, f"DTYPE={(DTYPES | QUANTISED)[dtype]}"))]
 
 
 _AVX2 = ("avx2", "fma", "f16c")
@@ -67,6 +70,7 @@ _BF16 = (torch.bfloat16,)
 TARGETS = (
     Target("amx", (*_AVX512_BF16, "amx_tile", "amx_bf16"), _BF16, ("TILES",)),
     Target("avx512-bf16", _AVX512_BF16, _BF16),
+    Target("avx512-vnni", (*_AVX512, "avx512_vnni"), tuple(QUANTISED)),
     Target("avx512", _AVX512),
     Target("avx2", _AVX2),
     Target("plain"),  # what every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64

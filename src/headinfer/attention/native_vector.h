@@ -311,6 +311,7 @@ INLINE void weigh_all(const int rows, const int64_t dv, const float *weight, con
 
 INLINE int64_t tile_of(int64_t rows) { return rows >= 3 ? 4 : rows; }
 
+#if !BITS
 /* Attend to one block of keys. It reads all of K, computes the softmax, then reads all of V: the hardware prefetches two
  * long sequential streams better than short alternating ones. */
 static void attend_in_vectors(const call_t *call, int64_t rows, const char *q, const char *k, const char *v,
@@ -364,3 +365,4 @@ static void attend_in_vectors(const call_t *call, int64_t rows, const char *q, c
         }
     }
 }
+#endif

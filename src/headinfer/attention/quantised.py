@@ -1,0 +1,130 @@
+"""Keys and values in 8 or 4 bits: the format, and its conversion in torch.
+
+A block has UNIT tokens of one KV head. A key is k[t, c] = low[c] + scale[c] u[t, c], with a scale and an offset for
+each element of the head dim, since some elements have large values of one sign (KIVI, arXiv 2402.02750, section 3.2).
+A value is v[t, c] = low[t] + scale[t] u[t, c]. u are integers 0 to 2^bits - 1. Offsets are float16, and so are scales,
+times 2^bits so that small ones are precise too. Keys are quantised as they are cached, after rotation.
+
+In memory a block is the scales, the offsets, and the integers in the order in which native_quantised.h multiplies
+them. Blocks of a head follow each other, so K and V are uint8 tensors [H, T, bytes of a token]. T is a multiple of
+UNIT, and slices of such a tensor must begin and end at multiples of UNIT.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+__all__ = ["UNIT", "decode_k", "decode_v", "encode_k", "encode_v", "key_bytes", "value_bytes"]
+
+UNIT = 64
+"""Tokens of a block."""
+
+_LANES = 16
+_LEAST_HALF = 2.0**-24  # the smallest positive float16
+
+
+def key_bytes(dim: int, bits: int) -> int:
+    """Return the bytes of K of one token and head."""
+    return dim * bits // 8 + dim // 16
+
+
+def value_bytes(dim: int, bits: int) -> int:
+    """Return the bytes of V of one token and head. Its elements are padded to a multiple of 32."""
+    return _padded(dim) * bits // 8 + 4
+
+
+def encode_k(k: torch.Tensor, bits: int) -> torch.Tensor:
+    """Quantise keys.
+
+    Args:
+        k: [H, T, D]; T is a multiple of UNIT, and D of 16.
+        bits: 8 or 4.
+
+    Returns:
+        uint8 [H, T, key_bytes(D, bits)].
+    """
+    heads, tokens, dim = k.shape
+    blocks = k.float().view(heads, tokens // UNIT, UNIT, dim)
+    scale, low, numbers = _quantise(blocks, bits, dim=2)
+    run = _run(bits)
+    ordered = numbers.unflatten(3, (dim // run, run)).transpose(2, 3)  # [H, blocks, D / run, UNIT, run]
+    return _packed(scale.flatten(2) * 2**bits, low.flatten(2), ordered.flatten(2), bits).view(heads, tokens, -1)
+
+
+def encode_v(v: torch.Tensor, bits: int) -> torch.Tensor:
+    """Quantise values.
+
+    Args:
+        v: [H, T, D]; T is a multiple of UNIT.
+        bits: 8 or 4.
+
+    Returns:
+        uint8 [H, T, value_bytes(D, bits)].
+    """
+    heads, tokens, dim = v.shape
+    blocks = v.float().view(heads, tokens // UNIT, UNIT, dim)
+    scale, low, numbers = _quantise(blocks, bits, dim=3)
+    run = _run(bits)
+    numbers = F.pad(numbers, (0, _padded(dim) - dim))
+    ordered = numbers.unflatten(2, (UNIT // run, run)).transpose(3, 4)  # [H, blocks, UNIT / run, padded D, run]
+    return _packed(scale.flatten(2) * 2**bits, low.flatten(2), ordered.flatten(2), bits).view(heads, tokens, -1)
+
+
+def decode_k(packed: torch.Tensor, dim: int, bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the keys [H, T, dim] of uint8 [H, T, key_bytes(dim, bits)]."""
+    heads, tokens, _ = packed.shape
+    scale, low, numbers = _unpacked(packed, dim, bits)
+    run = _run(bits)
+    u = numbers.view(heads, -1, dim // run, UNIT, run).transpose(2, 3).reshape(heads, -1, UNIT, dim)
+    return (low[:, :, None] + scale[:, :, None] * u).view(heads, tokens, dim).to(dtype)
+
+
+def decode_v(packed: torch.Tensor, dim: int, bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the values [H, T, dim] of uint8 [H, T, value_bytes(dim, bits)]."""
+    heads, tokens, _ = packed.shape
+    scale, low, numbers = _unpacked(packed, UNIT, bits)
+    run = _run(bits)
+    u = numbers.view(heads, -1, UNIT // run, _padded(dim), run).transpose(3, 4).reshape(heads, -1, UNIT, _padded(dim))
+    return (low[..., None] + scale[..., None] * u[..., :dim]).view(heads, tokens, dim).to(dtype)
+
+
+def _padded(dim: int) -> int:
+    """Return the elements of V in memory: pairs of vectors of 16."""
+    return -(-dim // 32) * 32
+
+
+def _run(bits: int) -> int:
+    """Return how many integers a lane of a product adds."""
+    return 2 if bits == 8 else 4
+
+
+def _quantise(x: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return scale, low (float16 values as float32) and integers (uint8) of x, whose dim `dim` has one scale."""
+    most = 2**bits - 1
+    low = x.amin(dim, keepdim=True).half().float()
+    width = (x.amax(dim, keepdim=True) - low) * (2**bits / most)
+    scale = width.clamp_min(_LEAST_HALF).half().float() / 2**bits
+    numbers = ((x - low) / scale).round().clamp(0, most).to(torch.uint8)
+    return scale, low, numbers
+
+
+def _packed(scale: torch.Tensor, low: torch.Tensor, numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the bytes of blocks [H, blocks, n]: scales times 2^bits and offsets [H, blocks, m], and integers."""
+    if bits == 4:  # vectors of LANES * run integers, two in a vector of bytes
+        pairs = numbers.unflatten(2, (-1, 2, _LANES * _run(bits)))
+        numbers = (pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4).flatten(2)
+    halves = torch.cat([scale, low], dim=2).half().view(torch.uint8)
+    return torch.cat([halves, numbers], dim=2)
+
+
+def _unpacked(packed: torch.Tensor, scales: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return scales and offsets [H, blocks, scales] and integers [H, blocks, n] as float32."""
+    heads, tokens, _ = packed.shape
+    blocks = packed.reshape(heads, tokens // UNIT, -1)
+    halves = blocks[:, :, : 4 * scales].contiguous().view(torch.float16).float()
+    numbers = blocks[:, :, 4 * scales :]
+    if bits == 4:
+        vectors = numbers.unflatten(2, (-1, _LANES * _run(bits)))
+        numbers = torch.stack([vectors & 15, vectors >> 4], dim=3).flatten(2)
+    return halves[:, :, :scales] / 2**bits, halves[:, :, scales:], numbers.float()
