@@ -229,7 +229,7 @@ def test_a_file_created_while_a_session_is_written_is_kept(model, cache, tmp_pat
 @pytest.mark.parametrize("name", ["block-000000.safetensors", "end-000001.safetensors", "manifest.json"])
 def test_a_shared_prefix_replaces_no_foreign_file(command, kept, book, tmp_path, monkeypatch, name):
     """Another program writes into the folder of a session while the session links files of another session."""
-    from headinfer.jobs import read as reading
+    from headinfer.jobs import reading
 
     target = tmp_path / "sessions" / "second"
     link_prefix = reading.link_prefix
@@ -850,6 +850,7 @@ CALLS = {
     ],
     "sessions/manifest.py": ["write_text"],
     "sessions/ownership.py": ["remove"],
+    "serve/uploads.py": ["mkdir", "remove", "remove", "rmdir", "write_file", "write_text"],
     "training/evaluate.py": ["Output", "Output"],
     # the checkout's own files
     "training/package.py": ["save_pretrained", "shutil.copyfile", "write_bytes", "write_text"],

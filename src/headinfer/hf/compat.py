@@ -77,11 +77,14 @@ __all__ = [
     "default_layers",
     "flash_attention_mask",
     "generation_config_path",
+    "has_response_template",
     "is_constant_size",
     "is_unsupported_cache",
     "last_logits_only",
     "layer_device",
     "not_compiled",
+    "parsed_events",
+    "response_parser",
     "sdpa_attention_forward",
     "sdpa_mask",
     "shared_full_layers",
@@ -207,6 +210,44 @@ def takes_attention_interface(model: PreTrainedModel) -> bool:
 def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
     """Return how transformers shards a model: a style for each module by name; empty if it cannot shard it."""
     return getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+
+
+def has_response_template(tokenizer: Any, model: PreTrainedModel) -> bool:
+    """Return whether a model has a template for reasoning and tool calls in its answers."""
+    from transformers.cli.serving.utils import get_response_template  # loads much, and only a server needs it
+
+    return get_response_template(tokenizer, model) is not None
+
+
+def response_parser(tokenizer: Any, model: PreTrainedModel, prompt_ids: list[int], tools: list[Any]) -> Any:
+    """Return transformers' parser of an answer of a model with has_response_template(), for parsed_events().
+
+    Args:
+        tokenizer: the model's tokenizer.
+        model: the model.
+        prompt_ids: the token ids of the prompt.
+        tools: the tools of the request.
+    """
+    from transformers.cli.serving.utils import build_response_parser
+
+    return build_response_parser(tokenizer, model, prompt_ids, tools=tools or None)
+
+
+def parsed_events(events: list[Any]) -> list[tuple[str, str, str]]:
+    """Return what the events of a response_parser() say, in order.
+
+    Returns:
+        ("text", text, ""), ("reasoning", text, "") or ("tool", name, arguments as JSON) each.
+    """
+    from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
+
+    found = []
+    for chunk in response_events_to_chunks(events):
+        if isinstance(chunk, ToolCall):
+            found.append(("tool", chunk.name, chunk.arguments))
+        else:
+            found.append(("reasoning" if isinstance(chunk, ReasoningText) else "text", str(chunk), ""))
+    return found
 
 
 def is_unsupported_cache(cache: object) -> bool:

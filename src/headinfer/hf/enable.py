@@ -191,6 +191,14 @@ class Enabled:
         """Return whether a plan for a context of so many tokens in each row fits the free memory."""
         return self._planning.plan_now(tokens, rows) is not None
 
+    def check_fits(self, tokens: int) -> None:
+        """Raise CapacityError if no plan for a context of so many tokens fits the free memory."""
+        self._planning.checked(tokens, 1)
+
+    def chunk_of(self, cache: HeadCache, tokens: int) -> int:
+        """Return the tokens of a prefill chunk of a cache of one row that will hold `tokens` tokens."""
+        return self._planning.chunk_of(cache, tokens, 1)
+
     def ask(
         self,
         cache: HeadCache,

@@ -66,6 +66,19 @@ class Planning:
             The plan; None if no plan fits. Lengths are often only upper bounds here, so the run goes on, and what
             does not fit fails when it is reached.
         """
+        try:
+            planned = self.checked(tokens, rows, cache)
+        except CapacityError:
+            planned = None
+        self.plan = planned.plan if planned is not None else None
+        return planned
+
+    def checked(self, tokens: int, rows: int, cache: HeadCache | None = None) -> RunPlan:
+        """Plan a context as plan_now() does.
+
+        Raises:
+            CapacityError: no plan fits.
+        """
         counters = cache.engine.counters if cache is not None else [ByteCounter()]
         request = RunRequest(
             shape=self._shape,
@@ -79,12 +92,7 @@ class Planning:
             held_device_bytes=min(sum(counter.device_bytes.values()) for counter in counters),
             held_host_bytes=counters[0].host_bytes - counters[0].host_untouched_bytes,
         )
-        try:
-            planned = plan_run(request)
-        except CapacityError:
-            planned = None
-        self.plan = planned.plan if planned is not None else None
-        return planned
+        return plan_run(request)
 
     def plan_of(self, cache: HeadCache, tokens: int, rows: int) -> RunPlan | None:
         """Return the plan of a cache that will hold `tokens` tokens in each row; None if none fits.

@@ -30,6 +30,7 @@ class AnswerText:
         tokenizer: the model's tokenizer.
         stop: the stop strings.
         on_text: called with each part of the text.
+        has_special: whether special tokens are part of the text.
 
     Attributes:
         text: the text that was passed on.
@@ -38,7 +39,12 @@ class AnswerText:
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str] = (), on_text: Callable[[str], None] = lambda text: None
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] = lambda text: None,
+        *,
+        has_special: bool = False,
     ) -> None:
         self.text = ""
         self.token_ids: list[int] = []
@@ -46,6 +52,7 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._stop = stop
         self._on_text = on_text
+        self._has_special = has_special
         added = tokenizer.get_added_vocab() if stop else {}
         self._stop_tokens = {added[one]: one for one in stop if one in added}
         self._shown: list[int] = []
@@ -116,7 +123,7 @@ class AnswerText:
             self._on_text(text)
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not self._has_special)
         return text
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from headinfer.hf.batch import AnswerStreamer
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.compat import PreTrainedModel, last_logits_only
+from headinfer.hf.compat import PreTrainedModel, StoppingCriteria, last_logits_only
 from headinfer.hf.enable import enabled_on
 from headinfer.hf.layers import uncroppable_reason
 from headinfer.jobs.answer_text import AnswerText
@@ -17,7 +18,7 @@ from headinfer.jobs.generate import Streamer, Summary
 from headinfer.jobs.prompts import pad_id, text_ids
 from headinfer.jobs.sampling import Sampling
 
-__all__ = ["answer", "can_remove", "read_missing", "remove_after", "shown_ids"]
+__all__ = ["answer", "can_remove", "decode", "read_missing", "remove_after", "shown_ids"]
 
 Checkpoint = list[dict[str, Any]]
 """The state of a cache, as HeadCache.checkpoint() returns it."""
@@ -48,20 +49,10 @@ def answer(
         on_text: called with each part of the answer.
         draft: a model that guesses, enabled.
     """
-    torch.manual_seed(sampling.seed)
     start = time.perf_counter()
     streamer = Streamer(tokenizer, on_text, summary, start, sampling.stop)
     try:
-        model.generate(
-            prompt_ids.to(model.device),
-            attention_mask=torch.ones_like(prompt_ids, device=model.device),
-            past_key_values=cache,
-            streamer=streamer,
-            tokenizer=tokenizer,  # for stop_strings in the model's generation config
-            pad_token_id=pad_id(tokenizer),
-            assistant_model=draft,
-            **sampling.arguments(tokenizer, prompt_tokens=prompt_ids.shape[1], max_new_tokens=max_new_tokens),
-        )
+        decode(model, tokenizer, cache, prompt_ids, sampling, streamer, max_new_tokens=max_new_tokens, draft=draft)
     except KeyboardInterrupt:
         summary.interrupted = True
         streamer.end()
@@ -69,6 +60,47 @@ def answer(
     summary.note_guesses(enabled_on(model))
     summary.stats = cache.stats()
     return streamer.answer
+
+
+def decode(
+    model: Any,
+    tokenizer: Any,
+    cache: HeadCache,
+    prompt_ids: torch.Tensor,
+    sampling: Sampling,
+    streamer: AnswerStreamer,
+    *,
+    max_new_tokens: int,
+    draft: PreTrainedModel | None = None,
+    ends: Sequence[StoppingCriteria] = (),
+) -> None:
+    """Generate an answer, and give its tokens to a streamer.
+
+    Args:
+        model: the enabled model.
+        tokenizer: its tokenizer.
+        cache: holds the KV of the first tokens of the prompt.
+        prompt_ids: [1, T] int64.
+        sampling: how tokens are chosen. Its seed is set.
+        streamer: gets the tokens.
+        max_new_tokens: tokens of the answer, at most.
+        draft: a model that guesses, enabled.
+        ends: further criteria that end the answer.
+    """
+    torch.manual_seed(sampling.seed)
+    arguments = sampling.arguments(
+        tokenizer, prompt_tokens=prompt_ids.shape[1], max_new_tokens=max_new_tokens, ends=ends
+    )
+    model.generate(
+        prompt_ids.to(model.device),
+        attention_mask=torch.ones_like(prompt_ids, device=model.device),
+        past_key_values=cache,
+        streamer=streamer,
+        tokenizer=tokenizer,  # for stop_strings in the model's generation config
+        pad_token_id=pad_id(tokenizer),
+        assistant_model=draft,
+        **arguments,
+    )
 
 
 def shown_ids(model: Any, tokenizer: Any, found: AnswerText) -> tuple[list[int], int]:

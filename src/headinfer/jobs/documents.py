@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import UsageError
-from headinfer.jobs.convert import SNIFFED_BYTES, NoTextError, is_binary, to_text
+from headinfer.jobs.convert import SNIFFED_BYTES, NoTextError, Text, is_binary, to_text
 from headinfer.utils.files import read_bytes
 
-__all__ = ["Document", "Piece", "SourceFile", "as_document", "read_documents", "sha256_of_text"]
+__all__ = ["Document", "Piece", "SourceFile", "as_document", "document_of", "read_documents", "sha256_of_text"]
 
 _STANDARD_INPUT = Path("-")
 _SKIPPED_FOLDERS = ("__pycache__", "node_modules")  # what programs put there, nobody asks about
@@ -256,8 +256,7 @@ def read_documents(paths: Sequence[Path | str], globs: Sequence[str] = ()) -> Do
         if text.read_as != "UTF-8" and " by " not in text.read_as:
             read_as.setdefault(text.read_as + (" (guessed)" if text.is_guessed else ""), []).append(name)
         about_pages += [f"{name}: {note}" for note in text.notes]
-        sha256 = hashlib.sha256(data).hexdigest()
-        files.append(SourceFile(name, len(data), sha256, text.read_as, text.content))
+        files.append(_source_file(name, data, text))
     notes = about_pages[:_MOST_NAMED]
     if len(about_pages) > _MOST_NAMED:
         notes.append(f"{len(about_pages) - _MOST_NAMED} more files have pages without text")
@@ -272,6 +271,24 @@ def read_documents(paths: Sequence[Path | str], globs: Sequence[str] = ()) -> Do
         for index, file in enumerate(files)
     ]
     return Document(tuple(files), tuple(pieces), tuple(notes))
+
+
+def document_of(data: bytes, name: str) -> Document:
+    """Make a document of the bytes of one file, as read_documents() does.
+
+    Args:
+        data: all bytes of the file.
+        name: its name, whose suffix may tell its format.
+
+    Raises:
+        UsageError: the file has no text that can be read, or a library that it needs is not installed.
+    """
+    text = to_text(data, name)
+    return Document((_source_file(name, data, text),), (Piece(0, "", 0, len(text.content)),), tuple(text.notes))
+
+
+def _source_file(name: str, data: bytes, text: Text) -> SourceFile:
+    return SourceFile(name, len(data), hashlib.sha256(data).hexdigest(), text.read_as, text.content)
 
 
 def _all_files(paths: Sequence[Path], globs: Sequence[str], left_out: _LeftOut) -> list[_Found]:

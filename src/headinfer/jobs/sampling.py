@@ -64,13 +64,16 @@ class Sampling:
         if "" in self.stop:
             raise UsageError("--stop is empty: give the text that ends an answer")
 
-    def arguments(self, tokenizer: Any, *, prompt_tokens: int, max_new_tokens: int) -> dict[str, Any]:
+    def arguments(
+        self, tokenizer: Any, *, prompt_tokens: int, max_new_tokens: int, ends: Sequence[Any] = ()
+    ) -> dict[str, Any]:
         """Return the arguments of transformers' generate().
 
         Args:
             tokenizer: the model's tokenizer.
             prompt_tokens: tokens of a row of the prompt, padding included.
             max_new_tokens: tokens of an answer, at most.
+            ends: further stopping criteria of transformers.
         """
         from headinfer.jobs.answer_text import StopCriterion  # loads transformers, and the command line imports this
 
@@ -83,8 +86,9 @@ class Sampling:
             "min_new_tokens": max_new_tokens if self.ignore_eos else None,
         }
         given = {name: value for name, value in wanted.items() if value is not None}
-        if self.stop:
-            given["stopping_criteria"] = [StopCriterion(tokenizer, self.stop, prompt_tokens)]
+        criteria = [StopCriterion(tokenizer, self.stop, prompt_tokens)] if self.stop else []
+        if criteria or ends:
+            given["stopping_criteria"] = [*criteria, *ends]
         if self.temperature:
             given["sampling_seed"] = self.seed
         return {**given, "do_sample": self.temperature > 0, "max_new_tokens": max_new_tokens}

@@ -47,6 +47,7 @@ def find_prefix(
     exclude: str,
     whole_only: bool,
     is_usable: Callable[[Manifest, Path], bool],
+    is_linked: bool = True,
 ) -> Prefix | None:
     """Find the session with the longest common prefix with a document.
 
@@ -59,6 +60,8 @@ def find_prefix(
             state that cannot be cropped.
         is_usable: returns whether the KV of a session, given its manifest and folder, is that of the document. It may
             raise SessionError if it is not.
+        is_linked: whether the files will be used in another session, so that their checksums are compared now. A
+            session that is loaded compares them when it reads the files.
 
     Returns:
         The longest prefix whose files are not damaged; None if no session has any.
@@ -77,7 +80,7 @@ def find_prefix(
         if prefix.is_whole or not whole_only:
             found.append(prefix)
     by_length = sorted(found, key=lambda prefix: -prefix.tokens)
-    return next((prefix for prefix in by_length if _is_intact(root, prefix)), None)
+    return next((prefix for prefix in by_length if not is_linked or _is_intact(root, prefix)), None)
 
 
 def _is_intact(root: Path, prefix: Prefix) -> bool:

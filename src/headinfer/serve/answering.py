@@ -1,0 +1,382 @@
+"""Answers requests, step by step: finds what a cache or a session holds of the prompt, reads the rest, generates."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from headinfer.errors import CapacityError, SessionError, UnsupportedError, UsageError
+from headinfer.hf.batch import BatchQuestion, answer_batch, plan_batches
+from headinfer.hf.cache import HeadCache
+from headinfer.hf.compat import last_logits_only
+from headinfer.jobs.answering import can_remove, decode
+from headinfer.jobs.prompts import pad_id
+from headinfer.jobs.rotary import held_rotary_tokens
+from headinfer.serve.caches import Caches, Kept
+from headinfer.serve.errors import public
+from headinfer.serve.events import Failed, FinishReason, Passage, Prefill, Where
+from headinfer.serve.library import Library
+from headinfer.serve.meter import Meter, Pace
+from headinfer.serve.model import ServedModel
+from headinfer.serve.parsing import AnswerStream, Cancelled
+from headinfer.serve.settings import ServeSettings
+from headinfer.serve.turns import Step
+from headinfer.serve.work import AnswerTask, Begun
+from headinfer.sessions.prefix import find_prefix
+
+__all__ = ["Answerer"]
+
+_LEAST_STORED_TOKENS = 512  # shorter prompts are read faster than the sessions on disk are looked through
+
+_logger = logging.getLogger(__name__)
+
+
+class Answerer:
+    """Answers requests with one model. Only the worker thread uses it, in torch.inference_mode().
+
+    Args:
+        settings: the settings of the service.
+        model: the model.
+        caches: the caches that are kept.
+        library: the sessions on disk.
+        meter: counts the work.
+        pace: estimates the time of reading.
+    """
+
+    def __init__(
+        self, settings: ServeSettings, model: ServedModel, caches: Caches, library: Library, meter: Meter, pace: Pace
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._caches = caches
+        self._library = library
+        self._meter = meter
+        self._pace = pace
+        self._first_token_at: float | None = None  # of the generate() that is running
+
+    def step(self, task: AnswerTask, waiting: Sequence[AnswerTask], *, can_wait: bool) -> Step:
+        """Do the next step of a request: begin it, read a chunk of its prompt, or generate its answer.
+
+        Args:
+            task: the request.
+            waiting: the requests that have not begun. Those that ask the same session are answered together with this
+                one, and have ended then.
+            can_wait: whether other tasks are under way whose end frees memory.
+
+        Raises:
+            Exception: the request cannot be answered. fail() tells the client.
+        """
+        if task.is_cancelled:
+            self._keep_prompt(task)
+            task.end("cancelled")
+            return "done"
+        if task.begun is None:
+            if not self._begin(task, can_wait=can_wait):
+                return "later"
+            self._tell_progress(task)
+        begun = task.begun
+        assert begun is not None
+        missing = begun.ids.shape[0] - begun.cache.get_seq_length()
+        if missing > begun.chunk_tokens and self._reads_in_steps(begun):
+            self._read_chunk(task, begun)
+            return "goes on"
+        others = [other for other in waiting if self._joins(other, task, begun)]
+        if begun.base is not None and others:
+            self._answer_together(begun.base, [task, *others])
+        else:
+            self._answer(task, begun)
+        return "done"
+
+    def fail(self, task: AnswerTask, error: BaseException) -> None:
+        """Tell a client that its request has failed, and keep what was read."""
+        self._keep_prompt(task)
+        task.tell(Failed(public(error, self._settings.root)))
+
+    # -- the prompt ------------------------------------------------------------------------------------------
+
+    def _begin(self, task: AnswerTask, *, can_wait: bool) -> bool:
+        """Find the cache with the longest beginning of the prompt, or make one.
+
+        Returns:
+            Whether there is memory for the request now.
+
+        Raises:
+            CapacityError: there will be none.
+        """
+        name = task.request.session
+        ids = torch.tensor(task.rest_ids, dtype=torch.long)
+        if name is not None:
+            ids = torch.cat([self._session(name).ids, ids])
+        tokens = ids.shape[0]
+        self.check_length(tokens, task.max_new_tokens)
+        kept, common = self._caches.find(ids)
+        if name is None and tokens - common > _LEAST_STORED_TOKENS and self._load_stored(ids, common):
+            kept, common = self._caches.find(ids)
+        if not self._has_room(tokens - common + task.max_new_tokens, kept, can_wait=can_wait):
+            return False
+        origin = None
+        base = None
+        if kept is not None:
+            origin = kept.session
+            base = kept if kept.generation else None
+            cache = self._caches.use(kept, common)
+        else:
+            cache = self._model.enabled.new_cache(tokens + task.max_new_tokens)
+            cache.rotary_min_tokens = max(cache.rotary_min_tokens, tokens)
+        chunk_tokens = self._model.enabled.chunk_of(cache, tokens)
+        task.begun = Begun(ids, cache, common, chunk_tokens, origin, base)
+        self._meter.note_prompt(tokens, common)
+        return True
+
+    def check_length(self, tokens: int, max_new_tokens: int) -> None:
+        """Check the length of a prompt. Any thread may call it.
+
+        Raises:
+            UsageError: it is longer than the model's positions, or than the server allows.
+        """
+        most = self._settings.limits.prompt_tokens
+        if most is not None and tokens > most:
+            raise UsageError(f"the prompt has {tokens:,} tokens, and this server takes {most:,}: send a shorter one")
+        self._model.shape.check_positions(tokens + max_new_tokens)
+
+    def _session(self, name: str) -> Kept:
+        """Return the cache of a session, which is loaded if it is not in memory.
+
+        Raises:
+            SessionError: there is none, or it cannot be used.
+        """
+        manifest = self._library.usable(name)
+        found = self._caches.session(name, manifest.generation)
+        if found is not None:
+            return found
+        try:
+            cache = HeadCache.load(self._library.folder(name), self._model.model, **self._model.session_options)
+        except SessionError:
+            self._library.manifest(name)  # raises NotFoundError if it was removed meanwhile
+            raise
+        cache.chunk_tokens = manifest.arithmetic.get("chunk_tokens")
+        ids = cache.token_ids
+        if ids is None or ids.shape[0] != 1:
+            raise SessionError(f"the session {name} does not hold its token ids: ask it in Python")
+        saved = cache.saved
+        assert saved is not None
+        kept = Kept(cache, ids[0], name, saved.generation)
+        self._caches.keep(kept)
+        return kept
+
+    def _load_stored(self, ids: torch.Tensor, held: int) -> bool:
+        """Load the session on disk with the longest common beginning, if it is longer than what a cache holds."""
+        model = self._model
+        needed = model.lengths.normalized(ids.shape[0])
+        found = find_prefix(
+            self._settings.root,
+            model.fingerprint,
+            ids[:-1],
+            exclude="",
+            whole_only=model.whole_only,
+            is_usable=lambda manifest, folder: held_rotary_tokens(model.lengths, manifest, folder) == needed,
+            is_linked=False,
+        )
+        if found is None or found.tokens - held < _LEAST_STORED_TOKENS:
+            return False
+        try:
+            self._session(found.name)
+        except SessionError as error:  # it is not read to its end, or was removed meanwhile
+            _logger.info("a session is not used as the beginning of a prompt: %s", error)
+            return False
+        return True
+
+    def _has_room(self, tokens: int, spared: Kept | None, *, can_wait: bool) -> bool:
+        """Free the memory of old caches until a context of so many new tokens fits.
+
+        Raises:
+            CapacityError: it does not fit, and there is nothing to wait for.
+        """
+        while True:
+            try:
+                self._model.enabled.check_fits(tokens)
+            except CapacityError:
+                if self._caches.drop_one(spared):
+                    continue
+                if can_wait:
+                    return False
+                raise
+            return True
+
+    def _reads_in_steps(self, begun: Begun) -> bool:
+        """Return whether the keys of the cache keep their rotary frequencies. If not, generate() reads all again."""
+        lengths = self._model.lengths
+        past = begun.cache.get_seq_length()
+        if not lengths or not past:
+            return True
+        return lengths.held(begun.cache.head_layers[0].rotary_tokens, past) == lengths.normalized(begun.ids.shape[0])
+
+    def _read_chunk(self, task: AnswerTask, begun: Begun) -> None:
+        model = self._model.model
+        start = begun.cache.get_seq_length()
+        stop = start + begun.chunk_tokens
+        ids = begun.ids[None, start:stop].to(model.device)
+        before = time.perf_counter()
+        model(input_ids=ids, past_key_values=begun.cache, use_cache=True, **last_logits_only(model))
+        seconds = time.perf_counter() - before
+        self._meter.note_read(stop - start, seconds)
+        self._pace.note(start, stop, seconds)
+        self._tell_progress(task)
+
+    def _tell_progress(self, task: AnswerTask) -> None:
+        begun = task.begun
+        assert begun is not None
+        done = begun.cache.get_seq_length()
+        tokens = begun.ids.shape[0]
+        task.tell(Prefill(done, tokens, self._pace.eta_s(done, tokens)))
+
+    def _keep_prompt(self, task: AnswerTask) -> None:
+        """Keep what was read of the prompt of a request that ends early."""
+        begun = task.begun
+        held = begun.cache.get_seq_length() if begun is not None else 0
+        if begun is not None and (begun.base is None or held > begun.base.tokens):
+            self._caches.keep(Kept(begun.cache, begun.ids[:held], begun.origin))
+
+    # -- answers ---------------------------------------------------------------------------------------------
+
+    def _joins(self, other: AnswerTask, task: AnswerTask, begun: Begun) -> bool:
+        """Return whether a request that waits can be answered in one batch with one that has begun.
+
+        Both go on from the session itself, and only a little follows it. A request that goes on from an earlier answer
+        is not among them, since its cache saves more than a batch does.
+        """
+        base = begun.base
+        if base is None or begun.cached != base.tokens or other is task or not task.is_asked_like(other):
+            return False
+        if other.is_cancelled or len(other.rest_ids) > begun.chunk_tokens:
+            return False
+        ids = torch.cat([base.ids, torch.tensor(other.rest_ids, dtype=torch.long)])
+        try:
+            self.check_length(ids.shape[0], other.max_new_tokens)
+        except UsageError:
+            return False  # it fails alone, and its client hears why
+        return self._caches.find(ids)[1] == base.tokens
+
+    def _stream(self, task: AnswerTask, begun: Begun) -> AnswerStream:
+        parser = None
+        if task.request.prompt is None and self._model.has_parser:
+            parser = self._model.parser(begun.ids.tolist(), task.request.tools)
+        stream = AnswerStream(self._model.tokenizer, task.request.sampling.stop, task.tell, parser)
+        stream.on_tokens = self._note_tokens
+        return stream
+
+    def _note_tokens(self, tokens: int) -> None:
+        if self._first_token_at is None:
+            self._first_token_at = time.perf_counter()
+        self._meter.note_generated(tokens)
+
+    @contextmanager
+    def _timed(self, missing: int) -> Iterator[None]:
+        """Count the seconds of a generate() that reads the last `missing` tokens of its prompts."""
+        self._first_token_at = None
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            stop = time.perf_counter()
+            first = self._first_token_at if self._first_token_at is not None else stop
+            self._meter.note_read(missing, first - start)
+            self._meter.note_decode(stop - first)
+
+    def _answer(self, task: AnswerTask, begun: Begun) -> None:
+        """Generate the answer of one request, and keep the cache."""
+        model = self._model
+        stream = self._stream(task, begun)
+        with self._timed(begun.ids.shape[0] - begun.cache.get_seq_length()):
+            decode(
+                model.model,
+                model.tokenizer,
+                begun.cache,
+                begun.ids[None],
+                task.request.sampling,
+                stream,
+                max_new_tokens=task.max_new_tokens,
+                ends=[Cancelled([task])],
+            )
+        ids = torch.cat([begun.ids, torch.tensor(stream.answer.token_ids, dtype=torch.long)])
+        self._keep_answer(begun, ids)
+        if task.request.where and not task.is_cancelled:
+            task.tell(Where(self._where(task, begun, stream.answer.token_ids)))
+        self._end(task, stream)
+
+    def _keep_answer(self, begun: Begun, ids: torch.Tensor) -> None:
+        """Keep a cache after an answer, without tokens that are not part of it, such as guesses after its end."""
+        surplus = begun.cache.get_seq_length() - ids.shape[0]
+        if surplus > 0 and not can_remove(begun.cache, surplus):
+            return
+        if surplus > 0:
+            begun.cache.crop(-surplus)
+        self._caches.keep(Kept(begun.cache, ids[: begun.cache.get_seq_length()], begun.origin))
+
+    def _where(self, task: AnswerTask, begun: Begun, answer_ids: list[int]) -> tuple[Passage, ...]:
+        """Return the passages of the session's document that an answer attended to.
+
+        Raises:
+            UnsupportedError: this version cannot say it.
+        """
+        raise UnsupportedError("this version cannot say where an answer came from: leave `where` out")
+
+    def _answer_together(self, base: Kept, tasks: Sequence[AnswerTask]) -> None:
+        """Answer requests on one session in batches, which read its KV once for all. Their caches are not kept."""
+        try:
+            self._answer_batches(base, tasks)
+        except Exception as error:
+            for task in tasks[1:]:
+                self.fail(task, error)
+            raise
+
+    def _answer_batches(self, base: Kept, tasks: Sequence[AnswerTask]) -> None:
+        model = self._model
+        questions = []
+        for task in tasks:
+            if task.begun is None:
+                ids = torch.cat([base.ids, torch.tensor(task.rest_ids, dtype=torch.long)])
+                task.begun = Begun(ids, base.cache, base.tokens, 0, base.session, base)
+                self._meter.note_prompt(ids.shape[0], base.tokens)
+                self._tell_progress(task)
+            stream = self._stream(task, task.begun)
+            stream.on_end = functools.partial(self._end, task, stream)
+            questions.append(BatchQuestion(task.rest_ids, task.max_new_tokens, streamer=stream))
+        for batch in plan_batches(model.enabled, base.cache, questions):
+            rows = [tasks[number] for number, _ in batch]
+            lengths = [len(question.ids) for _, question in batch]
+            arguments = tasks[0].request.sampling.arguments(
+                model.tokenizer,
+                prompt_tokens=base.tokens + max(lengths),
+                max_new_tokens=max(task.max_new_tokens for task in rows),
+                ends=[Cancelled(rows)],
+            )
+            with self._timed(sum(lengths)):
+                answer_batch(
+                    model.model,
+                    base.cache,
+                    base.ids[None],
+                    [question for _, question in batch],
+                    tokenizer=model.tokenizer,  # for stop_strings in the model's generation config
+                    pad_token_id=pad_id(model.tokenizer),
+                    **arguments,
+                )
+
+    def _end(self, task: AnswerTask, stream: AnswerStream) -> None:
+        """Tell a client why its answer has ended."""
+        answer = stream.answer
+        ids = answer.token_ids
+        is_whole = answer.stopped_by is not None or bool(ids and self._model.ends_with(ids[-1]))
+        reason: FinishReason = "stop"
+        if stream.has_tool_calls:
+            reason = "tool_calls"
+        elif not is_whole and len(ids) >= task.max_new_tokens:
+            reason = "length"
+        elif not is_whole and task.is_cancelled:
+            reason = "cancelled"
+        task.end(reason, stream)
