@@ -119,6 +119,7 @@ class Enabled:
 
     Attributes:
         last_cache: the cache of the last forward pass.
+        planning: plans its runs.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Enabled:
         self.on_forward = on_forward
         self.last_cache: HeadCache | None = None
         self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
-        self._planning = Planning(model, self._shape, options, chunk_tokens)
+        self.planning = Planning(model, self._shape, options, chunk_tokens)
         self._has_warned = False
         self._removes_last_token = False
         self._draft: Any = None  # the draft model of the generate() that is running
@@ -157,7 +158,7 @@ class Enabled:
     @property
     def plan(self) -> Plan | None:
         """The last plan; None before the first one, or if no plan fits the free memory."""
-        return self._planning.plan
+        return self.planning.plan
 
     @property
     def guess_counts(self) -> GuessCounts:
@@ -180,7 +181,7 @@ class Enabled:
             UsageError: a number is of another type or out of range.
         """
         expected_tokens = token_count(expected_tokens, "expected_tokens", low=0) or self.options.expected_tokens
-        return self._planning.new_cache(expected_tokens, whole_number(rows, "rows"))
+        return self.planning.new_cache(expected_tokens, whole_number(rows, "rows"))
 
     @property
     def shape(self) -> ModelShape:
@@ -189,15 +190,7 @@ class Enabled:
 
     def fits(self, tokens: int, rows: int) -> bool:
         """Return whether a plan for a context of so many tokens in each row fits the free memory."""
-        return self._planning.plan_now(tokens, rows) is not None
-
-    def check_fits(self, tokens: int) -> None:
-        """Raise CapacityError if no plan for a context of so many tokens fits the free memory."""
-        self._planning.checked(tokens, 1)
-
-    def chunk_of(self, cache: HeadCache, tokens: int) -> int:
-        """Return the tokens of a prefill chunk of a cache of one row that will hold `tokens` tokens."""
-        return self._planning.chunk_of(cache, tokens, 1)
+        return self.planning.plan_now(tokens, rows) is not None
 
     def ask(
         self,
@@ -328,7 +321,7 @@ class Enabled:
 
     def _guess_costs(self, cache: Any, tokens: int) -> Sequence[float] | None:
         """Return what guesses cost in a context of so many tokens; None if no plan fits."""
-        planned = self._planning.plan_of(cache, tokens, 1) if isinstance(cache, HeadCache) else None
+        planned = self.planning.plan_of(cache, tokens, 1) if isinstance(cache, HeadCache) else None
         return planned.plan.guess_costs if planned is not None else None
 
     def _guarded_chunks(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: HeadCache) -> Any:
@@ -356,7 +349,7 @@ class Enabled:
                 chunks_of(
                     inputs,
                     config,
-                    lambda tokens: self._planning.chunk_of(cache, tokens, cache.head_layers[0].rows or 1),
+                    lambda tokens: self.planning.chunk_of(cache, tokens, cache.head_layers[0].rows or 1),
                 ),
                 lambda chunk: self._one_chunk(forward, chunk, cache),
                 lambda: self._between_chunks(cache),
@@ -440,7 +433,7 @@ class Enabled:
         if generation_config.is_assistant:
             cache.activate_past_recording()  # rejected guesses are cropped
         if is_empty:
-            self._planning.chunk_of(cache, max_cache_length, batch_size)  # plans the whole run, not the prompt alone
+            self.planning.chunk_of(cache, max_cache_length, batch_size)  # plans the whole run, not the prompt alone
 
 
 def enabled_on(model: PreTrainedModel) -> Enabled:

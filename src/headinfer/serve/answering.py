@@ -10,13 +10,14 @@ from contextlib import contextmanager
 
 import torch
 
-from headinfer.errors import CapacityError, SessionError, UnsupportedError, UsageError
+from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.hf.batch import BatchQuestion, answer_batch, plan_batches
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import last_logits_only
 from headinfer.jobs.answering import can_remove, decode
 from headinfer.jobs.prompts import pad_id
 from headinfer.jobs.rotary import held_rotary_tokens
+from headinfer.jobs.where import passages
 from headinfer.serve.caches import Caches, Kept
 from headinfer.serve.errors import public
 from headinfer.serve.events import Failed, FinishReason, Passage, Prefill, Where
@@ -128,7 +129,7 @@ class Answerer:
         else:
             cache = self._model.enabled.new_cache(tokens + task.max_new_tokens)
             cache.rotary_min_tokens = max(cache.rotary_min_tokens, tokens)
-        chunk_tokens = self._model.enabled.chunk_of(cache, tokens)
+        chunk_tokens = self._model.enabled.planning.chunk_of(cache, tokens, 1)
         task.begun = Begun(ids, cache, common, chunk_tokens, origin, base)
         self._meter.note_prompt(tokens, common)
         return True
@@ -199,7 +200,7 @@ class Answerer:
         """
         while True:
             try:
-                self._model.enabled.check_fits(tokens)
+                self._model.enabled.planning.checked(tokens, 1)
             except CapacityError:
                 if self._caches.drop_one(spared):
                     continue
@@ -319,12 +320,21 @@ class Answerer:
         self._caches.keep(Kept(begun.cache, ids[: begun.cache.get_seq_length()], begun.origin))
 
     def _where(self, task: AnswerTask, begun: Begun, answer_ids: list[int]) -> tuple[Passage, ...]:
-        """Return the passages of the session's document that an answer attended to.
+        """Return the passages of the session's document that an answer came from.
 
         Raises:
-            UnsupportedError: this version cannot say it.
+            UnsupportedError: the model's answer cannot be computed again in one pass.
         """
-        raise UnsupportedError("this version cannot say where an answer came from: leave `where` out")
+        name = task.request.session
+        assert name is not None
+        cache = begun.cache
+        if begun.base is not None:
+            cache = begun.base.cache
+        elif not can_remove(cache, cache.get_seq_length() - begun.ids.shape[0] + 1):
+            cache = self._session(name).cache
+        document = self._library.document(name)
+        found = passages(self._model.enabled, cache, begun.ids.tolist(), answer_ids, document)
+        return tuple(Passage(**vars(passage)) for passage in found)
 
     def _answer_together(self, base: Kept, tasks: Sequence[AnswerTask]) -> None:
         """Answer requests on one session in batches, which read its KV once for all. Their caches are not kept."""

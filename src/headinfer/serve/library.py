@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headinfer.errors import SessionError, UsageError
+from headinfer.jobs.where import DocumentText
 from headinfer.serve.errors import NotFoundError, public
 from headinfer.serve.model import ServedModel
 from headinfer.serve.requests import DocumentState
@@ -33,7 +34,7 @@ class Library:
         self._model = model
         self._lock = threading.Lock()
         self._manifests: dict[str, tuple[tuple[int, int], Manifest]] = {}
-        self._text: tuple[str, int, str] | None = None  # of the session that was asked for last
+        self._text: tuple[str, int, DocumentText] | None = None  # of the session that was asked for last
 
     def folder(self, name: str) -> Path:
         """Return the folder of a session, which need not exist.
@@ -123,7 +124,7 @@ class Library:
                 return state.name
         return None
 
-    def text(self, name: str) -> str:
+    def document(self, name: str) -> DocumentText:
         """Return the text of a session's document, from its tokens.
 
         Raises:
@@ -138,10 +139,7 @@ class Library:
         ids = read_consistently(folder, lambda found: saved_ids(folder, found))
         if ids is None or ids.shape[0] != 1:
             raise SessionError(f"the session {name} does not hold its token ids: its text is not known")
-        tokens = ids[0, : document_tokens(manifest)].tolist()
-        text: str = self._model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        characters = document_characters(manifest.about)
-        text = text[len(text) - min(characters, len(text)) :] if characters else text
+        text = DocumentText(self._model.tokenizer, ids[0].tolist(), manifest.about)
         with self._lock:
             self._text = (name, manifest.generation, text)
         return text

@@ -247,7 +247,7 @@ class Service:
             is_read = name not in self._reads
         if not is_read:
             raise SessionError(f"the document {name} is not read to its end yet: ask for its text later")
-        text = self._library.text(name)
+        text = self._library.document(name).text
         end = len(text) if stop is None else stop
         if not 0 <= start <= end:
             raise UsageError(f"the characters {start} to {end} are no range: start must be 0 or more, and at most stop")
