@@ -330,7 +330,7 @@ def wait_for(server: Server, book: Book, is_reached: Callable[[dict[str, Any]], 
 
 def kill_while_reading(server: Server, books: list[Book], findings: Findings, rng: random.Random) -> None:
     """Kill the server within a document; the document must be there, and be read from its last checkpoint on."""
-    book = add_book(server, 60_000, rng)
+    book = add_book(server, 30_000, rng)
     books.append(book)
     before = wait_for(server, book, lambda state: 0 < state["tokens"] < state["of"])
     seconds = server.kill()

@@ -42,7 +42,7 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on. Any other than one of this machine only, such as 0.0.0.0, needs a key.",
+            help="Address to listen on. An address that other machines can reach, such as 0.0.0.0, needs a key.",
             rich_help_panel=_PANEL,
         ),
     ] = "127.0.0.1",
