@@ -59,7 +59,7 @@ def test_a_completion_is_transformers_own(real):
 def test_a_document_is_read_once_and_asked(real):
     file = real.client.files.retrieve(real.book)
     facts = file.model_extra["headinfer"]
-    assert (file.filename, file.bytes, file.status, facts["state"]) == ("book.txt", len(BOOK), "processed", "ready")
+    assert (file.filename, file.bytes, file.status, facts["state"]) == ("book.txt", len(BOOK.encode()), "processed", "ready")
     assert facts["characters"] == len(BOOK)
     assert real.client.files.content(real.book).text == BOOK
     for needle in NEEDLES:
@@ -92,17 +92,16 @@ def test_a_streamed_chat_and_its_next_turn(real):
 
 
 def test_a_client_that_leaves_while_its_prompt_is_read_frees_its_work(real):
-    prompt = embedded_text()[20_000:60_000]
+    prompt = embedded_text()[20_000:28_000]  # more than ten chunks
     body = {"prompt": prompt, "max_tokens": 1, "stream": True}
     with BROWSER.stream("POST", f"{real.address}/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         assert any('"prefill"' in line for line in lines)
-        read = next(line for line in lines if '"prefill"' in line)
-        assert read
+        assert any('"prefill"' in line for line in lines)  # the first chunk is read
     while (state := BROWSER.get(f"{real.address}/v1/state").json())["running"] or state["waiting"]:
         time.sleep(0.05)
-    answer = real.client.completions.create(model="embedded", prompt=prompt[:1000], max_tokens=1)
-    assert answer.usage.prompt_tokens_details.cached_tokens > 100  # what was read is kept
+    usage = real.client.completions.create(model="embedded", prompt=prompt, max_tokens=1).usage
+    assert CHUNK <= usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens - CHUNK  # what was read is kept
 
 
 def test_fifty_clients_at_once_get_the_answers_that_they_get_alone(real):
