@@ -59,7 +59,12 @@ def test_a_completion_is_transformers_own(real):
 def test_a_document_is_read_once_and_asked(real):
     file = real.client.files.retrieve(real.book)
     facts = file.model_extra["headinfer"]
-    assert (file.filename, file.bytes, file.status, facts["state"]) == ("book.txt", len(BOOK.encode()), "processed", "ready")
+    assert (file.filename, file.bytes, file.status, facts["state"]) == (
+        "book.txt",
+        len(BOOK.encode()),
+        "processed",
+        "ready",
+    )
     assert facts["characters"] == len(BOOK)
     assert real.client.files.content(real.book).text == BOOK
     for needle in NEEDLES:

@@ -11,6 +11,7 @@ from headinfer.serve.errors import NotFoundError
 from headinfer.serve.events import Done, Event, Passage, Text, Where
 from headinfer.serve.requests import Ask, DocumentState, ServerState
 from headinfer.serve.settings import ServeSettings
+from headinfer.serve.uploads import clean_filename
 
 ROOT = Path("/srv/secret place/sessions")
 PASSAGES = (Passage(4, 9, 0.75, "brave", "book.txt", 4),)
@@ -52,6 +53,7 @@ class ScriptedService:
         content = data if isinstance(data, bytes) else data.read_bytes()
         if not content:
             raise UsageError(f"{ROOT}/.uploads/x/{filename} is empty: add a file with text")
+        filename = clean_filename(filename)
         name = f"doc-{len(self.stored)}"
         state = DocumentState(name, filename, len(content), time.time(), "ready", len(content), len(content))
         self.stored[name] = (state, content.decode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -88,20 +87,13 @@ def file_routes(service: Service) -> APIRouter:
 
 def _add(service: Service, given: UploadFile, client: str) -> DocumentState:
     """Hand a file to the service, through a file of its own if it is large."""
-    filename = file_name(given.filename or "")
+    filename = given.filename or ""
     if (given.size or 0) <= _IN_MEMORY_BYTES:
         return service.add_document(filename, given.file.read(), client)
     with tempfile.NamedTemporaryFile(prefix="headinfer-") as copy:
         shutil.copyfileobj(given.file, copy, 1 << 20)
         copy.flush()
         return service.add_document(filename, Path(copy.name), client)
-
-
-def file_name(given: str) -> str:
-    """Return the last name of a path that a client gives, without control characters."""
-    last = re.split(r"[\\/]", given)[-1]
-    shown = "".join(character for character in last if character.isprintable()).strip(". ")
-    return shown[-200:] or "document"
 
 
 def file_json(state: DocumentState) -> dict[str, Any]:

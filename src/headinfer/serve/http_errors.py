@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from headinfer.errors import CapacityError, HeadinferError, SessionError, StateError, UnsupportedError, UsageError
-from headinfer.serve.errors import NotFoundError, QueueFullError
+from headinfer.serve.errors import NotFoundError, QueueFullError, public
 
 __all__ = ["BUG", "HttpError", "as_http_error", "error_response"]
 
@@ -76,7 +76,7 @@ def as_http_error(error: Exception, root: Path) -> HttpError:
         return error
     for kind, status, code in _TABLE:
         if isinstance(error, kind):
-            message = _CLOSED if status == 503 else _without_paths(str(error), root)
+            message = _CLOSED if status == 503 else _PATH.sub(r"\1", str(public(error, root)))
             return HttpError(status, message, code=code, headers=_headers(error, status))
     return BUG
 
@@ -86,14 +86,6 @@ def _headers(error: Exception, status: int) -> dict[str, str]:
     if isinstance(error, QueueFullError):
         return {"Retry-After": str(error.retry_after_s)}
     return {"x-should-retry": "false"} if status in (409, 507) else {}
-
-
-def _without_paths(message: str, root: Path) -> str:
-    """Replace the paths in a message by the last names in them."""
-    for folder in sorted({str(root), str(root.absolute()), str(root.resolve())}, key=len, reverse=True):
-        if folder not in (".", "/"):
-            message = message.replace(f"{folder}/", "").replace(folder, "the folder of sessions")
-    return _PATH.sub(r"\1", message)
 
 
 def error_response(error: HttpError) -> JSONResponse:
