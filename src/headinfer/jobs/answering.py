@@ -18,7 +18,7 @@ from headinfer.jobs.generate import Streamer, Summary
 from headinfer.jobs.prompts import pad_id, text_ids
 from headinfer.jobs.sampling import Sampling
 
-__all__ = ["answer", "can_remove", "decode", "read_missing", "remove_after", "shown_ids"]
+__all__ = ["Checkpoint", "answer", "can_remove", "decode", "read_missing", "remove_after", "shown_ids"]
 
 Checkpoint = list[dict[str, Any]]
 """The state of a cache, as HeadCache.checkpoint() returns it."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from headinfer.errors import CapacityError, SessionError, UsageError
+from headinfer.engine.run_plan import check_saved_kv
+from headinfer.errors import CapacityError, UsageError
 from headinfer.hf.batch import BatchQuestion, answer_batch, plan_batches
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import last_logits_only
@@ -18,7 +20,7 @@ from headinfer.jobs.answering import can_remove, decode
 from headinfer.jobs.prompts import pad_id
 from headinfer.jobs.rotary import held_rotary_tokens
 from headinfer.jobs.where import passages
-from headinfer.serve.caches import Caches, Kept
+from headinfer.serve.caches import Caches, Checkpoint, Kept
 from headinfer.serve.errors import public
 from headinfer.serve.events import Failed, FinishReason, Passage, Prefill, Where
 from headinfer.serve.library import Library
@@ -28,11 +30,14 @@ from headinfer.serve.parsing import AnswerStream, Cancelled
 from headinfer.serve.settings import ServeSettings
 from headinfer.serve.turns import Step
 from headinfer.serve.work import AnswerTask, Begun
+from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.prefix import find_prefix
 
 __all__ = ["Answerer"]
 
 _LEAST_STORED_TOKENS = 512  # shorter prompts are read faster than the sessions on disk are looked through
+
+_CHECKPOINTS = 4  # of a cache; each may have the states of windows and of linear attention, on the device
 
 _logger = logging.getLogger(__name__)
 
@@ -111,26 +116,34 @@ class Answerer:
         """
         name = task.request.session
         ids = torch.tensor(task.rest_ids, dtype=torch.long)
+        session_tokens = 0
         if name is not None:
-            ids = torch.cat([self._session(name).ids, ids])
+            session_ids = self._library.ids(name)
+            session_tokens = session_ids.shape[0]
+            ids = torch.cat([session_ids, ids])
         tokens = ids.shape[0]
         self.check_length(tokens, task.max_new_tokens)
         kept, common = self._caches.find(ids)
-        if name is None and tokens - common > _LEAST_STORED_TOKENS and self._load_stored(ids, common):
+        if name is None and tokens - common > _LEAST_STORED_TOKENS:
+            name = self._stored(ids, common)
+        if name is not None and (common < session_tokens or not session_tokens):
+            self._load(name)
             kept, common = self._caches.find(ids)
         if not self._has_room(tokens - common + task.max_new_tokens, kept, can_wait=can_wait):
             return False
         origin = None
         base = None
+        checkpoints: tuple[Checkpoint, ...] = ()
         if kept is not None:
             origin = kept.session
             base = kept if kept.generation else None
+            checkpoints = tuple(one for one in kept.checkpoints if one[0] <= common)
             cache = self._caches.use(kept, common)
         else:
             cache = self._model.enabled.new_cache(tokens + task.max_new_tokens)
             cache.rotary_min_tokens = max(cache.rotary_min_tokens, tokens)
         chunk_tokens = self._model.enabled.planning.chunk_of(cache, tokens, 1)
-        task.begun = Begun(ids, cache, common, chunk_tokens, origin, base)
+        task.begun = Begun(ids, cache, common, chunk_tokens, origin, base, checkpoints)
         self._meter.note_prompt(tokens, common)
         return True
 
@@ -145,52 +158,46 @@ class Answerer:
             raise UsageError(f"the prompt has {tokens:,} tokens, and this server takes {most:,}: send a shorter one")
         self._model.shape.check_positions(tokens + max_new_tokens)
 
-    def _session(self, name: str) -> Kept:
-        """Return the cache of a session, which is loaded if it is not in memory.
+    def _load(self, name: str) -> HeadCache:
+        """Load a session, and keep its cache.
 
         Raises:
             SessionError: there is none, or it cannot be used.
+            CapacityError: its KV does not fit this machine.
         """
+        model = self._model
         manifest = self._library.usable(name)
-        found = self._caches.session(name, manifest.generation)
-        if found is not None:
-            return found
-        try:
-            cache = HeadCache.load(self._library.folder(name), self._model.model, **self._model.session_options)
-        except SessionError:
-            self._library.manifest(name)  # raises NotFoundError if it was removed meanwhile
-            raise
+        is_mapped = model.model.device.type == "cpu"
+        options = model.session_options
+        self._make_room(lambda: check_saved_kv(manifest.tokens, manifest.nbytes, 0, options, is_mapped=is_mapped))
+        cache = HeadCache.load(self._library.folder(name), model.model, **options)
         cache.chunk_tokens = manifest.arithmetic.get("chunk_tokens")
         ids = cache.token_ids
-        if ids is None or ids.shape[0] != 1:
-            raise SessionError(f"the session {name} does not hold its token ids: ask it in Python")
         saved = cache.saved
+        assert ids is not None
         assert saved is not None
-        kept = Kept(cache, ids[0], name, saved.generation)
-        self._caches.keep(kept)
-        return kept
+        self._caches.keep(Kept(cache, ids[0], name, saved.generation))
+        return cache
 
-    def _load_stored(self, ids: torch.Tensor, held: int) -> bool:
-        """Load the session on disk with the longest common beginning, if it is longer than what a cache holds."""
+    def _stored(self, ids: torch.Tensor, held: int) -> str | None:
+        """Return the session on disk with the longest common beginning, if that is longer than what a cache holds."""
         model = self._model
         needed = model.lengths.normalized(ids.shape[0])
+
+        def is_usable(manifest: Manifest, folder: Path) -> bool:
+            self._library.usable(folder.name)  # raises SessionError if it is not read to its end
+            return held_rotary_tokens(model.lengths, manifest, folder) == needed
+
         found = find_prefix(
             self._settings.root,
             model.fingerprint,
             ids[:-1],
             exclude="",
             whole_only=model.whole_only,
-            is_usable=lambda manifest, folder: held_rotary_tokens(model.lengths, manifest, folder) == needed,
+            is_usable=is_usable,
             is_linked=False,
         )
-        if found is None or found.tokens - held < _LEAST_STORED_TOKENS:
-            return False
-        try:
-            self._session(found.name)
-        except SessionError as error:  # it is not read to its end, or was removed meanwhile
-            _logger.info("a session is not used as the beginning of a prompt: %s", error)
-            return False
-        return True
+        return found.name if found is not None and found.tokens - held >= _LEAST_STORED_TOKENS else None
 
     def _has_room(self, tokens: int, spared: Kept | None, *, can_wait: bool) -> bool:
         """Free the memory of old caches until a context of so many new tokens fits.
@@ -198,16 +205,28 @@ class Answerer:
         Raises:
             CapacityError: it does not fit, and there is nothing to wait for.
         """
+        try:
+            self._make_room(lambda: self._model.enabled.planning.checked(tokens, 1), spared)
+        except CapacityError:
+            if can_wait:
+                return False
+            raise
+        return True
+
+    def _make_room(self, check: Callable[[], object], spared: Kept | None = None) -> None:
+        """Free the memory of old caches until a check passes.
+
+        Raises:
+            CapacityError: it does not pass without them.
+        """
         while True:
             try:
-                self._model.enabled.planning.checked(tokens, 1)
+                check()
             except CapacityError:
-                if self._caches.drop_one(spared):
-                    continue
-                if can_wait:
-                    return False
-                raise
-            return True
+                if not self._caches.drop_one(spared):
+                    raise
+            else:
+                return
 
     def _reads_in_steps(self, begun: Begun) -> bool:
         """Return whether the keys of the cache keep their rotary frequencies. If not, generate() reads all again."""
@@ -241,7 +260,7 @@ class Answerer:
         begun = task.begun
         held = begun.cache.get_seq_length() if begun is not None else 0
         if begun is not None and (begun.base is None or held > begun.base.tokens):
-            self._caches.keep(Kept(begun.cache, begun.ids[:held], begun.origin))
+            self._caches.keep(Kept(begun.cache, begun.ids[:held], begun.origin, checkpoints=begun.checkpoints))
 
     # -- answers ---------------------------------------------------------------------------------------------
 
@@ -293,6 +312,9 @@ class Answerer:
         """Generate the answer of one request, and keep the cache."""
         model = self._model
         stream = self._stream(task, begun)
+        if model.whole_only:
+            now = (begun.cache.get_seq_length(), begun.cache.checkpoint())
+            begun.checkpoints = (*begun.checkpoints, now)[-_CHECKPOINTS:]
         with self._timed(begun.ids.shape[0] - begun.cache.get_seq_length()):
             decode(
                 model.model,
@@ -317,7 +339,8 @@ class Answerer:
             return
         if surplus > 0:
             begun.cache.crop(-surplus)
-        self._caches.keep(Kept(begun.cache, ids[: begun.cache.get_seq_length()], begun.origin))
+        held = ids[: begun.cache.get_seq_length()]
+        self._caches.keep(Kept(begun.cache, held, begun.origin, checkpoints=begun.checkpoints))
 
     def _where(self, task: AnswerTask, begun: Begun, answer_ids: list[int]) -> tuple[Passage, ...]:
         """Return the passages of the session's document that an answer came from.
@@ -331,7 +354,7 @@ class Answerer:
         if begun.base is not None:
             cache = begun.base.cache
         elif not can_remove(cache, cache.get_seq_length() - begun.ids.shape[0] + 1):
-            cache = self._session(name).cache
+            cache = self._load(name)
         document = self._library.document(name)
         found = passages(self._model.enabled, cache, begun.ids.tolist(), answer_ids, document)
         return tuple(Passage(**vars(passage)) for passage in found)

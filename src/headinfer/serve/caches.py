@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.hf.cache import HeadCache
-from headinfer.jobs.answering import can_remove
+from headinfer.jobs.answering import Checkpoint as State
+from headinfer.jobs.answering import can_remove, remove_after
 
-__all__ = ["Caches", "Kept", "common_tokens"]
+__all__ = ["Caches", "Checkpoint", "Kept", "common_tokens"]
+
+Checkpoint = tuple[int, State]
+"""The tokens of a cache at one moment, and HeadCache.checkpoint() of it."""
 
 
 @dataclass(eq=False)
@@ -22,17 +26,26 @@ class Kept:
         session: the session with which these tokens begin; None if there is none.
         generation: the checkpoint of the session, if the cache holds exactly its tokens; otherwise 0. Such a cache
             stays as it is, and requests use forks of it.
+        checkpoints: earlier states of the cache, the oldest first. Layers with windows or linear attention cannot be
+            cut, and return to one of them.
     """
 
     cache: HeadCache
     ids: torch.Tensor
     session: str | None = None
     generation: int = 0
+    checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens of the cache."""
         return self.ids.shape[0]
+
+    def usable_tokens(self, common: int) -> int:
+        """Return how many of the first `common` tokens the cache can be cut to."""
+        if common == self.tokens or can_remove(self.cache, self.tokens - common):
+            return common
+        return max((at for at, _ in self.checkpoints if at <= common), default=0)
 
 
 class Caches:
@@ -56,22 +69,17 @@ class Caches:
             ids: the token ids [T] of a prompt. Its last token is read in any case, for the first token of the answer.
 
         Returns:
-            The cache, and how many of its first tokens the prompt begins with; None and 0 if there is none.
+            The cache, and how many of its first tokens, with which the prompt begins, it can be cut to; None and 0 if
+            there is none.
         """
         best: Kept | None = None
         tokens = 0
         for kept in self._kept:
-            common = min(common_tokens(kept.ids, ids), ids.shape[0] - 1)
-            surplus = kept.tokens - common
-            if common > tokens and (not surplus or can_remove(kept.cache, surplus)):
+            usable = kept.usable_tokens(min(common_tokens(kept.ids, ids), ids.shape[0] - 1))
+            if usable > tokens:
                 best = kept
-                tokens = common
+                tokens = usable
         return best, tokens
-
-    def session(self, name: str, generation: int) -> Kept | None:
-        """Return the cache of a session at a checkpoint; None if it is not in memory."""
-        found = (kept for kept in self._kept if kept.session == name and kept.generation == generation)
-        return next(found, None)
 
     def use(self, kept: Kept, tokens: int) -> HeadCache:
         """Return a cache with the first tokens of one that is kept, which the caller may change.
@@ -86,18 +94,15 @@ class Caches:
         fork = kept.cache.fork()
         fork.token_ids = None
         if tokens < kept.tokens:
-            fork.crop(tokens)
+            state = next((state for at, state in kept.checkpoints if at == tokens), [])
+            remove_after(fork, tokens, state)
         return fork
 
     def keep(self, kept: Kept) -> None:
         """Keep a cache in place of those that hold a beginning of it only. Those of whole sessions stay."""
         if not kept.tokens:
             return
-        self._kept = [
-            other
-            for other in self._kept
-            if other.generation or common_tokens(other.ids, kept.ids) < other.tokens or other.tokens > kept.tokens
-        ]
+        self._kept = [other for other in self._kept if not _is_replaced(other, kept)]
         self._kept.append(kept)
         while len(self._kept) > self._most:
             self._kept.pop(0)
@@ -131,3 +136,10 @@ def common_tokens(first: torch.Tensor, second: torch.Tensor) -> int:
     most = min(first.shape[0], second.shape[0])
     differs = first[:most] != second[:most]
     return int(differs.int().argmax()) if bool(differs.any()) else most
+
+
+def _is_replaced(old: Kept, new: Kept) -> bool:
+    """Return whether a cache is of no use beside a new one."""
+    if old.generation:
+        return bool(new.generation) and old.session == new.session
+    return old.tokens <= new.tokens and common_tokens(old.ids, new.ids) == old.tokens

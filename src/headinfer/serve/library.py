@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headinfer.errors import SessionError, UsageError
 from headinfer.jobs.where import DocumentText
 from headinfer.serve.errors import NotFoundError, public
@@ -19,6 +21,8 @@ from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import LOCK
 
 __all__ = ["Library", "document_characters", "document_tokens"]
+
+_IDS_KEPT = 8  # sessions whose token ids stay in memory; a million take 8 MB
 
 
 class Library:
@@ -34,6 +38,7 @@ class Library:
         self._model = model
         self._lock = threading.Lock()
         self._manifests: dict[str, tuple[tuple[int, int], Manifest]] = {}
+        self._ids: list[tuple[str, int, torch.Tensor]] = []  # of the sessions that were asked last
         self._text: tuple[str, int, DocumentText] | None = None  # of the session that was asked for last
 
     def folder(self, name: str) -> Path:
@@ -124,22 +129,38 @@ class Library:
                 return state.name
         return None
 
+    def ids(self, name: str) -> torch.Tensor:
+        """Return the token ids [T] of a session, int64.
+
+        Raises:
+            NotFoundError: there is no such session.
+            SessionError: it cannot be used, or does not hold its token ids.
+        """
+        manifest = self.usable(name)
+        with self._lock:
+            for known in self._ids:
+                if known[:2] == (name, manifest.generation):
+                    return known[2]
+        folder = self.folder(name)
+        ids = read_consistently(folder, lambda found: saved_ids(folder, found))
+        if ids is None or ids.shape[0] != 1:
+            raise SessionError(f"the session {name} does not hold its token ids: ask it in Python")
+        with self._lock:
+            self._ids = [(name, manifest.generation, ids[0]), *self._ids][:_IDS_KEPT]
+        return ids[0]
+
     def document(self, name: str) -> DocumentText:
         """Return the text of a session's document, from its tokens.
 
         Raises:
             NotFoundError: there is no such session.
-            SessionError: it is damaged, or does not hold its token ids.
+            SessionError: it cannot be used, or does not hold its token ids.
         """
         manifest = self.usable(name)
         with self._lock:
             if self._text is not None and self._text[:2] == (name, manifest.generation):
                 return self._text[2]
-        folder = self.folder(name)
-        ids = read_consistently(folder, lambda found: saved_ids(folder, found))
-        if ids is None or ids.shape[0] != 1:
-            raise SessionError(f"the session {name} does not hold its token ids: its text is not known")
-        text = DocumentText(self._model.tokenizer, ids[0].tolist(), manifest.about)
+        text = DocumentText(self._model.tokenizer, self.ids(name).tolist(), manifest.about)
         with self._lock:
             self._text = (name, manifest.generation, text)
         return text

@@ -13,6 +13,7 @@ from headinfer.attention import native
 from headinfer.engine.machine import chosen_device
 from headinfer.engine.options import Options
 from headinfer.engine.run_plan import RunRequest, plan_run
+from headinfer.errors import UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import has_response_template, response_parser
 from headinfer.hf.enable import enable
@@ -52,6 +53,8 @@ class ServedModel:
     """
 
     def __init__(self, settings: ServeSettings, on_forward: Callable[[HeadCache], None]) -> None:
+        if settings.sampling.draft is not None:
+            raise UsageError("a server has no draft model yet: leave --draft out")
         device = str(chosen_device(settings.device))
         self.source = resolve(settings.model)
         self.tokenizer = self.source.tokenizer()

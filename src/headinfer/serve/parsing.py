@@ -16,6 +16,8 @@ from headinfer.serve.events import Event, Reasoning, Text, ToolCall
 
 __all__ = ["AnswerStream", "CanEnd", "Cancelled"]
 
+_PARSER_ERRORS = (LookupError, RuntimeError, TypeError, ValueError)  # of transformers' parser, for invalid tool calls
+
 _logger = logging.getLogger(__name__)
 
 
@@ -72,17 +74,21 @@ class AnswerStream(BaseStreamer):  # type: ignore[misc]
         if self._parser is not None:
             try:
                 _, events = self._parser.finalize()
-            except (ValueError, RuntimeError) as error:  # the answer ends within a tool call
+                self._tell_parsed(events)
+            except _PARSER_ERRORS as error:  # the answer ends within a tool call
                 _logger.warning("the end of an answer could not be parsed: %s", error)
-                events = []
-            self._tell_parsed(events)
         self.on_end()
 
     def _pass_on(self, text: str) -> None:
         if self._parser is None:
             self._tell(Text(text))
-        else:
+            return
+        try:
             self._tell_parsed(self._parser.feed(text))
+        except _PARSER_ERRORS as error:  # a tool call that is none
+            _logger.warning("an answer could not be parsed, so its rest is passed on as it is: %s", error)
+            self._parser = None
+            self._tell(Text(text))
 
     def _tell_parsed(self, events: list[Any]) -> None:
         for kind, text, arguments in parsed_events(events):

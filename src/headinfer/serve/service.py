@@ -257,7 +257,7 @@ class Service:
         """Return figures about the service at this moment."""
         with self._changed:
             waiting = self._waiting()
-            running = len(self._turns.begun())
+            running = sum(not (isinstance(task, AnswerTask) and task.has_ended) for task in self._turns.begun())
         figures = self._meter.figures()
         figures["disk_kv_bytes"] += self._library.disk_bytes()
         limit = self._served.shape.max_context_tokens or 0

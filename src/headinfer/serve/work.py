@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.hf.cache import HeadCache
-from headinfer.serve.caches import Kept
+from headinfer.serve.caches import Checkpoint, Kept
 from headinfer.serve.events import Done, Event, Failed, FinishReason
 from headinfer.serve.parsing import AnswerStream
 from headinfer.serve.requests import Ask
@@ -32,6 +32,7 @@ class Begun:
         chunk_tokens: tokens of a chunk.
         origin: the session with which the prompt begins; None if there is none.
         base: the kept cache of exactly this session, if the cache is a fork of it.
+        checkpoints: those of the cache to which it can return; see Kept.
     """
 
     ids: torch.Tensor
@@ -40,6 +41,7 @@ class Begun:
     chunk_tokens: int
     origin: str | None
     base: Kept | None
+    checkpoints: tuple[Checkpoint, ...] = ()
 
 
 class AnswerTask:
@@ -93,6 +95,8 @@ class AnswerTask:
         if self._has_ended:
             return
         self._has_ended = isinstance(event, Done | Failed)
+        if self._has_ended:
+            self.begun = None  # clients may hold on to this object for long
         try:
             self._on_event(event)
         except Exception:  # whatever the client's function raises must not end the work of others
