@@ -15,12 +15,14 @@ from page_service import PageService, passage
 from headinfer.errors import UsageError
 from headinfer.serve.access import Access
 from headinfer.serve.events import Prefill
+from headinfer.serve.service import Service
+from headinfer.serve.settings import ServeSettings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 WORDS = "It was the best of times, it was the worst of times, it was the age of wisdom. "
-FACT = "The magic number for tafore is 60732."
+FACT = "The magic number for miroka is 48213."
 TEXT = WORDS * 100 + "🐋 " + FACT + " " + WORDS * 60
-QUESTION = "What is the magic number for tafore?"
+QUESTION = "What is the magic number for miroka?"
 HOSTILE = "<img src=x onerror=\"window.hit='img'\"><script>window.hit='script'</script>&amp;{{7*7}}"
 
 pytestmark = pytest.mark.browser
@@ -139,6 +141,7 @@ def test_drop_read_ask_see_the_passage_reload_and_delete(pages, server):
     ask(page)
     page.locator(".source").first.wait_for()
     assert page.locator(".answer").inner_text() == "The magic number is 60732."
+    assert page.locator("#announce").inner_text() == "The magic number is 60732."  # for screen readers
     assert "8,201 of 8,234 prompt tokens were read before" in page.locator(".turn-facts").inner_text()
     assert server.asked[-1].session in server.stored
     assert server.asked[-1].where
@@ -178,6 +181,25 @@ def test_drop_read_ask_see_the_passage_reload_and_delete(pages, server):
     page.get_by_text("Drop a document here").wait_for()
     assert not server.stored
     assert page.evaluate("Object.keys(localStorage).filter(key => key.includes('history'))") == []
+
+
+def test_with_a_model(pages, tmp_path):
+    """The whole server: the embedded model reads a document, answers, and says where the answer came from."""
+    text = WORDS * 20 + FACT + " " + WORDS * 10
+    with Service(ServeSettings(model="embedded", root=tmp_path, device="cpu")) as service, live_server(service) as url:
+        page = pages.open(f"{url}/")
+        drop(page, "book.txt", text)
+        row(page, "ready").wait_for()
+        ask(page)
+        page.locator(".source").first.click()
+        assert page.locator(".answer").inner_text() == FACT
+        assert FACT in page.locator(".reader mark").inner_text()
+        assert page.locator(".reader-text").text_content() in text
+        page.get_by_role("button", name="Delete book.txt").click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        page.get_by_text("Drop a document here").wait_for()
+        assert service.documents() == []
+        pages.close()
 
 
 def test_everything_with_the_keyboard(pages, server):
@@ -336,7 +358,7 @@ def test_progress_while_reading_and_stop(pages, server):
     assert page.locator(".turn").count() == 0
     page.get_by_role("radio", name="book.txt").check(force=True)
     page.get_by_role("button", name="Stop").click()
-    page.get_by_text("Stopped.").wait_for()
+    page.locator(".turn-facts", has_text="Stopped.").wait_for()
     assert page.get_by_role("button", name="Ask").is_visible()
     assert page.locator(".turn").get_attribute("aria-busy") is None
     assert page.evaluate("document.activeElement.id") == "question"
@@ -374,11 +396,11 @@ def test_errors_are_shown_as_the_servers_sentence(pages, server):
     page = pages.open(server.url)
     page.get_by_text("Drop a document here").wait_for()
     ask(page, "Why?")
-    page.get_by_text(str(server.error)).wait_for()
+    page.locator(".turn-error", has_text=str(server.error)).wait_for()
     assert server.asked[-1].session is None
     server.error = None
     ask(page, "Why not?")
-    page.get_by_text("The magic number is 60732.").wait_for()
+    page.locator(".answer", has_text="The magic number is 60732.").wait_for()
     assert contents(server) == ["Why not?"]
     assert all("400" in problem for problem in pages.problems)
     pages.problems.clear()

@@ -1,14 +1,16 @@
 """Takes the pictures of the page that docs/serve.md shows: `python tests/support/page_pictures.py`.
 
 Chromium opens the page of a server with the embedded model, sends a document, asks, and opens a passage. playwright and
-Chromium must be installed.
+Chromium must be installed. It takes some minutes.
 """
 
+import io
 import shutil
 import tempfile
 from pathlib import Path
 
 from live_server import live_server
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from headinfer.embedded import embedded_text
@@ -18,9 +20,9 @@ from headinfer.serve.settings import ServeSettings
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 NEEDLES = (("miroka", 48213), ("delusi", 90177), ("bonare", 31586))
 QUESTION = "What is the magic number for {}?"
-CHARACTERS = 120_000
+CHARACTERS = 80_000
 SCREENS = {
-    "page": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"},
+    "page": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light", "reduced_motion": "reduce"},
     "page-phone": {"viewport": {"width": 375, "height": 760}, "color_scheme": "dark", "has_touch": True},
 }
 
@@ -47,8 +49,8 @@ def take(page: Page, name: str) -> None:
     if name == "page-phone":
         page.locator(".where").scroll_into_view_if_needed()
         page.locator(".where").evaluate("where => where.scrollIntoView()")
-    page.wait_for_timeout(15_000 if name == "page" else 1000)  # the lines of the memory grow
-    page.screenshot(path=str(FOLDER / f"{name}.png"))
+    picture = Image.open(io.BytesIO(page.screenshot()))
+    picture.quantize(128).save(FOLDER / f"{name}.png", optimize=True)
 
 
 def main() -> None:

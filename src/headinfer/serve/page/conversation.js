@@ -85,13 +85,13 @@ export class Conversation {
     const began = performance.now();
     try {
       for await (const chunk of api.chat(body, this.running.stopping.signal)) this.take(turn, chunk, began);
-      announce(turn.end in ENDS ? ENDS[turn.end] : "The answer is complete.");
     } catch (error) {
       if (error.name === "AbortError") turn.end = "stopped";
       else turn.error = error.message;
     }
     this.running = null;
     this.finish(turn);
+    announce(joined(turn.answer, ENDS[turn.end], turn.error));
     if (this.turns.includes(turn)) this.save();
     this.on.onChange();
   }
@@ -145,6 +145,7 @@ export class Conversation {
     turn.view.element.setAttribute("aria-busy", "true");
     turn.view.progress.hidden = false;
     turn.view.quarter = 0;
+    announce("The question is sent.");
   }
 
   // A turn with all that is known about it. Its view has the elements that change while the answer is written.

@@ -49,7 +49,7 @@ function blocks(lines, level = 0) {
       );
     } else {
       at += 1;
-      made.push(make("p", {}, ...inline([line, ...take(isPlain)].join("\n"))));
+      made.push(make("p", {}, ...inline([line, ...take(isPlain)].join("\n").trim())));
     }
   }
   return made;
