@@ -94,6 +94,23 @@ def test_attend_full_with_common_head_dims_and_any_number_of_rows(name, dtype, d
         assert_matches(BY_NAME[name].attend_full(q, [(k, v)], 0.2, None), wanted, 1061, out_bound=out_bound)
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.float32, 128), *((dtype, rows) for dtype in HALVES for rows in (65, 300, 512))]
+)
+def test_the_native_kernel_with_the_query_rows_of_a_short_chunk(dtype, rows):
+    rng = seeded(rows)
+    sizes = (1, 700, 90)
+    pieces = [tuple(with_head_stride(2, size, dim, 3, rng, dtype) for dim in (48, 64)) for size in sizes]
+    k, v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
+    q = torch.randn(2, rows, 48, generator=rng).to(dtype)
+    wanted = attend_reference(q[None], k[None], v[None], scale=0.2, softcap=3.0)[0]
+    found = BY_NAME["cpu-native"].attend_full(q, pieces, 0.2, 3.0)
+    assert_matches(found, wanted, sum(sizes), 2 * BOUND, 2 * native_bound(dtype, rows))
+    last = BY_NAME["cpu-native"].attend_full(q[:, -1:], pieces, 0.2, 3.0)
+    assert relative_error(found.lse[:, -1:], last.lse) <= 1e-5, "the rows keep their order"
+
+
 @on_cpu
 def test_splitting_the_keys_changes_results_only_by_rounding(name):
     rng = seeded(5)
@@ -227,7 +244,9 @@ def test_bfloat16_is_chosen_only_on_cpus_with_amx(monkeypatch):
     chunk = Problem("cpu", torch.bfloat16, 1000, 64, 64, capability=AMX)
     for rows, with_amx, without_amx in (
         (0, BF16.name, "cpu-flash"),
-        (65, BF16.name, "cpu-flash"),
+        (1025, BF16.name, "cpu-flash"),
+        (65, BF16.name, "cpu-native"),
+        (64, "cpu-native", "cpu-native"),
         (4, "cpu-native", "cpu-native"),
     ):
         problem = dataclasses.replace(chunk, query_rows=rows)
@@ -315,9 +334,11 @@ def test_names_are_unique_and_eager_supports_everything():
 def test_choice_on_a_cpu(monkeypatch):
     monkeypatch.setattr(native_build, "load", lambda dtype: (None, ""))  # as if it could be built
     assert choose(DECODE).name == "cpu-native"
+    for dtype, most in ((torch.float32, 128), (torch.bfloat16, 1024), (torch.float16, 512)):
+        assert choose(Problem("cpu", dtype, most, 64, 64)).name == "cpu-native"
+        assert choose(Problem("cpu", dtype, most + 1, 64, 64)).name == "cpu-flash"
     for other in (
         Problem("cpu", torch.float32, 0, 64, 64),
-        Problem("cpu", torch.float32, 65, 64, 64),
         Problem("cpu", torch.float32, 4, 65, 64),
         Problem("cpu", torch.float32, 4, 64, 12),
         Problem("cpu", torch.float64, 4, 64, 64),
@@ -413,7 +434,7 @@ problems = st.builds(
     Problem,
     st.sampled_from(["cpu", "cuda"]),
     st.sampled_from([*DTYPES, torch.float64]),
-    st.sampled_from([0, 1, 32, 33, 64, 65, 4096]),
+    st.sampled_from([0, 1, 32, 33, 64, 65, 129, 513, 4096]),
     st.sampled_from([64, 128, 129, 256, 320]),
     st.sampled_from([64, 128, 129, 256, 320]),
     st.booleans(),
@@ -451,7 +472,7 @@ def test_the_preferred_backend_is_tried_first(name):
 def test_a_preferred_backend_that_refuses_is_skipped():
     assert choose(Problem("cpu", torch.float32, 0, 64, 64, softcap=True), "cpu-flash").name == "eager"
     assert choose(Problem("cpu", torch.float32, 0, 64, 64), "cuda-flash").name == "cpu-flash"
-    assert choose(Problem("cpu", torch.float32, 65, 64, 64), "cpu-native").name == "cpu-flash"
+    assert choose(Problem("cpu", torch.float32, 129, 64, 64), "cpu-native").name == "cpu-flash"
 
 
 def test_an_unknown_name_is_an_error():

@@ -110,7 +110,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cpu-native",
         "cpu",
-        "own C kernel for decode, reads the segments in place",
+        "own C kernel for decode and short chunks, reads the segments in place",
         cpu.native_refuses,
         cpu.native_full,
         cpu.flash_causal,
@@ -225,8 +225,8 @@ TABLE: tuple[Rule, ...] = (
         capability=(AMX, (99, 0)),
     ),
     # Decode reads K and V once. The native kernel does so at most of the memory bandwidth, torch's at a third of it.
-    Rule(("cpu-native", "cpu-flash", "eager"), "cpu", decode=True),
-    Rule(("cpu-flash", "eager"), "cpu"),
+    # native_refuses() leaves the query rows of long chunks to torch's kernel.
+    Rule(("cpu-native", "cpu-flash", "eager"), "cpu"),
     # None of torch's kernels supports soft caps.
     Rule(("cuda-triton", "eager"), "cuda", softcap=True),
     # With few query rows, flash attention splits the keys among the multiprocessors. varlen is the public interface of

@@ -1,4 +1,4 @@
-"""CPU attention kernels that return a log-sum-exp: torch's flash attention, and the native kernel for decode.
+"""CPU attention kernels that return a log-sum-exp: torch's flash attention, and the native kernel.
 
 backends.py documents attend_full() and attend_causal(). A function that is named ..._piece attends to one piece:
 q [H, N, Dk], k [H, T, Dk] and v [H, T, Dv] give a state of out [H, N, Dv] and lse [H, N].
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from headinfer.attention import native
-from headinfer.attention.problem import HALVES, Problem, attend_in_blocks, expand_heads
+from headinfer.attention.problem import AMX, HALVES, Problem, attend_in_blocks, expand_heads
 from headinfer.attention.state import AttentionState
 from headinfer.utils.tensors import Piece
 
@@ -29,6 +29,10 @@ __all__ = [
 
 _BLOCK_TOKENS = 2048  # keys per batch entry if there are few query rows
 _MAX_FLOAT32_BYTES = 16 * 1024 * 1024  # of the float32 copies of K and V: more heads are computed one group at a time
+_NATIVE_CALL_ROWS = 128  # query rows per KV head of a call of the native kernel, whose scratch memory grows with them
+# Up to so many query rows per KV head, the native kernel is faster than torch's, which converts half types to float32.
+_NATIVE_ROWS = {torch.float32: 128, torch.bfloat16: 1024, torch.float16: 512}
+_NATIVE_ROWS_WITH_AMX = 64  # in bfloat16, since torch's kernel multiplies in AMX too; more rows were never measured
 _NO_SOFTCAP = "does not support soft caps"
 
 
@@ -110,23 +114,32 @@ def bf16_causal(
     return _bf16(q, expand_heads(q, k), expand_heads(q, v), scale, causal=True).running()
 
 
-# -- the native kernel for few query rows ------------------------------------------------------------------------------
+# -- the native kernel -------------------------------------------------------------------------------------------------
 
 
 def native_refuses(problem: Problem) -> str | None:
     """Return why the native kernel does not support a problem; None if it does.
 
-    It is for decode, that is for few query rows. Without a C compiler it cannot be built.
+    It is for the query rows of a decode step or of a short chunk. Without a C compiler it cannot be built.
     """
-    if not 0 < problem.query_rows <= native.MAX_ROWS:
-        return f"supports 1 to {native.MAX_ROWS} query rows per KV head"
+    if problem.dtype not in _NATIVE_ROWS:
+        return f"does not support {problem.dtype}"
+    most = _NATIVE_ROWS[problem.dtype]
+    if problem.capability == AMX and problem.dtype == torch.bfloat16:
+        most = _NATIVE_ROWS_WITH_AMX
+    if not 0 < problem.query_rows <= most:
+        return f"supports 1 to {most} query rows per KV head"
     if problem.key_dim % 8 or problem.value_dim % 8:
         return "supports head dims that are multiples of 8"
-    if problem.dtype not in (torch.float32, *HALVES):
-        return f"does not support {problem.dtype}"
     return native.unavailable_reason(problem.dtype) or None
 
 
 def native_full(q: torch.Tensor, pieces: Sequence[Piece], scale: float, softcap: float | None) -> AttentionState:
-    """Attend to all pieces in one call of the native kernel."""
-    return native.attend_native(q, pieces, scale=scale, soft_cap=softcap)
+    """Attend to all pieces in one call of the native kernel, or in several for many query rows."""
+    states = [
+        native.attend_native(rows, pieces, scale=scale, soft_cap=softcap) for rows in q.split(_NATIVE_CALL_ROWS, dim=1)
+    ]
+    if len(states) == 1:
+        return states[0]
+    out = torch.cat([state.out for state in states], dim=1)
+    return AttentionState(out, torch.cat([state.lse for state in states], dim=1))

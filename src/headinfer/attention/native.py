@@ -17,10 +17,7 @@ from headinfer.attention.native_build import Target
 from headinfer.attention.state import AttentionState
 from headinfer.utils.tensors import Piece
 
-__all__ = ["MAX_ROWS", "attend_native", "attend_quantised", "plain_read", "summary", "unavailable_reason"]
-
-MAX_ROWS = 64
-"""Query rows per KV head, such as those of 16 new tokens if four query heads share a KV head."""
+__all__ = ["attend_native", "attend_quantised", "plain_read", "summary", "unavailable_reason"]
 
 
 class _Piece(ctypes.Structure):
@@ -118,7 +115,7 @@ def attend_native(
 
     The result has the same bits for any number of threads. Several threads of Python may call this at the same time;
     the call releases the GIL. If `out` and `lse` are given, and q and the pieces have contiguous heads, the call
-    allocates nothing beyond its scratch memory, which each calling thread keeps and which does not grow with T.
+    allocates nothing beyond its scratch memory, which each calling thread keeps. It grows with N, and not with T.
 
     All sums are float32. If q is bfloat16, the CPU has AVX512-BF16 or AMX, and there are more than 4 query rows,
     weights are rounded to bfloat16 before they are multiplied by v, as on GPUs; lse is as exact as otherwise.

@@ -21,8 +21,6 @@ from headinfer.utils.threads import torch_threads
 
 __all__ = ["HostAttention"]
 
-_MOST_ROWS = 64  # query rows per KV head in one call of the CPU's kernel, which reads K and V once for all of them
-
 
 class HostAttention:
     """The host's part of the attention of one layer. The queries are sent to the host when it is made.
@@ -68,8 +66,8 @@ class HostAttention:
         for part in self._parts:
             q = on_host.packed(part.rows, heads)
             with torch_threads(self._threads):
-                calls = [_attend(on_host, rows, part) for rows in q.split(_MOST_ROWS, dim=1)]
-            on_host.merge(heads, state, part.rows, _joined(calls))
+                computed = _attend(on_host, q, part)
+            on_host.merge(heads, state, part.rows, computed)
             self._counter.cpu_attended_bytes += part.nbytes
         return AttentionState(*self._exchange.reply(self._sent))
 
@@ -77,12 +75,3 @@ class HostAttention:
 def _attend(layer: LayerPass, q: torch.Tensor, part: HostPart) -> AttentionState:
     """Compute attention of q [Hkv, N, Dk] to a part of the past, all in host memory."""
     return layer.kernel(q.shape[1]).attend_full(q, part.pieces, layer.spec.scale, layer.spec.softcap)
-
-
-def _joined(states: Sequence[AttentionState]) -> AttentionState:
-    """Return the states of query rows [H, N, D], one behind the other, as one."""
-    if len(states) == 1:
-        return states[0]
-    return AttentionState(
-        torch.cat([state.out for state in states], dim=1), torch.cat([state.lse for state in states], dim=1)
-    )
