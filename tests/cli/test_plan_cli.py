@@ -81,6 +81,14 @@ def test_json_is_one_object_with_all_tables():
     assert at_1m["with_cpu"]["decode_s_per_token"] < 0.5 * at_1m["link_only_decode_s_per_token"]
 
 
+def test_a_share_of_the_cpu_on_a_cpu_has_no_effect(run_command):
+    code, _, err = run_command("plan", "llama-3-8b", "--gpu", "cpu", "--ram", "64GB", "--cpu-share", "0.5")
+    assert code == 0
+    assert err.count("--cpu-share has no effect") == 1
+    for arguments in (("--gpu", "cpu", "--cpu-share", "0"), ("--gpu", "cpu"), ("--gpu", "l4", "--cpu-share", "0.5")):
+        assert "--cpu-share" not in run_command("plan", "llama-3-8b", "--ram", "64GB", *arguments)[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -5,8 +5,12 @@ import json
 
 import pytest
 
+from headinfer.engine.options import Options
 from headinfer.errors import UsageError
 from headinfer.jobs import ask as asking
+from headinfer.jobs.chat import ChatJob
+from headinfer.jobs.generate import Job, prepare
+from headinfer.jobs.open_chat import prepare_chat
 from headinfer.jobs.sampling import Sampling
 from headinfer.jobs.together import read_questions
 
@@ -111,6 +115,19 @@ def test_a_draft_model_for_several_questions_is_refused(run_command, sessions, t
         assert "--draft guesses for one question at a time" in err
     drafted = Sampling(draft="embedded")
     assert asking.prepare_ask(asking.AskJob("book", sessions, QUESTIONS, keep=True, sampling=drafted)).draft is not None
+
+
+def test_a_share_of_the_cpu_on_a_cpu_is_said_to_have_no_effect(sessions, tmp_path):
+    lines = ["--cpu-share has no effect: the CPU computes here, and attends to all KV in host RAM where it is"]
+    for share, wanted in ((0.5, lines), (0.0, []), (None, [])):
+        options = {} if share is None else {"cpu_share": share}
+        job = Job("embedded", prompt="When?", device="cpu", options=Options(**options))
+        assert prepare(job).warnings == wanted
+        asked = asking.AskJob("book", sessions, QUESTIONS, device="cpu", options=options)
+        assert asking.prepare_ask(asked).warnings == wanted
+        assert prepare_chat(ChatJob(sessions, session="book", device="cpu", options=options)).warnings == wanted
+    ring = Options(cpu_share=0.5, transport="eager")
+    assert prepare(Job("embedded", prompt="When?", device="cpu", options=ring)).warnings == []
 
 
 def test_an_interruption_shows_what_was_answered(sessions):

@@ -271,6 +271,31 @@ def test_errors_of_the_disk_are_reported(model, tmp_path, monkeypatch, call):
                     forward(model, cache, ids[:, :CHUNK])
 
 
+def test_an_error_before_a_tile_is_loaded_leaves_its_slot_free(model, tmp_path, monkeypatch):
+    ids = token_ids(3000)
+    load_into = DiskSlice.load_into
+    left = 0
+
+    def fail_later(piece, memory):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise RuntimeError("no memory for the reads")
+        return load_into(piece, memory)
+
+    monkeypatch.setattr(DiskSlice, "load_into", fail_later)
+    with headinfer.enable(model, chunk_tokens=CHUNK, host_kv_budget_bytes=BUDGET, disk_tier=str(tmp_path)) as enabled:
+        cache = enabled.new_cache()
+        forward(model, cache, ids)
+        fork = cache.fork()
+        expected = forward(model, fork, token_ids(1))
+        for number in range(READ_SLOTS + 1):
+            left = 3 + number
+            with pytest.raises(RuntimeError, match="no memory for the reads"):
+                forward(model, cache, token_ids(1))
+        assert torch.equal(forward(model, cache, token_ids(1)), expected)
+
+
 def test_invalid_options(model, tmp_path):
     with pytest.raises(UsageError, match="host_kv_budget_bytes and disk_tier go together"):
         HeadCache(model.config, host_kv_budget_bytes=2**30)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headinfer.cli.console import say, show
+from headinfer.cli.console import say, show, warning
 from headinfer.cli.documents import DOCUMENT_HELP, given_document
 from headinfer.cli.options import (
     Command,
@@ -230,6 +230,7 @@ class _Evaluation:
         from headinfer.hf.models import resolve
         from headinfer.jobs.generate import chosen_dtype
         from headinfer.jobs.prompts import chat_texts
+        from headinfer.plan.cpu_share import unused_share_warnings
         from headinfer.plan.model_shape import ModelShape
 
         self._options: dict[str, Any] = {"device_kv_budget_bytes": device_kv_budget, "cpu_share": cpu_share}
@@ -244,6 +245,8 @@ class _Evaluation:
         dtype_name = str(self._dtype).removeprefix("torch.")
         self._results = Results.open(out, {"model": model, "dtype": dtype_name, "seed": seed, **about, "raw": is_raw})
         self._results.command = shlex.join(["headinfer", *sys.argv[1:]])
+        for line in unused_share_warnings(cpu_share, is_in_place=self._device == "cpu"):
+            warning(line)
 
     def check_memory(self, tokens: int) -> None:
         """Raise CapacityError if a context of `tokens` tokens does not fit this machine."""

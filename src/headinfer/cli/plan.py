@@ -20,6 +20,7 @@ from headinfer.cli.console import say, show, warning
 from headinfer.cli.options import CPU_SHARE_HELP, Json, cpu_share, number, size, tokens
 from headinfer.errors import UsageError
 from headinfer.plan.compare import OURS, longest_by_method, memory_by_method, plans_at, seconds_by_method
+from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
 from headinfer.plan.memory import available_host_bytes
@@ -151,11 +152,13 @@ def _warnings(request: Request) -> list[str]:
     most = request.shape.max_context_tokens
     asked = request.context_tokens
     request.shape.check_positions(asked)
+    lines = unused_share_warnings(request.cpu_share, is_in_place=request.hardware.is_host)
     if not most or asked <= most:
-        return []
+        return lines
     return [
+        *lines,
         f"{asked:,} tokens exceed the {most:,} that this model was made for: it runs as planned, but answers will be "
-        "poor unless its position encoding is extended (rope scaling) and it was trained for that"
+        "poor unless its position encoding is extended (rope scaling) and it was trained for that",
     ]
 
 

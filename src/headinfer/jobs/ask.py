@@ -28,6 +28,7 @@ from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, qu
 from headinfer.jobs.rotary import held_rotary_tokens
 from headinfer.jobs.sampling import Sampling
 from headinfer.jobs.together import Together, answer_together
+from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
 from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, session_folder
@@ -152,6 +153,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
     )
     told = [context_warning(tokens, ModelShape.from_config(opened.source.config)), crossing]
     warnings = [line for line in told if line is not None]
+    warnings += unused_share_warnings(job.options.get("cpu_share"), is_in_place=opened.device == "cpu")
     return PreparedAsk(**vars(opened), question_ids=ids, warnings=warnings)
 
 

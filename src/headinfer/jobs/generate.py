@@ -30,6 +30,7 @@ from headinfer.jobs.answer_text import AnswerText
 from headinfer.jobs.draft import check_draft, loaded_draft
 from headinfer.jobs.prompts import prompts_ids
 from headinfer.jobs.sampling import Sampling
+from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.utils.units import format_bytes
@@ -294,6 +295,8 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     run_plan = plan_run(request)
     HeadCache(source.config, **vars(run_plan.options))  # raises if a layer of the model is not served
     told = _warnings(source, shape, input_ids.shape[1], job.max_new_tokens)
+    is_in_place = device == "cpu" and job.options.transport in ("auto", "in_place")
+    told += unused_share_warnings(job.options.cpu_share, is_in_place=is_in_place)
     return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks, ids, draft)
 
 

@@ -27,6 +27,7 @@ from headinfer.jobs.draft import loaded_draft
 from headinfer.jobs.generate import Job, Prepared, already_warned, prepare
 from headinfer.jobs.prompts import chat_texts, document_ids
 from headinfer.jobs.rotary import check_document
+from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import tokenizer_fingerprint
 
@@ -110,7 +111,9 @@ def _prepare_session(job: ChatJob, name: str) -> PreparedChat:
     )
     shape = ModelShape.from_config(opened.source.config)
     warning = context_warning(manifest.tokens + job.max_new_tokens, shape)
-    return PreparedChat(job, opened, conversation, [], opened.slow, [warning] if warning else [])
+    warnings = [warning] if warning else []
+    warnings += unused_share_warnings(job.options.get("cpu_share"), is_in_place=opened.device == "cpu")
+    return PreparedChat(job, opened, conversation, [], opened.slow, warnings)
 
 
 def _prepare_model(job: ChatJob) -> PreparedChat:

@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from headinfer.kv.host_memory import HostTier
 from headinfer.kv.slices import AnyPiece, DiskSlice, PageableSlice
 from headinfer.kv.streams import Streams
@@ -147,27 +149,37 @@ class ReadAhead:
             return _Tile([piece for piece in pieces if isinstance(piece, tuple)], after, None)
         if not self._free:
             self.drop_prefetched()  # the prefetched tiles are not those that are fetched
-        slot = self._free.pop(0)
+        slot = self._free[0]
         if slot in self._used_by:
-            self.inner.wait_copied(self._used_by.pop(slot))
+            self.inner.wait_copied(self._used_by[slot])
+            del self._used_by[slot]
         if self._streams is not None and any(isinstance(piece, PageableSlice) for piece in pieces):
             # The threads read what was written back. A write-back to pageable memory is synchronous anyway, so waiting
             # for it here costs no overlap.
             for event in after:
                 self._streams.finish(event)
-        tile = _Tile([], after, slot)
+        tile = _Tile([], after, self._free.pop(0))
+        try:
+            self._load(tile, pieces, self._memory[slot])
+        except BaseException:
+            self._free_slot(tile)
+            raise
+        return tile
+
+    def _load(self, tile: _Tile, pieces: Sequence[AnyPiece], memory: torch.Tensor) -> None:
+        """Begin to load the pieces of a tile into its host buffer."""
         start = 0
         for piece in pieces:
             if isinstance(piece, tuple):
                 tile.pieces.append(piece)
                 continue
-            jobs, loaded = piece.load_into(self._memory[slot][start:])
+            jobs, loaded = piece.load_into(memory[start:])
             start += piece.nbytes
-            tile.loads += [self._readers.submit(job) for job in jobs]
+            for job in jobs:
+                tile.loads.append(self._readers.submit(job))
             tile.pieces.append(loaded)
             if isinstance(piece, DiskSlice):
                 self.counter.disk_to_host_bytes += piece.nbytes
-        return tile
 
     def _pass_on(self, tile: _Tile) -> None:
         """Fetch a tile with the inner ring, unless that was done already."""

@@ -43,6 +43,7 @@ __all__ = [
     "layer_seconds",
     "share_at_rows",
     "shared_rates",
+    "unused_share_warnings",
 ]
 
 CPU_UNIT_TOKENS = 1024
@@ -177,6 +178,18 @@ def best_share(layer_bytes: float, rates: SharedRates, way: HostWay) -> float:
         share = math.floor(_PARTS * max(gain_s / (cpu_s + link_s - way.queue_s), 0.0)) / _PARTS
     alone_s = layer_seconds(0.0, layer_bytes, rates, way)
     return share if layer_seconds(share, layer_bytes, rates, way) < CLEARLY * alone_s else 0.0
+
+
+def unused_share_warnings(share: float | None, *, is_in_place: bool) -> list[str]:
+    """Return a line if a share that the user gives has no effect, and nothing otherwise.
+
+    Args:
+        share: the share that the user gives; None if the plan chooses.
+        is_in_place: whether the host is the compute device and reads KV in place.
+    """
+    if not share or not is_in_place:
+        return []
+    return ["--cpu-share has no effect: the CPU computes here, and attends to all KV in host RAM where it is"]
 
 
 def share_at_rows(share: float, planned_rows: int | None, query_rows: int) -> float:
