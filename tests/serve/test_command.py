@@ -6,6 +6,7 @@ import threading
 
 import httpx2
 import pytest
+from own_process import HANG_S
 from scripted_service import ScriptedService
 
 from headinfer.errors import UsageError
@@ -103,7 +104,7 @@ def test_a_signal_ends_the_server_cleanly(stop, exit_code, loaded, run_command, 
         server = original(app, on_end)
 
         def ask():
-            answers.append(httpx2.get(f"{address[0]}/health").json())
+            answers.append(httpx2.get(f"{address[0]}/health", timeout=HANG_S).json())
             signal.raise_signal(stop)
 
         threading.Thread(target=ask).start()

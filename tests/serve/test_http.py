@@ -2,9 +2,9 @@
 
 import json
 
-import httpx2
 import openai
 import pytest
+from live_server import BROWSER
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 from scripted_service import PASSAGES, ROOT
@@ -158,7 +158,7 @@ def test_responses(client, service):
 def test_streamed_responses_have_openais_events(service):
     service.script = lambda ask: [Prefill(1, 2, 0.5), *THINKS_AND_CALLS]
     body = {"input": "hi", "stream": True}
-    text = httpx2.post(f"{service.address}/v1/responses", json=body).text
+    text = BROWSER.post(f"{service.address}/v1/responses", json=body).text
     events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
     names = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
     assert names == [event["type"] for event in events]
@@ -193,7 +193,7 @@ def test_files(client, service):
     assert [file.id for file in client.files.list(order="desc")] == ids[::-1]
     assert client.files.retrieve(added.id).filename == "book one.txt"
     assert client.files.content(added.id).text == "a brave new world"
-    part = httpx2.get(f"{service.address}/v1/files/{added.id}/content", params={"start": 2, "stop": 7})
+    part = BROWSER.get(f"{service.address}/v1/files/{added.id}/content", params={"start": 2, "stop": 7})
     assert (part.text, part.headers["content-type"]) == ("brave", "text/plain; charset=utf-8")
     for file_id in ids:
         assert client.files.delete(file_id).deleted
@@ -218,13 +218,13 @@ def test_models(client, service):
 
 
 def test_state_and_metrics(service):
-    state = httpx2.get(f"{service.address}/v1/state").json()
+    state = BROWSER.get(f"{service.address}/v1/state").json()
     assert (state["model"], state["host_kv_bytes"]) == ("tiny", 7)
-    metrics = httpx2.get(f"{service.address}/metrics")
+    metrics = BROWSER.get(f"{service.address}/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
     assert 'headinfer_kv_bytes{place="host"} 7.0' in metrics.text
     assert 'headinfer_tokens_total{kind="prompt"}' in metrics.text
-    assert httpx2.get(f"{service.address}/health").json() == {"status": "ok"}
+    assert BROWSER.get(f"{service.address}/health").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_errors(error, status, code, when, service):
     if when == "event" and status in (429, 500):
         return
     service.script = lambda ask: error if when == "submit" else [Text("x"), Failed(error)]
-    answer = httpx2.post(f"{service.address}/v1/chat/completions", json={"messages": HELLO})
+    answer = BROWSER.post(f"{service.address}/v1/chat/completions", json={"messages": HELLO})
     assert answer.status_code == status
     fields = answer.json()["error"]
     assert set(fields) == {"message", "type", "param", "code"}

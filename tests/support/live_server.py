@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx2
+from own_process import HANG_S
 
 from headinfer.serve.access import Access
 from headinfer.serve.app import build_app
 from headinfer.serve.web import web_server
 
-BROWSER = httpx2.Client(verify=False, limits=httpx2.Limits(max_connections=200))
+BROWSER = httpx2.Client(verify=False, timeout=HANG_S, limits=httpx2.Limits(max_connections=200))
 """A client of HTTP. Making one takes long, since certificates are loaded unless verify=False."""
 atexit.register(BROWSER.close)
 

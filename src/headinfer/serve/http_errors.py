@@ -62,7 +62,12 @@ class HttpError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-BUG = HttpError(500, "the server failed, and its log says why: try again, or report it", code="internal_error")
+BUG = HttpError(
+    500,
+    "the server failed, and its log says why: try again, or report it",
+    code="internal_error",
+    headers={"Connection": "close"},  # which uvicorn does after an error, so no client may reuse it
+)
 
 
 def as_http_error(error: Exception, root: Path) -> HttpError:
