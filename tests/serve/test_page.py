@@ -23,6 +23,7 @@ WORDS = "It was the best of times, it was the worst of times, it was the age of 
 FACT = "The magic number for miroka is 48213."
 TEXT = WORDS * 100 + "🐋 " + FACT + " " + WORDS * 60
 QUESTION = "What is the magic number for miroka?"
+FILES = (("one.txt", WORDS), ("empty.txt", ""), ("two.txt", WORDS))
 HOSTILE = "<img src=x onerror=\"window.hit='img'\"><script>window.hit='script'</script>&amp;{{7*7}}"
 
 pytestmark = pytest.mark.browser
@@ -297,6 +298,20 @@ def test_a_narrow_screen_in_both_schemes(pages, server, scheme):
         "[...document.querySelectorAll('*')].filter(one => getComputedStyle(one).transitionDuration !== '0s').length"
     )
     assert page.evaluate(moving) == 0
+
+
+def test_several_files_of_which_one_is_refused(pages, server):
+    page = pages.open(server.url)
+    page.get_by_text("Drop a document here").wait_for()
+    files = [{"name": name, "mimeType": "text/plain", "buffer": text.encode()} for name, text in FILES]
+    page.set_input_files("#files", files=files)
+    page.get_by_text("empty.txt is empty: add a file with text").wait_for()
+    for name in ("one.txt", "two.txt"):
+        page.get_by_role("radio", name=name).wait_for()
+    page.get_by_role("button", name="Close the message about empty.txt").click()
+    assert page.locator(".upload").count() == 0
+    assert all("400" in problem for problem in pages.problems)
+    pages.problems.clear()
 
 
 def test_texts_are_never_markup(pages, server):

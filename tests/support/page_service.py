@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scripted_service import ScriptedService, ScriptedWork
 
+from headinfer.errors import UsageError
 from headinfer.serve.events import Done, Event, Passage, Prefill, Text, Where
 from headinfer.serve.requests import Ask, DocumentState, ServerState
 
@@ -55,6 +56,8 @@ class PageService(ScriptedService):
 
     def add_document(self, filename: str, data: Path | bytes, client: str) -> DocumentState:
         content = data if isinstance(data, bytes) else data.read_bytes()
+        if not content:
+            raise UsageError(f"{filename} is empty: add a file with text")
         return self.document(self.add(filename, content.decode(), status="waiting"))
 
     def documents(self) -> list[DocumentState]:

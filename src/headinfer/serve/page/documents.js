@@ -142,7 +142,8 @@ export class DocumentList {
   }
 
   async addFiles(files) {
-    for (const file of files) await this.addFile(file);
+    // A copy: the browser empties its own list as soon as the event is over.
+    for (const file of [...files]) await this.addFile(file);
   }
 
   async addFile(file) {

@@ -58,6 +58,7 @@ export class Memory {
       if (points.length > POINTS) points.shift();
       const gauge = this.gauges.get(key);
       setText(gauge.value, bytes(state[key]));
+      gauge.fill.hidden = state[key] === 0;
       gauge.fill.style.setProperty("--share", `${state[key] / scale}`);
       this.draw(gauge, points);
     }
