@@ -371,11 +371,10 @@ def check_documents(server: Server, books: list[Book], findings: Findings) -> No
             findings.problem(f"{book.file_id} is lost: {state}")
 
 
-def soak(minutes: float, clients: int, seed: int, root: Path, log: Path) -> dict[str, Any]:
+def soak(server: Server, minutes: float, clients: int, seed: int, log: Path) -> dict[str, Any]:
     """Run the soak; return its results."""
     rng = random.Random(seed)
     findings = Findings()
-    server = Server(root, log, chunk_tokens=1024)
     start_s = server.wait()
     books = [add_book(server, characters, rng) for characters in (4_000, 12_000, 30_000)]
     check_documents(server, books, findings)
@@ -437,12 +436,12 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="headinfer-soak-") as folder:
         log = Path(folder) / "server.log"
+        server = Server(Path(folder) / "sessions", log, chunk_tokens=1024)
         try:
-            results = soak(given.minutes, given.clients, given.seed, Path(folder) / "sessions", log)
-        except BaseException:
-            if log.exists():
-                print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
-            raise
+            results = soak(server, given.minutes, given.clients, given.seed, log)
+        finally:
+            server.process.kill()  # if it has not ended
+            print(log.read_text(encoding="utf-8", errors="replace")[-2000:], file=sys.stderr)
     command = f"python benchmarks/soak.py --minutes {given.minutes:g} --clients {given.clients} --seed {given.seed}"
     facts = {"command": command, "machine": machine(), "versions": gather_info()["versions"], **results}
     print(json.dumps(facts, indent=1))

@@ -1,5 +1,6 @@
 """The API with OpenAI's client: chats, completions, responses, files, models, errors, progress."""
 
+import errno
 import json
 
 import openai
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter
 from scripted_service import PASSAGES, ROOT
 
 from headinfer.errors import CapacityError, SessionError, UsageError
+from headinfer.serve import files
 from headinfer.serve.errors import NotFoundError, QueueFullError
 from headinfer.serve.events import Done, Failed, Prefill, Queued, Reasoning, Text, ToolCall
 
@@ -202,6 +204,16 @@ def test_files(client, service):
     with pytest.raises(openai.BadRequestError, match="is empty: add a file with text") as failed:
         client.files.create(file=("empty.txt", b""), purpose="user_data")
     assert str(ROOT) not in str(failed.value.body)
+
+
+def test_a_full_disk_is_no_failure_of_the_server(service, monkeypatch):
+    def copy(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{ROOT}/x")
+
+    monkeypatch.setattr(files.shutil, "copyfileobj", copy)
+    answer = BROWSER.post(f"{service.address}/v1/files", files={"file": ("large.txt", b"x" * (2 << 20))})
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (507, "false")
+    assert answer.json()["error"]["message"] == "the server's disk is full: send less, or free some of it"
 
 
 def test_models(client, service):

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import ipaddress
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -221,7 +222,8 @@ class Limits:
             await error_response(_too_large(limit))(scope, receive, send)
             return
         body = _Body(receive, self._access, limit)
-        await self._app(scope, body.receive, _patient(send, self._access.stall_s))
+        with suppress(_StalledError):  # uvicorn closes the connection, since the answer is not complete
+            await self._app(scope, body.receive, _patient(send, self._access.stall_s))
 
 
 class _Body:
@@ -264,6 +266,10 @@ def _too_large(limit: int) -> HttpError:
     return HttpError(413, f"the request has more than {limit:,} bytes: send less", code="too_large", headers=_CLOSE)
 
 
+class _StalledError(Exception):
+    """A client does not accept a part of its answer."""
+
+
 def _patient(send: Send, stall_s: float) -> Send:
     """Return `send` with a limit of the time that a client may take to accept a part of an answer."""
 
@@ -272,6 +278,6 @@ def _patient(send: Send, stall_s: float) -> Send:
             async with asyncio.timeout(stall_s):
                 await send(message)
         except TimeoutError:
-            raise OSError("the client does not read its answer") from None
+            raise _StalledError from None
 
     return sends

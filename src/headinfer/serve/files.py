@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +16,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from openai.types import FileDeleted, FileObject
 from starlette.datastructures import UploadFile
 
+from headinfer.errors import CapacityError
 from headinfer.serve.access import client_name
-from headinfer.serve.http_errors import HttpError
+from headinfer.serve.http_errors import HttpError, without_paths
 from headinfer.serve.requests import DocumentState, DocumentStatus
 from headinfer.serve.service import Service
 
@@ -41,7 +44,9 @@ def file_routes(service: Service) -> APIRouter:
     async def add(request: Request) -> Response:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise HttpError(415, "the request is no form with a file: send multipart/form-data with the field file")
-        async with request.form(**_FORM) as form:
+        with _storing():
+            form = await request.form(**_FORM)
+        try:
             given = form.get("file")
             if not isinstance(given, UploadFile):
                 raise HttpError(400, "the form has no file in the field file: send one", param="file")
@@ -52,7 +57,10 @@ def file_routes(service: Service) -> APIRouter:
             if unknown:
                 name = unknown[0][:100]
                 raise HttpError(400, f"{name} is unknown or not supported: leave it out", param=name)
-            state = await to_thread.run_sync(_add, service, given, client_name(request.scope))
+            with _storing():
+                state = await to_thread.run_sync(_add, service, given, client_name(request.scope))
+        finally:
+            await form.close()
         return JSONResponse(file_json(state))
 
     @router.get("/v1/files")
@@ -85,6 +93,19 @@ def file_routes(service: Service) -> APIRouter:
     return router
 
 
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Turn the error of a full disk into one for the client."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise as_http_error(
+            CapacityError("the server's disk is full: send less, or free some of it"), Path()
+        ) from error
+
+
 def _add(service: Service, given: UploadFile, client: str) -> DocumentState:
     """Hand a file to the service, through a file of its own if it is large."""
     filename = given.filename or ""
@@ -106,7 +127,7 @@ def file_json(state: DocumentState) -> dict[str, Any]:
         filename=state.filename,
         purpose="user_data",
         status=_STATUS[state.status],
-        status_details=state.error or None,
+        status_details=without_paths(state.error) or None,
     )
     progress = {
         "state": state.status,

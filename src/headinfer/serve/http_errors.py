@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from headinfer.errors import CapacityError, HeadinferError, SessionError, StateError, UnsupportedError, UsageError
 from headinfer.serve.errors import NotFoundError, QueueFullError, public
 
-__all__ = ["BUG", "HttpError", "as_http_error", "error_response"]
+__all__ = ["BUG", "HttpError", "as_http_error", "error_response", "without_paths"]
 
 # From the most special class to the most general one: status and code.
 _TABLE: tuple[tuple[type[HeadinferError], int, str], ...] = (
@@ -81,7 +81,7 @@ def as_http_error(error: Exception, root: Path) -> HttpError:
         return error
     for kind, status, code in _TABLE:
         if isinstance(error, kind):
-            message = _CLOSED if status == 503 else _PATH.sub(r"\1", str(public(error, root)))
+            message = _CLOSED if status == 503 else without_paths(str(public(error, root)))
             return HttpError(status, message, code=code, headers=_headers(error, status))
     return BUG
 
@@ -91,6 +91,11 @@ def _headers(error: Exception, status: int) -> dict[str, str]:
     if isinstance(error, QueueFullError):
         return {"Retry-After": str(error.retry_after_s)}
     return {"x-should-retry": "false"} if status in (409, 507) else {}
+
+
+def without_paths(message: str) -> str:
+    """Return a message with the last name of each absolute path in place of the path."""
+    return _PATH.sub(r"\1", message)
 
 
 def error_response(error: HttpError) -> JSONResponse:
