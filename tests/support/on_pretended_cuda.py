@@ -11,6 +11,7 @@ import warnings
 import pretend_cuda
 import pytest
 import torch
+from core_client import Asked
 from engine_runs import attend_all
 
 from headinfer.bench import probe_cpu
@@ -19,8 +20,12 @@ from headinfer.cli.report import hardware_table
 from headinfer.engine import host_attention
 from headinfer.engine.machine import device_name
 from headinfer.engine.options import Options
+from headinfer.hf.enable import enable
+from headinfer.hf.models import resolve
 from headinfer.kv.streams import CudaStreams
 from headinfer.plan.hardware import HARDWARE, probe_path
+from headinfer.serve.service import Service
+from headinfer.serve.settings import ServeSettings
 
 CUDA = torch.device("cuda", 0)
 OPTIONS = Options(device_kv_budget_bytes=4 << 20, streaming_budget_bytes=4 << 20, tile_tokens=160)
@@ -155,6 +160,57 @@ def test_commands_use_the_gpu_by_default(monkeypatch, tmp_path, capsys):
         found.append(capsys.readouterr().out)
     assert "a simulated GPU" in found[0]
     assert all("31313" in found[at] for at in (1, 3))
+
+
+def test_resident_tokens_return_to_the_device_after_parking():
+    model = resolve("random:tiny-llama?layers=2").load(dtype=torch.float32, device="cuda", seed=0)
+    ids = torch.arange(700, device="cuda")[None] % 250
+    found = []
+    with torch.inference_mode(), enable(model, guesses="off") as enabled:
+        for is_parked in (False, True):
+            cache = enabled.new_cache(800)
+            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            held = cache.stats()
+            assert held.device_resident_bytes > 0
+            if is_parked:
+                cache.park()
+                parked = cache.stats()
+                assert parked.device_resident_bytes == parked.device_ring_bytes == 0
+                assert 0 < parked.device_kv_bytes < held.device_kv_bytes
+            found.append(model(input_ids=ids[:, :3], past_key_values=cache, logits_to_keep=1).logits.cpu())
+            assert cache.stats().device_resident_bytes == held.device_resident_bytes
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_cache_that_is_not_used_leaves_the_device(monkeypatch, tmp_path):
+    """The server parks its caches. Their next pass computes what it would have computed."""
+    work = Service._work
+
+    def work_on_devices(self):
+        torch._C._set_only_lift_cpu_tensors(True)  # as pretend_cuda does in the thread that imports it
+        with pretend_cuda.Mode():
+            work(self)
+
+    monkeypatch.setattr(Service, "_work", work_on_devices)
+    with Service(ServeSettings("embedded", tmp_path, chunk_tokens=128, max_new_tokens=16)) as service:
+        text = "It was a dark night. The magic number for lodata is 31313. All slept. " * 20
+        name = service.add_document("night.txt", text.encode(), "a client").name
+        messages = [{"role": "user", "content": "What is the magic number for lodata?"}]
+        first = Asked(service, messages=messages, session=name)
+        assert "31313" in first.text
+        assert [kv.ring for kept in service._caches._kept for kv in kept.cache.engine.devices.values()] == [None, None]
+        held = {
+            use: sum(kept.cache.engine.counter.device_bytes[use] for kept in service._caches._kept)
+            for use in ("ring", "tail", "resident")
+        }
+        assert held["tail"] > held["ring"] == held["resident"] == 0
+        messages += [{"role": "assistant", "content": first.text}, *messages]
+        second = Asked(service, messages=messages, session=name)
+        assert "31313" in second.text
+        assert second.last.cached_tokens > first.last.prompt_tokens
+        assert Asked(service, prompt=text).text
+        assert service.state().link_bytes_total > 0
 
 
 def test_a_probe_measures_the_cpu_alone_and_beside_the_link(monkeypatch):

@@ -288,6 +288,15 @@ class DeviceKV:
         if self.ring is not None:
             self.ring.abandon()
 
+    def park(self) -> None:
+        """Free the ring and the resident tokens. The next pass makes the ring anew, within the same budget."""
+        self.tier.pause()
+        self._close_ring()
+        if self.residency is not None:
+            room_bytes = self.residency.room_bytes
+            self.residency.shrink(0)
+            self.residency.room_bytes = room_bytes
+
     def give_back(self) -> int:
         """Keep at most half as much KV resident after the device ran out of memory, and lower the budget.
 

@@ -235,6 +235,11 @@ class Engine:
         for kv in self.devices.values():
             kv.abandon()
 
+    def park(self) -> None:
+        """Free the device memory that is needed only while passes run. None may be running."""
+        for kv in self.devices.values():
+            kv.park()
+
     def give_back(self) -> int:
         """Drop resident KV from the devices, about half of it, and free the memory that torch has cached.
 

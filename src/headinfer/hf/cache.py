@@ -266,6 +266,15 @@ class HeadCache(Cache):  # type: ignore[misc]
         self.copies = 1
         self.token_ids = None
 
+    def park(self) -> None:
+        """Free the device memory of a cache that is not used for a while, but for its newest tokens.
+
+        The next pass makes it anew, and copies as many of the first tokens to the device as the budget allows.
+        """
+        self.engine.park()
+        for layer_kv in self.layer_kvs().values():
+            layer_kv.is_promoted = False
+
     def crop_recorded_past(self) -> None:
         """Cut transformers' layers that record their past (assisted decoding) to their window, between two chunks."""
         for layer in self.layers:

@@ -78,7 +78,7 @@ class LayerKV:
         self.expected_tokens = expected_tokens if on_full is None else 0
         self.on_full = on_full
         self.residency = residency
-        self._is_promoted = True
+        self.is_promoted = True  # False: promote() copies the first tokens to the device
         self._reserves = reserves and self.expected_tokens > 0
         self._reserved: ReservedMemory | None = None
         self.heads = k.shape[1]
@@ -167,16 +167,16 @@ class LayerKV:
         self.tail_tokens = tail_k.shape[2]
         for own, restored in zip(self.tails(), (tail_k, tail_v), strict=True):
             own.copy_(restored)
-        self._is_promoted = False
+        self.is_promoted = False
 
     def promote(self) -> None:
         """Copy the first tokens of restored rows to the device, as many as the residency allows.
 
         Called before the tokens are first used.
         """
-        if self._is_promoted:
+        if self.is_promoted:
             return
-        self._is_promoted = True
+        self.is_promoted = True
         buffer = self.residency.promote(self._tables, self._shape) if self.residency is not None else None
         if buffer is not None:
             self._use_buffer(buffer)
@@ -340,7 +340,7 @@ class LayerKV:
             on_full=self.on_full,
             residency=self.residency,
         )
-        twin._is_promoted = self._is_promoted
+        twin.is_promoted = self.is_promoted
         twin._tables = self.saved_tables()
         twin.host_tokens = self.host_tokens
         twin.tail_tokens = self.tail_tokens

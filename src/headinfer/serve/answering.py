@@ -214,10 +214,10 @@ class Answerer:
         return True
 
     def _make_room(self, check: Callable[[], object], spared: Kept | None = None) -> None:
-        """Free the memory of old caches until a check passes.
+        """Free the memory of old caches until a check, or a pass, does not fail for want of memory.
 
         Raises:
-            CapacityError: it does not pass without them.
+            CapacityError: it fails without them.
         """
         while True:
             try:
@@ -242,7 +242,9 @@ class Answerer:
         stop = start + begun.chunk_tokens
         ids = begun.ids[None, start:stop].to(model.device)
         before = time.perf_counter()
-        model(input_ids=ids, past_key_values=begun.cache, use_cache=True, **last_logits_only(model))
+        self._make_room(
+            lambda: model(input_ids=ids, past_key_values=begun.cache, use_cache=True, **last_logits_only(model))
+        )
         seconds = time.perf_counter() - before
         self._meter.note_read(stop - start, seconds)
         self._pace.note(start, stop, seconds)

@@ -99,9 +99,13 @@ class Caches:
         return fork
 
     def keep(self, kept: Kept) -> None:
-        """Keep a cache in place of those that hold a beginning of it only. Those of whole sessions stay."""
+        """Keep a cache in place of those that hold a beginning of it only. Those of whole sessions stay.
+
+        On the device it keeps its newest tokens, and nothing else.
+        """
         if not kept.tokens:
             return
+        kept.cache.park()
         self._kept = [other for other in self._kept if not _is_replaced(other, kept)]
         self._kept.append(kept)
         while len(self._kept) > self._most:

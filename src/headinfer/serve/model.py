@@ -28,6 +28,8 @@ from headinfer.sessions.fingerprint import fingerprint
 
 __all__ = ["ServedModel"]
 
+_PARSED_TOKENS = 1024  # of the end of a prompt, in which its template begins the answer
+
 
 class ServedModel:
     """A model that is loaded and enabled.
@@ -112,7 +114,7 @@ class ServedModel:
 
     def parser(self, prompt_ids: list[int], tools: Sequence[Any]) -> Any:
         """Return the parser of an answer with reasoning and tool calls. has_parser must be true."""
-        return response_parser(self.tokenizer, self.model, prompt_ids, list(tools))
+        return response_parser(self.tokenizer, self.model, prompt_ids[-_PARSED_TOKENS:], list(tools))
 
     @property
     def has_parser(self) -> bool:

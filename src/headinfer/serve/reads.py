@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import replace
 
-from headinfer.errors import HeadinferError, SessionError
+from headinfer.errors import CapacityError, HeadinferError, SessionError
 from headinfer.jobs.documents import document_of
 from headinfer.jobs.read import prepare_read
 from headinfer.jobs.reading import PreparedRead, Reading, ReadJob
@@ -137,7 +137,7 @@ class ReadTask:
     def _begin(self) -> None:
         shelf = self._shelf
         assert self._job is not None
-        prepared = prepare_read(self._job, shelf.model.source, shelf.model.tokenizer)
+        prepared = self._prepare(self._job)
         self._lock = Lock(prepared.folder)
         check_unchanged(prepared.folder, prepared.generation)
         if prepared.generation and Manifest.read(prepared.folder).model != shelf.model.fingerprint:
@@ -149,6 +149,16 @@ class ReadTask:
         self._state = replace(self._state, of=self._reading.tokens, characters=characters)
         self._prepared = prepared
         self._note()
+
+    def _prepare(self, job: ReadJob) -> PreparedRead:
+        """Check the document. Old caches are freed if its KV does not fit beside them."""
+        model = self._shelf.model
+        while True:
+            try:
+                return prepare_read(job, model.source, model.tokenizer)
+            except CapacityError:
+                if not self._shelf.caches.drop_one():
+                    raise
 
     def _read_chunk(self) -> None:
         reading = self._reading
