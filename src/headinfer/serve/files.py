@@ -101,9 +101,7 @@ def _storing() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise as_http_error(
-            CapacityError("the server's disk is full: send less, or free some of it"), Path()
-        ) from error
+        raise CapacityError("the server's disk is full: send less, or free some of it") from error
 
 
 def _add(service: Service, given: UploadFile, client: str) -> DocumentState:
