@@ -59,6 +59,13 @@ def ask(
         bool,
         typer.Option("--keep", help="Add the questions and answers to the session, as context for later questions."),
     ] = False,
+    where: Annotated[
+        bool,
+        typer.Option(
+            "--where",
+            help="Also print the passages of the document that each answer came from, by its exact attention.",
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="Where the model is stored, if it was moved.", show_default="the session's")
     ] = None,
@@ -82,9 +89,11 @@ def ask(
     """Ask questions about a document that `headinfer read` has read.
 
     Each question is answered as if it were the only one, and the session does not change, unless --keep is given.
-    Several questions are answered together, since each token reads the document's KV once for all of them.
+    Several questions are answered together, since each token reads the document's KV once for all of them. --where
+    names the passages that each answer came from.
     """
     from headinfer.cli.report import ANSWER_COLUMNS, AgainProgress, AnswersProgress, columns_table, summary_row
+    from headinfer.cli.where import passage_lines
     from headinfer.engine.options import Options
     from headinfer.jobs import ask as asking
     from headinfer.jobs.together import GivenQuestion, read_questions
@@ -107,6 +116,7 @@ def ask(
         system=system,
         sampling=sampling,
         options=session_options(given),
+        where=where,
     )
     started = time.perf_counter()
     prepared = asking.prepare_ask(job)
@@ -144,6 +154,9 @@ def ask(
     else:
         if not job.is_together:
             print(flush=True)
+        for number, one in enumerate(summaries, 1):
+            for line in passage_lines(one, str(number) if len(summaries) > 1 else ""):
+                print(line, flush=True)
         header = ("question", *ANSWER_COLUMNS)
         stderr.print(columns_table("", header, [summary_row(number, one) for number, one in enumerate(summaries, 1)]))
         if summaries[-1].guesses_off_reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from headinfer.attention import native
 from headinfer.engine.machine import chosen_device, this_machine
 from headinfer.engine.options import current_names, merged
 from headinfer.engine.run_plan import check_saved_kv
-from headinfer.errors import SessionError, UsageError
+from headinfer.errors import SessionError, UnsupportedError, UsageError
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import Enabled, context_warning, enable
@@ -28,6 +29,7 @@ from headinfer.jobs.prompts import ChatTexts, chat_texts, later_question_ids, qu
 from headinfer.jobs.rotary import held_rotary_tokens
 from headinfer.jobs.sampling import Sampling
 from headinfer.jobs.together import Together, answer_together
+from headinfer.jobs.where import DocumentText, passages
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import check_config, check_tokenizer
@@ -66,6 +68,7 @@ class AskJob:
         system: the system prompt, if the session must have been read with it; empty takes the session's.
         sampling: how tokens are chosen.
         options: fields of Options that replace the session's.
+        where: whether the passages that each answer came from are named.
     """
 
     name: str
@@ -79,6 +82,7 @@ class AskJob:
     system: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     options: dict[str, Any] = field(default_factory=dict)
+    where: bool = False
 
     @property
     def is_together(self) -> bool:
@@ -379,6 +383,7 @@ def ask(
         on_loaded(cache)
         ids = cache.token_ids
         assert ids is not None
+        document = DocumentText(tokenizer, ids[0].tolist(), about) if job.where else None
         if job.is_together:
             for new_ids in prepared.question_ids:
                 summary = Summary(str(prepared.source.name), tokens_in=len(new_ids), tokens_read=ids.shape[1])
@@ -386,6 +391,8 @@ def ask(
                 summaries.append(summary)
             together = Together(session.enabled, tokenizer, job.sampling, job.max_new_tokens, on_text, on_done, on_note)
             answer_together(together, cache, ids, prepared.question_ids, summaries)
+            for new_ids, summary in zip(prepared.question_ids, summaries, strict=True):
+                _name_passages(session.enabled, cache, [*ids[0].tolist(), *new_ids], document, summary)
             return summaries
         answers = about.get("answers", 0)
         for new_ids in prepared.question_ids:
@@ -396,6 +403,7 @@ def ask(
             summary.kernel_failure = session.kernel_failure
             summaries.append(summary)
             used = cache if job.keep else cache.fork()
+            before_answer = cache.fork() if job.keep and job.where else cache
             prompt_ids = torch.cat([ids, tail], dim=1)
             before = used.checkpoint()
             found = answer(
@@ -409,6 +417,7 @@ def ask(
                 on_text=on_text,
                 draft=session.draft,
             )
+            _name_passages(session.enabled, before_answer, prompt_ids[0].tolist(), document, summary)
             if summary.interrupted:
                 break
             if session.lock is not None:
@@ -421,3 +430,27 @@ def ask(
                 with SessionWriter(prepared.folder, model, session.arithmetic, facts, session.lock) as writer:
                     writer.checkpoint(used, ids, can_return=True)
     return summaries
+
+
+def _name_passages(
+    enabled: Enabled, cache: HeadCache, prompt_ids: list[int], document: DocumentText | None, summary: Summary
+) -> None:
+    """Note the passages that an answer came from. Ctrl-C leaves them out.
+
+    Args:
+        enabled: the enabled model.
+        cache: holds the beginning of the prompt.
+        prompt_ids: the tokens of the prompt.
+        document: the document; None if passages were not asked for.
+        summary: has the tokens of the answer, and gets the passages.
+    """
+    if document is None or summary.interrupted:
+        return
+    start = time.perf_counter()
+    try:
+        summary.where = passages(enabled, cache, prompt_ids, summary.token_ids, document)
+    except UnsupportedError as error:  # the answer counts without them
+        summary.where_off_reason = str(error)
+    except KeyboardInterrupt:
+        summary.interrupted = True
+    summary.where_s = time.perf_counter() - start

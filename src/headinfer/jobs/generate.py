@@ -30,6 +30,7 @@ from headinfer.jobs.answer_text import AnswerText
 from headinfer.jobs.draft import check_draft, loaded_draft
 from headinfer.jobs.prompts import prompts_ids
 from headinfer.jobs.sampling import Sampling
+from headinfer.jobs.where import Passage
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
@@ -150,6 +151,9 @@ class Summary:
         guess_counts: what the guesses did.
         guesses_off_reason: why guesses could not be used; empty if they could, or if they were not wanted.
         kernel_failure: why the CPU's attention kernel could not be used; empty if it could, or if a GPU computed.
+        where: the passages of the document that the answer came from; None if that was not asked for.
+        where_s: seconds that it took to find them, after total_s.
+        where_off_reason: why they cannot be told; empty if they can.
         stats: bytes and choices of this process.
         rank_stats: those of all ranks, if several processes shared the model and none was interrupted.
     """
@@ -171,6 +175,9 @@ class Summary:
     guess_counts: GuessCounts = field(default_factory=GuessCounts)
     guesses_off_reason: str = ""
     kernel_failure: str = ""
+    where: list[Passage] | None = None
+    where_s: float = 0.0
+    where_off_reason: str = ""
     stats: Stats | None = None
     rank_stats: list[Stats] = field(default_factory=list)
 
