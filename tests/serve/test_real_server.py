@@ -103,10 +103,29 @@ def test_a_client_that_leaves_while_its_prompt_is_read_frees_its_work(real):
         lines = answer.iter_lines()
         assert any('"prefill"' in line for line in lines)
         assert any('"prefill"' in line for line in lines)  # the first chunk is read
-    while (state := BROWSER.get(f"{real.address}/v1/state").json())["running"] or state["waiting"]:
-        time.sleep(0.05)
+    idle_state(real)
     usage = real.client.completions.create(model="embedded", prompt=prompt, max_tokens=1).usage
     assert CHUNK <= usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens - CHUNK  # what was read is kept
+
+
+def test_clients_that_leave_the_queue_or_an_answer_free_their_work(real):
+    before = idle_state(real)["completion_tokens_total"]
+    body = {"prompt": "The", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
+    url = f"{real.address}/v1/completions"
+    with BROWSER.stream("POST", url, json=body) as first:
+        assert any('"text"' in line for line in first.iter_lines())  # which ends the connection
+    with BROWSER.stream("POST", url, json=body) as first, BROWSER.stream("POST", url, json=body) as second:
+        lines = second.iter_lines()
+        assert any('"queue"' in line for line in lines)
+        assert not first.is_closed
+    assert idle_state(real)["completion_tokens_total"] - before < 10_000
+
+
+def idle_state(real):
+    """The state of the service as soon as it has no work."""
+    while (state := BROWSER.get(f"{real.address}/v1/state").json())["running"] or state["waiting"]:
+        time.sleep(0.05)
+    return state
 
 
 def test_fifty_clients_at_once_get_the_answers_that_they_get_alone(real):
