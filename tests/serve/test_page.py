@@ -305,7 +305,7 @@ def test_several_files_of_which_one_is_refused(pages, server):
     page.get_by_text("Drop a document here").wait_for()
     files = [{"name": name, "mimeType": "text/plain", "buffer": text.encode()} for name, text in FILES]
     page.set_input_files("#files", files=files)
-    page.get_by_text("empty.txt is empty: add a file with text").wait_for()
+    page.locator(".upload .row-facts", has_text="empty.txt is empty: add a file with text").wait_for()
     for name in ("one.txt", "two.txt"):
         page.get_by_role("radio", name=name).wait_for()
     page.get_by_role("button", name="Close the message about empty.txt").click()
@@ -418,4 +418,11 @@ def test_errors_are_shown_as_the_servers_sentence(pages, server):
     page.locator(".answer", has_text="The magic number is 60732.").wait_for()
     assert contents(server) == ["Why not?"]
     assert all("400" in problem for problem in pages.problems)
+
+    page.context.set_offline(True)
+    page.get_by_text("No answer from the server, trying again").wait_for()
+    ask(page, "Are you there?")
+    page.locator(".turn-error", has_text="The server does not answer. Check that it is running.").wait_for()
+    page.context.set_offline(False)
+    page.locator("#connection", has_text="Idle").wait_for()
     pages.problems.clear()

@@ -194,12 +194,13 @@ export class Conversation {
     if (sources.hidden) return;
     sources.append(make("span", {class: "quiet"}, "From"));
     turn.where.forEach((passage, index) => {
-      const label = `Passage ${index + 1}, ${percent(passage.share)}`;
       sources.append(
         make(
           "button",
-          {type: "button", class: "source", "aria-label": label, onclick: () => this.on.onWhere(turn, index)},
+          {type: "button", class: "source", onclick: () => this.on.onWhere(turn, index)},
+          make("span", {class: "unseen"}, "Passage "),
           make("b", {}, `${index + 1}`),
+          " ",
           percent(passage.share),
         ),
       );
