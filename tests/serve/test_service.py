@@ -398,6 +398,9 @@ def test_the_state_and_the_bounds_of_memory(service):
     assert after.seconds_prefill_total > before.seconds_prefill_total
     assert after.tokens_per_s > 0
     assert (after.model, after.waiting, after.running) == ("embedded", 0, 0)
+    assert isinstance(Asked(service, prompt=LONG, max_new_tokens=2).last, Done)
+    assert service.state().cpu_bytes_total > after.cpu_bytes_total, "the CPU reads KV in place"
+    assert service.state().link_bytes_total == 0
 
 
 # -- services of their own ---------------------------------------------------------------------------------------------

@@ -78,9 +78,10 @@ class Meter:
             link_before, cpu_before = self._seen.get(cache.engine, (0, 0))
             self._seen[cache.engine] = (link, cpu)
             self._totals["link_bytes"] += link - link_before
-            self._totals["cpu_bytes"] += cpu - cpu_before
+            attended = cpu - cpu_before + _bytes_in_place(cache)
+            self._totals["cpu_bytes"] += attended
             now = time.monotonic()
-            self._samples.append((now, now - self._since, 0, link - link_before, cpu - cpu_before))
+            self._samples.append((now, now - self._since, 0, link - link_before, attended))
             self._since = now
 
     def note_read(self, tokens: int, seconds: float) -> None:
@@ -131,3 +132,14 @@ class Meter:
                 "host_kv_bytes": sum(counter.host_bytes for counter in counters),
                 "disk_kv_bytes": sum(counter.disk_bytes for counter in counters),
             }
+
+
+def _bytes_in_place(cache: HeadCache) -> int:
+    """Return the bytes of KV in host memory that a pass reads in place, if the host is the compute device."""
+    return sum(
+        part.tokens * kv.heads * (kv.key_dim + kv.value_dim) * kv.dtype.itemsize
+        for kv in cache.layer_kvs().values()
+        if kv.device.type == "cpu" and cache.engine.devices[kv.device].streams is None
+        for shared in kv.shared_prefixes()
+        for part in shared.slices
+    )

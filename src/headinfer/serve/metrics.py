@@ -70,7 +70,7 @@ class _Figures(Collector):
             "headinfer_link_bytes", "Bytes over the link between host and device.", value=state.link_bytes_total
         )
         yield CounterMetricFamily(
-            "headinfer_cpu_bytes", "Bytes of KV that the host's CPU has attended to.", value=state.cpu_bytes_total
+            "headinfer_cpu_bytes", "Bytes of KV in host memory that the CPU attended to.", value=state.cpu_bytes_total
         )
 
 

@@ -85,14 +85,14 @@ class ServerState:
         disk_kv_bytes: bytes of KV on the disk: those of sessions, and those that the disk tier holds.
         tokens_per_s: tokens that were read or generated in each of the last seconds of work; 0 if there was none.
         link_bytes_per_s: bytes over the link between host and device in the same time.
-        cpu_bytes_per_s: bytes of KV that the host's CPU has attended to in the same time.
+        cpu_bytes_per_s: bytes of KV in host memory that the CPU has attended to in the same time.
         waiting: requests that wait.
         running: requests that are being answered, and documents that are being read.
         prompt_tokens_total: tokens of all prompts, cached ones included.
         completion_tokens_total: tokens that were generated.
         cached_tokens_total: tokens of prompts that were not read again.
         link_bytes_total: bytes over the link.
-        cpu_bytes_total: bytes that the host's CPU has attended to.
+        cpu_bytes_total: bytes of KV in host memory that the CPU has attended to.
         seconds_prefill_total: seconds of reading prompts and documents.
         seconds_decode_total: seconds of generating answers.
     """
