@@ -33,6 +33,7 @@ from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
+    StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -71,6 +72,7 @@ __all__ = [
     "PreTrainedModel",
     "StopStringCriteria",
     "StoppingCriteria",
+    "after_prompt",
     "causal_mask_function",
     "check_version",
     "cuda_devices",
@@ -93,6 +95,7 @@ __all__ = [
 ]
 
 _OLDEST = "5.17"
+_HAS_OLD_ASSISTANCE = Version(transformers.__version__) < Version("5.23")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -154,9 +157,61 @@ def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
     return [torch.device(name) for name in sorted(names) if name.startswith("cuda")]
 
 
+class _WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A window whose update() returns as many tokens as the mask has, also while it records the past.
+
+    That of transformers 5.17 returns all that it records, if several passes run between two crop(), as those of a draft
+    model do.
+    """
+
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = super().update(key_states, *args, **kwargs)
+        if not self.record_past:
+            return k, v
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        return k[:, :, -visible:], v[:, :, -visible:]
+
+
+if _HAS_OLD_ASSISTANCE:
+    DynamicSlidingWindowLayer = _WindowLayer
+
+
 def default_layers(config: PreTrainedConfig) -> list[Any]:
     """Return the empty cache layers that transformers itself would use for a model."""
-    return list(DynamicCache(config=config).layers)
+    layers = list(DynamicCache(config=config).layers)
+    for layer in layers:
+        if _HAS_OLD_ASSISTANCE and type(layer) is cache_utils.DynamicSlidingWindowLayer:
+            layer.__class__ = _WindowLayer
+    return layers
+
+
+class _AfterPrompt(StoppingCriteriaList):  # type: ignore[misc]
+    """Stopping criteria that a prompt of some tokens does not meet."""
+
+    prompt_tokens = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.shape[1] <= self.prompt_tokens:
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        ended: torch.Tensor = super().__call__(input_ids, scores, **kwargs)
+        return ended
+
+
+def after_prompt(criteria: StoppingCriteriaList, prompt_tokens: int) -> StoppingCriteriaList:
+    """Return stopping criteria for assisted decoding that the prompt itself does not meet.
+
+    The loop of transformers 5.17 applies them to the prompt if there is no guess, and writes nothing after one that
+    ends with a token that ends answers.
+
+    Args:
+        criteria: the stopping criteria of a generate().
+        prompt_tokens: tokens of its prompt.
+    """
+    if not _HAS_OLD_ASSISTANCE:
+        return criteria
+    after = _AfterPrompt(criteria)
+    after.prompt_tokens = prompt_tokens
+    return after
 
 
 def generation_config_path(name: str) -> str | None:

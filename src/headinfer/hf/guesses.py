@@ -23,6 +23,7 @@ from headinfer.hf.compat import (
     MaxTimeCriteria,
     PreTrainedModel,
     StopStringCriteria,
+    after_prompt,
     default_layers,
 )
 from headinfer.hf.ngrams import KEY_TOKENS, NgramIndex
@@ -245,6 +246,7 @@ class GuessControl:
         self._model = model
         self._costs_of = costs_of
         self._is_on = False
+        self._prompt_tokens = 0
         self._ends = Ends()
         model._get_stopping_criteria = self._noting_criteria(model._get_stopping_criteria)
         model._get_candidate_generator = self._making_guesses(model._get_candidate_generator)
@@ -269,6 +271,8 @@ class GuessControl:
         self.counts = GuessCounts()
         self._is_on = False
         self.off_reason = ""
+        ids = given.get("input_ids")
+        self._prompt_tokens = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else 0
         if self.guesses == "off":
             return {}
         self.off_reason = self._always_off or _off_reason(self._model, given)
@@ -294,7 +298,7 @@ class GuessControl:
         def make_and_note(*args: Any, **kwargs: Any) -> Any:
             criteria = make(*args, **kwargs)
             self._ends = Ends(criteria)
-            return criteria
+            return after_prompt(criteria, self._prompt_tokens)
 
         return make_and_note
 
