@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import rotary_models
 import torch
 from core_client import Asked, counted_tokens
+from families import tiny_model
 
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.hf.compat import has_response_template, response_parser
 from headinfer.hf.models import byte_tokenizer
+from headinfer.jobs import generate
 from headinfer.jobs.conversation import Conversation, Turn
 from headinfer.jobs.prompts import chat_texts, question_ids
 from headinfer.serve.events import Reasoning, Text, ToolCall
@@ -291,3 +294,23 @@ def test_memory_that_does_not_suffice_frees_old_caches_first(service, monkeypatc
     failed = Asked(service, prompt="three " * 40).last
     assert "no memory" in str(failed.error)
     assert Asked(service, prompt="four").text
+
+
+@pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation:UserWarning")
+@pytest.mark.parametrize("family", ["lfm2", "phi3", "llama, dynamic"])
+def test_layers_that_cannot_be_cut_and_frequencies_that_change(tmp_path, family):
+    """A convolution's state cannot be cut. The frequencies of the others change after 256 tokens."""
+    tokenizer = byte_tokenizer()
+    model = tiny_model(family, vocab_size=259) if family == "lfm2" else rotary_models.tiny(family, vocab_size=259)
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "model")
+    common = {"device": "cpu", "dtype": "float32", "chunk_tokens": 64, "max_new_tokens": 6}
+    text = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
+    with Service(ServeSettings(str(tmp_path / "model"), tmp_path / "sessions", **common)) as service:
+        cached = []
+        for prompt in (text[:200], text[:190] + " Another end.", text[:290], text[:290]):
+            job = generate.Job(str(tmp_path / "model"), [], prompt, raw=True, **common)
+            found = Asked(service, prompt=prompt)
+            assert found.text == generate.run(generate.prepare(job), on_text=lambda text: None).text
+            cached.append(found.last.cached_tokens)
+    assert cached == {"lfm2": [0, 0, 192, 256], "phi3": [0, 191, 0, 289]}.get(family, [0, 191, 0, 0])

@@ -88,7 +88,7 @@ class Answerer:
         begun = task.begun
         assert begun is not None
         missing = begun.ids.shape[0] - begun.cache.get_seq_length()
-        if missing > begun.chunk_tokens and self._reads_in_steps(begun):
+        if missing > begun.chunk_tokens:
             self._read_chunk(task, begun)
             return "goes on"
         others = [other for other in waiting if self._joins(other, task, begun)]
@@ -129,19 +129,22 @@ class Answerer:
         if name is not None and (common < session_tokens or not session_tokens):
             self._load(name)
             kept, common = self._caches.find(ids)
+        if kept is not None and not self._keeps_frequencies(kept.cache, tokens):
+            kept = None
+            common = 0
         if not self._has_room(tokens - common + task.max_new_tokens, kept, can_wait=can_wait):
             return False
-        origin = None
+        origin = task.request.session
         base = None
         checkpoints: tuple[Checkpoint, ...] = ()
         if kept is not None:
-            origin = kept.session
+            origin = origin or kept.session
             base = kept if kept.generation else None
             checkpoints = tuple(one for one in kept.checkpoints if one[0] <= common)
             cache = self._caches.use(kept, common)
         else:
             cache = self._model.enabled.new_cache(tokens + task.max_new_tokens)
-            cache.rotary_min_tokens = max(cache.rotary_min_tokens, tokens)
+            cache.rotary_min_tokens = self._rotary_tokens(tokens)  # not those of the answer's possible end
         chunk_tokens = self._model.enabled.planning.chunk_of(cache, tokens, 1)
         task.begun = Begun(ids, cache, common, chunk_tokens, origin, base, checkpoints)
         self._meter.note_prompt(tokens, common)
@@ -228,13 +231,15 @@ class Answerer:
             else:
                 return
 
-    def _reads_in_steps(self, begun: Begun) -> bool:
-        """Return whether the keys of the cache keep their rotary frequencies. If not, generate() reads all again."""
+    def _keeps_frequencies(self, cache: HeadCache, tokens: int) -> bool:
+        """Return whether the keys of a cache have the rotary frequencies of a prompt of so many tokens."""
         lengths = self._model.lengths
-        past = begun.cache.get_seq_length()
-        if not lengths or not past:
-            return True
-        return lengths.held(begun.cache.head_layers[0].rotary_tokens, past) == lengths.normalized(begun.ids.shape[0])
+        held = lengths.held(cache.head_layers[0].rotary_tokens, cache.get_seq_length())
+        return not lengths or held == lengths.normalized(self._rotary_tokens(tokens))
+
+    def _rotary_tokens(self, tokens: int) -> int:
+        """Return the length of a context whose rotary frequencies a prompt of so many tokens has."""
+        return max(self._settings.options.expected_tokens, tokens)
 
     def _read_chunk(self, task: AnswerTask, begun: Begun) -> None:
         model = self._model.model

@@ -22,6 +22,7 @@ from headinfer.sessions.ownership import LOCK
 
 __all__ = ["Library", "document_characters", "document_tokens"]
 
+_TEXTS_KEPT = 4
 _IDS_KEPT = 8  # sessions whose token ids stay in memory; a million take 8 MB
 
 
@@ -39,7 +40,7 @@ class Library:
         self._lock = threading.Lock()
         self._manifests: dict[str, tuple[tuple[int, int], Manifest]] = {}
         self._ids: list[tuple[str, int, torch.Tensor]] = []  # of the sessions that were asked last
-        self._text: tuple[str, int, DocumentText] | None = None  # of the session that was asked for last
+        self._texts: list[tuple[str, int, DocumentText]] = []
 
     def folder(self, name: str) -> Path:
         """Return the folder of a session, which need not exist.
@@ -158,11 +159,12 @@ class Library:
         """
         manifest = self.usable(name)
         with self._lock:
-            if self._text is not None and self._text[:2] == (name, manifest.generation):
-                return self._text[2]
+            for known in self._texts:
+                if known[:2] == (name, manifest.generation):
+                    return known[2]
         text = DocumentText(self._model.tokenizer, self.ids(name).tolist(), manifest.about)
         with self._lock:
-            self._text = (name, manifest.generation, text)
+            self._texts = [(name, manifest.generation, text), *self._texts][:_TEXTS_KEPT]
         return text
 
     def _state(self, name: str, manifest: Manifest) -> DocumentState:
