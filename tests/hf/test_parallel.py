@@ -1,13 +1,17 @@
-"""Several ranks, each with its own KV heads: CPU processes with gloo, started by torchrun."""
+"""Several ranks, each with its own KV heads: CPU processes with gloo, started by torchrun or forked."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import traceback
 import uuid
+import warnings
 from pathlib import Path
 
 import pytest
+import rank_worker
 import torch
 from families import VOCAB, present, splits, tiny_config, tiny_model
 from own_process import HANG_S
@@ -49,6 +53,45 @@ def finish(process):
     return process.returncode, out, err
 
 
+def forked_ranks(work, folder):
+    """Run a function in two forks of this process, as two ranks of torchrun. Starting these takes as long as the tests.
+
+    Returns:
+        The exit codes of the ranks, and what all wrote to stdout and to stderr.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= address
+            warnings.resetwarnings()  # pytest has made errors of them
+            sys.stdout = open(folder / f"out-{rank}", "w")  # noqa: SIM115
+            sys.stderr = open(folder / f"err-{rank}", "w")  # noqa: SIM115
+            work()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    out, err = ("".join((folder / f"{name}-{rank}").read_text() for rank in range(2)) for name in ("out", "err"))
+    return codes, out, err
+
+
+forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
 @pytest.fixture
 def alone(run_command):
     """The results of JOB in one process."""
@@ -57,21 +100,23 @@ def alone(run_command):
     return json.loads(out)
 
 
+@forks
 @pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore::DeprecationWarning")
 def test_families_with_a_tensor_parallel_plan_are_exact_over_two_ranks(tmp_path):
     families = [family for family in present() if splits(family)]
     assert len(families) > 50
     wanted = {}
     ids = torch.randint(1, VOCAB, (2, 100), generator=torch.Generator().manual_seed(1))
+    models = tmp_path / "models"
     for family in families:
-        tiny_model(family).save_pretrained(tmp_path / family)
-        save_file({"ids": ids}, tmp_path / family / "ids.safetensors")
         model = tiny_model(family)
+        model.save_pretrained(models / family)
+        save_file({"ids": ids}, models / family / "ids.safetensors")
         wanted[family] = read(model, ids, DynamicCache(config=model.config))
-    code, _, err = finish(torchrun(SUPPORT / "rank_worker.py", "families", tmp_path))
-    assert code == 0, err
+    codes, _, err = forked_ranks(functools.partial(rank_worker.families, models), tmp_path)
+    assert codes == [0, 0], err
     for family in families:
-        found = load_file(tmp_path / family / "found.safetensors")
+        found = load_file(models / family / "found.safetensors")
         difference = (found["logits"] - wanted[family]).abs().max() / wanted[family].std()
         assert difference < BOUND, family
         shape = ModelShape.from_config(tiny_config(family))
@@ -90,17 +135,22 @@ def test_two_ranks_give_the_tokens_and_messages_of_one_process(alone):
     assert err.count("writing") == 1
 
 
-def test_a_mistake_is_reported_once():
-    code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--file", "/no/such/file"))
-    assert (code != 0, out) == (True, "")
+@forks
+def test_a_mistake_is_reported_once(tmp_path):
+    def command(*more):
+        return functools.partial(rank_worker.command_line, "", (*JOB, *more))
+
+    codes, out, err = forked_ranks(command("--file", "/no/such/file"), tmp_path)
+    assert (codes, out) == ([2, 2], "")
     assert err.count("headinfer: error: cannot read /no/such/file") == err.count("headinfer: error") == 1
-    code, out, err = finish(torchrun("-m", "headinfer", *JOB, "--no-such-option"))
-    assert (code != 0, out, err.count("No such option")) == (True, "", 1)
+    codes, out, err = forked_ranks(command("--no-such-option"), tmp_path)
+    assert (codes, out, err.count("No such option")) == ([2, 2], "", 1)
 
 
-def test_a_failed_check_of_one_rank_ends_all_before_loading():
-    code, out, err = finish(torchrun(SUPPORT / "rank_worker.py", "poor", *JOB))
-    assert (code != 0, out) == (True, "")
+@forks
+def test_a_failed_check_of_one_rank_ends_all_before_loading(tmp_path):
+    codes, out, err = forked_ranks(functools.partial(rank_worker.command_line, "poor", JOB), tmp_path)
+    assert (codes, out) == ([2, 2], "")
     assert "headinfer: error: rank 1 of 2: " in err
     assert "0 B are available" in err
     assert err.count("headinfer: error") == 1

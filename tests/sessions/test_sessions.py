@@ -415,8 +415,9 @@ def _hold(folder, held, release):
         release.wait(HANG_S)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_only_one_process_can_write_a_session(model, saved, enabled):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     held = context.Event()
     release = context.Event()
     other = context.Process(target=_hold, args=(saved, held, release))

@@ -1,14 +1,11 @@
-"""The program that test_parallel.py runs on every rank with torchrun.
+"""What test_parallel.py runs on every rank: in forks of itself, or with torchrun as a program.
 
-rank_worker.py families FOLDER     run each model in FOLDER sharded, and write the first rank's logits to its folder
-rank_worker.py poor COMMAND ...    run a command with no free host memory on the last rank
 rank_worker.py dying COMMAND ...   run a command, and end the last rank after a chunk
 """
 
 import itertools
 import os
 import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,6 +32,7 @@ def read(model, ids, cache):
 
 
 def families(folder):
+    """Run each model in a folder sharded, and write the first rank's logits to its folder."""
     ranks = Ranks.from_environment()
     with parallel.process_group(ranks):
         for path in sorted(folder.iterdir()):
@@ -48,13 +46,14 @@ def families(folder):
                 save_file({"logits": logits, "heads": heads}, path / "found.safetensors")
 
 
-def command_line(ending, arguments):
+def command_line(fault, arguments):
+    """Run a command. The last rank has no free host memory ("poor"), ends after a chunk ("dying"), or is well ("")."""
     sys.argv = ["headinfer", *arguments]
     ranks = Ranks.from_environment()
     if ranks.rank == ranks.world - 1:
-        if ending == "poor":
+        if fault == "poor":
             run_plan.available_host_bytes = lambda: 0
-        else:
+        elif fault == "dying":
             run = generation.run
             generation.run = lambda prepared, on_text: run(prepared, on_text=on_text, on_forward=lambda _: os._exit(9))
     cli.main()
@@ -62,7 +61,4 @@ def command_line(ending, arguments):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "families":
-        families(Path(sys.argv[2]))
-    else:
-        command_line(sys.argv[1], sys.argv[2:])
+    command_line(sys.argv[1], sys.argv[2:])
