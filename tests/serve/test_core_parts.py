@@ -132,7 +132,11 @@ def test_an_upload_is_whole_or_not_there(tmp_path, monkeypatch):
     assert uploads.all() == [second]
     uploads.remove("other")
     uploads.remove("other")
-    assert not list((tmp_path / ".uploads").iterdir())
+    assert [path.name for path in (tmp_path / ".uploads").iterdir()] == [".server"]
+    with pytest.raises(UsageError, match="another server uses the sessions"):
+        Uploads(tmp_path)
+    uploads.close()
+    Uploads(tmp_path).close()
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

@@ -408,16 +408,31 @@ def test_the_state_and_the_bounds_of_memory(service):
 
 def test_a_document_goes_on_after_a_restart(tmp_path):
     """The first service ends in the middle of it, with a queue that was full."""
-    ready = threading.Event()
-    with Service(settings(tmp_path, queue_limit=1, limits=Limits(document_bytes=10_000))) as service:
+    is_reading = threading.Event()
+    goes_on = threading.Event()
+
+    def pause(event):
+        if isinstance(event, Prefill) and event.tokens >= 2 * CHUNK:
+            is_reading.set()
+            goes_on.wait(60)
+
+    with Service(settings(tmp_path, queue_limit=2, limits=Limits(document_bytes=10_000))) as service:
         state = service.add_document("book.txt", BOOK.encode(), "a client")
-        Asked(service, messages=QUESTIONS[0], session=state.name, on_event=_set_at(ready, 2 * CHUNK))
-        assert ready.wait(60)
-        with pytest.raises(QueueFullError, match="wait already") as full:
+        found = [Asked(service, messages=QUESTIONS[0], session=state.name, on_event=pause)]
+        assert is_reading.wait(60)
+        found.append(Asked(service, "another", messages=QUESTIONS[0], session=state.name))
+        with pytest.raises(QueueFullError, match="2 requests wait already") as full:
             Asked(service, "another", messages="Hello")
         assert full.value.retry_after_s >= 1
         with pytest.raises(UsageError, match="send a shorter one"):
             service.add_document("long.txt", b"a" * 10_001, "a client")
+        closing = threading.Thread(target=service.close)
+        closing.start()
+        while service.is_ready:
+            closing.join(0.01)
+        goes_on.set()
+        closing.join()
+    assert [one.last.finish_reason for one in found] == ["cancelled"] * 2
     with pytest.raises(StateError, match="shut down"):
         service.submit(Ask("a client", prompt="Hello"), lambda event: None)
     held = json.loads((tmp_path / "book" / "manifest.json").read_text())["tokens"]
@@ -431,12 +446,4 @@ def test_a_document_goes_on_after_a_restart(tmp_path):
         assert held <= first.tokens < service.document("book").tokens
         assert service.document("book").status == "ready"
         assert [path.name for path in tmp_path.iterdir() if path.name != ".uploads"] == ["book"]
-        assert not list((tmp_path / ".uploads").iterdir())
-
-
-def _set_at(ready, tokens):
-    def note(event):
-        if isinstance(event, Prefill) and event.tokens >= tokens:
-            ready.set()
-
-    return note
+        assert [path.name for path in (tmp_path / ".uploads").iterdir()] == [".server"]

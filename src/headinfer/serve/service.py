@@ -67,9 +67,13 @@ class Service:
         self.settings = settings
         self.model = Path(settings.model).name if Path(settings.model).is_dir() else settings.model
         self._meter = Meter()
-        self._served = ServedModel(settings, self._meter.after_forward)
+        self._uploads = Uploads(settings.root)  # before anything expensive
+        try:
+            self._served = ServedModel(settings, self._meter.after_forward)
+        except BaseException:
+            self._uploads.close()
+            raise
         self._library = Library(settings.root, self._served)
-        self._uploads = Uploads(settings.root)
         self._caches = Caches(max(settings.caches_kept, 1))
         pace = Pace()
         self._shelf = Shelf(settings, self._served, self._caches, self._uploads, self._meter, pace)
@@ -429,10 +433,11 @@ class Service:
             if step == "done":
                 for one in (task, *(other for other in others if other.has_ended)):
                     self._turns.remove(one)
-            if isinstance(task, ReadTask):
-                self._after_read(task)
-            elif step == "done":
+            waiting = self._after_read(task) if isinstance(task, ReadTask) else []
+            if step == "done":
                 self._mean_s += 0.2 * (time.monotonic() - start - self._mean_s)
+        for one, event in waiting:
+            one.tell(event)
 
     def _fail(self, task: Task, error: Exception) -> None:
         try:
@@ -443,21 +448,24 @@ class Service:
         except Exception:
             _logger.exception("a task that has failed could not be ended")
 
-    def _after_read(self, task: ReadTask) -> None:
-        """Tell the requests that wait for a document how far it is. The condition is held."""
+    def _after_read(self, task: ReadTask) -> list[tuple[AnswerTask, Event]]:
+        """Let the requests that wait for a document go on if it is read. The condition is held.
+
+        Returns:
+            What those that wait must be told.
+        """
         state = task.state
-        waiting = self._for_documents.get(task.name, [])
         if self._reads.get(task.name) is not task:
-            return
+            return []
         if state.status == "ready":
             del self._reads[task.name]
             self._release_waiting(task.name)
         elif state.status == "failed":
-            for one in self._for_documents.pop(task.name, []):
-                one.tell(Failed(SessionError(state.error)))
+            return [(one, Failed(SessionError(state.error))) for one in self._for_documents.pop(task.name, [])]
         elif state.of:
-            for one in waiting:
-                one.tell(Prefill(state.tokens, state.of + len(one.rest_ids), state.eta_s))
+            waiting = self._for_documents.get(task.name, [])
+            return [(one, Prefill(state.tokens, state.of + len(one.rest_ids), state.eta_s)) for one in waiting]
+        return []
 
     def _end_all(self) -> None:
         """End all tasks, and free the model."""
@@ -473,3 +481,4 @@ class Service:
                 _logger.warning("the session %s: %s", read.name, error)
         self._caches.clear()
         self._served.close()
+        self._uploads.close()

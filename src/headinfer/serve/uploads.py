@@ -2,6 +2,8 @@
 
 data           the bytes of the document, as they were sent
 upload.json    its facts; written last, so a folder without it is the remains of an upload that did not end
+
+ROOT/.uploads/.server has the lock of the one server that uses the folder of sessions.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from headinfer.errors import CapacityError
+from headinfer.errors import CapacityError, SessionError, UsageError
+from headinfer.sessions.folder import Lock
 from headinfer.utils.files import read_bytes, read_json_object, remove, sync_folder, write_file, write_text
 
 __all__ = ["Upload", "Uploads", "clean_filename", "digest", "session_name"]
 
 _FOLDER = ".uploads"  # no session has such a name
+_SERVER = ".server"
 _DATA = "data"
 _FACTS = "upload.json"
 _PART_BYTES = 8 * 1024 * 1024
@@ -50,24 +54,39 @@ class Upload:
 
 
 class Uploads:
-    """The documents of a folder of sessions that are not completely read yet.
+    """The documents of a folder of sessions that are not completely read yet. One server at a time uses them.
 
     Args:
         root: the folder of all sessions.
+
+    Raises:
+        UsageError: another server uses this folder.
     """
 
     def __init__(self, root: Path) -> None:
         self._folder = root / _FOLDER
+        try:
+            self._lock = Lock(self._folder / _SERVER)
+        except SessionError as error:
+            raise UsageError(
+                f"another server uses the sessions in {root}, or they are not writable: end it, or name another folder "
+                "with --sessions"
+            ) from error
+
+    def close(self) -> None:
+        """Let another server use the folder."""
+        self._lock.release()
 
     def all(self) -> list[Upload]:
         """Return all documents, the oldest first. Remains of killed uploads are removed."""
         found = []
-        folders = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
-        for folder in folders:
+        for folder in sorted(self._folder.iterdir()):
+            if folder.name == _SERVER:
+                continue
             facts = read_json_object(folder / _FACTS)
-            try:
+            if facts.keys() == Upload.__annotations__.keys() and facts["name"] == folder.name:
                 found.append(Upload(**facts))
-            except TypeError:
+            else:
                 self.remove(folder.name)
         return sorted(found, key=lambda upload: upload.created_s)
 
