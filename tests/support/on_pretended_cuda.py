@@ -150,7 +150,7 @@ def test_commands_use_the_gpu_by_default(monkeypatch, tmp_path, capsys):
         ["info"],
         ["generate", "embedded", "--file", book, "--prompt", question, "--max-new-tokens", 16],
         ["read", "embedded", "--file", book, "--session", "night"],
-        ["ask", "--session", "night", question, "--max-new-tokens", 16],
+        ["ask", "--session", "night", question, "--max-new-tokens", 16, "--where"],
     ):
         monkeypatch.setattr(sys, "argv", ["headinfer", *map(str, command)])
         try:
@@ -160,6 +160,7 @@ def test_commands_use_the_gpu_by_default(monkeypatch, tmp_path, capsys):
         found.append(capsys.readouterr().out)
     assert "a simulated GPU" in found[0]
     assert all("31313" in found[at] for at in (1, 3))
+    assert "book.txt, characters 0 to" in found[3]
 
 
 def test_resident_tokens_return_to_the_device_after_parking():

@@ -136,10 +136,11 @@ class PageableSlice:
 
     def load_into(self, memory: torch.Tensor) -> tuple[list[Callable[[], None]], Piece]:
         """Plan how to copy the slice into memory, as DiskSlice.load_into() does: one function for K and one for V."""
-        flat = memory[: self.nbytes].view(self.k.dtype)
-        flat_k, flat_v = flat.split([self.k.numel(), self.v.numel()])
-        k = flat_k.view(self.k.shape)
-        v = flat_v.view(self.v.shape)
+        with torch.inference_mode(False):  # other threads write to the views
+            flat = memory[: self.nbytes].view(self.k.dtype)
+            flat_k, flat_v = flat.split([self.k.numel(), self.v.numel()])
+            k = flat_k.view(self.k.shape)
+            v = flat_v.view(self.v.shape)
         return [functools.partial(k.copy_, self.k), functools.partial(v.copy_, self.v)], (k, v)
 
 
