@@ -238,6 +238,9 @@ class Clients:
         if answer.status_code == 429:
             self._findings.count("429")
             return
+        if answer.status_code != 200:
+            self._findings.problem(f"add_and_delete: {answer.status_code} {answer.text}")
+            return
         file_id = answer.json()["id"]
         time.sleep(rng.uniform(0, 2))
         content = http.get(f"/v1/files/{file_id}/content")

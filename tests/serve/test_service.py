@@ -18,6 +18,7 @@ from headinfer.serve.events import Done, Failed, Prefill, Queued, Text, Where
 from headinfer.serve.requests import Ask
 from headinfer.serve.service import Service
 from headinfer.serve.settings import Limits, ServeSettings
+from headinfer.sessions.folder import remove_session
 
 CHUNK = 128
 FILLER = "The ship sailed on under a grey sky, and no one on deck said a word. " * 12
@@ -289,6 +290,39 @@ def test_the_text_of_a_document(service, book):
     assert service.document_text(book, len(BOOK) - 3, len(BOOK) + 100) == BOOK[-3:]
     with pytest.raises(UsageError, match="are no range"):
         service.document_text(book, 5, 4)
+
+
+def test_a_document_with_the_name_of_a_removed_one_is_another_document(service):
+    """The names of its session and checkpoint, and the numbers of its tokens, are the same."""
+    numbers = {}
+    for number in ("11111", "22222"):
+        state = service.add_document("same.txt", f"The magic number for velona is {number}.".encode(), "a client")
+        assert state.name == "same"
+        wait_until_read(service, "same")
+        text = service.document_text("same")
+        numbers[number] = (text, service._library.ids("same").tolist())
+        service.remove_document("same")
+    assert [text for text, _ in numbers.values()] == [f"The magic number for velona is {n}." for n in numbers]
+    assert numbers["11111"][1] != numbers["22222"][1]
+
+
+def test_a_name_is_free_when_all_of_the_removed_document_is_gone(service, monkeypatch):
+    """A document that comes while one of the same name is removed has another name, and none of its files are lost."""
+    state = service.add_document("early.txt", b"The first text.", "a client")
+    wait_until_read(service, state.name)
+    added = []
+
+    def remove(folder):
+        remove_session(folder)
+        added.append(service.add_document("early.txt", b"The second text.", "a client").name)
+
+    monkeypatch.setattr("headinfer.serve.service.remove_session", remove)
+    service.remove_document(state.name)
+    assert added == [f"{state.name}-2"]
+    assert wait_until_read(service, added[0]).status == "ready"
+    assert service.document_text(added[0]) == "The second text."
+    with pytest.raises(NotFoundError):
+        service.remove_document(state.name)
 
 
 def test_where_an_answer_came_from(service, book):

@@ -39,8 +39,10 @@ class Library:
         self._model = model
         self._lock = threading.Lock()
         self._manifests: dict[str, tuple[tuple[int, int], Manifest]] = {}
-        self._ids: list[tuple[str, int, torch.Tensor]] = []  # of the sessions that were asked last
-        self._texts: list[tuple[str, int, DocumentText]] = []
+        # Of the sessions that were asked last, with the manifest that manifest() has read. A new document may have the
+        # name and the generation of one that was removed.
+        self._ids: list[tuple[Manifest, torch.Tensor]] = []
+        self._texts: list[tuple[Manifest, DocumentText]] = []
 
     def folder(self, name: str) -> Path:
         """Return the folder of a session, which need not exist.
@@ -139,15 +141,15 @@ class Library:
         """
         manifest = self.usable(name)
         with self._lock:
-            for known in self._ids:
-                if known[:2] == (name, manifest.generation):
-                    return known[2]
+            for known, known_ids in self._ids:
+                if known is manifest:
+                    return known_ids
         folder = self.folder(name)
         ids = read_consistently(folder, lambda found: saved_ids(folder, found))
         if ids is None or ids.shape[0] != 1:
             raise SessionError(f"the session {name} does not hold its token ids: ask it in Python")
         with self._lock:
-            self._ids = [(name, manifest.generation, ids[0]), *self._ids][:_IDS_KEPT]
+            self._ids = [(manifest, ids[0]), *self._ids][:_IDS_KEPT]
         return ids[0]
 
     def document(self, name: str) -> DocumentText:
@@ -159,12 +161,12 @@ class Library:
         """
         manifest = self.usable(name)
         with self._lock:
-            for known in self._texts:
-                if known[:2] == (name, manifest.generation):
-                    return known[2]
+            for known, known_text in self._texts:
+                if known is manifest:
+                    return known_text
         text = DocumentText(self._model.tokenizer, self.ids(name).tolist(), manifest.about)
         with self._lock:
-            self._texts = [(name, manifest.generation, text), *self._texts][:_TEXTS_KEPT]
+            self._texts = [(manifest, text), *self._texts][:_TEXTS_KEPT]
         return text
 
     def _state(self, name: str, manifest: Manifest) -> DocumentState:

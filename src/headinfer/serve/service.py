@@ -83,6 +83,7 @@ class Service:
         self._reads: dict[str, ReadTask] = {}  # those that have failed included
         self._for_documents: dict[str, list[AnswerTask]] = {}  # requests that wait for a document, by its name
         self._forgotten: list[str] = []  # sessions that were removed
+        self._removing: set[str] = set()  # the documents that remove_document() is removing
         self._is_closing = False
         self._mean_s = 1.0  # of the last requests
         self._adding = threading.Lock()
@@ -214,22 +215,24 @@ class Service:
             SessionError: another process writes it, or its folder holds foreign files.
         """
         folder = self._library.folder(name)
-        with self._changed:
+        with self._adding, self._changed:  # so that no new document gets this name before all of the old one is removed
             task = self._reads.pop(name, None)
+            if name in self._removing or (task is None and not own_files(folder)):
+                raise NotFoundError(f"there is no document {name!r}")
+            self._removing.add(name)
             if task is not None:
                 self._turns.remove(task)
-        if task is not None:
-            task.close()
-        self._uploads.remove(name)
         try:
+            if task is not None:
+                task.close()
+            self._uploads.remove(name)
             if own_files(folder):
                 remove_session(folder)
-            elif task is None:
-                raise NotFoundError(f"there is no document {name!r}")
         except SessionError as error:
             raise public(error, self.settings.root) from error
         finally:
             with self._changed:
+                self._removing.discard(name)
                 self._forgotten.append(name)
                 self._release_waiting(name)  # they fail, since there is no such session now
                 self._changed.notify_all()
@@ -369,7 +372,7 @@ class Service:
         base = session_name(filename)
         name = base
         number = 1
-        while name in self._reads or self._library.folder(name).exists():
+        while name in self._reads or name in self._removing or self._library.folder(name).exists():
             number += 1
             name = f"{base}-{number}"
         return name
