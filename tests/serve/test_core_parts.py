@@ -16,7 +16,7 @@ from headinfer.hf.models import byte_tokenizer
 from headinfer.jobs import generate
 from headinfer.jobs.conversation import Conversation, Turn
 from headinfer.jobs.prompts import chat_texts, question_ids
-from headinfer.serve.events import Reasoning, Text, ToolCall
+from headinfer.serve.events import Failed, Reasoning, Text, ToolCall
 from headinfer.serve.messages import chat_ids
 from headinfer.serve.meter import Pace
 from headinfer.serve.parsing import AnswerStream
@@ -279,6 +279,41 @@ def test_a_prompt_begins_with_the_longest_common_beginning(service):
     assert Asked(service, prompt=f"{text}A").text == first.text
     service._caches.clear()
     assert Asked(service, prompt=f"{text}BC", max_new_tokens=1).text == changed.text
+
+
+@pytest.mark.parametrize("when", ["in the answer", "after the answer"])
+def test_an_error_in_an_answer_leaves_the_caches_right(service, monkeypatch, when):
+    text = f"It was the best of times, {when}; " * 6
+    service._caches.clear()
+    expected = Asked(service, prompt=text, max_new_tokens=8)
+    asked_on = Asked(service, prompt=f"{text}{expected.text}!", max_new_tokens=8)
+    assert asked_on.text
+    service._caches.clear()
+    with monkeypatch.context() as patch:
+        if when == "in the answer":
+            patch.setattr(service._answerer, "_note_tokens", _fail_at_the_third_token())
+        else:
+            patch.setattr(service._answerer, "_end", _fail)
+        assert isinstance(Asked(service, prompt=text, max_new_tokens=8).last, Failed)
+    assert len({id(kept.cache) for kept in service._caches._kept}) == len(service._caches)
+    assert all(kept.tokens == kept.cache.get_seq_length() for kept in service._caches._kept)
+    assert Asked(service, prompt=f"{text}{expected.text}!", max_new_tokens=8).text == asked_on.text
+    assert Asked(service, prompt=text, max_new_tokens=8).text == expected.text
+
+
+def _fail(*_):
+    raise ZeroDivisionError("a bug")
+
+
+def _fail_at_the_third_token():
+    seen = []
+
+    def note(tokens):
+        seen.append(tokens)
+        if len(seen) == 3:
+            _fail()
+
+    return note
 
 
 def test_memory_that_does_not_suffice_frees_old_caches_first(service, monkeypatch):

@@ -263,11 +263,18 @@ class Answerer:
         task.tell(Prefill(done, tokens, self._pace.eta_s(done, tokens)))
 
     def _keep_prompt(self, task: AnswerTask) -> None:
-        """Keep what was read of the prompt of a request that ends early."""
+        """Keep what was read of the prompt of a request that ends early, but no cache with a part of an answer."""
         begun = task.begun
-        held = begun.cache.get_seq_length() if begun is not None else 0
-        if begun is not None and (begun.base is None or held > begun.base.tokens):
-            self._caches.keep(Kept(begun.cache, begun.ids[:held], begun.origin, checkpoints=begun.checkpoints))
+        if begun is None or begun.is_kept:
+            return
+        held = begun.cache.get_seq_length()
+        if held <= begun.ids.shape[0] and (begun.base is None or held > begun.base.tokens):
+            self._keep(begun, begun.ids[:held])
+
+    def _keep(self, begun: Begun, ids: torch.Tensor) -> None:
+        """Keep a cache that holds these tokens [T]."""
+        begun.is_kept = True
+        self._caches.keep(Kept(begun.cache, ids, begun.origin, checkpoints=begun.checkpoints))
 
     # -- answers ---------------------------------------------------------------------------------------------
 
@@ -346,8 +353,7 @@ class Answerer:
             return
         if surplus > 0:
             begun.cache.crop(-surplus)
-        held = ids[: begun.cache.get_seq_length()]
-        self._caches.keep(Kept(begun.cache, held, begun.origin, checkpoints=begun.checkpoints))
+        self._keep(begun, ids[: begun.cache.get_seq_length()])
 
     def _where(self, task: AnswerTask, begun: Begun, answer_ids: list[int]) -> tuple[Passage, ...]:
         """Return the passages of the session's document that an answer came from.

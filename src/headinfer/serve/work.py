@@ -33,6 +33,7 @@ class Begun:
         origin: the session with which the prompt begins; None if there is none.
         base: the kept cache of exactly this session, if the cache is a fork of it.
         checkpoints: those of the cache to which it can return; see Kept.
+        is_kept: whether the cache is kept, so that it belongs to other requests now.
     """
 
     ids: torch.Tensor
@@ -42,6 +43,7 @@ class Begun:
     origin: str | None
     base: Kept | None
     checkpoints: tuple[Checkpoint, ...] = ()
+    is_kept: bool = False
 
 
 class AnswerTask:
