@@ -233,8 +233,11 @@ def test_a_mistake_in_a_real_process_prints_no_traceback():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "headinfer: error: cannot read /no/such/file: No such file or directory\n"
-    assert run("nonsense").returncode == 2
-    assert "generate" in run("--help").stdout
+
+
+def test_help_and_unknown_commands(run_command):
+    assert run_command("nonsense")[0] == 2
+    assert "generate" in run_command("--help")[1]
 
 
 def test_help_loads_no_heavy_library():
