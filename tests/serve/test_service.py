@@ -284,6 +284,21 @@ def test_a_question_waits_until_its_document_is_read(service, root):
             Asked(service, messages="What?", session=name)
 
 
+def test_a_document_that_is_removed_while_it_is_asked_is_forgotten(service):
+    name = service.add_document("secret.txt", BOOK.replace("ship", "raft").encode(), "a client").name
+    wait_until_read(service, name)
+
+    def remove(event):
+        if isinstance(event, Text) and name in [state.name for state in service.documents()]:
+            service.remove_document(name)
+
+    found = Asked(service, messages=QUESTIONS[0], session=name, on_event=remove)
+    assert str(FACTS["bazuko"]) in found.text
+    assert isinstance(Asked(service, prompt="Hello", max_new_tokens=1).last, Done)
+    assert all(kept.session != name for kept in service._caches._kept)
+    assert name not in service._library._manifests
+
+
 def test_the_text_of_a_document(service, book):
     assert service.document_text(book) == BOOK
     assert service.document_text(book, 10, 20) == BOOK[10:20]

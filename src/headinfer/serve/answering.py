@@ -272,9 +272,10 @@ class Answerer:
             self._keep(begun, begun.ids[:held])
 
     def _keep(self, begun: Begun, ids: torch.Tensor) -> None:
-        """Keep a cache that holds these tokens [T]."""
+        """Keep a cache that holds these tokens [T], unless the document that they begin with was removed meanwhile."""
         begun.is_kept = True
-        self._caches.keep(Kept(begun.cache, ids, begun.origin, checkpoints=begun.checkpoints))
+        if begun.origin is None or self._library.exists(begun.origin):
+            self._caches.keep(Kept(begun.cache, ids, begun.origin, checkpoints=begun.checkpoints))
 
     # -- answers ---------------------------------------------------------------------------------------------
 

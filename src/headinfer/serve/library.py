@@ -77,6 +77,18 @@ class Library:
             self._manifests[name] = (stamp, manifest)
         return manifest
 
+    def exists(self, name: str) -> bool:
+        """Return whether there is a session of this name."""
+        return (self.folder(name) / MANIFEST).exists()
+
+    def forget(self, name: str) -> None:
+        """Forget a session that was removed."""
+        with self._lock:
+            removed = self._manifests.pop(name, None)
+            if removed is not None:
+                self._ids = [known for known in self._ids if known[0] is not removed[1]]
+                self._texts = [known for known in self._texts if known[0] is not removed[1]]
+
     def usable(self, name: str) -> Manifest:
         """Return the checkpoint of a session that questions can be asked to.
 

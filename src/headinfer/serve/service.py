@@ -400,6 +400,7 @@ class Service:
                         break
                     for name in self._forgotten:
                         self._caches.drop_session(name)
+                        self._library.forget(name)
                     self._forgotten = []
                     for waiting in self._cancelled_waiting():
                         self._turns.add(waiting)
