@@ -25,8 +25,8 @@ def passage_lines(summary: Summary, number: str = "") -> list[str]:
     if summary.where is None:
         return []
     if not summary.where:
-        return ["", f"{answer} paid no attention to the document"]
-    lines = ["", f"where {answer} came from (share of its attention to the document):"]
+        return ["", f"no head looks at one passage for {answer}"]
+    lines = ["", f"where {answer} came from (shares of the attention that looks far):"]
     for passage in summary.where:
         text = " ".join(passage.text.split())
         shown = text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS].rstrip() + " ..."

@@ -34,7 +34,7 @@ class Passage:
     Attributes:
         start: its first character in the text of the document (DocumentText.text).
         stop: the character after its last one.
-        share: its share in the attention that the answer pays to the document, from 0 to 1.
+        share: its share in the attention of the heads that look far (hf/where.py), from 0 to 1.
         text: its text.
         file: the name of its file; empty if it is unknown.
         file_start: its first character in the text of the file.

@@ -112,7 +112,7 @@ def test_ask_names_the_passages_of_needles(run_command, tmp_path, needles, monke
     for keep in ((), ("--keep",)):
         code, out, err = run_command("ask", *names, "--where", *keep, needles[3].question)
         assert code == 0, err
-        assert "where the answer came from (share of its attention to the document):" in out
+        assert "where the answer came from (shares of the attention that looks far):" in out
         assert "b.txt, characters" in out.splitlines()[-5]
 
     def refuse(*_, **__):
@@ -127,4 +127,7 @@ def test_ask_names_the_passages_of_needles(run_command, tmp_path, needles, monke
 
 def test_lines_of_an_answer_that_looks_nowhere():
     assert passage_lines(Summary("model")) == []
-    assert passage_lines(Summary("model", where=[]), "2") == ["", "answer 2 paid no attention to the document"]
+    assert passage_lines(Summary("model", where=[]), "2") == [
+        "",
+        "no head looks at one passage for answer 2",
+    ]
