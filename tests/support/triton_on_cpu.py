@@ -133,14 +133,14 @@ def test_decode_splits_the_keys(keys, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("cut", [1, 255, 700, 1999])
-def test_splitting_the_keys_changes_results_only_by_rounding(cut, softcap):
+def test_splitting_the_keys_changes_results_only_by_rounding(softcap):
     rng = seeded(5)
     q, k, v = (torch.randn(2, tokens, 32, generator=rng) for tokens in (4, 2000, 2000))
     whole = TRITON.attend_full(q, [(k, v)], 0.3, softcap)
-    parts = TRITON.attend_full(q, [(k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])], 0.3, softcap)
-    assert relative_error(parts.out, whole.out) <= BOUND
-    assert relative_error(parts.lse, whole.lse) <= BOUND
+    for cut in (1, 255, 700, 1999):
+        parts = TRITON.attend_full(q, [(k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])], 0.3, softcap)
+        assert relative_error(parts.out, whole.out) <= BOUND
+        assert relative_error(parts.lse, whole.lse) <= BOUND
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.1, 0.29, 0.31, 1.0, 30.0])
