@@ -2,6 +2,7 @@
 
     python benchmarks/small_model.py FOLDER
     python benchmarks/kv_formats.py FOLDER [--tokens 8192] [--out result.json]
+    python benchmarks/kv_formats.py --published
 
 A model reads a text. The keys (before and after rotation), values and last queries of each layer are taken from it.
 Each format quantises and dequantises keys and values, and float64 attention computes the outputs. The error of an
@@ -23,6 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from headinfer.hf.models import resolve
 
 _DOCS = Path(__file__).parents[1] / "docs"
+_RESULTS = Path(__file__).parent / "results"
 _QUERIES = 64
 _SCALE_BITS = 16
 
@@ -169,13 +171,40 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     return out.flatten(0, 1)
 
 
+def published() -> str:
+    """Return the table of docs/approximations.md: the formats of --kv-dtype beside others, on two models."""
+    names = {
+        "int8": "8 bits asym, K rotated per channel of 64 tokens, V per token",
+        "Q8_0 of llama.cpp": "Q8_0 (llama.cpp)",
+        "int4": "4 bits asym, K rotated per channel of 64 tokens, V per token",
+        "KIVI, 4 bits": "KIVI 4 bits, K rotated",
+        "Q4_0 of llama.cpp": "Q4_0 (llama.cpp)",
+    }
+    models = ("smollm2", "embedded")
+    lines = ["| format | SmolLM2-135M: bits, error | embedded: bits, error |", "|---|---|---|"]
+    for shown, name in names.items():
+        cells = []
+        for model in models:
+            text = (_RESULTS / f"kv-formats-{model}.json").read_text(encoding="utf-8")
+            line = next(one for one in json.loads(text)["results"] if one["format"] == name)
+            cells.append(f"{line['bits']:.2f}, {line['mean']:.2%}")
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure all formats and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a local folder, a hub name or `embedded`")
+    parser.add_argument("model", nargs="?", help="a local folder, a hub name or `embedded`")
+    parser.add_argument("--published", action="store_true", help="print the table of docs/approximations.md")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the text, a multiple of 128")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file for the results")
     given = parser.parse_args()
+    if given.published:
+        print(published())
+        return
+    if given.model is None:
+        parser.error("name a model")
     recorder = Recorder()
     AttentionInterface.register("recorder", recorder)
     if Path(given.model).is_dir():

@@ -15,6 +15,7 @@ import errno
 import re
 
 __all__ = [
+    "ApproximationWarning",
     "CapacityError",
     "ContextLengthWarning",
     "HeadinferError",
@@ -60,6 +61,10 @@ class SessionError(HeadinferError, OSError):
 
 class ContextLengthWarning(UserWarning):
     """A context is longer than what the model was made for."""
+
+
+class ApproximationWarning(UserWarning):
+    """A session holds KV that is approximate, so that what goes on from it is too."""
 
 
 class RereadWarning(UserWarning):

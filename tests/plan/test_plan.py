@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import headinfer
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.hf.models import resolve
-from headinfer.kv import layer_kv
+from headinfer.kv import layer_kv, segment_sizes
 from headinfer.plan import footprint
 from headinfer.plan.compare import METHODS, OURS, Baseline, memory_by_method, seconds_by_method
 from headinfer.plan.fit import CHUNK_TOKENS, HOST_OVERHEAD_BYTES, STREAMING_BYTES, longest_context, refusal
@@ -403,7 +403,7 @@ def test_the_smallest_chunk_that_hides_the_transfer():
 
 def test_constants_are_those_of_the_engine():
     assert footprint.TAIL_UNIT_TOKENS == layer_kv.TAIL_UNIT_TOKENS
-    assert footprint.SEGMENT_TOKENS == layer_kv._LARGE_SEGMENT_TOKENS
+    assert footprint.SEGMENT_TOKENS == segment_sizes._LARGE_SEGMENT_TOKENS
 
 
 TOKENS = [200, 256, 258, 3000, 16_385, 16_511, 16_512, 16_600, 32_769]

@@ -17,7 +17,14 @@ from headinfer.attention.native_build import Target
 from headinfer.attention.state import AttentionState
 from headinfer.utils.tensors import Piece
 
-__all__ = ["attend_native", "attend_quantised", "plain_read", "summary", "unavailable_reason"]
+__all__ = [
+    "attend_native",
+    "attend_quantised",
+    "plain_read",
+    "quantised_refusal",
+    "summary",
+    "unavailable_reason",
+]
 
 
 class _Piece(ctypes.Structure):
@@ -66,11 +73,17 @@ class _Scratch(threading.local):
 
 
 _SCRATCH = _Scratch()
+_QUANTISED = {8: torch.quint8, 4: torch.quint4x2}  # the dtypes for which native_build.py builds this kernel, by bits
 
 
 def unavailable_reason(dtype: torch.dtype) -> str:
     """Return why this machine cannot use the kernel for a dtype, or "" if it can. The first call builds the kernel."""
     return native_build.load(dtype)[1]
+
+
+def quantised_refusal(bits: int) -> str:
+    """Return why this machine cannot use the kernel for K and V in 8 or 4 bits, or "" if it can."""
+    return unavailable_reason(_QUANTISED[bits])
 
 
 def summary() -> str:
@@ -177,8 +190,7 @@ def attend_quantised(
     Raises:
         RuntimeError: the kernel cannot be built.
     """
-    dtype = torch.quint8 if bits == 8 else torch.quint4x2
-    return _attend(dtype, q.float(), pieces, value_dim, scale, soft_cap, threads, target)
+    return _attend(_QUANTISED[bits], q.float(), pieces, value_dim, scale, soft_cap, threads, target)
 
 
 def _attend(

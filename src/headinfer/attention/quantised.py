@@ -12,26 +12,19 @@ UNIT, and slices of such a tensor must begin and end at multiples of UNIT.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-__all__ = ["UNIT", "decode_k", "decode_v", "encode_k", "encode_v", "key_bytes", "value_bytes"]
+from headinfer.utils.kv_format import UNIT, key_bytes, padded_value_dim, value_bytes
+from headinfer.utils.tensors import Piece
 
-UNIT = 64
-"""Tokens of a block."""
+__all__ = ["UNIT", "Codec", "decode_k", "decode_v", "encode_k", "encode_v", "key_bytes", "value_bytes"]
 
 _LANES = 16
+_ENCODED_TOKENS = 1024  # at once: the intermediate results are several times as large as K and V
 _LEAST_HALF = 2.0**-24  # the smallest positive float16
-
-
-def key_bytes(dim: int, bits: int) -> int:
-    """Return the bytes of K of one token and head."""
-    return dim * bits // 8 + dim // 16
-
-
-def value_bytes(dim: int, bits: int) -> int:
-    """Return the bytes of V of one token and head. Its elements are padded to a multiple of 32."""
-    return _padded(dim) * bits // 8 + 4
 
 
 def encode_k(k: torch.Tensor, bits: int) -> torch.Tensor:
@@ -66,7 +59,7 @@ def encode_v(v: torch.Tensor, bits: int) -> torch.Tensor:
     blocks = v.float().view(heads, tokens // UNIT, UNIT, dim)
     scale, low, numbers = _quantise(blocks, bits, dim=3)
     run = _run(bits)
-    numbers = F.pad(numbers, (0, _padded(dim) - dim))
+    numbers = F.pad(numbers, (0, padded_value_dim(dim) - dim))
     ordered = numbers.unflatten(2, (UNIT // run, run)).transpose(3, 4)  # [H, blocks, UNIT / run, padded D, run]
     return _packed(scale.flatten(2) * 2**bits, low.flatten(2), ordered.flatten(2), bits).view(heads, tokens, -1)
 
@@ -85,13 +78,51 @@ def decode_v(packed: torch.Tensor, dim: int, bits: int, dtype: torch.dtype = tor
     heads, tokens, _ = packed.shape
     scale, low, numbers = _unpacked(packed, UNIT, bits)
     run = _run(bits)
-    u = numbers.view(heads, -1, UNIT // run, _padded(dim), run).transpose(3, 4).reshape(heads, -1, UNIT, _padded(dim))
+    u = (
+        numbers.view(heads, -1, UNIT // run, padded_value_dim(dim), run)
+        .transpose(3, 4)
+        .reshape(heads, -1, UNIT, padded_value_dim(dim))
+    )
     return (low[..., None] + scale[..., None] * u[..., :dim]).view(heads, tokens, dim).to(dtype)
 
 
-def _padded(dim: int) -> int:
-    """Return the elements of V in memory: pairs of vectors of 16."""
-    return -(-dim // 32) * 32
+@dataclass(frozen=True)
+class Codec:
+    """Quantises the K and V of one layer, and gives them back.
+
+    Attributes:
+        bits: 8 or 4.
+        key_dim: the head dim of K.
+        value_dim: the head dim of V.
+        dtype: the dtype of K and V before they are quantised.
+    """
+
+    bits: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a block."""
+        return UNIT
+
+    @property
+    def stored_dims(self) -> tuple[int, int]:
+        """Bytes of the K and of the V of one token and head."""
+        return key_bytes(self.key_dim, self.bits), value_bytes(self.value_dim, self.bits)
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Piece:
+        """Quantise k [H, T, Dk] and v [H, T, Dv], where T is a multiple of UNIT, to uint8 tensors [H, T, bytes]."""
+        blocks = [slice(start, start + _ENCODED_TOKENS) for start in range(0, k.shape[1], _ENCODED_TOKENS)]
+        packed_k = torch.cat([encode_k(k[:, block], self.bits) for block in blocks], dim=1)
+        packed_v = torch.cat([encode_v(v[:, block], self.bits) for block in blocks], dim=1)
+        return packed_k, packed_v
+
+    def decode(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None = None) -> Piece:
+        """Return k [H, T, Dk] and v [H, T, Dv] of what encode() returned, in `dtype`, or in the dtype of the layer."""
+        wanted = dtype or self.dtype
+        return decode_k(k, self.key_dim, self.bits, wanted), decode_v(v, self.value_dim, self.bits, wanted)
 
 
 def _run(bits: int) -> int:

@@ -20,6 +20,7 @@ from headinfer.cli.options import (
     DiskTier,
     Dtype,
     HostKVBudget,
+    KVDtypeOption,
     MaxNewTokens,
     Raw,
     SessionsFolder,
@@ -63,6 +64,7 @@ def chat(
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
     cpu_share: CpuShare = None,
+    kv_dtype: KVDtypeOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     system: System = "",
@@ -82,7 +84,7 @@ def chat(
     from headinfer.jobs.open_chat import open_chat, prepare_chat
     from headinfer.jobs.talk import talk
 
-    options = kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share)
+    options = kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype)
     Options(**options)  # raises UsageError before anything is loaded
     if session is not None and (file or glob):
         raise UsageError("--file and --session exclude each other: a session has its document from `headinfer read`")

@@ -21,6 +21,7 @@ from headinfer.cli.options import (
     DeviceKVBudget,
     Dtype,
     Json,
+    KVDtypeOption,
     Model,
     Raw,
     number,
@@ -28,7 +29,9 @@ from headinfer.cli.options import (
     tokens,
 )
 from headinfer.errors import UsageError
+from headinfer.utils.kv_format import KV_DTYPES, approximation
 from headinfer.utils.units import format_tokens, parse_tokens
+from headinfer.utils.values import choice
 
 if TYPE_CHECKING:
     from headinfer.evals.run import Results
@@ -83,6 +86,7 @@ def niah(
     device: Device = "auto",
     device_kv_budget: DeviceKVBudget = None,
     cpu_share: CpuShare = None,
+    kv_dtype: KVDtypeOption = None,
     as_json: Json = False,
 ) -> None:
     """Hide facts (needles) at several depths of texts of several lengths, ask for them, and draw a heatmap."""
@@ -94,7 +98,7 @@ def niah(
     about: dict[str, Any] = {"evaluation": "niah", "depths": chosen, "text": str(text or "shipped")}
     if not lead:
         about["lead"] = False
-    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share)
+    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share, kv_dtype)
     evaluation.check_memory(max(wanted))
     hay = _text(text)
     niah_document(min(wanted), chosen, 0, hay, evaluation.count, seed, gives_lead=lead)  # raises if it is too short
@@ -123,6 +127,7 @@ def ruler(
     device: Device = "auto",
     device_kv_budget: DeviceKVBudget = None,
     cpu_share: CpuShare = None,
+    kv_dtype: KVDtypeOption = None,
     as_json: Json = False,
 ) -> None:
     """Run RULER's tasks that need no external data: needles, variable tracking, common and frequent words."""
@@ -134,7 +139,7 @@ def ruler(
     if unknown:
         raise UsageError(f"RULER has no task {unknown[0]!r} here: choose among {', '.join(RULER_TASKS)}")
     about = {"evaluation": "ruler", "text": str(text or "shipped")}
-    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share)
+    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share, kv_dtype)
     evaluation.check_memory(max(wanted))
     hay = _text(text)
     for name in names:
@@ -170,6 +175,7 @@ def data(
     device: Device = "auto",
     device_kv_budget: DeviceKVBudget = None,
     cpu_share: CpuShare = None,
+    kv_dtype: KVDtypeOption = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate with a local file of LongBench v2 or SCBench, with the published templates and metric."""
@@ -177,7 +183,16 @@ def data(
 
     documents = data_documents(task, data)
     evaluation = _Evaluation(
-        model, out, {"evaluation": task, "data": str(data)}, 0, raw, dtype, device, device_kv_budget, cpu_share
+        model,
+        out,
+        {"evaluation": task, "data": str(data)},
+        0,
+        raw,
+        dtype,
+        device,
+        device_kv_budget,
+        cpu_share,
+        kv_dtype,
     )
     evaluation.check_memory(1)  # raises before the texts are tokenized
     sizes = [evaluation.count(document.text) + _answer_tokens(document) for document in documents]
@@ -208,6 +223,7 @@ class _Evaluation:
         device: a value of --device.
         device_kv_budget: bytes; planned if None.
         cpu_share: the share of the host's CPU in decode; planned if None.
+        kv_dtype: a value of --kv-dtype; None for auto.
 
     Raises:
         UsageError: the folder holds other results, or an argument is wrong.
@@ -224,6 +240,7 @@ class _Evaluation:
         device: str,
         device_kv_budget: int | None,
         cpu_share: float | None,
+        kv_dtype: str | None,
     ) -> None:
         from headinfer.engine.machine import chosen_device
         from headinfer.evals.run import Results
@@ -234,6 +251,11 @@ class _Evaluation:
         from headinfer.plan.model_shape import ModelShape
 
         self._options: dict[str, Any] = {"device_kv_budget_bytes": device_kv_budget, "cpu_share": cpu_share}
+        stored = choice(kv_dtype or "auto", "--kv-dtype", KV_DTYPES)
+        if stored != "auto":
+            self._options["kv_dtype"] = stored
+            about = {**about, "kv_dtype": stored, "approximate": True}
+            warning(approximation(stored))
         self._seed = seed
         self._is_raw = is_raw
         self._device = str(chosen_device(device))

@@ -20,6 +20,7 @@ from headinfer.cli.options import (
     Dtype,
     HostKVBudget,
     Json,
+    KVDtypeOption,
     MaxNewTokens,
     Model,
     Raw,
@@ -58,6 +59,7 @@ def generate(
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
     cpu_share: CpuShare = None,
+    kv_dtype: KVDtypeOption = None,
     heads_per_group: Annotated[
         int | None,
         number(
@@ -116,7 +118,7 @@ def generate(
         if not any(prompt or []) and not file:
             raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
         options = Options(
-            **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share),
+            **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype),
             heads_per_group=heads_per_group,
             tile_tokens=tile_tokens,
             backend=backend,

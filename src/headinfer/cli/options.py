@@ -24,6 +24,7 @@ from headinfer.utils.values import byte_count, check_text, real_number, shown, t
 __all__ = [
     "CPU_SHARE_HELP",
     "DEVICE_KV_BUDGET_HELP",
+    "KV_DTYPE_HELP",
     "MEMORY_PANEL",
     "SAMPLING_PANEL",
     "ChunkTokens",
@@ -35,6 +36,7 @@ __all__ = [
     "Dtype",
     "HostKVBudget",
     "Json",
+    "KVDtypeOption",
     "LightCommand",
     "MaxNewTokens",
     "Model",
@@ -65,6 +67,7 @@ _CACHE_OPTIONS = (
     "dtype",
     "heads_per_group",
     "host_kv_budget",
+    "kv_dtype",
     "tile_tokens",
     "transport",
 )
@@ -268,6 +271,12 @@ CpuShare = Annotated[
     cpu_share(CPU_SHARE_HELP, show_default="auto: what headinfer probe has measured", rich_help_panel=MEMORY_PANEL),
 ]
 
+KV_DTYPE_HELP = "Store KV in int8 or int4, which is approximate (docs/approximations.md); auto is the model's dtype."
+KVDtypeOption = Annotated[
+    str | None,
+    typer.Option("--kv-dtype", help=KV_DTYPE_HELP, show_default="auto", rich_help_panel=MEMORY_PANEL),
+]
+
 SessionOption = Annotated[str, typer.Option("--session", help="Name of the session.")]
 SessionArgument = Annotated[str, typer.Argument(help="Name of the session.")]
 SessionsFolder = Annotated[
@@ -285,9 +294,11 @@ def kv_options(
     host_kv_budget: int | None,
     disk_tier: Path | None,
     cpu_share: float | None = None,
+    kv_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Return the fields of Options that set where KV is stored and who attends to it, from the options of a command."""
-    return {
+    given = {} if kv_dtype is None else {"kv_dtype": kv_dtype}
+    return given | {
         "cpu_share": cpu_share,
         "device_kv_budget_bytes": device_kv_budget,
         "host_kv_budget_bytes": host_kv_budget,

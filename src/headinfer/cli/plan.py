@@ -17,9 +17,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from headinfer.cli.console import say, show, warning
-from headinfer.cli.options import CPU_SHARE_HELP, Json, cpu_share, number, size, tokens
+from headinfer.cli.options import CPU_SHARE_HELP, KV_DTYPE_HELP, Json, cpu_share, number, size, tokens
 from headinfer.errors import UsageError
-from headinfer.plan.compare import OURS, longest_by_method, memory_by_method, plans_at, seconds_by_method
+from headinfer.plan.compare import OURS, kv_forms, longest_by_method, memory_by_method, plans_at, seconds_by_method
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
@@ -78,6 +78,7 @@ def plan(
     cpu_share: Annotated[
         float | None, cpu_share(CPU_SHARE_HELP, show_default="auto: above 0 if headinfer probe has measured the rates")
     ] = None,
+    kv_dtype: Annotated[str, typer.Option(help=KV_DTYPE_HELP)] = "auto",
     as_json: Json = False,
     plot: Annotated[
         Path | None, typer.Option(help="Plot memory, seconds and the roofline into this .png, .svg or .pdf file.")
@@ -114,6 +115,7 @@ def plan(
         device_kv_budget_bytes=device_kv_budget,
         keeps_resident=resident,
         cpu_share=cpu_share,
+        kv_dtype=kv_dtype,
     )
     made = make_plan(request)
     warnings = _warnings(request)
@@ -219,7 +221,23 @@ def _tables(model: str, made: Plan) -> list[Table]:
         cells = zip(*(_cells(row, phase) for row in seconds.values()), strict=True)
         rows = [(format_tokens(tokens), *row) for tokens, row in zip(CONTEXTS, cells, strict=True)]
         tables.append(_table(title, methods, rows))
-    return [*tables, *_with_cpu(ours), _roofline(made), _choices(made)]
+    return [*tables, *_with_cpu(ours), *_with_fewer_bits(made), _roofline(made), _choices(made)]
+
+
+def _with_fewer_bits(made: Plan) -> list[Table]:
+    """Return a table of what approximate KV would save; none if the head dims of the model do not fit."""
+    header = ("", "KV of a token", "KV of the context", "decode, a token", "longest context, tokens")
+    rows = [
+        (
+            one["kv_dtype"] if one["kv_dtype"] != "auto" else "exact",
+            format_bytes(one["token_bytes"]),
+            format_bytes(one["kv_bytes"]),
+            "-" if one["decode_s_per_token"] is None else format_seconds(one["decode_s_per_token"]),
+            format_tokens(one["longest_tokens"]),
+        )
+        for one in kv_forms(made)
+    ]
+    return [_table("KV in fewer bits, by --kv-dtype (int8 and int4 are approximate)", header, rows)] if rows else []
 
 
 def _with_cpu(ours: Sequence[Plan | None]) -> list[Table]:
@@ -309,6 +327,7 @@ def _as_dict(model: str, made: Plan, warnings: list[str]) -> dict[str, Any]:
         "contexts": list(CONTEXTS),
         "prefill_s": {name: [cell and cell[0].total_s for cell in row] for name, row in seconds.items()},
         "decode_s_per_token": {name: [cell and cell[1].total_s for cell in row] for name, row in seconds.items()},
+        "kv_dtypes": kv_forms(made),
         "with_cpu": [one and {"tokens": one.request.context_tokens, **one.cpu_as_dict()} for one in ours],
         "roofline": [dataclasses.asdict(point) | {"intensity": point.intensity} for point in _points(made)],
         "warnings": warnings,

@@ -20,6 +20,7 @@ from headinfer.cli.options import (
     Dtype,
     HostKVBudget,
     Json,
+    KVDtypeOption,
     Model,
     Raw,
     SessionOption,
@@ -46,6 +47,7 @@ def read(
     device_kv_budget: DeviceKVBudget = None,
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
+    kv_dtype: KVDtypeOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, seed("Seed of random weights.")] = 0,
@@ -61,7 +63,7 @@ def read(
     from headinfer.engine.options import Options
     from headinfer.jobs import read as reading
 
-    options = Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier))
+    options = Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier, kv_dtype=kv_dtype))
     job = reading.ReadJob(
         model=model,
         document=given_document(file, glob),
@@ -93,7 +95,7 @@ def read(
     with progress:
         result = reading.read(prepared, on_forward=progress.on_forward, on_resumed=on_resumed)
     if as_json:
-        print(json.dumps(dataclasses.asdict(result)))
+        print(json.dumps(dataclasses.asdict(result) | ({"approximate": True} if result.approximate else {})))
     elif not result.interrupted:
         folder = "" if sessions is None else f" --sessions {shlex.quote(str(sessions))}"
         print(

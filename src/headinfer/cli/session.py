@@ -156,6 +156,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "state": _state(manifest),
         "model": manifest.about.get("model", manifest.model["config"].get("model_type")),
         "dtype": manifest.model["dtype"],
+        **({"kv_dtype": manifest.kv_dtype, "approximate": True} if manifest.kv_dtype != "auto" else {}),
         "disk_bytes": manifest.disk_bytes,
         "segments": len(manifest.segment_files),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
@@ -169,7 +170,8 @@ def _document_tokens(manifest: Manifest) -> int:
 
 def _state(manifest: Manifest) -> str:
     document_tokens = _document_tokens(manifest)
-    if manifest.tokens < document_tokens:
-        return f"{document_tokens:,} tokens to read"
     answers = manifest.about.get("answers", 0)
-    return f"{answers} answer{'s' if answers > 1 else ''} kept" if answers else "read"
+    state = f"{answers} answer{'s' if answers > 1 else ''} kept" if answers else "read"
+    if manifest.tokens < document_tokens:
+        state = f"{document_tokens:,} tokens to read"
+    return state if manifest.kv_dtype == "auto" else f"{state}, approximate ({manifest.kv_dtype})"

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.attention.native import unavailable_reason
+from headinfer.attention.quantised import Codec
 from headinfer.engine.machine import free_device_bytes
 from headinfer.engine.options import Options
-from headinfer.errors import CapacityError
+from headinfer.errors import CapacityError, UnsupportedError
 from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import TAIL_TOKENS
 from headinfer.kv.disk_tier import DiskTier
@@ -42,6 +43,7 @@ from headinfer.plan.tiles import (
     choose_tiles,
     ring_slot_bytes,
 )
+from headinfer.utils.kv_format import dims_refusal, kv_bits, pair_bytes
 
 __all__ = ["DeviceKV", "PassShape", "Shortage", "default_budget_bytes"]
 
@@ -119,6 +121,7 @@ class DeviceKV:
         self.device = device
         self.transport = transport
         self.expected_tokens = options.expected_tokens
+        self.kv_bits = kv_bits(options.kv_dtype)
         self.layers = layers
         self.all_layers = all_layers
         self.rates = rates
@@ -164,7 +167,14 @@ class DeviceKV:
         if self.residency is not None:
             layer_bytes = self.residency.room_bytes // self.layers
             residency = LayerResidency(self.residency, layer_bytes, host_kv_tokens(self.expected_tokens))
-        token_bytes = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+        codec: Codec | None = None
+        if self.kv_bits:
+            refusal = dims_refusal(k.shape[3], v.shape[3])
+            if refusal:
+                raise UnsupportedError(refusal)
+            codec = Codec(self.kv_bits, k.shape[3], v.shape[3], k.dtype)
+        stored_bytes = pair_bytes(k.shape[3], v.shape[3], k.element_size(), self.kv_bits)
+        token_bytes = k.shape[0] * k.shape[1] * stored_bytes
         expected_bytes = self.all_layers * token_bytes * self.expected_tokens
         fits_host = expected_bytes < _RESERVED_HOST_SHARE * self._host_room_bytes()
         return LayerKV(
@@ -177,6 +187,7 @@ class DeviceKV:
             on_full=self.disk.seal_full if self.disk is not None else None,
             residency=residency,
             reserves=self.transport == "cuda" and fits_host,
+            codec=codec,
         )
 
     def _host_room_bytes(self) -> int:
@@ -380,8 +391,9 @@ class DeviceKV:
         work = LayerWork(
             kv_heads=layer_kv.heads,
             group_queries=shape.query_heads // layer_kv.heads,
-            head_token_bytes=(layer_kv.key_dim + layer_kv.value_dim) * element_bytes,
+            head_token_bytes=pair_bytes(layer_kv.key_dim, layer_kv.value_dim, element_bytes, self.kv_bits),
             element_bytes=element_bytes,
+            quantised_dims=layer_kv.key_dim + layer_kv.value_dim if self.kv_bits else 0,
             rows=layer_kv.rows,
             query_tokens=shape.query_tokens,
             past_tokens=layer_kv.tokens,

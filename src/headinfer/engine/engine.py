@@ -27,6 +27,7 @@ from headinfer.kv.segments import Segment, first_of
 from headinfer.kv.slices import DiskSlice
 from headinfer.kv.streams import Transport
 from headinfer.plan.tiles import FEW_QUERY_TOKENS, TilePlan
+from headinfer.utils.kv_format import kv_bits, pair_bytes
 
 __all__ = ["Engine"]
 
@@ -305,7 +306,8 @@ class Engine:
         if options.host_kv_budget_bytes is None or options.disk_tier is None:
             return
         if self.disk is None:
-            token_bytes = self.layers * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+            stored_bytes = pair_bytes(k.shape[3], v.shape[3], k.element_size(), kv_bits(options.kv_dtype))
+            token_bytes = self.layers * k.shape[0] * k.shape[1] * stored_bytes
             reserve_bytes = options.expected_tokens * token_bytes  # for all KV: read buffers take a part of the budget
             folder = Path(options.disk_tier)
             budget_bytes = options.host_kv_budget_bytes

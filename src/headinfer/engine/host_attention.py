@@ -74,4 +74,4 @@ class HostAttention:
 
 def _attend(layer: LayerPass, q: torch.Tensor, part: HostPart) -> AttentionState:
     """Compute attention of q [Hkv, N, Dk] to a part of the past, all in host memory."""
-    return layer.kernel(q.shape[1]).attend_full(q, part.pieces, layer.spec.scale, layer.spec.softcap)
+    return layer.attend_full(q, part.pieces)

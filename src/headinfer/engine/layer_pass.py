@@ -10,8 +10,10 @@ import torch
 
 from headinfer.attention.backends import Backend, Problem, capability_of, choose
 from headinfer.attention.state import AttentionState
+from headinfer.engine.packed import attend_packed, is_packed
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
 from headinfer.plan.tiles import FEW_QUERY_TOKENS
+from headinfer.utils.tensors import Piece
 
 __all__ = ["BLOCK_TOKENS", "AttentionSpec", "LayerPass"]
 
@@ -100,6 +102,33 @@ class LayerPass:
             of_row = part if len(rows) == 1 else part[:, index * share : (index + 1) * share]
             target = AttentionState(state.out[row].view(kv_heads, share, -1), state.lse[row].view(kv_heads, share))
             target.merge_(of_row)
+
+    def attend_full(self, q: torch.Tensor, pieces: Sequence[Piece], key_tokens: int = 0) -> AttentionState:
+        """Compute attention of q [h, N, Dk] to all keys of some pieces, of which some may be quantised.
+
+        Args:
+            q: query rows; see packed().
+            pieces: pairs of k and v.
+            key_tokens: tokens of the keys, if they are one piece.
+
+        Returns:
+            out [h, N, Dv] and lse [h, N].
+        """
+        scale = self.spec.scale
+        softcap = self.spec.softcap
+        codec = self.layer_kv.codec
+        packed = [piece for piece in pieces if is_packed(piece)] if codec is not None else []
+        if codec is None or not packed:
+            return self.kernel(q.shape[1], key_tokens).attend_full(q, pieces, scale, softcap)
+        rows = q.shape[1]
+        state = attend_packed(
+            q, packed, codec, self.v.shape[3], lambda tokens: self.kernel(rows, tokens), scale, softcap
+        )
+        exact = [piece for piece in pieces if not is_packed(piece)]
+        if exact:
+            state = state.running()
+            state.merge_(self.kernel(rows).attend_full(q, exact, scale, softcap))
+        return state
 
     def kernel(self, query_rows: int, key_tokens: int = 0) -> Backend:
         """Return the backend for a problem. Its name is added to `used`."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, cast
 from headinfer.attention.backends import preferences
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
+from headinfer.utils.kv_format import KV_DTYPES, UNIT, KVDtype
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.values import (
     byte_count,
@@ -59,6 +60,7 @@ class OptionFields(TypedDict, total=False):
     cpu_threads: int | None
     host_kv_budget_bytes: int | str | None
     disk_tier: str | PathLike[str] | None
+    kv_dtype: KVDtype
 
 
 def _rates(value: Any, name: str) -> TileRates:
@@ -121,6 +123,9 @@ class Options:
             CPU's kernel do not depend on it.
         host_kv_budget_bytes: upper bound of KV bytes in host memory. It needs disk_tier.
         disk_tier: the folder for KV beyond the host budget. It needs host_kv_budget_bytes.
+        kv_dtype: how KV is stored in host memory, on disk and in sessions. "auto" is the model's dtype, which is exact.
+            "int8" and "int4" are approximate: KV takes about half or a quarter of the bytes, and results differ
+            (docs/approximations.md). The newest tokens, and all that stays on the device, are exact in any case.
 
     Raises:
         UsageError: a value is of another type or out of range, or a backend is unknown. The message names the field.
@@ -139,6 +144,7 @@ class Options:
     cpu_threads: int | None = _option(whole_number)
     host_kv_budget_bytes: int | None = _option(byte_count)
     disk_tier: str | None = _option(path_text)
+    kv_dtype: KVDtype = _option(partial(choice, choices=KV_DTYPES), "auto")  # noqa: RUF009  a field
     # Deprecated names.
     device_kv_budget: InitVar[int | None] = None
     streaming_budget: InitVar[int | None] = None
@@ -176,6 +182,11 @@ class Options:
                 f"streaming_budget_bytes is {self.streaming_budget_bytes:,}: it is a part of device_kv_budget_bytes, "
                 f"which is {budget:,}, so it must be at most that"
             )
+        if self.kv_dtype != "auto" and self.tile_tokens is not None and self.tile_tokens % UNIT:
+            raise UsageError(
+                f"tile_tokens is {self.tile_tokens:,}: with kv_dtype {self.kv_dtype} it must be a multiple of {UNIT}, "
+                "since so many tokens have scales in common"
+            )
         if (self.host_kv_budget_bytes is None) != (self.disk_tier is None):
             raise UsageError(
                 "host_kv_budget_bytes and disk_tier go together: the first is the KV in host memory, the second the "
@@ -195,9 +206,20 @@ class Options:
             raise UsageError(f"{function} has no option {unknown!r}: its options are {', '.join(names)}")
         return cls(**cast("dict[str, Any]", fields))
 
+    @property
+    def is_approximate(self) -> bool:
+        """Whether KV is stored approximately."""
+        return self.kv_dtype != "auto"
+
     def arithmetic(self) -> dict[str, Any]:
-        """Return the fields that a session keeps, for JSON: all but those of _NOT_IN_SESSIONS."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_SESSIONS}
+        """Return the fields that a session keeps, for JSON: all but those of _NOT_IN_SESSIONS.
+
+        Without kv_dtype KV is exact, as it is in sessions of earlier versions.
+        """
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_SESSIONS}
+        if not self.is_approximate:
+            del fields["kv_dtype"]
+        return fields
 
 
 def known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,8 +235,18 @@ def merged(kept: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any
     """Return the fields of Options that a session keeps, with those that a user changes.
 
     A kept streaming budget becomes smaller if the changed device budget, whose part it is, is smaller.
+
+    Raises:
+        UsageError: kv_dtype would change. What was read approximately does not go on as if it were exact.
     """
     names = current_names(changed)
+    kept_dtype = kept.get("kv_dtype", "auto")
+    if names.get("kv_dtype", kept_dtype) != kept_dtype:
+        form = f"in {kept_dtype}, which is approximate" if kept_dtype != "auto" else "exactly, in the model's dtype"
+        raise UsageError(
+            f"kv_dtype is {shown(names['kv_dtype'])}, and the session holds its KV {form}: leave kv_dtype out, or read "
+            "the document again into another session"
+        )
     fields = {name: value for name, value in kept.items() if name not in names}
     budget = names.get("device_kv_budget_bytes")
     if budget is not None and fields.get("streaming_budget_bytes") is not None:

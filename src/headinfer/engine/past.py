@@ -6,12 +6,15 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headinfer.engine.packed import visible_pieces, whole_blocks
+from headinfer.kv.codec import KVCodec
 from headinfer.kv.device_buffer import BufferSlice
 from headinfer.kv.layer_kv import LayerKV, TokenRanges
 from headinfer.kv.segments import SegmentSlice, SharedPrefix
 from headinfer.kv.slices import AnyPiece
 from headinfer.plan.cpu_share import host_tokens, share_at_rows
 from headinfer.plan.tiles import TilePlan
+from headinfer.utils.kv_format import rounded_down
 from headinfer.utils.tensors import Piece
 
 __all__ = ["HostPart", "PastPart", "Tile", "divide", "host_parts", "tiles_of"]
@@ -69,12 +72,14 @@ class PastPart:
         resident: what is on the device.
         on_host: what the host attends to in its own memory.
         streamed: what is fetched.
+        codec: the format of the KV on the host, whose blocks nothing divides; None if it is not quantised.
     """
 
     rows: tuple[int, ...]
     resident: Sequence[SegmentSlice]
     on_host: Sequence[SegmentSlice]
     streamed: Sequence[SegmentSlice]
+    codec: KVCodec | None = None
 
 
 def divide(layer_kv: LayerKV, plan: TilePlan, token_ranges: Sequence[TokenRanges] | None) -> list[PastPart]:
@@ -92,8 +97,8 @@ def divide(layer_kv: LayerKV, plan: TilePlan, token_ranges: Sequence[TokenRanges
         resident, others = _split_by_residency(shared)
         # All rows that share a part are one call of the CPU's kernel, while the link brings the part once.
         share = share_at_rows(plan.cpu_share, plan.cpu_rows, (plan.cpu_rows or 1) * len(shared.rows))
-        on_host, streamed = _split_for_host(others, share)
-        parts.append(PastPart(shared.rows, resident, on_host, streamed))
+        on_host, streamed = _split_for_host(others, share, layer_kv.codec)
+        parts.append(PastPart(shared.rows, resident, on_host, streamed, layer_kv.codec))
     return parts
 
 
@@ -102,8 +107,10 @@ def host_parts(past: Sequence[PastPart]) -> list[HostPart]:
     found = []
     for part in past:
         if part.on_host:
-            pieces = tuple(_in_host_memory(on_host) for on_host in part.on_host)
-            found.append(HostPart(part.rows, pieces, _write_events(part.on_host)))
+            pieces = visible_pieces(
+                [_in_host_memory(one, part.codec) for one in part.on_host], part.on_host, part.codec
+            )
+            found.append(HostPart(part.rows, tuple(pieces), _write_events(part.on_host)))
     return found
 
 
@@ -118,34 +125,35 @@ def tiles_of(past: Sequence[PastPart], heads: slice, plan: TilePlan) -> Iterator
         plan: the shape of the tiles.
     """
     for shared in past:
+        codec = shared.codec
         resident = shared.resident
         streamed = shared.streamed
         if resident:
             buffers = tuple(part.segment.resident(part.start, part.stop) for part in resident)
             yield Tile(shared.rows, resident=buffers, slices=tuple(resident))
-        most = plan.length(sum(part.tokens for part in streamed))
+        blocks = [whole_blocks(part, codec) for part in streamed]
+        most = plan.length(sum(stop - start for start, stop in blocks))
         slices: list[SegmentSlice] = []
         room = most
-        for part in streamed:
-            start = part.start
+        for part, (start, end) in zip(streamed, blocks, strict=True):
             if plan.keeps_segments and _KEPT_SEGMENT_TOKENS <= part.tokens == part.segment.tokens <= most:
                 if slices:
-                    yield _tile(shared.rows, heads, slices)
-                yield _tile(shared.rows, heads, [part])
+                    yield _tile(shared.rows, heads, slices, codec)
+                yield _tile(shared.rows, heads, [part], codec)
                 slices = []
                 room = most
                 continue
-            while start < part.stop:
-                stop = min(part.stop, start + room)
-                slices.append(SegmentSlice(part.segment, start, stop))
+            while start < end:
+                stop = min(end, start + room)
+                slices.append(SegmentSlice(part.segment, max(start, part.start), min(stop, part.stop)))
                 room -= stop - start
                 start = stop
                 if room == 0:
-                    yield _tile(shared.rows, heads, slices)
+                    yield _tile(shared.rows, heads, slices, codec)
                     slices = []
                     room = most
         if slices:
-            yield _tile(shared.rows, heads, slices)
+            yield _tile(shared.rows, heads, slices, codec)
 
 
 def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
@@ -161,7 +169,9 @@ def _split_by_residency(shared: SharedPrefix) -> tuple[list[SegmentSlice], list[
     return resident, streamed
 
 
-def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
+def _split_for_host(
+    slices: list[SegmentSlice], share: float, codec: KVCodec | None
+) -> tuple[list[SegmentSlice], list[SegmentSlice]]:
     """Divide slices between the host and the ring.
 
     The host gets the first tokens that are in host memory, as many as host_tokens() says. The first tokens are
@@ -178,6 +188,8 @@ def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[Segm
     streamed: list[SegmentSlice] = []
     for part in slices:
         stop = part.start + min(left, 0 if part.segment.is_leaving else part.tokens)
+        if codec is not None and stop < part.stop:  # each block is attended to in one place
+            stop = max(rounded_down(stop, codec.unit), part.start)
         left -= stop - part.start
         if part.start < stop:
             on_host.append(SegmentSlice(part.segment, part.start, stop))
@@ -186,10 +198,14 @@ def _split_for_host(slices: list[SegmentSlice], share: float) -> tuple[list[Segm
     return on_host, streamed
 
 
-def _in_host_memory(part: SegmentSlice) -> Piece:
-    """Return K and V of all heads. If the segment has moved to a disk since the past was divided, they are a copy."""
+def _in_host_memory(part: SegmentSlice, codec: KVCodec | None) -> Piece:
+    """Return K and V of all heads, in whole blocks.
+
+    If the segment has moved to a disk since the past was divided, they are a copy.
+    """
     k, v = part.segment.dense()
-    return k[:, part.start : part.stop], v[:, part.start : part.stop]
+    start, stop = whole_blocks(part, codec)
+    return k[:, start:stop], v[:, start:stop]
 
 
 def _write_events(slices: Sequence[SegmentSlice]) -> tuple[Any, ...]:
@@ -198,8 +214,8 @@ def _write_events(slices: Sequence[SegmentSlice]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(events))
 
 
-def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice]) -> Tile:
-    """Return a tile that must be fetched."""
-    pieces = tuple(part.segment.piece(heads, part.start, part.stop) for part in slices)
+def _tile(rows: tuple[int, ...], heads: slice, slices: Sequence[SegmentSlice], codec: KVCodec | None) -> Tile:
+    """Return a tile that must be fetched, in whole blocks."""
+    pieces = tuple(part.segment.piece(heads, *whole_blocks(part, codec)) for part in slices)
     key = tuple((part.segment, part.segment.version, heads.start, heads.stop, part.start, part.stop) for part in slices)
     return Tile(rows, pieces, _write_events(slices), key, slices=tuple(slices))

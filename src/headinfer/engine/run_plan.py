@@ -28,6 +28,7 @@ from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, FixedTile, LayerWork, check_tiles, ring_slot_bytes
 from headinfer.utils.files import check_folder
+from headinfer.utils.kv_format import kv_bits
 from headinfer.utils.units import format_bytes
 
 __all__ = ["RunPlan", "RunRequest", "check_saved_kv", "engine_options", "plan_run", "tightest"]
@@ -78,6 +79,11 @@ class RunRequest:
     saved_tokens: int = 0
 
     @property
+    def stored_bytes_per_token(self) -> int:
+        """Bytes of one token of one row where KV is stored: in host memory, on a disk or in a session."""
+        return self.shape.stored_bytes_per_token(self.dtype.itemsize, kv_bits(self.options.kv_dtype))
+
+    @property
     def dtype_name(self) -> str:
         """The dtype as the planner names it, such as bfloat16."""
         return str(self.dtype).removeprefix("torch.")
@@ -115,7 +121,7 @@ def plan_run(run: RunRequest) -> RunPlan:
     if run.host_weight_bytes is not None:
         check_host_memory(
             run.context_tokens,
-            run.shape.kv_bytes_per_token(run.dtype.itemsize),
+            run.stored_bytes_per_token,
             run.host_weight_bytes + (run.other_model_bytes if run.device.type == "cpu" else 0),
             available=_free_host_bytes() // run.ranks_on_host,
             kv_budget=options.host_kv_budget_bytes,
@@ -174,7 +180,7 @@ def _check_session_disk(run: RunRequest) -> None:
     """Check that the disk holds what a session will write."""
     if run.session_root is None:
         return
-    nbytes = (run.context_tokens - run.saved_tokens) * run.shape.kv_bytes_per_token(run.dtype.itemsize)
+    nbytes = (run.context_tokens - run.saved_tokens) * run.stored_bytes_per_token
     free_bytes = free_disk_bytes(run.session_root)
     if nbytes > free_bytes:
         raise CapacityError(
@@ -262,6 +268,7 @@ def _planner_request(run: RunRequest) -> Request:
         streaming_budget_bytes=options.streaming_budget_bytes,
         keeps_resident=run.keeps_resident,
         cpu_share=_planned_share(run, machine),
+        kv_dtype=options.kv_dtype,
     )
 
 
@@ -282,6 +289,11 @@ def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
     fixed = FixedTile(options.heads_per_group, options.tile_tokens)
     for query_tokens in (chunk_tokens, 1):
         work = LayerWork.of_layer(
-            layer, element_bytes, rows=1, query_tokens=query_tokens, past_tokens=run.context_tokens
+            layer,
+            element_bytes,
+            rows=1,
+            query_tokens=query_tokens,
+            past_tokens=run.context_tokens,
+            bits=kv_bits(options.kv_dtype),
         )
         check_tiles(work, slot_bytes, fixed)

@@ -29,6 +29,7 @@ from headinfer.attention.backends import Backend, sdpa_serves
 from headinfer.attention.state import AttentionState
 from headinfer.engine.host_attention import HostAttention
 from headinfer.engine.layer_pass import BLOCK_TOKENS, AttentionSpec, LayerPass
+from headinfer.engine.packed import visible_pieces
 from headinfer.engine.past import Tile, divide, host_parts, tiles_of
 from headinfer.engine.recorder import MassRecorder
 from headinfer.kv.byte_counter import ByteCounter
@@ -120,7 +121,7 @@ def attend_streaming(
                 pieces = pieces_of((*tile.resident, *near.tail), heads)
                 own = near.chunk
             else:
-                pieces = list(fetcher.next_tile())
+                pieces = visible_pieces(fetcher.next_tile(), tile.slices, layer_kv.codec)
                 own = near.pieces(heads)
             for some in _calls(layer, len(tile.rows), pieces):
                 state = _attend_tile(layer, heads, state, tile.rows, (*some, *own))
@@ -225,7 +226,11 @@ def _head_groups(kv_heads: int, heads_per_group: int) -> list[slice]:
 def _calls(layer: LayerPass, rows: int, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
     """Return the pieces, split into kernel calls: one call, or blocks of BLOCK_TOKENS for a kernel that wants them."""
     query_rows = rows * layer.group_queries * layer.q.shape[2]
-    if layer.is_decode or layer.choice(query_rows, BLOCK_TOKENS[0]) is layer.choice(query_rows, 0):
+    if (
+        layer.is_decode
+        or layer.layer_kv.codec is not None
+        or layer.choice(query_rows, BLOCK_TOKENS[0]) is layer.choice(query_rows, 0)
+    ):
         yield pieces
         return
     for k, v in pieces:
@@ -251,8 +256,7 @@ def _attend_tile(
     """
     q = layer.packed(rows, heads)
     key_tokens = pieces[0][0].shape[1] if len(pieces) == 1 else 0
-    kernel = layer.kernel(q.shape[1], key_tokens)
-    part = kernel.attend_full(q, pieces, layer.spec.scale, layer.spec.softcap)
+    part = layer.attend_full(q, pieces, key_tokens)
     if state is None and layer.q.shape[0] == 1:  # the first part of a single row is the state itself
         state = part.running()
         shape = (1, q.shape[0] * layer.group_queries, -1)

@@ -6,6 +6,7 @@ layers.py has the offloaded layers, engine/ decides what is on the device, and s
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from headinfer.attention.backends import recorded
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import OptionFields, Options, merged
 from headinfer.engine.run_plan import RunPlan
-from headinfer.errors import StateError, UnsupportedError, UsageError
+from headinfer.errors import ApproximationWarning, StateError, UnsupportedError, UsageError
 from headinfer.hf.compat import (
     Cache,
     DynamicLayer,
@@ -35,10 +36,13 @@ from headinfer.hf.layers import HeadLayer, HybridHeadLayer, PaddedWindowLayer, r
 from headinfer.hf.stats import Stats
 from headinfer.hf.wrappers import unwrapped
 from headinfer.kv.layer_kv import LayerKV
+from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.cache import Saved
 from headinfer.sessions.loader import load_cache
 from headinfer.sessions.weights import adapter_layers, applied_adapters
 from headinfer.sessions.writer import save_cache
+from headinfer.utils.kv_format import approximation, kv_bits
+from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.tensors import integer_tensor
 from headinfer.utils.values import json_object, path_text, shown, whole_number
 
@@ -100,6 +104,8 @@ class HeadCache(Cache):  # type: ignore[misc]
                 f"this {config.model_type} has no full-attention layer, only layers whose state does not grow with the "
                 "context: there is nothing to offload, so use the model without headinfer"
             )
+        if chosen.is_approximate:
+            ModelShape.from_config(config).check_kv_bits(kv_bits(chosen.kv_dtype))
         self.engine = Engine(chosen, len(full))
         for index in full:
             layer = layers[index]
@@ -190,6 +196,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             oom_retries=self.engine.shortage.retries,
             oom_given_back_bytes=self.engine.shortage.given_back_bytes,
             oom_chunk_tokens=self.engine.shortage.chunk_tokens,
+            kv_dtype=self.engine.options.kv_dtype,
         )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -383,7 +390,10 @@ class HeadCache(Cache):  # type: ignore[misc]
 
         Raises:
             SessionError: there is no session, it is damaged, or another model made it.
-            UsageError: an argument is of another type.
+            UsageError: an argument is of another type, or kv_dtype is not that of the session.
+
+        Warns:
+            ApproximationWarning: the session was read approximately, and `options` does not name its kv_dtype.
         """
         path = Path(path_text(folder, "folder"))
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
@@ -392,6 +402,9 @@ class HeadCache(Cache):  # type: ignore[misc]
 
         def new_cache(kept: dict[str, Any]) -> HeadCache:
             cache = cls(model.config, **merged(kept, options))
+            if cache.engine.options.is_approximate and "kv_dtype" not in options:
+                message = f"of the session {path}, {approximation(cache.engine.options.kv_dtype)}"
+                warnings.warn(message, ApproximationWarning, stacklevel=stacklevel_of_user())
             cache.model = weakref.ref(model)
             cache.adapters = applied_adapters(adapter_layers(model))
             return cache

@@ -59,6 +59,7 @@ from headinfer.plan.guesses import Guesses, guesses_option
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.sessions.weights import adapter_layers, applied_adapters
+from headinfer.utils.kv_format import kv_bits
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.values import optional, shown, token_count, whole_number
 
@@ -136,6 +137,7 @@ class Enabled:
         self.on_forward = on_forward
         self.last_cache: HeadCache | None = None
         self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
+        self._shape.check_kv_bits(kv_bits(options.kv_dtype))
         self.planning = Planning(model, self._shape, options, chunk_tokens)
         self._has_warned = False
         self._removes_last_token = False

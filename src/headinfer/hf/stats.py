@@ -41,6 +41,7 @@ class Stats:
         oom_retries: chunks or decode steps that were computed again, because a device ran out of memory.
         oom_given_back_bytes: bytes of resident KV that were dropped from the device for it.
         oom_chunk_tokens: tokens that a chunk has at most since; 0 if chunks were not shortened.
+        kv_dtype: how KV is stored outside of the device: auto, in the model's dtype; or int8 or int4, approximately.
     """
 
     tokens: int
@@ -69,3 +70,4 @@ class Stats:
     oom_retries: int
     oom_given_back_bytes: int
     oom_chunk_tokens: int
+    kv_dtype: str

@@ -34,6 +34,7 @@ from headinfer.jobs.where import Passage
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
+from headinfer.utils.kv_format import approximation
 from headinfer.utils.units import format_bytes
 from headinfer.utils.values import choice
 
@@ -225,6 +226,8 @@ class Summary:
             "cpu_attended_bytes_per_s": self.cpu_attended_bytes_per_s,
             "tokens_per_pass": self.guess_counts.tokens_per_pass,
         }
+        if self.stats is not None and self.stats.kv_dtype != "auto":
+            return {**dataclasses.asdict(self), **rates, "approximate": True}
         return {**dataclasses.asdict(self), **rates}
 
 
@@ -304,6 +307,8 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     told = _warnings(source, shape, input_ids.shape[1], job.max_new_tokens)
     is_in_place = device == "cpu" and job.options.transport in ("auto", "in_place")
     told += unused_share_warnings(job.options.cpu_share, is_in_place=is_in_place)
+    if job.options.is_approximate:
+        told.append(approximation(job.options.kv_dtype))
     return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks, ids, draft)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from headinfer.sessions.loader import saved_ids
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.utils.files import check_folder
+from headinfer.utils.kv_format import approximation
 from headinfer.utils.values import shown
 
 __all__ = ["PreparedRead", "ReadJob", "ReadResult", "prepare_read", "read"]
@@ -53,6 +54,7 @@ class ReadResult:
         resumed_at: tokens that were not read again.
         seconds: seconds of reading.
         disk_bytes: bytes of the session's data files.
+        kv_dtype: how the session keeps K and V: auto, in the model's dtype; or int8 or int4, which is approximate.
         interrupted: whether Ctrl-C ended the job.
     """
 
@@ -63,7 +65,13 @@ class ReadResult:
     resumed_at: int
     seconds: float
     disk_bytes: int
+    kv_dtype: str = "auto"
     interrupted: bool = False
+
+    @property
+    def approximate(self) -> bool:
+        """Whether the session's KV is approximate."""
+        return self.kv_dtype != "auto"
 
 
 def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any = None) -> PreparedRead:
@@ -114,7 +122,7 @@ def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any
         device=torch.device(device),
         dtype=dtype,
         context_tokens=tokens,
-        options=job.options,
+        options=job.options if found is None else replace(job.options, kv_dtype=found.kv_dtype),
         chunk_tokens=job.chunk_tokens,
         session_root=job.root,
         saved_tokens=done,
@@ -158,7 +166,7 @@ def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any
         shape,
         done,
         generation,
-        [warning] if warning is not None else [],
+        [line for line in (warning, approximation(arithmetic.get("kv_dtype", "auto"))) if line],
     )
 
 
@@ -247,7 +255,7 @@ def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
             f"the session {folder} was begun {begun}, and goes on with the same: give the same --system, or choose "
             "another name"
         )
-    kept = current_names(found.arithmetic) | {"dtype": found.model["dtype"]}
+    kept = {"kv_dtype": "auto"} | current_names(found.arithmetic) | {"dtype": found.model["dtype"]}
     before = current_names(found.about.get("asked_for", {}))
     for name, value in _asked_for(job).items():
         if value is not None and value not in (kept[name], before.get(name)):
@@ -264,6 +272,7 @@ def _asked_for(job: ReadJob) -> dict[str, Any]:
         "chunk_tokens": job.chunk_tokens,
         "device_kv_budget_bytes": job.options.device_kv_budget_bytes,
         "dtype": job.dtype if job.dtype != "auto" else None,
+        "kv_dtype": job.options.kv_dtype if job.options.is_approximate else None,
     }
 
 
@@ -305,7 +314,8 @@ def read(
     job = prepared.job
     folder = prepared.folder
     tokens = prepared.input_ids.shape[1]
-    result = ReadResult(job.name, str(folder), prepared.done, tokens, prepared.done, 0.0, 0)
+    kv_dtype = prepared.arithmetic.get("kv_dtype", "auto")
+    result = ReadResult(job.name, str(folder), prepared.done, tokens, prepared.done, 0.0, 0, kv_dtype)
     start = time.perf_counter()
     if prepared.done < tokens:
         try:

@@ -21,7 +21,7 @@ from headinfer.hf.rotary import RotaryLengths
 from headinfer.jobs.documents import Document
 from headinfer.jobs.rotary import held_rotary_tokens
 from headinfer.plan.model_shape import ModelShape
-from headinfer.sessions.fingerprint import fingerprint
+from headinfer.sessions.fingerprint import fingerprint, of_stored_kv
 from headinfer.sessions.folder import Lock
 from headinfer.sessions.prefix import find_prefix, link_prefix
 from headinfer.sessions.writer import SessionWriter
@@ -189,7 +189,7 @@ def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable
         needed = lengths.normalized(prepared.input_ids.shape[1])
         found = find_prefix(
             root,
-            fingerprint(model),
+            of_stored_kv(fingerprint(model), prepared.arithmetic.get("kv_dtype", "auto")),
             prepared.input_ids[0],
             exclude=prepared.job.name,
             whole_only=whole_only,

@@ -10,7 +10,6 @@ and each row continues in a segment of its own, so a shared segment is never wri
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ import torch
 
 from headinfer.errors import StateError
 from headinfer.kv.byte_counter import ByteCounter
+from headinfer.kv.codec import KVCodec, tokens_of_cut_block
 from headinfer.kv.device_buffer import (
     TAIL_TOKENS,
     TAIL_UNIT_TOKENS,
@@ -29,16 +29,13 @@ from headinfer.kv.device_buffer import (
 )
 from headinfer.kv.host_memory import HostTier, ReservedMemory
 from headinfer.kv.resident import LEAST_BUFFER_TOKENS, LayerResidency
+from headinfer.kv.segment_sizes import expected_sizes, next_size
 from headinfer.kv.segments import Segment, SegmentSlice, SharedPrefix, TokenRanges, clip, group, seal
 from headinfer.kv.write_back import Writer
+from headinfer.utils.kv_format import rounded_down
 from headinfer.utils.tensors import Piece
 
 __all__ = ["TAIL_UNIT_TOKENS", "LayerKV", "Segment", "SegmentSlice", "SharedPrefix", "TokenRanges"]
-
-_SMALL_SEGMENT_TOKENS = 256
-_LARGE_SEGMENT_TOKENS = 16_384
-_DISK_SEGMENT_TOKENS = 2048  # if full segments may move to a disk
-_SLACK = 16  # a new segment has at most 1/16 of the row's tokens: only the last segment can be partly empty
 
 
 class LayerKV:
@@ -57,6 +54,7 @@ class LayerKV:
         residency: the resident memory of the layer, if it has any.
         reserves: whether host memory for the expected length is reserved with the first tokens, and pinned ahead of
             its use.
+        codec: quantises what is written to the host; None keeps it as it is. What is on the device stays exact.
     """
 
     def __init__(
@@ -71,6 +69,7 @@ class LayerKV:
         on_full: Callable[[Sequence[Segment]], None] | None = None,
         residency: LayerResidency | None = None,
         reserves: bool = False,
+        codec: KVCodec | None = None,
     ) -> None:
         self.tier = tier
         self.counter = counter
@@ -78,6 +77,7 @@ class LayerKV:
         self.expected_tokens = expected_tokens if on_full is None else 0
         self.on_full = on_full
         self.residency = residency
+        self.codec = codec
         self.is_promoted = True  # False: promote() copies the first tokens to the device
         self._reserves = reserves and self.expected_tokens > 0
         self._reserved: ReservedMemory | None = None
@@ -85,6 +85,8 @@ class LayerKV:
         self.key_dim = k.shape[3]
         self.value_dim = v.shape[3]
         self.dtype = k.dtype
+        self._stored_dims = (self.key_dim, self.value_dim) if codec is None else codec.stored_dims
+        self._stored_dtype = self.dtype if codec is None else torch.uint8
         self.device = k.device
         self.host_tokens = 0
         self.tail_tokens = 0
@@ -142,7 +144,7 @@ class LayerKV:
         for row, table in enumerate(self._tables):
             pairs = []
             for part in table:
-                k, v = part.segment.dense()
+                k, v = self._decoded(part.segment.dense())
                 pairs.append((k[:, : part.stop], v[:, : part.stop]))
             pairs += [(k.cpu(), v.cpu()) for k, v in self.tail(row)]
             rows_k.append(torch.cat([k for k, _ in pairs] or [self._buffer.k[row, :, :0].cpu()], dim=1))
@@ -177,7 +179,9 @@ class LayerKV:
         if self.is_promoted:
             return
         self.is_promoted = True
-        buffer = self.residency.promote(self._tables, self._shape) if self.residency is not None else None
+        buffer = None
+        if self.residency is not None:
+            buffer = self.residency.promote(self._tables, self._shape, self._decoded)
         if buffer is not None:
             self._use_buffer(buffer)
             self._is_in_order = True
@@ -256,8 +260,17 @@ class LayerKV:
         tables = [self._with_room(row, table, leaving) for row, table in enumerate(self._tables)]
         tail_k, tail_v = self.tails()
         for row, table in enumerate(tables):
-            self._fill(table, tail_k[row, :, :from_tail], tail_v[row, :, :from_tail], 0)
-            self._fill(table, k[row, :, :from_new], v[row, :, :from_new], from_tail)
+            pieces = [
+                (tail_k[row, :, :from_tail], tail_v[row, :, :from_tail]),
+                (k[row, :, :from_new], v[row, :, :from_new]),
+            ]
+            if self.codec is not None:  # a block may begin in the tail and end in the chunk
+                whole_k, whole_v = (torch.cat(sides, dim=1) for sides in zip(*pieces, strict=True))
+                pieces = [self.codec.encode(whole_k, whole_v)]
+            offset = 0
+            for new_k, new_v in pieces:
+                self._fill(table, new_k, new_v, offset)
+                offset += new_k.shape[1]
         self._buffer.advance(k, v, leaving, host_tokens=self.host_tokens, tail_tokens=self.tail_tokens)
         self._tables = tables
         self.host_tokens += leaving
@@ -269,7 +282,10 @@ class LayerKV:
             self.on_full(list(dict.fromkeys(full)))
 
     def crop(self, tokens: int) -> None:
-        """Keep the first `tokens` tokens of every row. Removing tokens of the tail does not change the host part."""
+        """Keep the first `tokens` tokens of every row. Removing tokens of the tail does not change the host part.
+
+        Quantised KV is cut at whole blocks. What is kept of another block becomes the tail, as it is stored.
+        """
         if not 0 <= tokens <= self.tokens:
             raise StateError(f"cannot crop a layer of {self.tokens} tokens to {tokens}")
         self._staged = None
@@ -280,6 +296,11 @@ class LayerKV:
             for part in table:
                 if not part.segment.sealed:
                     part.segment.version += 1  # prefetched copies are outdated
+        kept_tail: Piece | None = None
+        if self.codec is not None and tokens % self.codec.unit:
+            self.write.settle()
+            kept_tail = tokens_of_cut_block(self._tables, tokens, self.codec, self.device)
+            tokens = rounded_down(tokens, self.codec.unit)
         is_shared = any(self._shares_buffer_after(table, tokens) for table in self._tables)
         self._tables = [clip(table, [(0, tokens)]) for table in self._tables]
         self.host_tokens = tokens
@@ -288,6 +309,13 @@ class LayerKV:
         if is_shared or tokens < self._buffer.first:
             self._seal()
             self._replace_buffer(self._new_buffer(tokens))
+        if kept_tail is not None:
+            self.tail_tokens = kept_tail[0].shape[2]
+            self._buffer.put(self._buffer.tail_start(tokens), *kept_tail)
+
+    def _decoded(self, piece: Piece) -> Piece:
+        """Return stored K and V in the dtype of the layer."""
+        return piece if self.codec is None else self.codec.decode(*piece)
 
     def _shares_buffer_after(self, table: list[SegmentSlice], tokens: int) -> bool:
         """Return whether sealed segments, which another row or fork may see, have resident tokens in the buffer behind
@@ -339,6 +367,7 @@ class LayerKV:
             write=self.write,
             on_full=self.on_full,
             residency=self.residency,
+            codec=self.codec,
         )
         twin.is_promoted = self.is_promoted
         twin._tables = self.saved_tables()
@@ -430,7 +459,8 @@ class LayerKV:
                 taken = min(tokens, last.segment.tokens - last.stop)
                 table[-1] = SegmentSlice(last.segment, last.start, last.stop + taken)
             else:
-                segment = self._new_segment(self._next_segment_tokens(table, tokens))
+                size = next_size(table, tokens, self.expected_tokens, has_disk=self.on_full is not None)
+                segment = self._new_segment(size)
                 segment.keep_resident(self._buffer, row, at)
                 taken = min(tokens, segment.tokens)
                 table.append(SegmentSlice(segment, 0, taken))
@@ -441,35 +471,11 @@ class LayerKV:
     def _new_segment(self, tokens: int) -> Segment:
         if self._reserves:
             self._reserves = False
-            sizes = [size for size in self._expected_sizes(tokens) for _ in range(self.rows)]
-            shapes = [(self.heads, size * (self.key_dim + self.value_dim)) for size in sizes]
-            self._reserved = self.tier.reserve(shapes, self.dtype, self.rows)
+            sizes = [size for size in expected_sizes(tokens, self.expected_tokens) for _ in range(self.rows)]
+            shapes = [(self.heads, size * sum(self._stored_dims)) for size in sizes]
+            self._reserved = self.tier.reserve(shapes, self._stored_dtype, self.rows)
         memory = self._reserved or self.tier
-        return Segment(memory, self.heads, tokens, self.key_dim, self.value_dim, self.dtype)
-
-    def _expected_sizes(self, tokens: int) -> list[int]:
-        """Return the sizes of the segments of a row up to the expected length; the first one has `tokens` tokens."""
-        written = (self.expected_tokens // TAIL_UNIT_TOKENS - 1) * TAIL_UNIT_TOKENS  # the rest stays in the tail
-        sizes = [tokens]
-        while sum(sizes) < written:
-            left = self.expected_tokens - sum(sizes)
-            sizes.append(min(_whole_units(left), _LARGE_SEGMENT_TOKENS))
-        return sizes
-
-    def _next_segment_tokens(self, table: list[SegmentSlice], tokens: int) -> int:
-        """Return the size of a row's next segment, which gets at least `tokens` tokens.
-
-        It reaches the expected length, if that is known. Otherwise it is small at first and after a fork, and grows
-        with the row up to 16K tokens.
-        """
-        left = self.expected_tokens - sum(part.tokens for part in table)
-        if left > 0 and not (table and table[-1].segment.sealed):
-            return min(max(_whole_units(left), tokens), _LARGE_SEGMENT_TOKENS)
-        largest = _LARGE_SEGMENT_TOKENS if self.on_full is None else _DISK_SEGMENT_TOKENS
-        own_parts = itertools.takewhile(lambda part: not part.segment.sealed, reversed(table))
-        own = sum(part.tokens for part in own_parts)
-        grown = own // _SLACK // _SMALL_SEGMENT_TOKENS * _SMALL_SEGMENT_TOKENS
-        return min(max(grown, _SMALL_SEGMENT_TOKENS, tokens), largest)
+        return Segment(memory, self.heads, tokens, *self._stored_dims, self._stored_dtype)
 
     def _fill(self, table: list[SegmentSlice], k: torch.Tensor, v: torch.Tensor, offset: int) -> None:
         """Write k and v [Hkv, T, D] to the tokens from host_tokens + offset on of a row's (grown) table."""
@@ -492,7 +498,3 @@ class LayerKV:
         tokens = slice(start, start + k.shape[1])
         self.write(segment.k[:, tokens], k, segment.write_done)
         self.write(segment.v[:, tokens], v, segment.write_done)
-
-
-def _whole_units(tokens: int) -> int:
-    return -(-tokens // TAIL_UNIT_TOKENS) * TAIL_UNIT_TOKENS

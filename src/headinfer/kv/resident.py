@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import BufferShape, DeviceBuffer, pieces_of
 from headinfer.kv.segments import SegmentSlice
 from headinfer.kv.streams import Streams
+from headinfer.utils.kv_format import UNIT, rounded_up
+from headinfer.utils.tensors import Piece
 
 __all__ = ["LEAST_BUFFER_TOKENS", "RESIDENT_UNIT_TOKENS", "LayerResidency", "Residency"]
 
@@ -122,12 +124,15 @@ class LayerResidency:
                     return buffer
         return None
 
-    def promote(self, tables: Sequence[Sequence[SegmentSlice]], shape: BufferShape) -> DeviceBuffer | None:
+    def promote(
+        self, tables: Sequence[Sequence[SegmentSlice]], shape: BufferShape, decoded: Callable[[Piece], Piece]
+    ) -> DeviceBuffer | None:
         """Copy the first tokens of each row to the device, if they were not written there, such as a session's.
 
         Args:
             tables: the slices of each row. All rows have equal lengths.
             shape: the shape of the layer.
+            decoded: returns stored K and V in the dtype of the layer.
 
         Returns:
             A buffer with as many resident tokens as the limits allow; None if these allow none, the first tokens are on
@@ -146,11 +151,11 @@ class LayerResidency:
             start = 0
             for part in table:
                 part.segment.keep_resident(buffer, row, start)
-                self._fetch(part)
+                self._fetch(part, decoded)
                 start += part.tokens
         return buffer
 
-    def _fetch(self, part: SegmentSlice) -> None:
+    def _fetch(self, part: SegmentSlice, decoded: Callable[[Piece], Piece]) -> None:
         """Copy the resident tokens of a segment to the device."""
         segment = part.segment
         tokens = min(segment.resident_tokens, part.stop)
@@ -159,7 +164,9 @@ class LayerResidency:
         if segment.write_done is not None:
             self.pool.streams.wait(segment.write_done, "compute")
         ((k, v),) = pieces_of([segment.resident(0, tokens)], slice(None))
-        copies = [*zip(k, segment.k[:, :tokens], strict=True), *zip(v, segment.v[:, :tokens], strict=True)]
+        whole = rounded_up(tokens, UNIT)
+        host_k, host_v = decoded((segment.k[:, :whole], segment.v[:, :whole]))
+        copies = [*zip(k, host_k[:, :tokens], strict=True), *zip(v, host_v[:, :tokens], strict=True)]
         self.pool.streams.copy(copies, "compute")
 
 

@@ -168,6 +168,9 @@ class _Mark:
     jobs: int = 0
 
 
+_NAN_BYTE = 255  # two of them are a NaN in float16: quantised K and V whose scales are NaN
+
+
 class LazyStreams:
     """A CPU twin whose copies run only when something waits for them; until then their destinations are NaN.
 
@@ -198,7 +201,7 @@ class LazyStreams:
                 destination.copy_(source)
             return
         for destination, source in check_contiguous(copies):
-            destination.fill_(torch.nan)
+            destination.fill_(torch.nan if destination.is_floating_point() else _NAN_BYTE)
             self._jobs[queue].append((destination, source))
 
     def finish(self, event: _Mark) -> None:

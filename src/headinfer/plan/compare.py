@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from headinfer.errors import CapacityError
+from headinfer.errors import CapacityError, UnsupportedError
 from headinfer.plan.fit import HOST_OVERHEAD_BYTES, longest_context
 from headinfer.plan.footprint import (
     BASELINES,
@@ -22,8 +23,9 @@ from headinfer.plan.footprint import (
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, prefill_seconds
+from headinfer.utils.kv_format import KV_DTYPES
 
-__all__ = ["METHODS", "OURS", "Baseline", "longest_by_method", "memory_by_method", "seconds_by_method"]
+__all__ = ["METHODS", "OURS", "Baseline", "kv_forms", "longest_by_method", "memory_by_method", "seconds_by_method"]
 
 OURS = "headinfer"
 METHODS = (*BASELINES, OURS)
@@ -184,3 +186,29 @@ def seconds_by_method(
     planned = plans_at(plan, contexts) if ours is None else ours
     table[OURS] = [None if one is None else (one.prefill_cost, one.decode_cost) for one in planned]
     return table
+
+
+def kv_forms(plan: Plan) -> list[dict[str, Any]]:
+    """Return what KV takes in each of KV_DTYPES at the context of a plan, for JSON; nothing if it can only be exact."""
+    try:
+        requests = [dataclasses.replace(plan.request, kv_dtype=kv_dtype) for kv_dtype in KV_DTYPES]
+    except UnsupportedError:
+        return []
+    forms = []
+    for request in requests:
+        token_bytes = request.shape.stored_bytes_per_token(request.element_bytes, request.kv_bits) * request.rows
+        try:
+            decode_s = make_plan(request).decode_cost.total_s
+        except CapacityError:
+            decode_s = None
+        forms.append(
+            {
+                "kv_dtype": request.kv_dtype,
+                "approximate": bool(request.kv_bits),
+                "token_bytes": token_bytes,
+                "kv_bytes": token_bytes * request.context_tokens,
+                "decode_s_per_token": decode_s,
+                "longest_tokens": longest_context(request),
+            }
+        )
+    return forms

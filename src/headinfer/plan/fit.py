@@ -27,6 +27,7 @@ __all__ = [
     "refusal",
     "resident",
     "resident_room_bytes",
+    "stored_again_bytes",
     "streaming_budgets",
     "tiles",
 ]
@@ -124,6 +125,7 @@ def _largest_work(request: Request, query_tokens: int) -> LayerWork:
         rows=request.rows,
         query_tokens=query_tokens,
         past_tokens=request.context_tokens,
+        bits=request.kv_bits,
     )
 
 
@@ -172,6 +174,15 @@ def _resident(request: Request, room_bytes: int) -> tuple[int, ...]:
 def _token_bytes(request: Request) -> list[int]:
     """Return the bytes of K and V of one token of all rows, for each offloaded layer."""
     return [layer.kv_bytes_per_token(request.element_bytes) * request.rows for layer in request.layers]
+
+
+def stored_again_bytes(request: Request, found: Footprint) -> int:
+    """Return the bytes that the resident tokens take where all KV is stored too."""
+    if not request.kv_bits:
+        return found.resident_bytes
+    exact = request.shape.kv_bytes_per_token(request.element_bytes)
+    stored = request.shape.stored_bytes_per_token(request.element_bytes, request.kv_bits)
+    return found.resident_bytes * stored // exact
 
 
 def longest_context(request: Request) -> int:
@@ -284,6 +295,7 @@ def _footprint(
             host_overhead_bytes=0 if is_host else HOST_OVERHEAD_BYTES,
             rows=request.rows,
             exchange=exchange,
+            kv_bits=request.kv_bits,
         )
         if resident is None:
             # A tile of decode has the most heads: if it fits, the one of prefill does.

@@ -282,6 +282,7 @@ def streaming_footprint(
     host_overhead_bytes: int = 0,
     rows: int = 1,
     exchange: int = 0,
+    kv_bits: int = 0,
 ) -> Footprint:
     """Return what headinfer needs.
 
@@ -298,6 +299,8 @@ def streaming_footprint(
         host_overhead_bytes: host RAM for the process and the system.
         rows: rows of the batch.
         exchange: bytes of the exchange with the host, see exchange_bytes(); 0 if its CPU attends to nothing.
+        kv_bits: bits of an element of KV in host memory; 0 for the dtype of the activations. KV on the device is not
+            quantised.
 
     Returns:
         The footprint, with all KV in host RAM.
@@ -317,7 +320,7 @@ def streaming_footprint(
         offloaded = zip(_offloaded(shape), resident_tokens, strict=True)
         resident = sum(kept * layer.kv_bytes_per_token(element_bytes) * rows for layer, kept in offloaded)
         ring = 0 if min(resident_tokens) >= host_tokens else ring
-    host_kv = host_tokens * shape.kv_bytes_per_token(element_bytes) * rows
+    host_kv = host_tokens * shape.stored_bytes_per_token(element_bytes, kv_bits) * rows
     return Footprint(
         weights_bytes=weight_bytes(shape, weight_bits),
         activation_bytes=activation_bytes(shape, min(chunk_tokens, tokens) * rows, element_bytes),

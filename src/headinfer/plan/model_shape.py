@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from headinfer.errors import UsageError
+from headinfer.errors import UnsupportedError, UsageError
+from headinfer.utils.kv_format import dims_refusal, pair_bytes
 
 __all__ = ["MOST_LAYERS", "LayerShape", "ModelShape"]
 
@@ -98,6 +99,18 @@ class LayerShape:
         if self.shares_kv or self.kind == "linear_attention":
             return 0
         return self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
+
+    def stored_bytes_per_token(self, element_bytes: int, bits: int) -> int:
+        """Return the bytes of one token of one row where headinfer stores it: in host memory or on a disk.
+
+        Args:
+            element_bytes: bytes of an element in the model's dtype.
+            bits: bits of an element of quantised KV; 0 for the model's dtype, which other layers than offloaded ones
+                have in any case.
+        """
+        if not self.is_offloaded:
+            return self.kv_bytes_per_token(element_bytes)
+        return self.kv_heads * pair_bytes(self.key_dim, self.value_dim, element_bytes, bits)
 
     def seen_tokens(self, past_tokens: int) -> int:
         """Return how many of the past tokens a query sees, at most."""
@@ -198,6 +211,26 @@ class ModelShape:
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Return the bytes of host KV of one token of one row, over all offloaded layers."""
         return sum(layer.kv_bytes_per_token(element_bytes) for layer in self.layers if layer.is_offloaded)
+
+    def stored_bytes_per_token(self, element_bytes: int, bits: int) -> int:
+        """Return the bytes of one token of one row, over all offloaded layers, where headinfer stores it.
+
+        Args:
+            element_bytes: bytes of an element in the model's dtype.
+            bits: bits of an element of quantised KV; 0 for the model's dtype.
+        """
+        return sum(layer.stored_bytes_per_token(element_bytes, bits) for layer in self.layers if layer.is_offloaded)
+
+    def check_kv_bits(self, bits: int) -> None:
+        """Check that the KV of all offloaded layers can be stored in so many bits; 0 stands for the model's dtype.
+
+        Raises:
+            UnsupportedError: a head dim does not fit.
+        """
+        for layer in self.layers:
+            refusal = dims_refusal(layer.key_dim, layer.value_dim) if bits and layer.is_offloaded else ""
+            if refusal:
+                raise UnsupportedError(refusal)
 
     def local_kv_bytes(self, tokens: int, element_bytes: int) -> int:
         """Return the bytes of one row that the layers without offloading keep on the device.

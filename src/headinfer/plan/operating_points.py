@@ -83,7 +83,7 @@ def operating_points(
     return points
 
 
-def hiding_chunk_tokens(layer: LayerShape, hardware: Hardware, dtype: str) -> int:
+def hiding_chunk_tokens(layer: LayerShape, hardware: Hardware, dtype: str, kv_bits: int = 0) -> int:
     """Return the smallest chunk whose attention on streamed KV takes at least as long as the transfer of that KV.
 
     For a chunk of Tq tokens, a token of the past costs flops_per_pair * Tq / F seconds of attention and kv_bytes / W
@@ -95,10 +95,12 @@ def hiding_chunk_tokens(layer: LayerShape, hardware: Hardware, dtype: str) -> in
         layer: an offloaded layer.
         hardware: the machine.
         dtype: the dtype of K and V.
+        kv_bits: bits of an element of K and V that are stored quantised; 0 if they are not.
 
     Returns:
         The tokens of the chunk.
     """
     element_bytes = 4 if dtype == "float32" else 2
     pair_s = layer.flops_per_pair / hardware.attained_attention_flops_per_s(dtype)
-    return math.ceil(layer.kv_bytes_per_token(element_bytes) / hardware.attained_link_bytes_per_s / pair_s)
+    token_bytes = layer.stored_bytes_per_token(element_bytes, kv_bits)
+    return math.ceil(token_bytes / hardware.attained_link_bytes_per_s / pair_s)

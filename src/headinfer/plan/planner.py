@@ -21,6 +21,7 @@ from headinfer.plan.fit import (
     refusal,
     resident,
     resident_room_bytes,
+    stored_again_bytes,
     streaming_budgets,
     tiles,
 )
@@ -147,12 +148,17 @@ class Plan:
         memory = self.footprint
         kept_bytes = memory.resident_bytes
         kv_bytes = memory.host_kv_bytes + memory.disk_kv_bytes
-        token_bytes = request.shape.kv_bytes_per_token(request.element_bytes) * request.rows
+        token_bytes = request.shape.stored_bytes_per_token(request.element_bytes, request.kv_bits) * request.rows
         lines = [
             f"KV: {format_bytes(token_bytes)} a token, {format_bytes(kv_bytes)} for "
             f"{format_tokens(request.context_tokens)} tokens"
             + (f", {format_bytes(memory.disk_kv_bytes)} of it on disk." if memory.disk_kv_bytes else ".")
         ]
+        if request.kv_bits:
+            lines.append(
+                f"KV is approximate: it is stored in {request.kv_dtype}, without what is on the device. What follows "
+                "is not what the model computes exactly."
+            )
         if request.hardware.is_host:
             lines.append("The host is the compute device: KV is read in place, nothing is copied.")
         elif self.is_all_resident:
@@ -165,13 +171,13 @@ class Plan:
             if kept_bytes:
                 lines.append(
                     f"The first {self.resident_text} tokens ({format_bytes(kept_bytes)}) stay on the device, which "
-                    f"saves {kept_bytes / kv_bytes:.0%} of a new token's transfer."
+                    f"saves {stored_again_bytes(request, memory) / kv_bytes:.0%} of a new token's transfer."
                 )
             lines.append(f"Tiles of {_tile_text(self.prefill)}; of {_tile_text(self.decode)}.")
             if not memory.disk_kv_bytes:
                 machine = request.hardware
                 dtype = request.dtype
-                hiding = max(hiding_chunk_tokens(layer, machine, dtype) for layer in request.layers)
+                hiding = max(hiding_chunk_tokens(layer, machine, dtype, request.kv_bits) for layer in request.layers)
                 lines.append(f"Chunks of {hiding:,} tokens or more hide the transfer behind attention.")
         lines.append(
             f"Chunks of {self.chunk_tokens:,} tokens take {format_bytes(memory.activation_bytes)} of activations. "
@@ -226,6 +232,8 @@ class Plan:
             "context_tokens": self.request.context_tokens,
             "hardware": self.request.hardware.name,
             "dtype": self.request.dtype,
+            "kv_dtype": self.request.kv_dtype,
+            "approximate": bool(self.request.kv_bits),
             "chunk_tokens": self.chunk_tokens,
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
@@ -329,7 +337,7 @@ def _scheduled(
     # The newest tokens are in the tail, which is not streamed either: a layer whose host tokens are all resident
     # streams nothing.
     on_device = tuple(max(tokens, n) if n >= host_kv_tokens(tokens) else n for n in kept)
-    streamed_bytes = footprint.host_kv_bytes + footprint.disk_kv_bytes - footprint.resident_bytes
+    streamed_bytes = footprint.host_kv_bytes + footprint.disk_kv_bytes - stored_again_bytes(request, footprint)
     schedule = Schedule(
         chunk_tokens=chunk_tokens,
         resident_tokens=() if is_host else on_device,
@@ -341,6 +349,7 @@ def _scheduled(
         prefetches_next_layer=request.prefetches_next_layer,
         cpu_share=0.0 if is_host else cpu_share,
         decode_tokens=request.decode_tokens,
+        kv_bits=request.kv_bits,
     )
     more = (schedule, request.dtype, request.bits, request.rows)
     by_layer = dict(zip(request.shape.offloaded_layers, kept, strict=True))

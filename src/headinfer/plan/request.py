@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
+from headinfer.utils.kv_format import KV_DTYPES, kv_bits
+from headinfer.utils.values import choice
 
 __all__ = ["Request"]
 
@@ -37,10 +39,11 @@ class Request:
         cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to; None to choose. A share
             above 0 is chosen only if a probe has measured the rates for it.
         decode_tokens: new tokens of each row in a decode step: 1, or more if guesses are verified.
+        kv_dtype: how KV is stored outside of the device: auto, the dtype of KV and activations, int8 or int4.
 
     Raises:
         UsageError: a number is not positive.
-        UnsupportedError: the model has no full-attention layer.
+        UnsupportedError: the model has no full-attention layer, or its KV cannot be stored in kv_dtype.
     """
 
     shape: ModelShape
@@ -63,6 +66,7 @@ class Request:
     keeps_resident: bool = True
     cpu_share: float | None = None
     decode_tokens: int = 1
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         budgets = ("device_kv_budget_bytes", "streaming_budget_bytes", "host_kv_budget_bytes")
@@ -79,11 +83,18 @@ class Request:
                 "to offload"
             )
         self.hardware.attained_flops_per_s(self.dtype)
+        choice(self.kv_dtype, "kv_dtype", KV_DTYPES)
+        self.shape.check_kv_bits(self.kv_bits)
 
     @property
     def element_bytes(self) -> int:
         """Bytes of a KV or activation element."""
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def kv_bits(self) -> int:
+        """Bits of a stored element of quantised KV; 0 if KV is not quantised."""
+        return kv_bits(self.kv_dtype)
 
     @property
     def room_bytes(self) -> int:

@@ -71,6 +71,7 @@ class Schedule:
             are not, as its table 7 shows (arXiv 2502.12574).
         writes_back: whether new KV is written back to the host.
         kv_scale: bytes of stored KV for each byte of KV in the model's dtype.
+        kv_bits: bits of an element of KV that is stored quantised; 0 if it is not. Resident KV counts as such KV too.
         disk_share: the share of the streamed bytes that is read from disk.
         prefetches_next_layer: whether a layer's first tile is copied while the layer before it computes.
         cpu_share: in decode, the share of the streamed tokens that the host's CPU attends to.
@@ -84,6 +85,7 @@ class Schedule:
     merges: bool = False
     writes_back: bool = False
     kv_scale: float = 1.0
+    kv_bits: int = 0
     disk_share: float = 0.0
     prefetches_next_layer: bool = False
     cpu_share: float = 0.0
@@ -213,7 +215,7 @@ def prefill_seconds(
         causal_s = pair_s * _own_pairs(layer, chunk, tokens) / rates.rest_share
         past_sum = chunk * chunks * (chunks - 1) / 2
         seen_sum = 0.0 if layer.window_tokens else past_sum
-        kv_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
+        kv_bytes = layer.stored_bytes_per_token(element_bytes, schedule.kv_bits) * schedule.kv_scale * rows
         flop_slope = pair_s * chunk
         byte_slope = kv_bytes / hardware.attained_kv_bytes_per_s
         # A past that is no multiple of block_tokens has a rest of half of them, on average, and each tile has its own.
@@ -311,7 +313,7 @@ def decode_seconds(
     total.exposed_launch_s = total.launch_s if hardware.is_host else max(0.0, total.launch_s - total.linear_s)
     linear_s = total.linear_s / len(shape.layers)
     for layer, count, resident in _distinct(shape, schedule):
-        token_bytes = layer.kv_bytes_per_token(element_bytes) * schedule.kv_scale * rows
+        token_bytes = layer.stored_bytes_per_token(element_bytes, schedule.kv_bits) * schedule.kv_scale * rows
         seen = layer.seen_tokens(past_tokens)
         wanted = max(seen - resident, 0) if resident is not None else 0
         on_host = host_tokens(schedule.cpu_share, wanted)
@@ -417,7 +419,8 @@ def fastest_share(
     for layer, _, resident in _distinct(shape, schedule):
         if resident is not None:
             streamed = max(layer.seen_tokens(past_tokens) - resident, 0)
-            streamed_bytes[layer, streamed] = streamed * layer.kv_bytes_per_token(element_bytes) * rows
+            token_bytes = layer.stored_bytes_per_token(element_bytes, schedule.kv_bits) * rows
+            streamed_bytes[layer, streamed] = streamed * token_bytes
     layer, streamed = max(streamed_bytes, key=lambda one: streamed_bytes[one])
     if not streamed:
         return 0.0

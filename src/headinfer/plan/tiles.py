@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from headinfer.errors import CapacityError, UsageError
 from headinfer.plan.model_shape import LayerShape
+from headinfer.utils.kv_format import UNIT, pair_bytes, rounded_down, rounded_up
 
 __all__ = [
     "DEFAULT_BUDGET_BYTES",
@@ -100,11 +101,12 @@ class LayerWork:
     Attributes:
         kv_heads: number of KV heads.
         group_queries: query heads per KV head.
-        head_token_bytes: bytes of K and V of one token of one head.
-        element_bytes: bytes of one element of K and V.
+        head_token_bytes: bytes of K and V of one token of one head, as they are stored.
+        element_bytes: bytes of one element of K and V in the model's dtype.
         rows: rows of the batch.
         query_tokens: tokens of the chunk.
         past_tokens: tokens before the chunk.
+        quantised_dims: Dk + Dv if K and V are stored quantised, otherwise 0. Tiles have whole blocks then.
     """
 
     kv_heads: int
@@ -114,20 +116,29 @@ class LayerWork:
     rows: int
     query_tokens: int
     past_tokens: int
+    quantised_dims: int = 0
 
     @classmethod
     def of_layer(
-        cls, layer: LayerShape, element_bytes: int, *, rows: int, query_tokens: int, past_tokens: int
+        cls,
+        layer: LayerShape,
+        element_bytes: int,
+        *,
+        rows: int,
+        query_tokens: int,
+        past_tokens: int,
+        bits: int = 0,
     ) -> LayerWork:
-        """Return the work of a layer with this shape."""
+        """Return the work of a layer with this shape, whose KV is stored in `bits` bits, or in the model's dtype."""
         return cls(
             kv_heads=layer.kv_heads,
             group_queries=layer.query_heads // layer.kv_heads,
-            head_token_bytes=(layer.key_dim + layer.value_dim) * element_bytes,
+            head_token_bytes=pair_bytes(layer.key_dim, layer.value_dim, element_bytes, bits),
             element_bytes=element_bytes,
             rows=rows,
             query_tokens=query_tokens,
             past_tokens=past_tokens,
+            quantised_dims=layer.key_dim + layer.value_dim if bits else 0,
         )
 
     @property
@@ -143,7 +154,12 @@ class LayerWork:
     @property
     def head_dims(self) -> int:
         """Dk + Dv."""
-        return self.head_token_bytes // self.element_bytes
+        return self.quantised_dims or self.head_token_bytes // self.element_bytes
+
+    @property
+    def unit_tokens(self) -> int:
+        """A tile has a multiple of so many tokens."""
+        return UNIT if self.quantised_dims else 1
 
 
 @dataclass(frozen=True)
@@ -243,7 +259,8 @@ def choose_tiles(
     _check_fixed(fixed, work)
     if slot_bytes is None:
         why = "segments are read in place, all at once"
-        return TilePlan(fixed.heads_per_group or work.kv_heads, fixed.tile_tokens or max(work.past_tokens, 1), why)
+        whole = rounded_up(max(work.past_tokens, 1), work.unit_tokens)
+        return TilePlan(fixed.heads_per_group or work.kv_heads, fixed.tile_tokens or whole, why)
     shapes = _candidates(work, slot_bytes, fixed, rates)
     best = shapes[0]
     best_s = layer_seconds(work, rates, *best)
@@ -283,7 +300,8 @@ def _check_fixed(fixed: FixedTile, work: LayerWork) -> None:
 
 def _needed_tokens(work: LayerWork, fixed: FixedTile) -> int:
     """Return the tokens that a tile has at least."""
-    return min(fixed.tile_tokens or _SMALLEST_TILE_TOKENS, max(work.past_tokens, 1))
+    needed = min(fixed.tile_tokens or _SMALLEST_TILE_TOKENS, max(work.past_tokens, 1))
+    return rounded_up(needed, work.unit_tokens)
 
 
 def _longest_tiles(work: LayerWork, slot_bytes: int, fixed: FixedTile) -> dict[int, int]:
@@ -293,8 +311,9 @@ def _longest_tiles(work: LayerWork, slot_bytes: int, fixed: FixedTile) -> dict[i
     if fixed.heads_per_group is not None:
         heads_to_try = [fixed.heads_per_group]
     needed = _needed_tokens(work, fixed)
-    past = max(work.past_tokens, 1)
+    past = rounded_up(max(work.past_tokens, 1), work.unit_tokens)
     longest = {heads: min(slot_bytes // (heads * work.head_token_bytes), past) for heads in heads_to_try}
+    longest = {heads: rounded_down(tokens, work.unit_tokens) for heads, tokens in longest.items()}
     fitting = {heads: tokens for heads, tokens in longest.items() if tokens >= needed}
     if not fitting:
         least = heads_to_try[-1] * needed * work.head_token_bytes
@@ -319,7 +338,7 @@ def _candidates(work: LayerWork, slot_bytes: int, fixed: FixedTile, rates: TileR
 
 def _lengths(work: LayerWork, rates: TileRates, longest: int) -> list[int]:
     """Return the lengths of tiles to try, in the order in which they are preferred."""
-    lengths = [-(-longest // factor) for factor in _SHORTENED]
+    lengths = [rounded_up(-(-longest // factor), work.unit_tokens) for factor in _SHORTENED]
     if rates.block_tokens > 1 and longest >= rates.block_tokens:
         lengths.append(longest // rates.block_tokens * rates.block_tokens)
     lengths.sort(reverse=True)

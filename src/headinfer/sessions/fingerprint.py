@@ -18,6 +18,7 @@ __all__ = [
     "check_tokenizer",
     "config_fingerprint",
     "fingerprint",
+    "of_stored_kv",
     "tokenizer_fingerprint",
 ]
 
@@ -71,6 +72,18 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         **({"adapters": adapters} if adapters is not None else {}),
         "weights": checksum.hexdigest(),
     }
+
+
+def of_stored_kv(model: dict[str, Any], kv_dtype: str) -> dict[str, Any]:
+    """Return the fingerprint of a model for a session whose KV is stored in `kv_dtype`.
+
+    So sessions share what they begin with only if it is stored in the same way.
+
+    Args:
+        model: the fingerprint of the model.
+        kv_dtype: a value of Options.kv_dtype.
+    """
+    return model if kv_dtype == "auto" else {**model, "kv_dtype": kv_dtype}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -18,8 +18,10 @@ import xxhash
 
 from headinfer.errors import SessionError
 from headinfer.utils.files import REMEDY, SESSION_FORMAT, SESSION_MANIFEST, FileEntry, write_text
+from headinfer.utils.kv_format import KVDtype
 
 __all__ = [
+    "APPROXIMATE_VERSION",
     "DATA_FILE_NAME",
     "FORMAT",
     "MANIFEST",
@@ -34,6 +36,9 @@ __all__ = [
 MANIFEST = SESSION_MANIFEST
 FORMAT = SESSION_FORMAT
 VERSION = 1
+APPROXIMATE_VERSION = 2
+"""The version of sessions with quantised KV. Earlier versions of headinfer refuse it."""
+
 # Version 1 of the format fixes two names that contain "block": the field `blocks` and the file names `block-NNNNNN`.
 # The code calls the same things segment files.
 _NAMES_ON_DISK = {"segment_files": "blocks"}
@@ -120,6 +125,12 @@ class Manifest:
         return self.end.nbytes + sum(segment_file.file.nbytes for segment_file in self.segment_files)
 
     @property
+    def kv_dtype(self) -> KVDtype:
+        """How K and V are stored: auto, in the model's dtype; or int8 or int4, approximately."""
+        found: KVDtype = self.arithmetic.get("kv_dtype", "auto")
+        return found
+
+    @property
     def disk_bytes(self) -> int:
         """The size of all data files, in bytes: those of the checkpoint and those of earlier ones."""
         return sum(entry.nbytes for entry in self.files())
@@ -156,7 +167,7 @@ class Manifest:
         fields = dataclasses.asdict(self)
         if not self.earlier:
             del fields[_ONLY_IF_FILLED]
-        body = {"format": FORMAT, "version": VERSION}
+        body = {"format": FORMAT, "version": VERSION if self.kv_dtype == "auto" else APPROXIMATE_VERSION}
         body |= {_NAMES_ON_DISK.get(name, name): value for name, value in fields.items()}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
 
@@ -179,10 +190,10 @@ class Manifest:
         body = _read_json(path)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise SessionError(f"{path} is not a manifest of headinfer: choose another folder")
-        if body.get("version") != VERSION:
+        if body.get("version") not in (VERSION, APPROXIMATE_VERSION):
             raise SessionError(
-                f"{path} has version {body.get('version')} of the format, and this headinfer reads version {VERSION}: "
-                f"use the headinfer that wrote it, or {REMEDY}"
+                f"{path} has version {body.get('version')} of the format, and this headinfer reads version {VERSION} "
+                f"and {APPROXIMATE_VERSION}: use the headinfer that wrote it, or {REMEDY}"
             )
         if body.pop("checksum", None) != _checksum(body):
             raise SessionError(f"{path} is damaged (its checksum is not right): {REMEDY}")

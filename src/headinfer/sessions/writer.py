@@ -24,7 +24,7 @@ from headinfer.errors import SessionError, StateError, UsageError
 from headinfer.kv.segments import Segment, SegmentSlice
 from headinfer.kv.tensor_file import TensorFile, write_tensors
 from headinfer.sessions.cache import Saved, SessionCache
-from headinfer.sessions.fingerprint import fingerprint
+from headinfer.sessions.fingerprint import fingerprint, of_stored_kv
 from headinfer.sessions.folder import Lock
 from headinfer.sessions.layer_state import to_plain
 from headinfer.sessions.manifest import MANIFEST, EarlierCheckpoint, Manifest, SegmentFile, first_chain, versions
@@ -143,7 +143,7 @@ class SessionWriter:
         self.arithmetic = arithmetic
         self.about = about
         self._own_lock = Lock(folder) if lock is None else None
-        self._model = fingerprint(model)
+        self._model = of_stored_kv(fingerprint(model), arithmetic.get("kv_dtype", "auto"))
         self._thread = ThreadPoolExecutor(1, "headinfer-session")
         self._job: Future[None] | None = None
 
