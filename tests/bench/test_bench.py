@@ -18,7 +18,7 @@ from headinfer.errors import UsageError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DEFAULT_SUITES = [name for name, suite in CPU_SUITES.items() if suite.by_default]
-DISK_SUITES = set(CPU_SUITES).difference(DEFAULT_SUITES, ["attention", "batch"])
+DISK_SUITES = set(CPU_SUITES).difference(DEFAULT_SUITES, ["attention", "batch", "kv-dtype"])
 
 
 def measured(names, job):
@@ -70,6 +70,20 @@ def test_eight_questions_are_measured_against_one():
     assert {line.point.partition(", ")[2] for line in found} == {
         f"{heads} query heads per KV head, {where}" for heads in (1, 4) for where in ("in place", "through the ring")
     }
+
+
+def test_fewer_bits_are_measured_against_exact_kv():
+    sizes = dataclasses.replace(
+        QUICK_CPU, model="random:llama-3-8b?layers=1&hidden=1024&intermediate=64&vocab=256&heads=8&kv_heads=2"
+    )
+    found = measured(["kv-dtype"], CpuJob(sizes, lambda line: None))
+    assert [line.goal for line in found] == [">= 1.7 x"] * 2 + [">= 2.8 x"] * 2
+    assert all(line.value > 0 for line in found)
+    link = [line.value for line in found if "over the link" in line.who]
+    assert 1.85 < link[0] < 1.95
+    assert 3.5 < link[1] < 3.7
+    details = found[0].details
+    assert details["int4_host_bytes"] < 0.3 * details["auto_host_bytes"]
 
 
 def test_goals_are_answered(measurements):

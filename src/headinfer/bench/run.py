@@ -18,6 +18,7 @@ from headinfer.bench.gpu_prefill import prefill
 from headinfer.bench.gpu_real import real
 from headinfer.bench.host_time import host
 from headinfer.bench.job import CpuJob, GpuJob
+from headinfer.bench.kv_dtype import kv_dtype
 from headinfer.bench.measurement import Measurement
 from headinfer.bench.plan_check import check_plan
 from headinfer.bench.probe import probe
@@ -54,6 +55,7 @@ CPU_SUITES: Mapping[str, Suite[CpuJob]] = {
     "host": Suite(host),
     "attention": Suite(cpu_attention.attention, by_default=False),
     "batch": Suite(batch, by_default=False),
+    "kv-dtype": Suite(kv_dtype, by_default=False),
     "session": Suite(disk_suites.session, by_default=False),
     "disk-tier": Suite(disk_suites.disk_tier, by_default=False),
 }

@@ -113,6 +113,7 @@ class CpuSizes(Sizes):
             "host": 10.0,
             "attention": 90.0,
             "batch": 240.0,
+            "kv-dtype": 120.0,
             "session": 300.0,
             "disk-tier": 150.0,
         }
@@ -185,6 +186,7 @@ QUICK_CPU = CpuSizes(
         "host": 2.0,
         "attention": 2.0,
         "batch": 10.0,
+        "kv-dtype": 6.0,
         "session": 60.0,
         "disk-tier": 10.0,
     },

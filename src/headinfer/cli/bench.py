@@ -32,8 +32,8 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="decode, prefill, memory, device-kv, host (all of these if you name none); attention, batch, session, "
-            "disk-tier. "
+            help="decode, prefill, memory, device-kv, host (all of these if you name none); attention, batch, "
+            "kv-dtype, session, disk-tier. "
             "With --device cuda: link, decode, prefill, attention (all of these if you name none); real, a whole "
             "prompt that is really read, which can take many minutes."
         ),

@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 KVDtype = Literal["auto", "int8", "int4"]
-KV_DTYPES = ("auto", "int8", "int4")
+KV_DTYPES: tuple[KVDtype, ...] = ("auto", "int8", "int4")
 """The values of the option kv_dtype. auto is the model's dtype, which is exact."""
 
 UNIT = 64
