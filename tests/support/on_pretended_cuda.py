@@ -40,6 +40,11 @@ def test_the_engine_is_exact():
     assert worst_error() < 1e-5
 
 
+@pytest.mark.parametrize(("kv_dtype", "bound"), [("int8", 0.02)])
+def test_kv_in_fewer_bits_has_the_error_of_its_format(kv_dtype, bound):
+    assert bound / 10 < worst_error(dataclasses.replace(OPTIONS, kv_dtype=kv_dtype, tile_tokens=128)) < bound
+
+
 @pytest.mark.parametrize(("queue", "what"), [("compute", "a tile"), ("fetch", "a write-back")])
 def test_a_missing_wait_is_detected(monkeypatch, queue, what):
     wait = CudaStreams.wait
