@@ -430,6 +430,7 @@ def soak(server: Server, minutes: float, clients: int, seed: int, log: Path) -> 
 
 def main() -> None:
     """Run the soak, write its results and print them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this in the background ignores it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
     parser.add_argument("--clients", type=int, default=6, help="clients at once")

@@ -299,6 +299,77 @@ def test_a_document_that_is_removed_while_it_is_asked_is_forgotten(service):
     assert name not in service._library._manifests
 
 
+@pytest.mark.parametrize("sampling", [Sampling(ignore_eos=True), Sampling(temperature=0.9, seed=5, ignore_eos=True)])
+def test_a_long_answer_lets_other_clients_go_on_and_is_the_same(service, sampling):
+    """Its turns change neither its tokens nor its end, and a short answer to another client does not wait for it."""
+    request = {"prompt": "It was a dark night", "max_new_tokens": 90, "sampling": sampling}
+    alone = Asked(service, **request)
+    ended = []
+    others = []
+    is_over = threading.Event()
+
+    def note(event):
+        if isinstance(event, Text) and not others:
+            others.append(Asked(service, messages=QUESTIONS[0], client="another", on_event=short))
+        if isinstance(event, Done):
+            ended.append("long")
+            is_over.set()
+
+    def short(event):
+        if isinstance(event, Done):
+            ended.append("short")
+
+    found = Asked(service, on_event=note, **request)
+    assert found.text == alone.text
+    assert (found.last.finish_reason, found.last.completion_tokens) == ("length", 90)
+    assert found.last.prompt_tokens == alone.last.prompt_tokens
+    assert is_over.wait(60)
+    assert ended == ["short", "long"]
+
+
+def test_a_stop_string_that_two_turns_share_ends_an_answer(service):
+    greedy = Sampling(ignore_eos=True)
+    request = {"prompt": "It was a dark night", "sampling": greedy, "max_new_tokens": 40}
+    tokens = service._served.tokenizer(Asked(service, **request).text, add_special_tokens=False).input_ids
+    stop = service._served.tokenizer.decode(tokens[28:36])  # a turn has 32 tokens
+    others = []
+
+    def note(event):
+        if isinstance(event, Text) and not others:
+            others.append(Asked(service, messages=QUESTIONS[0], client="another"))
+
+    request["sampling"] = Sampling(ignore_eos=True, stop=(stop,))
+    found = Asked(service, on_event=note, **(request | {"max_new_tokens": 300}))
+    assert found.last.finish_reason == "stop"
+    assert 32 < found.last.completion_tokens < 45
+    assert isinstance(others[0].last, Done)
+
+
+def test_a_paused_answer_can_be_cancelled(service):
+    """What was told until then is all of the answer, and its client hears its end."""
+    others = []
+
+    def note(event):
+        if isinstance(event, Text) and not others:
+            others.append(Asked(service, messages=QUESTIONS[0], client="another", on_event=cancel))
+
+    def cancel(event):
+        if isinstance(event, Done):
+            found.work.cancel()
+
+    ready = threading.Event()
+    found = Asked(
+        service,
+        prompt="It was a dark night",
+        max_new_tokens=300,
+        sampling=Sampling(ignore_eos=True),
+        on_event=lambda event: ready.wait(60) and note(event),
+    )
+    ready.set()
+    assert found.last.finish_reason == "cancelled"
+    assert 32 <= found.last.completion_tokens < 300
+
+
 def test_the_text_of_a_document(service, book):
     assert service.document_text(book) == BOOK
     assert service.document_text(book, 10, 20) == BOOK[10:20]

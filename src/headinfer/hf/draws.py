@@ -52,7 +52,10 @@ class Draws(LogitsProcessor):  # type: ignore[misc]
 
 
 class DrawControl:
-    """Gives the generate() of one model the argument `sampling_seed`.
+    """Gives the generate() of one model the arguments `sampling_seed` and `sampling_position`.
+
+    The position is the number of tokens at the end of the prompt that belong to the answer already, so that an answer
+    which several calls generate is the same as that of one call.
 
     Args:
         model: the model. Its method that makes the logits processors is replaced.
@@ -60,16 +63,18 @@ class DrawControl:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._seed: int | None = None
+        self._position = 0
         model._get_logits_processor = self._wrap(model._get_logits_processor)
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Take the argument `sampling_seed` of a generate().
+        """Take the arguments `sampling_seed` and `sampling_position` of a generate().
 
         Returns:
             The other arguments.
         """
         seed = kwargs.pop("sampling_seed", None)
         self._seed = None if seed is None else whole_number(seed, "sampling_seed", low=0, high=2**63 - 1)
+        self._position = whole_number(kwargs.pop("sampling_position", 0), "sampling_position", low=0)
         return kwargs
 
     def _wrap(self, make: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +84,8 @@ class DrawControl:
             config = kwargs["generation_config"]
             if self._seed is not None and config.do_sample:
                 sequences = config.num_return_sequences or 1
-                processors.append(Draws(self._seed, kwargs["input_ids_seq_length"], sequences))
+                prompt_tokens = kwargs["input_ids_seq_length"] - self._position
+                processors.append(Draws(self._seed, prompt_tokens, sequences))
             return processors
 
         return make_with_draws

@@ -73,6 +73,7 @@ def decode(
     max_new_tokens: int,
     draft: PreTrainedModel | None = None,
     ends: Sequence[StoppingCriteria] = (),
+    answered_tokens: int = 0,
 ) -> None:
     """Generate an answer, and give its tokens to a streamer.
 
@@ -86,10 +87,15 @@ def decode(
         max_new_tokens: tokens of the answer, at most.
         draft: a model that guesses, enabled.
         ends: further criteria that end the answer.
+        answered_tokens: tokens at the end of the prompt that belong to the answer already.
     """
     torch.manual_seed(sampling.seed)
     arguments = sampling.arguments(
-        tokenizer, prompt_tokens=prompt_ids.shape[1], max_new_tokens=max_new_tokens, ends=ends
+        tokenizer,
+        prompt_tokens=prompt_ids.shape[1],
+        max_new_tokens=max_new_tokens,
+        ends=ends,
+        answered_tokens=answered_tokens,
     )
     model.generate(
         prompt_ids.to(model.device),

@@ -65,7 +65,13 @@ class Sampling:
             raise UsageError("--stop is empty: give the text that ends an answer")
 
     def arguments(
-        self, tokenizer: Any, *, prompt_tokens: int, max_new_tokens: int, ends: Sequence[Any] = ()
+        self,
+        tokenizer: Any,
+        *,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        ends: Sequence[Any] = (),
+        answered_tokens: int = 0,
     ) -> dict[str, Any]:
         """Return the arguments of transformers' generate().
 
@@ -74,6 +80,7 @@ class Sampling:
             prompt_tokens: tokens of a row of the prompt, padding included.
             max_new_tokens: tokens of an answer, at most.
             ends: further stopping criteria of transformers.
+            answered_tokens: tokens at the end of the prompt that belong to the answer already.
         """
         from headinfer.jobs.answer_text import StopCriterion  # loads transformers, and the command line imports this
 
@@ -90,5 +97,5 @@ class Sampling:
         if criteria or ends:
             given["stopping_criteria"] = [*criteria, *ends]
         if self.temperature:
-            given["sampling_seed"] = self.seed
+            given |= {"sampling_seed": self.seed, "sampling_position": answered_tokens}
         return {**given, "do_sample": self.temperature > 0, "max_new_tokens": max_new_tokens}

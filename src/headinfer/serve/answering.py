@@ -26,7 +26,7 @@ from headinfer.serve.events import Failed, FinishReason, Passage, Prefill, Where
 from headinfer.serve.library import Library
 from headinfer.serve.meter import Meter, Pace
 from headinfer.serve.model import ServedModel
-from headinfer.serve.parsing import AnswerStream, Cancelled
+from headinfer.serve.parsing import AnswerStream, Cancelled, TurnOver
 from headinfer.serve.settings import ServeSettings
 from headinfer.serve.turns import Step
 from headinfer.serve.work import AnswerTask, Begun
@@ -65,18 +65,28 @@ class Answerer:
         self._pace = pace
         self._first_token_at: float | None = None  # of the generate() that is running
 
-    def step(self, task: AnswerTask, waiting: Sequence[AnswerTask], *, can_wait: bool) -> Step:
-        """Do the next step of a request: begin it, read a chunk of its prompt, or generate its answer.
+    def step(
+        self,
+        task: AnswerTask,
+        waiting: Sequence[AnswerTask],
+        *,
+        can_wait: bool,
+        others_wait: Callable[[], bool] = lambda: False,
+    ) -> Step:
+        """Do the next step of a request: begin it, read a chunk of its prompt, or generate its answer or a part of it.
 
         Args:
             task: the request.
             waiting: the requests that have not begun. Those that ask the same session are answered together with this
                 one, and have ended then.
             can_wait: whether other tasks are under way whose end frees memory.
+            others_wait: returns whether other clients wait, so that the answer should pause.
 
         Raises:
             Exception: the request cannot be answered. fail() tells the client.
         """
+        if task.begun is not None and task.begun.stream is not None:
+            return self._answer(task, task.begun, others_wait)
         if task.is_cancelled:
             self._keep_prompt(task)
             task.end("cancelled")
@@ -94,9 +104,12 @@ class Answerer:
         others = [other for other in waiting if self._joins(other, task, begun)]
         if begun.base is not None and others:
             self._answer_together(begun.base, [task, *others])
-        else:
-            self._answer(task, begun)
-        return "done"
+            return "done"
+        if self._model.whole_only:
+            now = (begun.cache.get_seq_length(), begun.cache.checkpoint())
+            begun.checkpoints = (*begun.checkpoints, now)[-_CHECKPOINTS:]
+        begun.stream = self._stream(task, begun)
+        return self._answer(task, begun, others_wait)
 
     def fail(self, task: AnswerTask, error: BaseException) -> None:
         """Tell a client that its request has failed, and keep what was read."""
@@ -323,29 +336,50 @@ class Answerer:
             self._meter.note_read(missing, first - start)
             self._meter.note_decode(stop - first)
 
-    def _answer(self, task: AnswerTask, begun: Begun) -> None:
-        """Generate the answer of one request, and keep the cache."""
+    def _answer(self, task: AnswerTask, begun: Begun, others_wait: Callable[[], bool]) -> Step:
+        """Generate the answer of one request until it ends or other clients have their turn, and keep the cache."""
         model = self._model
-        stream = self._stream(task, begun)
-        if model.whole_only:
-            now = (begun.cache.get_seq_length(), begun.cache.checkpoint())
-            begun.checkpoints = (*begun.checkpoints, now)[-_CHECKPOINTS:]
-        with self._timed(begun.ids.shape[0] - begun.cache.get_seq_length()):
-            decode(
-                model.model,
-                model.tokenizer,
-                begun.cache,
-                begun.ids[None],
-                task.request.sampling,
-                stream,
-                max_new_tokens=task.max_new_tokens,
-                ends=[Cancelled([task])],
-            )
-        ids = torch.cat([begun.ids, torch.tensor(stream.answer.token_ids, dtype=torch.long)])
+        stream = begun.stream
+        assert stream is not None
+        ids = _with_answer(begun, stream)
+        answered = len(stream.answer.token_ids)
+        if not task.is_cancelled:
+            stream.begin_turn()
+            ends = [Cancelled([task])]
+            if not model.lengths:  # frequencies that depend on the length are chosen for each generate()
+                ends.append(TurnOver(stream, others_wait, ids.shape[0]))
+            with self._timed(ids.shape[0] - begun.cache.get_seq_length()):
+                decode(
+                    model.model,
+                    model.tokenizer,
+                    begun.cache,
+                    ids[None],
+                    task.request.sampling,
+                    stream,
+                    max_new_tokens=task.max_new_tokens - answered,
+                    ends=ends,
+                    answered_tokens=answered,
+                )
+            ids = _with_answer(begun, stream)
+            if stream.is_paused and not task.is_cancelled and not self._is_whole(task, stream):
+                return "goes on"
+        stream.is_paused = False
+        stream.end()
         self._keep_answer(begun, ids)
         if task.request.where and not task.is_cancelled:
             task.tell(Where(self._where(task, begun, stream.answer.token_ids)))
         self._end(task, stream)
+        return "done"
+
+    def _is_whole(self, task: AnswerTask, stream: AnswerStream) -> bool:
+        """Return whether an answer has ended, for another reason than that its request was cancelled."""
+        ids = stream.answer.token_ids
+        return self._has_end(stream) or len(ids) >= task.max_new_tokens
+
+    def _has_end(self, stream: AnswerStream) -> bool:
+        """Return whether an answer has ended by itself, or by a stop string."""
+        ids = stream.answer.token_ids
+        return stream.answer.stopped_by is not None or bool(ids and self._model.ends_with(ids[-1]))
 
     def _keep_answer(self, begun: Begun, ids: torch.Tensor) -> None:
         """Keep a cache after an answer, without tokens that are not part of it, such as guesses after its end."""
@@ -418,7 +452,7 @@ class Answerer:
         """Tell a client why its answer has ended."""
         answer = stream.answer
         ids = answer.token_ids
-        is_whole = answer.stopped_by is not None or bool(ids and self._model.ends_with(ids[-1]))
+        is_whole = self._has_end(stream)
         reason: FinishReason = "stop"
         if stream.has_tool_calls:
             reason = "tool_calls"
@@ -427,3 +461,8 @@ class Answerer:
         elif not is_whole and task.is_cancelled:
             reason = "cancelled"
         task.end(reason, stream)
+
+
+def _with_answer(begun: Begun, stream: AnswerStream) -> torch.Tensor:
+    """Return the token ids [T] of a prompt and of its answer so far, int64."""
+    return torch.cat([begun.ids, torch.tensor(stream.answer.token_ids, dtype=torch.long)])

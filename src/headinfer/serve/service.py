@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -424,7 +425,9 @@ class Service:
         try:
             with already_warned():
                 if isinstance(task, AnswerTask):
-                    step = self._answerer.step(task, others, can_wait=can_wait)
+                    step = self._answerer.step(
+                        task, others, can_wait=can_wait, others_wait=functools.partial(self._others_wait, task)
+                    )
                 elif isinstance(task, ReadTask):
                     step = task.step()
         except Exception as error:
@@ -442,6 +445,11 @@ class Service:
                 self._mean_s += 0.2 * (time.monotonic() - start - self._mean_s)
         for one, event in waiting:
             one.tell(event)
+
+    def _others_wait(self, task: AnswerTask) -> bool:
+        """Return whether other clients than that of a task have work to do."""
+        with self._changed:
+            return any(one.client != task.client for one in self._turns.tasks())
 
     def _fail(self, task: Task, error: Exception) -> None:
         try:

@@ -34,6 +34,7 @@ class Begun:
         base: the kept cache of exactly this session, if the cache is a fork of it.
         checkpoints: those of the cache to which it can return; see Kept.
         is_kept: whether the cache is kept, so that it belongs to other requests now.
+        stream: the answer, once it has begun.
     """
 
     ids: torch.Tensor
@@ -44,6 +45,7 @@ class Begun:
     base: Kept | None
     checkpoints: tuple[Checkpoint, ...] = ()
     is_kept: bool = False
+    stream: AnswerStream | None = None
 
 
 class AnswerTask:
