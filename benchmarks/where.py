@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 import headinfer
 from headinfer.embedded import embedded_text
+from headinfer.engine.recorder import Mass
 from headinfer.evals.niah import niah_document
 from headinfer.evals.reader import Reader
 from headinfer.evals.tasks import Document
@@ -107,9 +109,10 @@ def measure(reader: Reader, length: int, sample: int, given: argparse.Namespace)
             written_number = next((one for one in numbers if one in text_of_answer), question.references[0])
             needle = _needle(document, written_number, begin)
             ranks = {}
-            for share in _SHARES if given.shares else ():
-                with _far_share(share):
-                    ranks[share] = _rank(passages(enabled, cache, prompt, answer, text, most=100), needle)
+            if given.shares:
+                with _recorded() as masses:
+                    passages(enabled, cache, prompt, answer, text)
+                ranks = {share: _rank(text.passages(_shares(masses, share), most=100), needle) for share in _SHARES}
             yield {
                 "depth": question.facts["depth"],
                 "is_right": bool(question.score(text_of_answer, question.references)),
@@ -123,14 +126,24 @@ def measure(reader: Reader, length: int, sample: int, given: argparse.Namespace)
 
 
 @contextmanager
-def _far_share(share: float) -> Iterator[None]:
-    """Let heads look far from another share on, within the block."""
-    before = rule.FAR_SHARE
-    rule.FAR_SHARE = share
-    try:
-        yield
-    finally:
-        rule.FAR_SHARE = before
+def _recorded() -> Iterator[list[torch.Tensor]]:
+    """Collect the masses [heads, tokens, stretches] of the document that are recorded within the block."""
+    masses: list[torch.Tensor] = []
+    take = rule._FarHeads.take
+
+    def collect(heads: rule._FarHeads, found: Mass) -> None:
+        masses.append(found.mass[..., 1:-1].clone())
+        take(heads, found)
+
+    with mock.patch.object(rule._FarHeads, "take", collect):
+        yield masses
+
+
+def _shares(masses: list[torch.Tensor], share: float) -> list[float]:
+    """Return the mass of each stretch if heads look far from a share on."""
+    sums = [mass.masked_fill((mass.amax(dim=-1) <= share)[..., None], 0).sum(dim=(0, 1)) for mass in masses]
+    found: list[float] = torch.stack(sums).sum(dim=0).tolist()
+    return found
 
 
 def _needle(document: Document, number: str, begin: int) -> tuple[int, int]:
