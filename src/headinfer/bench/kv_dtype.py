@@ -14,6 +14,7 @@ from headinfer.utils.kv_format import KV_DTYPES, KVDtype
 
 __all__ = ["kv_dtype"]
 
+_LINK_TOKENS = 4
 _GOALS = {"int8": 1.7, "int4": 2.8}
 
 
@@ -71,11 +72,11 @@ def _filled(model: torch.nn.Module, kv_dtype: KVDtype, tokens: int, transport: s
 
 
 def _link_bytes(model: torch.nn.Module, kv_dtype: KVDtype, tokens: int) -> int:
-    """Return the bytes that one token brings over the link, with all KV in host memory."""
+    """Return the bytes that one token brings over the link, with all KV in host memory: the mean of some tokens."""
     cache = _filled(model, kv_dtype, tokens, "eager")
-    forward_and_crop(model, cache)
-    before = cache.stats().link_to_device_bytes
-    forward_and_crop(model, cache)
-    moved = cache.stats().link_to_device_bytes - before
+    moved = []
+    for _ in range(_LINK_TOKENS + 1):  # each also brings the first tile of the next token
+        model(torch.full((1, 1), 7), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        moved.append(cache.stats().link_to_device_bytes)
     cache.reset()
-    return moved
+    return (moved[-1] - moved[0]) // _LINK_TOKENS

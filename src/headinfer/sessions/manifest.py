@@ -190,10 +190,12 @@ class Manifest:
         body = _read_json(path)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise SessionError(f"{path} is not a manifest of headinfer: choose another folder")
-        if body.get("version") not in (VERSION, APPROXIMATE_VERSION):
+        arithmetic = body.get("arithmetic")
+        is_exact = not isinstance(arithmetic, dict) or arithmetic.get("kv_dtype", "auto") == "auto"
+        if body.get("version") != (VERSION if is_exact else APPROXIMATE_VERSION):
             raise SessionError(
-                f"{path} has version {body.get('version')} of the format, and this headinfer reads version {VERSION} "
-                f"and {APPROXIMATE_VERSION}: use the headinfer that wrote it, or {REMEDY}"
+                f"{path} has version {body.get('version')} of the format, and this headinfer reads version {VERSION}, "
+                f"or {APPROXIMATE_VERSION} with quantised KV: use the headinfer that wrote it, or {REMEDY}"
             )
         if body.pop("checksum", None) != _checksum(body):
             raise SessionError(f"{path} is damaged (its checksum is not right): {REMEDY}")
