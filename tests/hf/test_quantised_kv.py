@@ -184,11 +184,6 @@ def test_what_is_refused(llama):
         headinfer.enable(llama, kv_dtype="int2")
     with pytest.raises(UsageError, match="tile_tokens is 100: with kv_dtype int8 it must be a multiple of 64"):
         headinfer.enable(llama, kv_dtype="int8", tile_tokens=100)
-    with headinfer.enable(llama, kv_dtype="int8") as enabled:
-        cache = enabled.new_cache()
-        forward(llama, cache, prompt(tokens=300)["input_ids"], CHUNK)
-        with pytest.raises(UnsupportedError, match="from exact KV only"):
-            enabled.where(cache, [1, 2], [3])
 
 
 def test_the_plan_counts_the_bytes_of_the_engine(llama, ids):

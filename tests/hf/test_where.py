@@ -141,6 +141,14 @@ def test_each_path_of_kv(llama, in_place, tmp_path, options):
     assert torch.equal(before, after), "recording changes nothing"
 
 
+@pytest.mark.parametrize("transport", ["in_place", "lazy"])
+def test_quantised_kv(llama, in_place, transport):
+    options = {"transport": transport, "kv_dtype": "int8", **SMALL}
+    with headinfer.enable(llama, chunk_tokens=512, **options) as enabled, torch.inference_mode():
+        found = enabled.where(read(enabled, ids(2600)), QUESTION, ANSWER)
+    assert (found.shares - in_place.shares).abs().max() < 0.05, "K and V of 8 bits are not exact"
+
+
 def test_a_long_question_and_a_long_answer_in_several_passes(llama, monkeypatch):
     question = ids(300, seed=4)
     answer = ids(70, seed=5)

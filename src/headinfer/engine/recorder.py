@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from headinfer.engine.layer_pass import LayerPass
+from headinfer.engine.packed import is_packed
 from headinfer.engine.past import Tile
 from headinfer.kv.device_buffer import pieces_of
 from headinfer.kv.segments import Segment
@@ -22,6 +23,7 @@ from headinfer.utils.tensors import Piece
 __all__ = ["LayerRecording", "Mass", "MassRecorder"]
 
 _MOST_SCORES = 2**22  # computed at once: 16 MiB in float32
+_DECODED_TOKENS = 4096  # at once, if K is quantised
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class LayerRecording:
             tile: the tile.
             pieces: its tokens on the device, in order. What follows them is not part of the tile.
         """
-        keys = iter(k for k, _ in pieces)
+        keys = self._keys(pieces)
         k = next(keys)
         for part in tile.slices:
             start = self._starts[part.segment] + part.start
@@ -135,6 +137,17 @@ class LayerRecording:
                 self._add(k[:, :taken], start)
                 k = k[:, taken:]
                 start += taken
+
+    def _keys(self, pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
+        """Yield the keys of pieces in order. Quantised ones are decoded, some at a time."""
+        codec = self._layer.layer_kv.codec
+        for k, v in pieces:
+            if codec is None or not is_packed((k, v)):
+                yield k
+                continue
+            for start in range(0, k.shape[1], _DECODED_TOKENS):
+                block = slice(start, start + _DECODED_TOKENS)
+                yield codec.decode(k[:, block], v[:, block], self._q.dtype)[0]
 
     def end(self) -> None:
         """Add the tail and the chunk itself, and pass the mass of the head group on."""

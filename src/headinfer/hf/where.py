@@ -108,11 +108,6 @@ def where(
             "the model's rotary frequencies change between the document and the end of the answer: give the cache "
             "expected_tokens for all of them, so that one pass can repeat the answer"
         )
-    if cache.engine.options.is_approximate:
-        raise UnsupportedError(
-            f"the KV is stored in {cache.engine.options.kv_dtype}, and where an answer came from is computed from "
-            "exact KV only: read the document without kv_dtype"
-        )
     ids = torch.cat([asked, answered])[:-1]  # the last token asks nothing
     collected = []
     fork = cache.fork()
