@@ -7,7 +7,7 @@ import threading
 import pytest
 from core_client import Asked, counted_tokens, wait_until_read
 
-from headinfer.errors import CapacityError, HeadinferError, SessionError, StateError, UsageError
+from headinfer.errors import CapacityError, HeadinferError, SessionError, StateError, UnsupportedError, UsageError
 from headinfer.jobs import ask as asking
 from headinfer.jobs import generate
 from headinfer.jobs.documents import read_documents
@@ -420,6 +420,17 @@ def test_where_an_answer_came_from(service, book):
     assert passages[0].file == "The Book.txt"
     with pytest.raises(UsageError, match="name a document"):
         Asked(service, messages="What?", where=True)
+
+
+def test_an_answer_whose_passages_cannot_be_told_is_whole(service, book, monkeypatch):
+    def refuse(*given):
+        raise UnsupportedError("this model's answers cannot be computed again")
+
+    alone = Asked(service, messages=QUESTIONS[1], session=book)
+    monkeypatch.setattr("headinfer.serve.answering.passages", refuse)
+    found = Asked(service, messages=QUESTIONS[1], session=book, where=True)
+    assert found.text == alone.text
+    assert found.until(Where) == Where((), "this model's answers cannot be computed again")
 
 
 def test_a_document_without_text_fails_and_is_forgotten(service):

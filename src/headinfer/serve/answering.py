@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from headinfer.engine.run_plan import check_saved_kv
-from headinfer.errors import CapacityError, UsageError
+from headinfer.errors import CapacityError, HeadinferError, UsageError
 from headinfer.hf.batch import BatchQuestion, answer_batch, plan_batches
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import last_logits_only
@@ -367,7 +367,7 @@ class Answerer:
         stream.end()
         self._keep_answer(begun, ids)
         if task.request.where and not task.is_cancelled:
-            task.tell(Where(self._where(task, begun, stream.answer.token_ids)))
+            task.tell(self._where(task, begun, stream.answer.token_ids))
         self._end(task, stream)
         return "done"
 
@@ -390,22 +390,25 @@ class Answerer:
             begun.cache.crop(-surplus)
         self._keep(begun, ids[: begun.cache.get_seq_length()])
 
-    def _where(self, task: AnswerTask, begun: Begun, answer_ids: list[int]) -> tuple[Passage, ...]:
+    def _where(self, task: AnswerTask, begun: Begun, answer_ids: list[int]) -> Where:
         """Return the passages of the session's document that an answer came from.
 
-        Raises:
-            UnsupportedError: the model's answer cannot be computed again in one pass.
+        The answer is written already. So if they cannot be told, such as for a model whose answer cannot be computed
+        again in one pass, or for want of memory, the reason takes their place.
         """
         name = task.request.session
         assert name is not None
         cache = begun.cache
-        if begun.base is not None:
-            cache = begun.base.cache
-        elif not can_remove(cache, cache.get_seq_length() - begun.ids.shape[0] + 1):
-            cache = self._load(name)
-        document = self._library.document(name)
-        found = passages(self._model.enabled, cache, begun.ids.tolist(), answer_ids, document)
-        return tuple(Passage(**vars(passage)) for passage in found)
+        try:
+            if begun.base is not None:
+                cache = begun.base.cache
+            elif not can_remove(cache, cache.get_seq_length() - begun.ids.shape[0] + 1):
+                cache = self._load(name)
+            document = self._library.document(name)
+            found = passages(self._model.enabled, cache, begun.ids.tolist(), answer_ids, document)
+        except HeadinferError as error:
+            return Where((), str(public(error, self._settings.root)))
+        return Where(tuple(Passage(**vars(passage)) for passage in found))
 
     def _answer_together(self, base: Kept, tasks: Sequence[AnswerTask]) -> None:
         """Answer requests on one session in batches, which read its KV once for all. Their caches are not kept."""

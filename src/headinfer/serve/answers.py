@@ -11,7 +11,7 @@ from anyio import to_thread
 from starlette.requests import ClientDisconnect, Request
 
 from headinfer.errors import StateError
-from headinfer.serve.events import Done, Event, Failed, Passage, Reasoning, Text, ToolCall, Where
+from headinfer.serve.events import Done, Event, Failed, Reasoning, Text, ToolCall, Where
 from headinfer.serve.requests import Ask
 from headinfer.serve.service import Service, Work
 
@@ -29,14 +29,14 @@ class WholeAnswer:
         text: its text.
         reasoning: the text in which the model reasons before it.
         tool_calls: the calls of tools.
-        passages: where in the document it came from; None if that was not asked for.
+        where: where in the document it came from; None if that was not asked for.
     """
 
     done: Done
     text: str = ""
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
-    passages: tuple[Passage, ...] | None = None
+    where: Where | None = None
 
 
 class Answer:
@@ -108,8 +108,8 @@ class Answer:
                     whole.reasoning += text
                 case ToolCall():
                     whole.tool_calls.append(event)
-                case Where(passages):
-                    whole.passages = passages
+                case Where():
+                    whole.where = event
                 case Done():
                     whole.done = event
         return whole

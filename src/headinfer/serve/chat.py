@@ -22,7 +22,7 @@ from pydantic import Field
 
 from headinfer.serve.answers import Answer, WholeAnswer
 from headinfer.serve.bodies import Body, ChatTool, GenerationBody, StreamOptions, Zero, json_body, session_of
-from headinfer.serve.common import begin_answer, new_id, now, passages_json, progress_json, usage
+from headinfer.serve.common import begin_answer, new_id, now, progress_json, usage, where_json
 from headinfer.serve.events import Done, Prefill, Queued, Reasoning, Text, ToolCall, Where
 from headinfer.serve.http_errors import HttpError
 from headinfer.serve.service import Service
@@ -233,7 +233,7 @@ def _completion(model: str, whole: WholeAnswer) -> dict[str, Any]:
         ],
         usage=usage(whole.done),
     ).to_dict()
-    return {**completion, **passages_json(whole.passages)}
+    return {**completion, **where_json(whole.where)}
 
 
 def _reason(done: Done) -> Literal["stop", "length", "tool_calls"]:
@@ -272,8 +272,8 @@ class _Chunks:
                     call = ChoiceDeltaToolCall(index=calls, id=call_id, type="function", function=function)
                     yield self._delta(ChoiceDelta(tool_calls=[call]))
                     calls += 1
-                case Where(passages):
-                    where = passages_json(passages)
+                case Where():
+                    where = where_json(event)
                 case Done():
                     yield self._frame([ChunkChoice(index=0, delta=ChoiceDelta(), finish_reason=_reason(event))], where)
                     if self._wants_usage:

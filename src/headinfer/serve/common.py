@@ -15,12 +15,12 @@ from starlette.requests import Request
 from headinfer.serve.access import client_name
 from headinfer.serve.answers import Answer
 from headinfer.serve.bodies import GenerationBody
-from headinfer.serve.events import Done, Passage, Prefill, Queued
+from headinfer.serve.events import Done, Prefill, Queued, Where
 from headinfer.serve.http_errors import HttpError
 from headinfer.serve.requests import Ask
 from headinfer.serve.service import Service
 
-__all__ = ["begin_answer", "check_model", "new_id", "now", "passages_json", "progress_json", "usage"]
+__all__ = ["begin_answer", "check_model", "new_id", "now", "progress_json", "usage", "where_json"]
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -86,9 +86,12 @@ def progress_json(event: Queued | Prefill) -> dict[str, Any]:
     return {"queue" if isinstance(event, Queued) else "prefill": asdict(event)}
 
 
-def passages_json(passages: Sequence[Passage] | None) -> dict[str, Any]:
-    """Return the extra field "where"; none if it was not asked for."""
-    return {} if passages is None else {"where": [asdict(passage) for passage in passages]}
+def where_json(where: Where | None) -> dict[str, Any]:
+    """Return the extra field "where", and why its passages cannot be told; nothing if it was not asked for."""
+    if where is None:
+        return {}
+    reason = {"where_unavailable": where.unavailable_reason} if where.unavailable_reason else {}
+    return {"where": [asdict(passage) for passage in where.passages], **reason}
 
 
 def new_id(prefix: str) -> str:

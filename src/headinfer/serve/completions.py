@@ -12,7 +12,7 @@ from pydantic import Field
 
 from headinfer.serve.answers import Answer, WholeAnswer
 from headinfer.serve.bodies import GenerationBody, StreamOptions, Zero, json_body, session_of
-from headinfer.serve.common import begin_answer, new_id, now, passages_json, progress_json, usage
+from headinfer.serve.common import begin_answer, new_id, now, progress_json, usage, where_json
 from headinfer.serve.events import Done, Prefill, Queued, Reasoning, Text, Where
 from headinfer.serve.http_errors import HttpError
 from headinfer.serve.service import Service
@@ -87,7 +87,7 @@ def _completion(model: str, whole: WholeAnswer) -> dict[str, Any]:
         choices=[choice],
         usage=usage(whole.done),
     )
-    return {**completion.to_dict(), **passages_json(whole.passages)}
+    return {**completion.to_dict(), **where_json(whole.where)}
 
 
 def _reason(done: Done) -> Literal["stop", "length"]:
@@ -113,8 +113,8 @@ async def _frames(model: str, answer: Answer, wants_usage: bool) -> AsyncGenerat
                 yield chunk([], progress_json(event))
             case Text(text) | Reasoning(text):
                 yield chunk(choice(text, None), {})
-            case Where(passages):
-                where = passages_json(passages)
+            case Where():
+                where = where_json(event)
             case Done():
                 yield chunk(choice("", _reason(event)), where)
                 if wants_usage:

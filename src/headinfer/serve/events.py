@@ -109,9 +109,11 @@ class Where:
 
     Attributes:
         passages: the passages with the largest shares, the largest first.
+        unavailable_reason: why they cannot be told; empty if they can.
     """
 
     passages: tuple[Passage, ...]
+    unavailable_reason: str = ""
 
 
 @dataclass(frozen=True)

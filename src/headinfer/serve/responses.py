@@ -24,7 +24,7 @@ from openai.types.responses.response_usage import InputTokensDetails, OutputToke
 from headinfer.errors import HeadinferError
 from headinfer.serve.answers import Answer, while_connected
 from headinfer.serve.bodies import json_body, session_of
-from headinfer.serve.common import begin_answer, new_id, now, passages_json, progress_json
+from headinfer.serve.common import begin_answer, new_id, now, progress_json, where_json
 from headinfer.serve.events import Done, Event, Prefill, Queued, Reasoning, Text, ToolCall, Where
 from headinfer.serve.http_errors import as_http_error
 from headinfer.serve.responses_input import ResponseBody, chat_of
@@ -131,8 +131,8 @@ class _Output:
                 return self._grow("reasoning", "reasoning_text", text)
             case ToolCall():
                 return [*self._finish_item(), *self._call(event)]
-            case Where(passages):
-                self._more = passages_json(passages)
+            case Where():
+                self._more = where_json(event)
             case Done():
                 return [*self._finish_item(), self._end(event)]
         return []

@@ -117,6 +117,7 @@ export class Conversation {
     }
     if (choice?.finish_reason) turn.end = choice.finish_reason;
     if (chunk.where) turn.where = chunk.where;
+    if (chunk.where_unavailable) turn.error = `Where the answer came from cannot be told: ${chunk.where_unavailable}`;
     if (chunk.usage) turn.facts = usage(chunk.usage, (performance.now() - began) / 1000);
   }
 
