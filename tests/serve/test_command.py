@@ -94,6 +94,15 @@ def test_keys_are_in_a_file_or_in_the_environment(tmp_path):
             listen.read_keys(None, {listen.KEY_VARIABLE: wrong})
 
 
+@pytest.fixture
+def takes_ctrl_c():
+    """Python's own handler of SIGINT, which background jobs of a shell ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("takes_ctrl_c")
 @pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_server_cleanly(stop, exit_code, loaded, run_command, monkeypatch, tmp_path):
     """The command serves, and after Ctrl-C or SIGTERM closes the service and its port."""
