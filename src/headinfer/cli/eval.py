@@ -29,7 +29,8 @@ from headinfer.cli.options import (
     tokens,
 )
 from headinfer.errors import UsageError
-from headinfer.utils.kv_format import KV_DTYPES, approximation
+from headinfer.utils.approximation import approximation
+from headinfer.utils.kv_format import KV_DTYPES
 from headinfer.utils.units import format_tokens, parse_tokens
 from headinfer.utils.values import choice
 

@@ -13,6 +13,8 @@ from headinfer.cli.options import Json, LightCommand, SessionArgument, SessionsF
 from headinfer.errors import SessionError
 from headinfer.sessions.folder import default_root, read_consistently, remove_session, session_folder, session_names
 from headinfer.sessions.manifest import Manifest
+from headinfer.utils.approximation import short_form
+from headinfer.utils.head_pattern import HeadPattern
 from headinfer.utils.units import format_bytes
 
 __all__ = ["app"]
@@ -63,6 +65,8 @@ def info(name: SessionArgument, sessions: SessionsFolder = None, as_json: Json =
         "document_tokens": f"{facts['document_tokens']:,}",
         "disk_bytes": format_bytes(facts["disk_bytes"]),
     }
+    if manifest.sparse_heads is not None:
+        shown["sparse_heads"] = short_form("auto", manifest.sparse_heads)
     rows = [(key.replace("_", " "), value) for key, value in shown.items()]
     show(columns_table(name, ("", ""), rows, "left"))
     if files:
@@ -150,13 +154,16 @@ def export(
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
     """Return the facts about a session that `session list` and `session info` show."""
+    pattern = manifest.sparse_heads
     return {
         "tokens": manifest.tokens,
         "document_tokens": _document_tokens(manifest),
         "state": _state(manifest),
         "model": manifest.about.get("model", manifest.model["config"].get("model_type")),
         "dtype": manifest.model["dtype"],
-        **({"kv_dtype": manifest.kv_dtype, "approximate": True} if manifest.kv_dtype != "auto" else {}),
+        **({"kv_dtype": manifest.kv_dtype} if manifest.kv_dtype != "auto" else {}),
+        **({"sparse_heads": _sparse_facts(pattern)} if pattern is not None else {}),
+        **({"approximate": True} if manifest.is_approximate else {}),
         "disk_bytes": manifest.disk_bytes,
         "segments": len(manifest.segment_files),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
@@ -174,4 +181,15 @@ def _state(manifest: Manifest) -> str:
     state = f"{answers} answer{'s' if answers > 1 else ''} kept" if answers else "read"
     if manifest.tokens < document_tokens:
         state = f"{document_tokens:,} tokens to read"
-    return state if manifest.kv_dtype == "auto" else f"{state}, approximate ({manifest.kv_dtype})"
+    form = short_form(manifest.kv_dtype, manifest.sparse_heads)
+    return f"{state}, approximate ({form})" if form else state
+
+
+def _sparse_facts(pattern: HeadPattern) -> dict[str, Any]:
+    """Return what people and programs need to know of a head pattern."""
+    return {
+        "streaming_share": round(pattern.share, 4),
+        "sink_tokens": pattern.sink_tokens,
+        "recent_tokens": pattern.recent_tokens,
+        "digest": pattern.digest,
+    }

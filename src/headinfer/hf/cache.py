@@ -41,7 +41,8 @@ from headinfer.sessions.cache import Saved
 from headinfer.sessions.loader import load_cache
 from headinfer.sessions.weights import adapter_layers, applied_adapters
 from headinfer.sessions.writer import save_cache
-from headinfer.utils.kv_format import approximation, kv_bits
+from headinfer.utils.approximation import approximation
+from headinfer.utils.kv_format import kv_bits
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.tensors import integer_tensor
 from headinfer.utils.values import json_object, path_text, shown, whole_number

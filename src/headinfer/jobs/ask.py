@@ -38,7 +38,6 @@ from headinfer.sessions.loader import kept_options, saved_ids
 from headinfer.sessions.manifest import Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
 from headinfer.sessions.writer import SessionWriter
-from headinfer.utils.kv_format import approximation
 from headinfer.utils.units import format_bytes
 
 __all__ = [
@@ -157,7 +156,7 @@ def prepare_ask(job: AskJob) -> PreparedAsk:
         longest_tokens=tokens,
     )
     told = [context_warning(tokens, ModelShape.from_config(opened.source.config)), crossing]
-    warnings = [line for line in (*told, approximation(manifest.kv_dtype)) if line]
+    warnings = [line for line in (*told, manifest.approximation) if line]
     warnings += unused_share_warnings(job.options.get("cpu_share"), is_in_place=opened.device == "cpu")
     return PreparedAsk(**vars(opened), question_ids=ids, warnings=warnings)
 
@@ -341,7 +340,7 @@ def loaded(opened: OpenedSession, on_forward: Callable[[HeadCache], None] | None
         stack.enter_context(torch.inference_mode())
 
         def load() -> HeadCache:
-            return HeadCache.load(opened.folder, model, **{"kv_dtype": manifest.kv_dtype, **job.options})
+            return HeadCache.load(opened.folder, model, **{**manifest.approximate_options, **job.options})
 
         yield LoadedSession(enabled, load(), arithmetic, lock, load, kernel_failure, draft)
 

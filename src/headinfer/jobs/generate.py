@@ -34,7 +34,7 @@ from headinfer.jobs.where import Passage
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
-from headinfer.utils.kv_format import approximation
+from headinfer.utils.approximation import approximation
 from headinfer.utils.units import format_bytes
 from headinfer.utils.values import choice
 

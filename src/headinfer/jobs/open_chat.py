@@ -30,7 +30,6 @@ from headinfer.jobs.rotary import check_document
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.sessions.fingerprint import tokenizer_fingerprint
-from headinfer.utils.kv_format import approximation
 
 __all__ = ["PreparedChat", "open_chat", "prepare_chat"]
 
@@ -112,7 +111,7 @@ def _prepare_session(job: ChatJob, name: str) -> PreparedChat:
     )
     shape = ModelShape.from_config(opened.source.config)
     warning = context_warning(manifest.tokens + job.max_new_tokens, shape)
-    warnings = [line for line in (warning, approximation(manifest.kv_dtype)) if line]
+    warnings = [line for line in (warning, manifest.approximation) if line]
     warnings += unused_share_warnings(job.options.get("cpu_share"), is_in_place=opened.device == "cpu")
     return PreparedChat(job, opened, conversation, [], opened.slow, warnings)
 

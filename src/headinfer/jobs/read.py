@@ -33,8 +33,8 @@ from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, 
 from headinfer.sessions.loader import saved_ids
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
+from headinfer.utils.approximation import approximation
 from headinfer.utils.files import check_folder
-from headinfer.utils.kv_format import approximation
 from headinfer.utils.values import shown
 
 __all__ = ["PreparedRead", "ReadJob", "ReadResult", "prepare_read", "read"]

@@ -189,7 +189,7 @@ def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable
         needed = lengths.normalized(prepared.input_ids.shape[1])
         found = find_prefix(
             root,
-            of_stored_kv(fingerprint(model), prepared.arithmetic.get("kv_dtype", "auto")),
+            of_stored_kv(fingerprint(model), prepared.arithmetic),
             prepared.input_ids[0],
             exclude=prepared.job.name,
             whole_only=whole_only,

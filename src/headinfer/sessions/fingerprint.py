@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import xxhash
 
 from headinfer.errors import SessionError
 from headinfer.sessions.weights import active_adapters, add_weights, base_model
+from headinfer.utils.head_pattern import HeadPattern
 
 __all__ = [
     "check_config",
@@ -74,16 +76,21 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def of_stored_kv(model: dict[str, Any], kv_dtype: str) -> dict[str, Any]:
-    """Return the fingerprint of a model for a session whose KV is stored in `kv_dtype`.
+def of_stored_kv(model: dict[str, Any], arithmetic: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of a model for a session whose KV is stored, and attended to, in a certain way.
 
-    So sessions share what they begin with only if it is stored in the same way.
+    So sessions share what they begin with only if their KV is exact, or approximate in the same way.
 
     Args:
         model: the fingerprint of the model.
-        kv_dtype: a value of Options.kv_dtype.
+        arithmetic: as in Manifest.
     """
-    return model if kv_dtype == "auto" else {**model, "kv_dtype": kv_dtype}
+    found = dict(model)
+    if arithmetic.get("kv_dtype", "auto") != "auto":
+        found["kv_dtype"] = arithmetic["kv_dtype"]
+    if "sparse_heads" in arithmetic:
+        found["sparse_heads"] = HeadPattern.from_dict(arithmetic["sparse_heads"]).digest
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -17,7 +17,9 @@ from typing import Any
 import xxhash
 
 from headinfer.errors import SessionError
+from headinfer.utils.approximation import approximation
 from headinfer.utils.files import REMEDY, SESSION_FORMAT, SESSION_MANIFEST, FileEntry, write_text
+from headinfer.utils.head_pattern import HeadPattern
 from headinfer.utils.kv_format import KVDtype
 
 __all__ = [
@@ -37,7 +39,7 @@ MANIFEST = SESSION_MANIFEST
 FORMAT = SESSION_FORMAT
 VERSION = 1
 APPROXIMATE_VERSION = 2
-"""The version of sessions with quantised KV. Earlier versions of headinfer refuse it."""
+"""The version of sessions whose KV is approximate. Earlier versions of headinfer refuse it."""
 
 # Version 1 of the format fixes two names that contain "block": the field `blocks` and the file names `block-NNNNNN`.
 # The code calls the same things segment files.
@@ -131,6 +133,28 @@ class Manifest:
         return found
 
     @property
+    def sparse_heads(self) -> HeadPattern | None:
+        """The heads that do not see the whole context; None if all heads do, which is exact."""
+        found = self.arithmetic.get("sparse_heads")
+        return HeadPattern.from_dict(found) if found is not None else None
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether the KV is approximate."""
+        return _is_approximate(self.arithmetic)
+
+    @property
+    def approximation(self) -> str:
+        """What is approximate about the KV, in one sentence for people; empty if it is exact."""
+        return approximation(self.kv_dtype, self.sparse_heads)
+
+    @property
+    def approximate_options(self) -> dict[str, Any]:
+        """The fields of Options that make the KV approximate; none if it is exact."""
+        options: dict[str, Any] = {} if self.kv_dtype == "auto" else {"kv_dtype": self.kv_dtype}
+        return options if self.sparse_heads is None else {**options, "sparse_heads": self.sparse_heads}
+
+    @property
     def disk_bytes(self) -> int:
         """The size of all data files, in bytes: those of the checkpoint and those of earlier ones."""
         return sum(entry.nbytes for entry in self.files())
@@ -167,7 +191,7 @@ class Manifest:
         fields = dataclasses.asdict(self)
         if not self.earlier:
             del fields[_ONLY_IF_FILLED]
-        body = {"format": FORMAT, "version": VERSION if self.kv_dtype == "auto" else APPROXIMATE_VERSION}
+        body = {"format": FORMAT, "version": APPROXIMATE_VERSION if self.is_approximate else VERSION}
         body |= {_NAMES_ON_DISK.get(name, name): value for name, value in fields.items()}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
 
@@ -191,11 +215,11 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise SessionError(f"{path} is not a manifest of headinfer: choose another folder")
         arithmetic = body.get("arithmetic")
-        is_exact = not isinstance(arithmetic, dict) or arithmetic.get("kv_dtype", "auto") == "auto"
-        if body.get("version") != (VERSION if is_exact else APPROXIMATE_VERSION):
+        is_approximate = isinstance(arithmetic, dict) and _is_approximate(arithmetic)
+        if body.get("version") != (APPROXIMATE_VERSION if is_approximate else VERSION):
             raise SessionError(
                 f"{path} has version {body.get('version')} of the format, and this headinfer reads version {VERSION}, "
-                f"or {APPROXIMATE_VERSION} with quantised KV: use the headinfer that wrote it, or {REMEDY}"
+                f"or {APPROXIMATE_VERSION} with approximate KV: use the headinfer that wrote it, or {REMEDY}"
             )
         if body.pop("checksum", None) != _checksum(body):
             raise SessionError(f"{path} is damaged (its checksum is not right): {REMEDY}")
@@ -212,6 +236,7 @@ class Manifest:
                 for entry in earlier
             ]
             manifest = Manifest(**body)
+            _ = manifest.sparse_heads  # raises if it is not a pattern
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SessionError(f"{path} has other fields than version {VERSION} of the format: {error}") from error
         for entry in manifest.files():
@@ -220,6 +245,10 @@ class Manifest:
                     f"{path} names {entry.name!r}, which is not the name of a session's file: do not load this folder"
                 )
         return manifest
+
+
+def _is_approximate(arithmetic: dict[str, Any]) -> bool:
+    return arithmetic.get("kv_dtype", "auto") != "auto" or "sparse_heads" in arithmetic
 
 
 def _rows(rows: list[list[list[int]]]) -> list[list[tuple[int, int, int]]]:

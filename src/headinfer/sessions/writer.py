@@ -143,7 +143,7 @@ class SessionWriter:
         self.arithmetic = arithmetic
         self.about = about
         self._own_lock = Lock(folder) if lock is None else None
-        self._model = of_stored_kv(fingerprint(model), arithmetic.get("kv_dtype", "auto"))
+        self._model = of_stored_kv(fingerprint(model), arithmetic)
         self._thread = ThreadPoolExecutor(1, "headinfer-session")
         self._job: Future[None] | None = None
 

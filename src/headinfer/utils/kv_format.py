@@ -8,7 +8,6 @@ __all__ = [
     "KV_DTYPES",
     "UNIT",
     "KVDtype",
-    "approximation",
     "dims_refusal",
     "key_bytes",
     "kv_bits",
@@ -33,16 +32,6 @@ _VALUE_PADDING = 32
 def kv_bits(kv_dtype: str) -> int:
     """Return the bits of a stored element for a value of kv_dtype; 0 for auto, the model's dtype."""
     return {"auto": 0, "int8": 8, "int4": 4}[kv_dtype]
-
-
-def approximation(kv_dtype: str) -> str:
-    """Return a sentence for people that says that KV is approximate; empty for auto, which is exact."""
-    if kv_dtype == "auto":
-        return ""
-    return (
-        f"KV is stored in {kv_dtype}, which is approximate: answers are not exactly those of the model "
-        "(docs/approximations.md)"
-    )
 
 
 def padded_value_dim(dim: int) -> int:
