@@ -77,8 +77,8 @@ def test_fewer_bits_are_measured_against_exact_kv():
         QUICK_CPU, model="random:llama-3-8b?layers=1&hidden=1024&intermediate=64&vocab=256&heads=8&kv_heads=2"
     )
     found = measured(["kv-dtype"], CpuJob(sizes, lambda line: None))
-    assert [line.goal for line in found] == [">= 1.7 x"] * 2 + [">= 2.8 x"] * 2
-    assert all(line.value > 0 for line in found)
+    assert [line.goal for line in found] == [">= 1.7 x"] * 3 + [">= 2.8 x"] * 3
+    assert all(line.value > 0 for line in found if "the past" not in line.who)  # at quick sizes it takes no time
     link = [line.value for line in found if "over the link" in line.who]
     assert 1.85 < link[0] < 1.95
     assert 3.5 < link[1] < 3.7

@@ -29,7 +29,7 @@
 #define SPAN 16           /* keys that are multiplied at a time; BLOCK is a multiple */
 #define GROUP 16          /* query rows that share a pass over a block, at most */
 #define VECTOR_ROWS 4     /* up to so many rows, memory bounds the speed in float32 too, which is more precise */
-#define AHEAD 16384       /* how many bytes ahead to prefetch */
+#define AHEAD (BITS ? 8192 : 16384)   /* how many bytes ahead to prefetch */
 #define ALONE (1 << 19)   /* with fewer multiply-adds, one thread is faster than several */
 #define INLINE static inline __attribute__((always_inline))
 

@@ -45,7 +45,8 @@ INLINE void load_two(const char *from, lanes_t *a, lanes_t *b) {
 }
 INLINE lanes_t multiply(lanes_t sum, lanes_t numbers, lanes_t row) {
 #if defined(__AVX512VNNI__)
-    return _mm512_dpwssd_epi32(sum, numbers, row);
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(numbers), "v"(row));
+    return sum;
 #else
     return _mm512_add_epi32(sum, _mm512_madd_epi16(numbers, row));
 #endif
@@ -58,7 +59,8 @@ INLINE void load_two(const char *from, lanes_t *a, lanes_t *b) {
 }
 INLINE lanes_t multiply(lanes_t sum, lanes_t numbers, lanes_t row) {
 #if defined(__AVX512VNNI__)
-    return _mm512_dpbusd_epi32(sum, numbers, row);
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(numbers), "v"(row));
+    return sum;
 #else
     return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(numbers, row), _mm512_set1_epi16(1)));
 #endif
@@ -141,32 +143,32 @@ INLINE float most_of(vf x) {
 #endif
 }
 
-/* Round x [n] to integers of a unit, n a multiple of 16, none of which is larger than MOST. Return what is to be added
- * for the rest: the sum of its lanes times the middle of the numbers. So errors are left of the numbers' distances from
- * their middle only. */
-INLINE vf round_row(const float *x, int64_t n, float unit, rounded_t *to) {
-    const float back = unit > 0 ? 1 / unit : 0, middle = ((1 << BITS) - 1) / 2.0f;
-    vf rest = {0};
+/* The larger of the sizes |a| and |b| of each lane. */
+INLINE vf larger_size(vf a, vf b) {
 #if LANES == 16
-    for (int64_t i = 0; i < n; i += 16) {
-        const __m512 exact = _mm512_loadu_ps(x + i);
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(exact, _mm512_set1_ps(back)));
-        rest += (vf)_mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(unit), exact);
+    return (vf)_mm512_range_ps((__m512)a, (__m512)b, 11);
+#else
+    return larger(larger(a, -a), b);
+#endif
+}
+
+/* Round lanes to integers of a unit, none of which is larger than MOST. Return what is left of them. */
+INLINE vf round_lanes(vf exact, float back, float unit, rounded_t *to) {
+#if LANES == 16
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(exact * back));
 #if BITS == 8
-        _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtepi32_epi16(whole));
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(whole));
 #else
-        _mm_storeu_si128((__m128i *)(to + i), _mm512_cvtepi32_epi8(whole));
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(whole));
 #endif
-    }
+    return exact - (vf)_mm512_cvtepi32_ps(whole) * unit;
 #else
-    float left = 0;
-    for (int64_t i = 0; i < n; i++) {
-        to[i] = (rounded_t)__builtin_lrintf(x[i] * back);
-        left += x[i] - (float)to[i] * unit;
+    for (int i = 0; i < LANES; i++) {
+        to[i] = (rounded_t)__builtin_lrintf(exact[i] * back);
+        exact[i] -= (float)to[i] * unit;
     }
-    rest[0] = left;
+    return exact;
 #endif
-    return rest * middle;
 }
 
 /* -- a block ---------------------------------------------------------------------------------------------------------- */
@@ -191,87 +193,92 @@ INLINE void product(const int rows, const int vectors, const rounded_t *row, con
         for (int c = 0; c < vectors; c++) add_scaled(to + r * to_stride + 16 * c, sum[r][c], unit[r], shift[r]);
 }
 
-INLINE void product_of(int64_t rows, const int vectors, const rounded_t *row, int64_t row_stride, const char *from,
-                       int64_t stride, int64_t runs, const float *unit, const float *shift, float *to,
-                       int64_t to_stride) {
-    switch (rows) {
-    case 1: product(1, vectors, row, row_stride, from, stride, runs, unit, shift, to, to_stride); break;
-    case 2: product(2, vectors, row, row_stride, from, stride, runs, unit, shift, to, to_stride); break;
-    default: product(4, vectors, row, row_stride, from, stride, runs, unit, shift, to, to_stride);
+/* The row, unit and shift with which product() multiplies sum_p x[r][p] (low[p] + scale[p] u[p]), for n numbers p.
+ *
+ * shift[r] has the offsets, and what is left of the rounded numbers times the middle of u. So the errors of rounding are
+ * multiplied by the distances of u from its middle only. */
+INLINE void round_rows(const int rows, const float *x, const int64_t x_stride, const float *scale, const float *low,
+                       const int64_t n, rounded_t *row, const int64_t row_stride, float *unit, float *shift) {
+    const float middle = ((1 << BITS) - 1) / 2.0f;
+    vf sum[4] = {{0}}, most[4] = {{0}};
+    float back[4];
+    for (int64_t p = 0; p < n; p += LANES) {
+        const vf factor = *(const vf *)(scale + p), offset = *(const vf *)(low + p);
+        for (int r = 0; r < rows; r++) {
+            const vf exact = *(const vf *)(x + r * x_stride + p), scaled = exact * factor;
+            sum[r] += exact * offset;
+            most[r] = larger_size(scaled, most[r]);
+        }
     }
+    for (int r = 0; r < rows; r++) {
+        unit[r] = most_of(most[r]) / MOST;
+        back[r] = unit[r] > 0 ? 1 / unit[r] : 0;
+    }
+    for (int64_t p = 0; p < n; p += LANES) {
+        const vf factor = *(const vf *)(scale + p);
+        for (int r = 0; r < rows; r++) {
+            const vf exact = *(const vf *)(x + r * x_stride + p) * factor;
+            sum[r] += round_lanes(exact, back[r], unit[r], row + r * row_stride + p) * middle;
+        }
+    }
+    for (int r = 0; r < rows; r++) shift[r] = sum_of(sum[r]);
 }
 
-/* row, unit and shift of the scores of a unit: q_c scale_c as integers, and q . low. */
-INLINE void prepare_scores(const float *query, const float *scale, const float *low, int64_t dk, float *scaled,
-                           rounded_t *row, float *unit, float *shift) {
-    vf sum = {0}, most = {0};
-    for (int64_t d = 0; d < dk; d += LANES) {
-        const vf x = *(const vf *)(query + d), y = x * *(const vf *)(scale + d);
-        sum += x * *(const vf *)(low + d);
-        most = larger(larger(y, -y), most);
-        *(vf *)(scaled + d) = y;
-    }
-    *unit = most_of(most) / MOST;
-    *shift = sum_of(sum + round_row(scaled, dk, *unit, row));
+/* score[r * BLOCK + j] = q_r . k_j for `rows` rows and the keys of a unit. */
+INLINE void dots_of_unit(const int rows, const float *q, const int64_t q_row, const float *scale, const float *low,
+                         const char *numbers, const int64_t dk, rounded_t *row, float *score) {
+    float unit[4], shift[4];
+    round_rows(rows, q, q_row, scale, low, dk, row, dk, unit, shift);
+    product(rows, 4, row, dk, numbers, 4 * VECTOR_BYTES, dk / RUN, unit, shift, score, BLOCK);
 }
 
-/* Attend to one block of keys: units of UNIT tokens, one after the other. */
+/* out[r] += sum_j weight[r * BLOCK + j] v_j for `rows` rows and the values of a unit. */
+INLINE void weigh_unit(const int rows, const float *weight, const float *scale, const float *low, const char *numbers,
+                       const int64_t dv, rounded_t *row, float *out) {
+    float unit[4], shift[4];
+    const int64_t stride = dv * RUN * BITS / 8;
+    round_rows(rows, weight, BLOCK, scale, low, UNIT, row, UNIT, unit, shift);
+    int64_t d = 0;
+    for (; d + 64 <= dv; d += 64)
+        product(rows, 4, row, UNIT, numbers + d * RUN * BITS / 8, stride, UNIT / RUN, unit, shift, out + d, dv);
+    if (d < dv) product(rows, 2, row, UNIT, numbers + d * RUN * BITS / 8, stride, UNIT / RUN, unit, shift, out + d, dv);
+}
+
+/* Attend to one block of keys: the scores of all units, the softmax, then the values of all units. */
 static void attend_in_integers(const call_t *call, int64_t rows, const char *q, const char *k, const char *v,
                                int64_t tokens, state_t state, char *work) {
-    const int64_t dk = call->dk, dv = call->dv, q_row = round_up(dk, CHUNK), out_stride = round_up(dv, 32);
+    const int64_t dk = call->dk, q_row = round_up(dk, CHUNK), dv = round_up(call->dv, 32);   /* dv as it is stored */
     const int64_t dim = q_row > UNIT ? q_row : UNIT;   /* of the buffers: elements of a key, or tokens of a unit */
-    float *scale = (float *)work, *low = scale + dim, *scaled = low + dim, *score = scaled + dim;
-    rounded_t *row = (rounded_t *)(score + GROUP * UNIT);
-    float unit[GROUP], shift[GROUP];
+    float *score = (float *)work, *scale = score + GROUP * BLOCK, *low = scale + dim;
+    rounded_t *row = (rounded_t *)(low + dim);
+    memset(score, 0, sizeof(float) * BLOCK * round_up(rows, 4));
     for (int64_t t = 0; t < tokens; t += UNIT) {
-        const char *keys = k + t * KEY_BYTES(dk), *values = v + t * VALUE_BYTES(dv);
+        const char *keys = k + t * KEY_BYTES(dk), *numbers = keys + 4 * dk;
         from_halves(keys, dk, 1.0f / (1 << BITS), scale);
         from_halves(keys + 2 * dk, dk, 1, low);
-        memset(score, 0, sizeof(float) * rows * UNIT);
-        for (int64_t r = 0; r < rows; r++)
-            prepare_scores((const float *)q + r * q_row, scale, low, dk, scaled, row + r * dim, unit + r, shift + r);
-        for (int64_t r = 0; r < rows; r += 4)
-            product_of(tile_of(rows - r), 4, row + r * dim, dim, keys + 4 * dk, 4 * VECTOR_BYTES, dk / RUN, unit + r,
-                       shift + r, score + r * UNIT, UNIT);
+        for (int64_t r = 0; r < rows; r += 4) {
+            const float *query = (const float *)q + r * q_row;
+            float *to = score + r * BLOCK + t;
+            switch (tile_of(rows - r)) {   /* the number of rows decides what is in registers */
+            case 1: dots_of_unit(1, query, q_row, scale, low, numbers, dk, row, to); break;
+            case 2: dots_of_unit(2, query, q_row, scale, low, numbers, dk, row, to); break;
+            default: dots_of_unit(4, query, q_row, scale, low, numbers, dk, row, to);
+            }
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) to_weights(call, score + r * BLOCK, tokens, v, r, dv, state);
+    for (int64_t t = 0; t < tokens; t += UNIT) {
+        const char *values = v + t * VALUE_BYTES(call->dv), *numbers = values + 4 * UNIT;
         from_halves(values, UNIT, 1.0f / (1 << BITS), scale);
         from_halves(values + 2 * UNIT, UNIT, 1, low);
-        vf widest = {0};
-        for (int64_t j = 0; j < UNIT; j += LANES) widest = larger(*(vf *)(scale + j), widest);
-        const float step = most_of(widest) / MOST;
-        for (int64_t r = 0; r < rows; r++) {
-            float *s = score + r * UNIT;
-            to_scores(call, s, UNIT);
-            vf top = *(vf *)s;
-            for (int64_t j = LANES; j < UNIT; j += LANES) top = larger(*(vf *)(s + j), top);
-            const float peak = most_of(top);   /* of this unit, so that the largest weight is 1 before it is rounded */
-            vf sum = {0}, lows = {0};
-            for (int64_t j = 0; j < UNIT; j += LANES) {
-                const vf p = exp_nonpositive(*(vf *)(s + j) - peak);
-                sum += p;
-                lows += p * *(vf *)(low + j);
-                *(vf *)(scaled + j) = p * *(vf *)(scale + j);
-            }
-            lows += round_row(scaled, UNIT, step, row + r * UNIT);
-            const float now = peak > state.peak[r] ? peak : state.peak[r];
-            const vf factors = exp_nonpositive((vf){peak, state.peak[r]} - now);
-            if (factors[1] != 1)
-                for (int64_t d = 0; d < out_stride; d += LANES) *(vf *)(state.out + r * out_stride + d) *= factors[1];
-            state.mass[r] = state.mass[r] * factors[1] + sum_of(sum) * factors[0];
-            state.peak[r] = now;
-            unit[r] = step * factors[0];
-            shift[r] = sum_of(lows) * factors[0];
-        }
-        const char *numbers = values + 4 * UNIT;
-        const int64_t stride = out_stride * RUN * BITS / 8;
         for (int64_t r = 0; r < rows; r += 4) {
-            float *out = state.out + r * out_stride;
-            int64_t d = 0;
-            for (; d + 64 <= out_stride; d += 64)
-                product_of(tile_of(rows - r), 4, row + r * UNIT, UNIT, numbers + d * RUN * BITS / 8, stride, UNIT / RUN,
-                           unit + r, shift + r, out + d, out_stride);
-            if (d < out_stride)
-                product_of(tile_of(rows - r), 2, row + r * UNIT, UNIT, numbers + d * RUN * BITS / 8, stride, UNIT / RUN,
-                           unit + r, shift + r, out + d, out_stride);
+            const float *weight = score + r * BLOCK + t;
+            float *out = state.out + r * dv;
+            switch (tile_of(rows - r)) {
+            case 1: weigh_unit(1, weight, scale, low, numbers, dv, row, out); break;
+            case 2: weigh_unit(2, weight, scale, low, numbers, dv, row, out); break;
+            default: weigh_unit(4, weight, scale, low, numbers, dv, row, out);
+            }
         }
     }
 }

@@ -311,6 +311,31 @@ INLINE void weigh_all(const int rows, const int64_t dv, const float *weight, con
 
 INLINE int64_t tile_of(int64_t rows) { return rows >= 3 ? 4 : rows; }
 
+/* Replace the dot products s of row r and some keys by their weights exp(score - peak), and update the row's state. V,
+ * which is read next, is prefetched. */
+INLINE void to_weights(const call_t *call, float *s, int64_t tokens, const char *v, int64_t r, int64_t out_stride,
+                       state_t state) {
+    vf top = all(state.peak[r]);
+    to_scores(call, s, round_up(tokens, LANES));
+    for (int64_t j = tokens; j % LANES; j++) s[j] = -INFINITY;
+    for (int64_t j = 0; j < tokens; j += LANES) top = larger(*(vf *)(s + j), top);
+    float peak = top[0];
+    for (int i = 1; i < LANES; i++) peak = top[i] > peak ? top[i] : peak;
+    vf sum = {0};
+    for (int64_t j = 0; j < tokens; j += LANES) {
+        soon(v + 64 * (r * BLOCK + j) / LANES, 64);
+        const vf p = exp_nonpositive(*(vf *)(s + j) - peak);
+        *(vf *)(s + j) = p;
+        sum += p;
+    }
+    const float keep = exp_nonpositive(all(state.peak[r] - peak))[0];
+    if (keep != 1)
+        for (int64_t d = 0; d < out_stride; d += LANES) *(vf *)(state.out + r * out_stride + d) *= keep;
+    state.mass[r] *= keep;
+    for (int i = 0; i < LANES; i++) state.mass[r] += sum[i];
+    state.peak[r] = peak;
+}
+
 #if !BITS
 /* Attend to one block of keys. It reads all of K, computes the softmax, then reads all of V: the hardware prefetches two
  * long sequential streams better than short alternating ones. */
@@ -330,28 +355,7 @@ static void attend_in_vectors(const call_t *call, int64_t rows, const char *q, c
             }
         }
     }
-    for (int64_t r = 0; r < rows; r++) {
-        float *s = score + r * BLOCK;
-        vf top = all(state.peak[r]);
-        to_scores(call, s, round_up(tokens, LANES));
-        for (int64_t j = tokens; j % LANES; j++) s[j] = -INFINITY;
-        for (int64_t j = 0; j < tokens; j += LANES) top = larger(*(vf *)(s + j), top);
-        float peak = top[0];
-        for (int i = 1; i < LANES; i++) peak = top[i] > peak ? top[i] : peak;
-        vf sum = {0};
-        for (int64_t j = 0; j < tokens; j += LANES) {
-            soon(v + 64 * (r * BLOCK + j) / LANES, 64);
-            const vf p = exp_nonpositive(*(vf *)(s + j) - peak);
-            *(vf *)(s + j) = p;
-            sum += p;
-        }
-        const float keep = exp_nonpositive(all(state.peak[r] - peak))[0];
-        if (keep != 1)
-            for (int64_t d = 0; d < out_stride; d += LANES) *(vf *)(state.out + r * out_stride + d) *= keep;
-        state.mass[r] *= keep;
-        for (int i = 0; i < LANES; i++) state.mass[r] += sum[i];
-        state.peak[r] = peak;
-    }
+    for (int64_t r = 0; r < rows; r++) to_weights(call, score + r * BLOCK, tokens, v, r, out_stride, state);
     for (int64_t j = 0; j < tokens; j += NEAR) {   /* so that all but the first pass read V from the L1 cache */
         const int64_t n = least(tokens - j, NEAR);
         for (int64_t r = 0; r < rows; r += 4) {
