@@ -16,6 +16,7 @@ from headinfer import HeadCache, Options
 from headinfer.engine.options import OptionFields, current_names, known_fields, merged
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
+from headinfer.utils.head_pattern import HeadPattern
 
 OLD = {
     "device_kv_budget": (2**28, "device_kv_budget_bytes", 2**28),
@@ -71,12 +72,13 @@ def test_the_warning_points_at_the_user_s_line(call):
 def test_keywords_are_the_fields_of_options():
     """enable() and HeadCache() take what Options takes: the typed dictionary repeats its fields for type checkers.
 
-    Bytes and tokens may be texts there, which Options converts to numbers, and a folder may be a path.
+    Bytes and tokens may be texts there, which Options converts to numbers, and folders and files may be paths.
     """
     fields = {field.name: field.type for field in dataclasses.fields(Options)}
     as_text = {name for name in fields if name.endswith(("_bytes", "_tokens"))}
     given = {name: kind.replace("int", "int | str") if name in as_text else kind for name, kind in fields.items()}
     given["disk_tier"] = "str | PathLike[str] | None"
+    given["sparse_heads"] = "HeadPattern | str | PathLike[str] | None"
     assert {name: kind.__forward_arg__ for name, kind in OptionFields.__annotations__.items()} == given
     for called in (headinfer.enable, HeadCache.__init__):
         assert typing.get_type_hints(called)["options"] == typing.Unpack[OptionFields]
@@ -216,3 +218,24 @@ def test_an_old_name_replaces_an_option_of_a_session(tmp_path):
         loaded = HeadCache.load(tmp_path / "s", model, device_kv_budget=2**27)
     assert loaded.engine.options.device_kv_budget_bytes == 2**27
     assert HeadCache.load(tmp_path / "s", model).engine.options.device_kv_budget_bytes == 2**26
+
+
+def test_head_patterns_are_read_and_kept_in_sessions(tmp_path):
+    pattern = HeadPattern(((0.9, 0.2), (0.1, 0.6)), sink_tokens=4, recent_tokens=8, info={"model": "tiny"})
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(pattern.as_dict()))
+    options = Options(sparse_heads=path)
+    assert options.sparse_heads == pattern
+    assert options.is_approximate
+    kept = json.loads(json.dumps(options.arithmetic()))
+    assert Options(**kept).sparse_heads == pattern.reduced()
+    assert "sparse_heads" not in Options(kv_dtype="int8").arithmetic()
+    assert "kv_dtype" not in kept
+    assert merged(kept, {"sparse_heads": path}) == {**kept, "sparse_heads": path}
+    for held, given in ((kept, None), ({}, pattern), (kept, HeadPattern(((1.0, 1.0), (0.0, 1.0))))):
+        with pytest.raises(UsageError, match="leave sparse_heads out, or read the document again"):
+            merged(held, {"sparse_heads": given})
+    with pytest.raises(UsageError, match="sparse_heads is 3"):
+        Options(sparse_heads=3)
+    with pytest.raises(UsageError, match="cannot read"):
+        Options(sparse_heads=tmp_path / "none.json")

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, cast
 from headinfer.attention.backends import preferences
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
+from headinfer.utils.head_pattern import HeadPattern, read_pattern
 from headinfer.utils.kv_format import KV_DTYPES, UNIT, KVDtype
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.values import (
@@ -61,6 +62,7 @@ class OptionFields(TypedDict, total=False):
     host_kv_budget_bytes: int | str | None
     disk_tier: str | PathLike[str] | None
     kv_dtype: KVDtype
+    sparse_heads: HeadPattern | str | PathLike[str] | None
 
 
 def _rates(value: Any, name: str) -> TileRates:
@@ -81,6 +83,14 @@ def _backend(value: Any, name: str) -> str:
         raise UsageError(f"{name} is {shown(value)}: it must be names of attention backends, separated by commas")
     preferences(value)  # raises if a name is unknown
     return value
+
+
+def _sparse_heads(value: Any, name: str) -> HeadPattern:
+    if isinstance(value, HeadPattern):
+        return value
+    if isinstance(value, Mapping):  # from JSON
+        return HeadPattern.from_dict(value, name)
+    return read_pattern(path_text(value, name))
 
 
 def _option(convert: Callable[[Any, str], Any], default: Any = None) -> Any:
@@ -126,6 +136,9 @@ class Options:
         kv_dtype: how KV is stored in host memory, on disk and in sessions. "auto" is the model's dtype, which is exact.
             "int8" and "int4" are approximate: KV takes about half or a quarter of the bytes, and results differ
             (docs/approximations.md). The newest tokens, and all that stays on the device, are exact in any case.
+        sparse_heads: which KV heads see the first and the newest tokens only, as a HeadPattern, or the path of a file
+            of `headinfer heads` or DuoAttention. Nothing else of these heads is stored, moved or computed, which is
+            approximate (docs/approximations.md). None lets all heads see all tokens, which is exact.
 
     Raises:
         UsageError: a value is of another type or out of range, or a backend is unknown. The message names the field.
@@ -145,6 +158,7 @@ class Options:
     host_kv_budget_bytes: int | None = _option(byte_count)
     disk_tier: str | None = _option(path_text)
     kv_dtype: KVDtype = _option(partial(choice, choices=KV_DTYPES), "auto")  # noqa: RUF009  a field
+    sparse_heads: HeadPattern | None = _option(_sparse_heads)  # noqa: RUF009  a field
     # Deprecated names.
     device_kv_budget: InitVar[int | None] = None
     streaming_budget: InitVar[int | None] = None
@@ -208,17 +222,20 @@ class Options:
 
     @property
     def is_approximate(self) -> bool:
-        """Whether KV is stored approximately."""
-        return self.kv_dtype != "auto"
+        """Whether KV is stored approximately, or some heads do not see all tokens."""
+        return self.kv_dtype != "auto" or self.sparse_heads is not None
 
     def arithmetic(self) -> dict[str, Any]:
         """Return the fields that a session keeps, for JSON: all but those of _NOT_IN_SESSIONS.
 
-        Without kv_dtype KV is exact, as it is in sessions of earlier versions.
+        Without kv_dtype and sparse_heads KV is exact, as it is in sessions of earlier versions.
         """
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_SESSIONS}
-        if not self.is_approximate:
+        if self.kv_dtype == "auto":
             del fields["kv_dtype"]
+        del fields["sparse_heads"]
+        if self.sparse_heads is not None:
+            fields["sparse_heads"] = self.sparse_heads.reduced().as_dict()
         return fields
 
 
@@ -237,7 +254,8 @@ def merged(kept: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any
     A kept streaming budget becomes smaller if the changed device budget, whose part it is, is smaller.
 
     Raises:
-        UsageError: kv_dtype would change. What was read approximately does not go on as if it were exact.
+        UsageError: kv_dtype or sparse_heads would change. What was read approximately does not go on as if it were
+            exact.
     """
     names = current_names(changed)
     kept_dtype = kept.get("kv_dtype", "auto")
@@ -247,6 +265,14 @@ def merged(kept: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any
             f"kv_dtype is {shown(names['kv_dtype'])}, and the session holds its KV {form}: leave kv_dtype out, or read "
             "the document again into another session"
         )
+    if "sparse_heads" in names:
+        given, held = (Options(sparse_heads=each.get("sparse_heads")).sparse_heads for each in (names, kept))
+        if (given and given.digest) != (held and held.digest):
+            form = f"with the head pattern {held.digest}" if held is not None else "with all heads full"
+            raise UsageError(
+                f"sparse_heads is {f'the head pattern {given.digest}' if given is not None else 'None'}, and the "
+                f"session was read {form}: leave sparse_heads out, or read the document again into another session"
+            )
     fields = {name: value for name, value in kept.items() if name not in names}
     budget = names.get("device_kv_budget_bytes")
     if budget is not None and fields.get("streaming_budget_bytes") is not None:

@@ -107,6 +107,8 @@ class HeadCache(Cache):  # type: ignore[misc]
             )
         if chosen.is_approximate:
             ModelShape.from_config(config).check_kv_bits(kv_bits(chosen.kv_dtype))
+        if chosen.sparse_heads is not None:
+            raise UnsupportedError("sparse_heads is not served yet: leave it out")
         self.engine = Engine(chosen, len(full))
         for index in full:
             layer = layers[index]
