@@ -46,6 +46,14 @@ def test_a_session_in_int8(run_command, book, tmp_path):
     code, _, err = run_command(*read, "exact", "--kv-dtype", "int4")
     assert code == 2
     assert "was begun with --kv-dtype auto, and goes on with the same" in err
+    code, _, err = run_command(*read, "other", "--kv-dtype", "auto")
+    assert code == 2
+    assert "was read approximately (int8), and does not go on exactly: leave out --kv-dtype to go on as it" in err
+    code, _, err = run_command(*read, "exact", "--kv-dtype", "auto")
+    assert code == 0, err
+    code, _, err = run_command(*read, "other")
+    assert code == 0
+    assert SAYS in err, "without the option the session goes on as it was begun"
     code, _, err = run_command("chat", "--device", "cpu", *root, "--session", "other", "--kv-dtype", "auto")
     assert code == 2
     assert "holds its KV in int8, which is approximate" in err

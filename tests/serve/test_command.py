@@ -52,6 +52,7 @@ def loaded(monkeypatch):
         (["--api-key-file", "empty"], "empty has no key"),
         (["--stop", ""], "--stop is empty"),
         (["--device-kv-budget", "many"], "--device-kv-budget"),
+        (["--kv-dtype", "int3"], "--kv-dtype is int3: it must be one of auto, int8, int4"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -122,13 +123,15 @@ def test_a_signal_ends_the_server_cleanly(stop, exit_code, loaded, run_command, 
     address = []
     monkeypatch.setattr(web, "web_server", served)
     monkeypatch.setattr(listen, "address_of", lambda listener, host: address.append(_url(listener)) or address[0])
-    options = ("--port", 0, "--sessions", tmp_path, "--temperature", 0.5, "--queue", 9)
+    options = ("--port", 0, "--sessions", tmp_path, "--temperature", 0.5, "--queue", 9, "--kv-dtype", "int8")
     code, _, err = run_command("serve", "embedded", *options)
     assert code == exit_code
     assert answers == [{"status": "ok"}]
     assert loaded[-1] == "closed"
     assert (loaded[0].model, loaded[0].root, loaded[0].queue_limit) == ("embedded", tmp_path, 9)
     assert loaded[0].sampling.temperature == 0.5
+    assert loaded[0].options.kv_dtype == "int8"
+    assert "KV is stored in int8, which is approximate" in err
     assert f"the page is at {address[0]}/ and the API at {address[0]}/v1; Ctrl-C ends it" in err
     assert "Traceback" not in err
 

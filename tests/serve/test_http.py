@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import openai
 import pytest
@@ -10,6 +11,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 from scripted_service import PASSAGES, ROOT
 
+from headinfer.engine.options import Options
 from headinfer.errors import CapacityError, SessionError, UsageError
 from headinfer.serve import files
 from headinfer.serve.errors import NotFoundError, QueueFullError
@@ -237,6 +239,19 @@ def test_state_and_metrics(service):
     assert 'headinfer_kv_bytes{place="host"} 7.0' in metrics.text
     assert 'headinfer_tokens_total{kind="prompt"}' in metrics.text
     assert BROWSER.get(f"{service.address}/health").json() == {"status": "ok"}
+
+
+def test_answers_with_approximate_kv_say_so(service, monkeypatch):
+    monkeypatch.setattr(service, "settings", replace(service.settings, options=Options(kv_dtype="int8")))
+    for path, body in (
+        ("chat/completions", {"messages": HELLO}),
+        ("completions", {"prompt": "hello"}),
+        ("responses", {"input": "hello"}),
+    ):
+        whole = BROWSER.post(f"{service.address}/v1/{path}", json=body).json()
+        assert "KV is stored in int8, which is approximate" in whole["approximation"]
+        streamed = BROWSER.post(f"{service.address}/v1/{path}", json={**body, "stream": True}).text
+        assert whole["approximation"] in streamed
 
 
 @pytest.mark.parametrize(

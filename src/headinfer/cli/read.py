@@ -76,6 +76,7 @@ def read(
         raw=raw,
         system=system,
         options=options,
+        is_exact=kv_dtype == "auto",
     )
     prepared = reading.prepare_read(job)
     for line in prepared.warnings:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from headinfer.cli.console import say
+from headinfer.cli.console import say, warning
 from headinfer.cli.options import (
     ChunkTokens,
     CpuShare,
@@ -20,6 +20,7 @@ from headinfer.cli.options import (
     DiskTier,
     Dtype,
     HostKVBudget,
+    KVDtypeOption,
     MaxNewTokens,
     Model,
     SessionsFolder,
@@ -87,6 +88,7 @@ def serve(
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
     cpu_share: CpuShare = None,
+    kv_dtype: KVDtypeOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     *,
@@ -109,13 +111,15 @@ def serve(
         dtype=dtype,
         seed=sampling.seed,
         chunk_tokens=chunk_tokens,
-        options=Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share)),
+        options=Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype)),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         queue_limit=queue,
         caches_kept=caches,
     )
     dataclasses.replace(sampling, temperature=sampling.temperature or 1.0).check()  # a request may set a temperature
+    if settings.approximation:
+        warning(settings.approximation)
     keys = read_keys(api_key_file)
     with listen(host, port, has_key=bool(keys)) as listener:
         from headinfer.serve.access import Access

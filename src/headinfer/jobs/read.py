@@ -33,7 +33,7 @@ from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, 
 from headinfer.sessions.loader import saved_ids
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
-from headinfer.utils.approximation import approximation
+from headinfer.utils.approximation import approximation, short_form
 from headinfer.utils.files import check_folder
 from headinfer.utils.values import shown
 
@@ -122,7 +122,7 @@ def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any
         device=torch.device(device),
         dtype=dtype,
         context_tokens=tokens,
-        options=job.options if found is None else replace(job.options, kv_dtype=found.kv_dtype),
+        options=job.options if found is None else replace(job.options, **found.approximate_options),
         chunk_tokens=job.chunk_tokens,
         session_root=job.root,
         saved_tokens=done,
@@ -264,6 +264,11 @@ def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
                 f"the session {folder} was begun with {name} {kept[name]}, and goes on with the same: leave out "
                 f"--{flag}, or choose another name"
             )
+    if job.is_exact and found.is_approximate:
+        raise UsageError(
+            f"the session {folder} was read approximately ({short_form(found.kv_dtype, found.sparse_heads)}), and does "
+            "not go on exactly: leave out --kv-dtype to go on as it was begun, or choose another name to read exactly"
+        )
 
 
 def _asked_for(job: ReadJob) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class ReadJob:
         seed: the seed of random weights.
         raw: whether the model's chat template is left out.
         system: the system prompt; empty if there is none.
-        options: Options of the cache; what they leave open is planned.
+        options: Options of the cache; what they leave open is planned. A session goes on in its own kv_dtype.
+        is_exact: whether a session whose KV is approximate is refused, since the user has named the exact form.
     """
 
     model: str
@@ -58,6 +59,7 @@ class ReadJob:
     raw: bool = False
     system: str = ""
     options: Options = field(default_factory=Options)
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)

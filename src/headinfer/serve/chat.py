@@ -22,7 +22,7 @@ from pydantic import Field
 
 from headinfer.serve.answers import Answer, WholeAnswer
 from headinfer.serve.bodies import Body, ChatTool, GenerationBody, StreamOptions, Zero, json_body, session_of
-from headinfer.serve.common import begin_answer, new_id, now, progress_json, usage, where_json
+from headinfer.serve.common import approximation_json, begin_answer, new_id, now, progress_json, usage, where_json
 from headinfer.serve.events import Done, Prefill, Queued, Reasoning, Text, ToolCall, Where
 from headinfer.serve.http_errors import HttpError
 from headinfer.serve.service import Service
@@ -160,8 +160,8 @@ def chat_routes(service: Service) -> APIRouter:
         )
         if body.stream:
             wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(_Chunks(service.model, wants_usage).frames(answer), service.settings.root, answer.cancel)
-        return JSONResponse(_completion(service.model, await answer.whole(request)))
+            return EventStream(_Chunks(service, wants_usage).frames(answer), service.settings.root, answer.cancel)
+        return JSONResponse(_completion(service, await answer.whole(request)))
 
     return router
 
@@ -206,7 +206,7 @@ def template_call(call_id: str, name: str, arguments: str, param: str) -> dict[s
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": given}}
 
 
-def _completion(model: str, whole: WholeAnswer) -> dict[str, Any]:
+def _completion(service: Service, whole: WholeAnswer) -> dict[str, Any]:
     calls = [
         ChatCompletionMessageFunctionToolCall(
             id=call.id, type="function", function=Function(name=call.name, arguments=call.arguments)
@@ -222,7 +222,7 @@ def _completion(model: str, whole: WholeAnswer) -> dict[str, Any]:
         id=new_id("chatcmpl-"),
         object="chat.completion",
         created=now(),
-        model=model,
+        model=service.model,
         choices=[
             Choice(
                 index=0,
@@ -233,7 +233,7 @@ def _completion(model: str, whole: WholeAnswer) -> dict[str, Any]:
         ],
         usage=usage(whole.done),
     ).to_dict()
-    return {**completion, **where_json(whole.where)}
+    return {**completion, **where_json(whole.where), **approximation_json(service)}
 
 
 def _reason(done: Done) -> Literal["stop", "length", "tool_calls"]:
@@ -244,12 +244,12 @@ class _Chunks:
     """Makes the chunks of a stream.
 
     Args:
-        model: the name of the model.
+        service: the service.
         wants_usage: whether a last chunk has the numbers of tokens.
     """
 
-    def __init__(self, model: str, wants_usage: bool) -> None:
-        self._model = model
+    def __init__(self, service: Service, wants_usage: bool) -> None:
+        self._service = service
         self._wants_usage = wants_usage
         self._id = new_id("chatcmpl-")
         self._created = now()
@@ -258,7 +258,7 @@ class _Chunks:
         """Yield the chunks of an answer as frames."""
         yield self._delta(ChoiceDelta(role="assistant", content=""))
         calls = 0
-        where: dict[str, Any] = {}
+        more = approximation_json(self._service)
         async for event in answer:
             match event:
                 case Queued() | Prefill():
@@ -273,9 +273,9 @@ class _Chunks:
                     yield self._delta(ChoiceDelta(tool_calls=[call]))
                     calls += 1
                 case Where():
-                    where = where_json(event)
+                    more |= where_json(event)
                 case Done():
-                    yield self._frame([ChunkChoice(index=0, delta=ChoiceDelta(), finish_reason=_reason(event))], where)
+                    yield self._frame([ChunkChoice(index=0, delta=ChoiceDelta(), finish_reason=_reason(event))], more)
                     if self._wants_usage:
                         yield self._frame([], {"usage": usage(event).to_dict()})
         yield END
@@ -285,7 +285,11 @@ class _Chunks:
 
     def _frame(self, choices: list[ChunkChoice], more: dict[str, Any]) -> bytes:
         chunk = ChatCompletionChunk(
-            id=self._id, object="chat.completion.chunk", created=self._created, model=self._model, choices=choices
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._service.model,
+            choices=choices,
         ).to_dict()
         if self._wants_usage:
             chunk["usage"] = None

@@ -20,7 +20,16 @@ from headinfer.serve.http_errors import HttpError
 from headinfer.serve.requests import Ask
 from headinfer.serve.service import Service
 
-__all__ = ["begin_answer", "check_model", "new_id", "now", "progress_json", "usage", "where_json"]
+__all__ = [
+    "approximation_json",
+    "begin_answer",
+    "check_model",
+    "new_id",
+    "now",
+    "progress_json",
+    "usage",
+    "where_json",
+]
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -92,6 +101,12 @@ def where_json(where: Where | None) -> dict[str, Any]:
         return {}
     reason = {"where_unavailable": where.unavailable_reason} if where.unavailable_reason else {}
     return {"where": [asdict(passage) for passage in where.passages], **reason}
+
+
+def approximation_json(service: Service) -> dict[str, Any]:
+    """Return the extra field "approximation" of an answer, a sentence; nothing if KV is exact."""
+    sentence = service.settings.approximation
+    return {"approximation": sentence} if sentence else {}
 
 
 def new_id(prefix: str) -> str:

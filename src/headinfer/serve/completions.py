@@ -12,7 +12,7 @@ from pydantic import Field
 
 from headinfer.serve.answers import Answer, WholeAnswer
 from headinfer.serve.bodies import GenerationBody, StreamOptions, Zero, json_body, session_of
-from headinfer.serve.common import begin_answer, new_id, now, progress_json, usage, where_json
+from headinfer.serve.common import approximation_json, begin_answer, new_id, now, progress_json, usage, where_json
 from headinfer.serve.events import Done, Prefill, Queued, Reasoning, Text, Where
 from headinfer.serve.http_errors import HttpError
 from headinfer.serve.service import Service
@@ -56,9 +56,9 @@ def completion_routes(service: Service) -> APIRouter:
         )
         if body.stream:
             wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-            frames = _frames(service.model, answer, wants_usage)
+            frames = _frames(service, answer, wants_usage)
             return EventStream(frames, service.settings.root, answer.cancel)
-        return JSONResponse(_completion(service.model, await answer.whole(request)))
+        return JSONResponse(_completion(service, await answer.whole(request)))
 
     return router
 
@@ -77,30 +77,30 @@ def _prompt(prompt: str | Sequence[Any]) -> str | Sequence[int]:
     return only
 
 
-def _completion(model: str, whole: WholeAnswer) -> dict[str, Any]:
+def _completion(service: Service, whole: WholeAnswer) -> dict[str, Any]:
     choice = CompletionChoice(index=0, text=whole.text, finish_reason=_reason(whole.done), logprobs=None)
     completion = Completion(
         id=new_id("cmpl-"),
         object="text_completion",
         created=now(),
-        model=model,
+        model=service.model,
         choices=[choice],
         usage=usage(whole.done),
     )
-    return {**completion.to_dict(), **where_json(whole.where)}
+    return {**completion.to_dict(), **where_json(whole.where), **approximation_json(service)}
 
 
 def _reason(done: Done) -> Literal["stop", "length"]:
     return "length" if done.finish_reason == "length" else "stop"
 
 
-async def _frames(model: str, answer: Answer, wants_usage: bool) -> AsyncGenerator[bytes]:
+async def _frames(service: Service, answer: Answer, wants_usage: bool) -> AsyncGenerator[bytes]:
     completion_id = new_id("cmpl-")
     created = now()
-    where: dict[str, Any] = {}
+    extra = approximation_json(service)
 
     def chunk(choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
-        fields = {"id": completion_id, "object": "text_completion", "created": created, "model": model}
+        fields = {"id": completion_id, "object": "text_completion", "created": created, "model": service.model}
         last = {"usage": None} if wants_usage else {}
         return frame({**fields, "choices": choices, **last, **more})
 
@@ -114,9 +114,9 @@ async def _frames(model: str, answer: Answer, wants_usage: bool) -> AsyncGenerat
             case Text(text) | Reasoning(text):
                 yield chunk(choice(text, None), {})
             case Where():
-                where = where_json(event)
+                extra |= where_json(event)
             case Done():
-                yield chunk(choice("", _reason(event)), where)
+                yield chunk(choice("", _reason(event)), extra)
                 if wants_usage:
                     yield chunk([], {"usage": usage(event).to_dict()})
     yield END

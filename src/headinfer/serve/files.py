@@ -134,6 +134,7 @@ def file_json(state: DocumentState) -> dict[str, Any]:
         "eta_s": state.eta_s,
         "disk_bytes": state.disk_bytes,
         "characters": state.characters,
+        "approximation": state.approximation,
     }
     return {**file.to_dict(), "headinfer": progress}
 

@@ -186,8 +186,9 @@ class Library:
         files = about.get("files", [])
         tokens = document_tokens(manifest)
         error = ""
-        if manifest.model != self._model.fingerprint:
-            error = f"the session {name} was made with another model: ask it with `headinfer ask`"
+        refusal = self._model.refusal(manifest)
+        if refusal:
+            error = f"the session {name} {refusal}: ask it with `headinfer ask`"
         elif len(manifest.rows) != 1:
             error = f"the session {name} holds {len(manifest.rows)} rows, and a question is asked to one"
         return DocumentState(
@@ -201,6 +202,7 @@ class Library:
             characters=document_characters(about),
             disk_bytes=manifest.disk_bytes,
             error=error,
+            approximation=manifest.approximation,
         )
 
     def _failed(self, name: str, error: SessionError) -> DocumentState:

@@ -24,7 +24,9 @@ from headinfer.plan.model_shape import ModelShape
 from headinfer.serve.messages import chat_ids, completion_ids
 from headinfer.serve.requests import Ask
 from headinfer.serve.settings import ServeSettings
-from headinfer.sessions.fingerprint import fingerprint
+from headinfer.sessions.fingerprint import fingerprint, of_stored_kv
+from headinfer.sessions.manifest import Manifest
+from headinfer.utils.approximation import short_form
 
 __all__ = ["ServedModel"]
 
@@ -45,7 +47,7 @@ class ServedModel:
         model: the model.
         shape: its shape.
         lengths: the lengths of a context at which its rotary frequencies change.
-        fingerprint: the model as sessions name it.
+        fingerprint: the model, and how its KV is stored, as sessions name them.
         whole_only: whether some of its layers cannot be cut to fewer tokens.
 
     Raises:
@@ -73,11 +75,14 @@ class ServedModel:
             host_weight_bytes=self.source.weight_bytes(dtype) if device == "cpu" else 0,
         )
         plan_run(request)  # raises if the weights do not fit
+        self._given = given_options(settings.options)
+        layers = HeadCache(self.source.config, **self._given).layers  # raises if the model or an option is not served
+        self.whole_only = any(type(layer).__name__ != "HeadLayer" for layer in layers)
         self.model = self.source.load(dtype=dtype, device=device, seed=settings.seed)
         if device == "cpu":
             native.unavailable_reason(self.model.dtype)  # compiles the decode kernel, if it was never done here
-        self.fingerprint = fingerprint(self.model)
-        self._given = given_options(settings.options)
+        self.fingerprint = of_stored_kv(fingerprint(self.model), settings.options.arithmetic())
+        self._options = settings.options
         self._tokenizing = threading.Lock()  # some tokenizers serve one thread at a time
         self.enabled = enable(
             self.model,
@@ -86,12 +91,23 @@ class ServedModel:
             guesses=settings.sampling.guesses,
             **self._given,
         )
-        self.whole_only = any(type(layer).__name__ != "HeadLayer" for layer in HeadCache(self.model.config).layers)
 
     @property
     def session_options(self) -> dict[str, Any]:
         """The options of the settings that replace those of a session."""
         return dict(self._given)
+
+    def refusal(self, manifest: Manifest) -> str:
+        """Return how a session was read so that it does not go on here; empty if it does.
+
+        Exact KV does not go on as approximate KV, nor the other way round.
+        """
+        kept = short_form(manifest.kv_dtype, manifest.sparse_heads)
+        served = short_form(self._options.kv_dtype)
+        if kept != served:
+            forms = [f"approximately ({form})" if form else "exactly" for form in (kept, served)]
+            return f"was read {forms[0]}, and this server reads {forms[1]}"
+        return "" if manifest.model == self.fingerprint else "was read with another model"
 
     def prompt_ids(self, request: Ask, about: Mapping[str, Any] | None) -> list[int]:
         """Return the token ids of a request, or those after its session. Any thread may call it.

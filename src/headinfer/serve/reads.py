@@ -20,8 +20,8 @@ from headinfer.serve.requests import DocumentState
 from headinfer.serve.settings import ServeSettings
 from headinfer.serve.turns import Kind, Step
 from headinfer.serve.uploads import Upload, Uploads
-from headinfer.sessions.folder import Lock, check_unchanged
-from headinfer.sessions.manifest import Manifest
+from headinfer.sessions.folder import Lock, check_unchanged, session_folder
+from headinfer.sessions.manifest import MANIFEST, Manifest
 
 __all__ = ["ReadTask", "Shelf"]
 
@@ -74,7 +74,14 @@ class ReadTask:
         self._reading: Reading | None = None
         self._job: ReadJob | None = None
         self._state = DocumentState(
-            upload.name, upload.filename, upload.nbytes, upload.created_s, "waiting", tokens=0, of=0
+            upload.name,
+            upload.filename,
+            upload.nbytes,
+            upload.created_s,
+            "waiting",
+            tokens=0,
+            of=0,
+            approximation=shelf.settings.approximation,
         )
 
     @property
@@ -137,13 +144,13 @@ class ReadTask:
     def _begin(self) -> None:
         shelf = self._shelf
         assert self._job is not None
+        folder = session_folder(shelf.settings.root, self.name)
+        refusal = shelf.model.refusal(Manifest.read(folder)) if (folder / MANIFEST).exists() else ""
+        if refusal:
+            raise SessionError(f"the session {self.name} {refusal}: remove it, or add the file under another name")
         prepared = self._prepare(self._job)
         self._lock = Lock(prepared.folder)
         check_unchanged(prepared.folder, prepared.generation)
-        if prepared.generation and Manifest.read(prepared.folder).model != shelf.model.fingerprint:
-            raise SessionError(
-                f"the session {self.name} was begun with another model: remove it, or add the file under another name"
-            )
         self._reading = Reading(prepared, shelf.model.model, self._lock)
         characters = document_characters(prepared.about)
         self._state = replace(self._state, of=self._reading.tokens, characters=characters)

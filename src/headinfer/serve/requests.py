@@ -57,6 +57,7 @@ class DocumentState:
         eta_s: estimated seconds until it is ready; None if it is not being read, or if there is no estimate yet.
         disk_bytes: bytes on disk of the session.
         error: why it failed, in one sentence; empty if it has not.
+        approximation: what is approximate about its KV, in one sentence; empty if it is exact.
     """
 
     name: str
@@ -70,6 +71,7 @@ class DocumentState:
     eta_s: float | None = None
     disk_bytes: int = 0
     error: str = ""
+    approximation: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class ServerState:
     Attributes:
         model: the name of the model.
         context_limit: tokens that the model was made for; 0 if that is unknown.
+        approximation: what is approximate about the KV, in one sentence; empty if it is exact.
         device_kv_bytes: bytes of KV on the compute devices.
         device_kv_budget_bytes: the most bytes of KV that they may hold; 0 if there is no budget.
         host_kv_bytes: bytes of KV in host memory.
@@ -99,6 +102,7 @@ class ServerState:
 
     model: str
     context_limit: int
+    approximation: str = ""
     device_kv_bytes: int = 0
     device_kv_budget_bytes: int = 0
     host_kv_bytes: int = 0

@@ -24,7 +24,7 @@ from openai.types.responses.response_usage import InputTokensDetails, OutputToke
 from headinfer.errors import HeadinferError
 from headinfer.serve.answers import Answer, while_connected
 from headinfer.serve.bodies import json_body, session_of
-from headinfer.serve.common import begin_answer, new_id, now, progress_json, where_json
+from headinfer.serve.common import approximation_json, begin_answer, new_id, now, progress_json, where_json
 from headinfer.serve.events import Done, Event, Prefill, Queued, Reasoning, Text, ToolCall, Where
 from headinfer.serve.http_errors import as_http_error
 from headinfer.serve.responses_input import ResponseBody, chat_of
@@ -93,7 +93,7 @@ class _Output:
         self._root = service.settings.root
         self._items: list[dict[str, Any]] = []
         self._text = ""  # of the item that grows
-        self._more: dict[str, Any] = {}
+        self._more = approximation_json(service)
         self._response = Response(
             id=new_id("resp_"),
             object="response",
@@ -132,7 +132,7 @@ class _Output:
             case ToolCall():
                 return [*self._finish_item(), *self._call(event)]
             case Where():
-                self._more = where_json(event)
+                self._more |= where_json(event)
             case Done():
                 return [*self._finish_item(), self._end(event)]
         return []

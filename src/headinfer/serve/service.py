@@ -268,6 +268,7 @@ class Service:
             running = sum(not (isinstance(task, AnswerTask) and task.has_ended) for task in self._turns.begun())
         figures = self._meter.figures()
         figures["disk_kv_bytes"] += self._library.disk_bytes()
+        figures["approximation"] = self.settings.approximation
         limit = self._served.shape.max_context_tokens or 0
         return ServerState(model=self.model, context_limit=limit, waiting=waiting, running=running, **figures)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from headinfer.engine.options import Options
 from headinfer.jobs.sampling import Sampling
+from headinfer.utils.approximation import approximation
 
 __all__ = ["Limits", "ServeSettings"]
 
@@ -61,3 +62,8 @@ class ServeSettings:
     queue_limit: int = 64
     caches_kept: int = 4
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def approximation(self) -> str:
+        """What is approximate about the KV, in one sentence for people; empty if it is exact."""
+        return approximation(self.options.kv_dtype)

@@ -236,6 +236,7 @@ function facts(doc, share) {
         size,
         plural(doc.of || doc.tokens, "token"),
         doc.disk_bytes ? `${bytes(doc.disk_bytes)} on disk` : "",
+        doc.approximation ? "approximate" : "",
       );
   }
 }

@@ -164,6 +164,8 @@ function showConnection(isConnected, text) {
 function showState(state) {
   model = state.model;
   setText(byId("model"), joined(state.model, state.context_limit ? `${count(state.context_limit)} tokens` : ""));
+  setText(byId("approximation"), state.approximation);
+  byId("approximation").hidden = !state.approximation;
   memory.update(state);
   const work = joined(
     state.running ? `${count(state.running)} running` : "",
