@@ -80,6 +80,7 @@ COMMANDS = {
     "niah": ("eval", "niah", MODEL),
     "ruler": ("eval", "ruler", MODEL),
     "data": ("eval", "data", MODEL, "--task", "longbench-v2", "--data", "x.json"),
+    "fidelity": ("eval", "fidelity", MODEL, "--file", "book.txt", "--kv-dtype", "int8"),
     "plan": PLAN,
     "bench": ("bench",),
 }
@@ -93,6 +94,7 @@ WHOLE = {
     "niah": ("--seed", "--samples", "--device-kv-budget"),
     "ruler": ("--seed", "--samples", "--device-kv-budget"),
     "data": ("--most-tokens", "--device-kv-budget"),
+    "fidelity": ("--window", "--chunk-tokens"),
     "plan": ("--context", "--chunk-tokens", "--heads-per-group", "--tile-tokens", "--new-tokens", "--rows",
              "--weight-bits", "--disk", "--device-memory", "--device-kv-budget"),
     "bench": ("--gpu-memory",),

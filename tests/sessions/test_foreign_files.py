@@ -542,6 +542,7 @@ def test_an_evaluation_replaces_no_foreign_file(command, tmp_path, monkeypatch):
         "niah": ["niah", "embedded", "--lengths", "1K"],
         "ruler": ["ruler", "embedded", "--lengths", "2K", "--tasks", "niah_single_1"],
         "data": ["data", "embedded", "--task", "longbench-v2", "--data", data],
+        "fidelity": ["fidelity", "embedded", "--file", ROOT / "ARCHITECTURE.md", "--kv-dtype", "int8"],
     }
     for name, arguments in evaluations.items():
         folder = put(tmp_path / name)
@@ -556,6 +557,14 @@ def test_an_evaluation_replaces_no_foreign_file(command, tmp_path, monkeypatch):
     assert code == 2
     assert "niah.png is not an earlier result" in err
     assert content_of(folder) == {Path("niah.png"): PNG}
+    for name in ("fidelity.png", "results.md"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(PNG)
+        code, _, err = command("eval", *evaluations["fidelity"], "--out", folder)
+        assert code == 2
+        assert f"{name} is not an earlier result" in err
+        assert content_of(folder) == {Path(name): PNG}
 
 
 MEASUREMENT = Measurement("decode", "1K tokens", "seconds of a token", 1.0, "s")
@@ -803,6 +812,10 @@ CALLS = {
     "cli/eval.py": ["Output"],
     "cli/probe.py": ["Output", "Output"],
     # savefig: into memory
+    # a file that has no name
+    "evals/fidelity.py": ["TemporaryFile"],
+    "evals/fidelity_plot.py": ["Output", "Output", "savefig"],
+    "evals/fidelity_results.py": ["Output", "Output", "Output"],
     "evals/heatmap.py": ["Output", "savefig"],
     "evals/run.py": ["Output", "Output"],
     "utils/files.py": [

@@ -1,4 +1,4 @@
-"""The commands `headinfer eval niah`, `ruler` and `data`."""
+"""The commands `headinfer eval niah`, `ruler` and `data`; fidelity.py has `headinfer eval fidelity`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from headinfer.cli.console import say, show, warning
 from headinfer.cli.documents import DOCUMENT_HELP, given_document
+from headinfer.cli.fidelity import fidelity
 from headinfer.cli.options import (
     Command,
     CpuShare,
@@ -43,6 +44,7 @@ __all__ = ["app"]
 app = typer.Typer(
     no_args_is_help=True, help="Measure what a model finds in long texts, and check that the cache does not change it."
 )
+app.command(cls=Command)(fidelity)
 
 _MOST_DEPTHS = 1000
 

@@ -97,7 +97,7 @@ def niah_document(
     units = largest_fitting(lambda units: build(units) + longest, count, length - new_tokens)
     if units == 0:
         raise UsageError(
-            f"{length} tokens cannot hold {len(depths)} needles and a question: use a longer length or fewer depths"
+            f"{length} tokens cannot hold {len(depths)} needles and a question: use a longer length or fewer needles"
         )
     facts = {"task": "niah", "length": length, "sample": sample}
     return Document(f"niah/{length}/{sample}", build(units), questions, facts)
