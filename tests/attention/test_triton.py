@@ -335,6 +335,7 @@ SINGLE = "*fp32"
 def build(kernel, capability, half, constants, **options):
     pointers = {"q": half, "k": half, "v": half, "part": HALF}
     pointers |= dict.fromkeys(("out", "lse", "parts", "parts_lse", "part_lse"), SINGLE)
+    pointers |= {"x": half, "packed": "*u8"}
     types = {**pointers, "unit": "fp32", "cap": "fp32", **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
     source = ASTSource(
@@ -346,6 +347,10 @@ def build(kernel, capability, half, constants, **options):
 for capability in (80, 90):
     build(kernels.merge, capability, HALF, {"DIM": 128, "WIDTH": 128, "BLOCK_ROWS": 16})
     build(kernels.join, capability, HALF, {"BLOCK_SPLITS": 16, "VALUE_DIM": 96, "VALUE_WIDTH": 128})
+    for bits, keys in ((8, True), (4, False)):
+        block = {"KEYS": keys, "BITS": bits, "DIM": 96, "WIDE": 96, "WIDTH": 128, "UNIT": 64}
+        build(kernels.quantise, capability, HALF, {**block, "WIDENING": 1.1}, num_warps=8)
+        build(kernels.dequantise, capability, HALF, block, num_warps=8)
     shapes = ((HALF, 128, 64, True, 8), (HALF, 16, 64, False, 4), (SINGLE, 32, 32, True, 4))
     for half, rows, keys, causal, warps in shapes:
         dims = {"KEY_DIM": 96, "KEY_WIDTH": 128, "VALUE_DIM": 128, "VALUE_WIDTH": 128}

@@ -548,7 +548,7 @@ class Launched:
 
     def __getattr__(self, name):
         found = getattr(self.module, name)
-        return Launches(found) if name in ("attend", "join", "merge") else found
+        return Launches(found) if name in ("attend", "join", "merge", "quantise", "dequantise") else found
 
 
 class Launches:

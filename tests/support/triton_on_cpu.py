@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from headinfer.attention import triton_calls
 from headinfer.attention.backends import BACKENDS, Problem
+from headinfer.attention.quantised import UNIT, decode_k, decode_v, encode_k, encode_v
 from headinfer.attention.reference import attend_reference, causal_mask
 from headinfer.attention.state import AttentionState
+from headinfer.utils.kv_format import padded_value_dim
 
 assert os.environ["TRITON_INTERPRET"] == "1", "test_triton.py runs this file"
 
@@ -273,3 +275,26 @@ def test_other_layouts_are_left_to_torch():
     assert not triton_calls.merge_(state.out.double(), state.lse.double(), state.out.double(), state.lse.double())
     assert torch.equal(state.out, before.out)
     assert triton_calls.merge_(state.out[:0], state.lse[:0], state.out[:0], state.lse[:0])  # nothing to do
+
+
+# -- quantisation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "dtype"), [(8, 80, torch.bfloat16), (4, 64, torch.float32), (4, 80, torch.float16)]
+)
+def test_quantised_bytes_and_what_they_decode_to_are_those_of_torch(bits, dim, dtype):
+    rng = seeded(bits + dim)
+    x = (torch.randn(2, 192, dim + 8, generator=rng) * 3 + 1).to(dtype)[:, :, :dim]
+    x[0, :64] = 2.0  # a block without a width
+    x[1, :, 3] *= 100
+    decoded = torch.float32 if dtype == torch.bfloat16 else dtype  # the interpreter does not round to bfloat16
+    for is_keys, encode, decode, wide in (
+        (True, encode_k, decode_k, dim),
+        (False, encode_v, decode_v, padded_value_dim(dim)),
+    ):
+        form = {"is_keys": is_keys, "wide": wide, "unit": UNIT}
+        packed = encode(x, bits)
+        assert torch.equal(triton_calls.quantise(x, bits, **form), packed)
+        found = triton_calls.dequantise(packed[:, 64:], dim, bits, decoded, **form)
+        assert torch.equal(found, decode(packed, dim, bits, decoded)[:, 64:])

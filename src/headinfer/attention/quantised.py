@@ -1,4 +1,4 @@
-"""Keys and values in 8 or 4 bits: the format, and its conversion in torch.
+"""Keys and values in 8 or 4 bits: the format, and its conversion in torch and, on a GPU, in Triton.
 
 A block has UNIT tokens of one KV head. A key is k[t, c] = low[c] + scale[c] u[t, c], with a scale and an offset for
 each element of the head dim, since some elements have large values of one sign (KIVI, arXiv 2402.02750, section 3.2).
@@ -13,10 +13,12 @@ UNIT, and slices of such a tensor must begin and end at multiples of UNIT.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from headinfer.attention import triton_calls
 from headinfer.utils.kv_format import UNIT, key_bytes, padded_value_dim, value_bytes
 from headinfer.utils.tensors import Piece
 
@@ -86,6 +88,12 @@ def decode_v(packed: torch.Tensor, dim: int, bits: int, dtype: torch.dtype = tor
     return (low[..., None] + scale[..., None] * u[..., :dim]).view(heads, tokens, dim).to(dtype)
 
 
+class _Form(TypedDict):
+    is_keys: bool
+    wide: int
+    unit: int
+
+
 @dataclass(frozen=True)
 class Codec:
     """Quantises the K and V of one layer, and gives them back.
@@ -114,6 +122,9 @@ class Codec:
 
     def encode(self, k: torch.Tensor, v: torch.Tensor) -> Piece:
         """Quantise k [H, T, Dk] and v [H, T, Dv], where T is a multiple of UNIT, to uint8 tensors [H, T, bytes]."""
+        if _has_kernels(k):
+            of_keys, of_values = self._forms
+            return triton_calls.quantise(k, self.bits, **of_keys), triton_calls.quantise(v, self.bits, **of_values)
         blocks = [slice(start, start + _ENCODED_TOKENS) for start in range(0, k.shape[1], _ENCODED_TOKENS)]
         packed_k = torch.cat([encode_k(k[:, block], self.bits) for block in blocks], dim=1)
         packed_v = torch.cat([encode_v(v[:, block], self.bits) for block in blocks], dim=1)
@@ -122,7 +133,26 @@ class Codec:
     def decode(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None = None) -> Piece:
         """Return k [H, T, Dk] and v [H, T, Dv] of what encode() returned, in `dtype`, or in the dtype of the layer."""
         wanted = dtype or self.dtype
+        if _has_kernels(k):
+            of_keys, of_values = self._forms
+            return (
+                triton_calls.dequantise(k, self.key_dim, self.bits, wanted, **of_keys),
+                triton_calls.dequantise(v, self.value_dim, self.bits, wanted, **of_values),
+            )
         return decode_k(k, self.key_dim, self.bits, wanted), decode_v(v, self.value_dim, self.bits, wanted)
+
+    @property
+    def _forms(self) -> tuple[_Form, _Form]:
+        """What the kernels are told about keys, and about values."""
+        return (
+            {"is_keys": True, "wide": self.key_dim, "unit": UNIT},
+            {"is_keys": False, "wide": padded_value_dim(self.value_dim), "unit": UNIT},
+        )
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Return whether Triton's kernels convert x. They give the same bits as torch."""
+    return x.is_cuda and not triton_calls.unavailable_reason()
 
 
 def _run(bits: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["attend", "merge_", "unavailable_reason"]
+__all__ = ["attend", "dequantise", "merge_", "quantise", "unavailable_reason"]
 
 _LOG2_E = math.log2(math.e)
 _PART_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +102,7 @@ def _launch(
     kernel = getattr(kernels, name)
     key: tuple[Any, ...] | None = None
     is_compiled = isinstance(kernel, kernels.triton.JITFunction)  # not in Triton's interpreter
-    if is_compiled and torch.version.hip is None and max(numbers) < 2**31:
+    if is_compiled and torch.version.hip is None and max(numbers, default=0) < 2**31:
         properties = [(x.dtype, x.data_ptr() % 16) for x in tensors]
         key = (name, tensors[0].device, *properties, *strides, *constants.values(), *options.values())
         compiled = _compiled.get(key)
@@ -274,3 +274,61 @@ def attend(
         constants = {"BLOCK_SPLITS": 16, "VALUE_DIM": value_dim, "VALUE_WIDTH": value_width}
         _launch("join", (rows, 1, 1), (parts, parts_lse, out, lse), (), (rows, splits), constants)
     return out, lse
+
+
+# -- quantised K and V ---------------------------------------------------------------------------------------
+
+
+def quantise(x: torch.Tensor, bits: int, *, is_keys: bool, wide: int, unit: int) -> torch.Tensor:
+    """Quantise keys or values, to the bytes that quantised.encode_k() or encode_v() return.
+
+    Args:
+        x: [H, T, D] in float32, bfloat16 or float16, of any strides; T is a multiple of `unit`.
+        bits: 8 or 4.
+        is_keys: whether x are keys.
+        wide: the elements of a head dim as they are stored.
+        unit: tokens of a block.
+
+    Returns:
+        uint8 [H, T, bytes of a token].
+    """
+    x = x if x.stride(2) == 1 else x.contiguous()
+    heads, tokens, dim = x.shape
+    block_bytes = unit * wide * bits // 8 + 4 * (dim if is_keys else unit)
+    packed = torch.empty(heads, tokens, block_bytes // unit, dtype=torch.uint8, device=x.device)
+    constants = _block_constants(bits, dim, is_keys=is_keys, wide=wide, unit=unit)
+    constants["WIDENING"] = 2**bits / (2**bits - 1)
+    strides = (x.stride(0), x.stride(1), packed.stride(0))
+    with torch.cuda.device_of(x):
+        _launch("quantise", (tokens // unit, heads, 1), (x, packed), strides, (), constants, num_warps=8)
+    return packed
+
+
+def dequantise(
+    packed: torch.Tensor, dim: int, bits: int, dtype: torch.dtype, *, is_keys: bool, wide: int, unit: int
+) -> torch.Tensor:
+    """Dequantise keys or values, as quantised.decode_k() or decode_v() do.
+
+    Args:
+        packed: uint8 [H, T, bytes of a token]; the tokens of a head are contiguous, and T is a multiple of `unit`.
+        dim: the head dim D.
+        bits: 8 or 4.
+        dtype: float32, bfloat16 or float16.
+        is_keys: whether they are keys.
+        wide: the elements of a head dim as they are stored.
+        unit: tokens of a block.
+
+    Returns:
+        [H, T, D].
+    """
+    heads, tokens, _ = packed.shape
+    out = torch.empty(heads, tokens, dim, dtype=dtype, device=packed.device)
+    constants = _block_constants(bits, dim, is_keys=is_keys, wide=wide, unit=unit)
+    strides = (packed.stride(0), out.stride(0))
+    with torch.cuda.device_of(packed):
+        _launch("dequantise", (tokens // unit, heads, 1), (packed, out), strides, (), constants, num_warps=8)
+    return out
+
+
+def _block_constants(bits: int, dim: int, *, is_keys: bool, wide: int, unit: int) -> dict[str, Any]:
+    return {"KEYS": is_keys, "BITS": bits, "DIM": dim, "WIDE": wide, "WIDTH": _padded(max(dim, wide)), "UNIT": unit}

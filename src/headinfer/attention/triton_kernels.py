@@ -1,4 +1,4 @@
-"""Triton kernels: attention with a log-sum-exp (soft caps, split keys), and the merges of its results.
+"""Triton kernels: attention with a log-sum-exp (soft caps, split keys), the merges of its results, and quantisation.
 
 This file imports triton, which is not installed with every torch. So only triton_calls.py imports it, when the first
 kernel is needed. Names in capitals are compile-time constants. Offsets that grow with a tensor are computed in 64 bits,
@@ -208,3 +208,110 @@ def merge(
     merged_lse = tl.where(old_lse == new_lse, old_lse + LN_2, larger + tl.log2(1.0 + tl.exp2(-gap * LOG2_E)) * LN_2)
     tl.store(lse_at, merged_lse, mask=is_row)
     tl.store(out_at, merged, mask=mask)
+
+
+@triton.jit
+def _byte_of(token, element, KEYS: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr):
+    """Return where the integer of a token and an element of the head dim is in a block, and its shift in that byte.
+
+    quantised.py describes the order. A lane of 8 bits has 2 integers, one of 4 bits has 4; a vector has 16 lanes.
+    """
+    RUN: tl.constexpr = 2 if BITS == 8 else 4
+    if KEYS:
+        number = element // RUN * (UNIT * RUN) + token * RUN + element % RUN
+    else:
+        number = token // RUN * (WIDE * RUN) + element * RUN + token % RUN
+    if BITS == 8:
+        return number, number * 0
+    vector = number // (16 * RUN)
+    return vector // 2 * (16 * RUN) + number % (16 * RUN), vector % 2 * 4
+
+
+@triton.jit
+def dequantise(
+    packed, out, packed_head, out_head,
+    KEYS: tl.constexpr, BITS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Dequantise a block of keys or values; the grid is (blocks, H).
+
+    packed is uint8 [H, blocks, bytes of a block], out [H, blocks * UNIT, DIM]; the strides of H are passed. WIDE is the
+    head dim as it is stored.
+    """
+    SCALES: tl.constexpr = DIM if KEYS else UNIT
+    block = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    at = packed + head * packed_head + block * (UNIT * WIDE * BITS // 8 + 4 * SCALES)
+    halves = at.to(tl.pointer_type(tl.float16), bitcast=True)
+    token = tl.arange(0, UNIT)[:, None]
+    element = tl.arange(0, WIDTH)[None, :]
+    is_element = element < DIM
+    index = element if KEYS else token
+    scale = tl.load(halves + index, mask=index < SCALES, other=0.0).to(tl.float32) / (1 << BITS)
+    low = tl.load(halves + SCALES + index, mask=index < SCALES, other=0.0).to(tl.float32)
+    byte, shift = _byte_of(token, element, KEYS, BITS, WIDE, UNIT)
+    number = tl.load(at + 4 * SCALES + byte, mask=is_element, other=0).to(tl.int32) >> shift & ((1 << BITS) - 1)
+    value = low + scale * number.to(tl.float32)
+    to = out + head * out_head + (block * UNIT + token) * DIM + element
+    tl.store(to, value.to(out.dtype.element_ty), mask=is_element)
+
+
+@triton.jit
+def _integers(x, low, scale, is_element, BITS: tl.constexpr):
+    """Return (x - low) / scale, rounded to the nearest integer of BITS bits, and to an even one from the middle."""
+    whole = tl.div_rn(x - low, scale) + 12582912.0 - 12582912.0  # 1.5 * 2^23
+    most = (1 << BITS) - 1.0
+    return tl.where(is_element, tl.minimum(tl.maximum(whole, 0.0), most), 0.0).to(tl.int32)
+
+
+@triton.jit
+def quantise(
+    x, packed, x_head, x_token, packed_head,
+    KEYS: tl.constexpr, BITS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT: tl.constexpr, WIDENING: tl.constexpr,
+):  # fmt: skip
+    """Quantise a block of keys or values; the grid is (blocks, H).
+
+    x is [H, blocks * UNIT, DIM], packed uint8 [H, blocks, bytes of a block]; the strides are passed. WIDENING is
+    2^BITS / (2^BITS - 1). With 4 bits a byte has two integers: of tokens (keys) or elements (values) that are 16 apart.
+    """
+    PARTS: tl.constexpr = 8 // BITS
+    SCALES: tl.constexpr = DIM if KEYS else UNIT
+    block = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    token = tl.arange(0, UNIT // PARTS if KEYS else UNIT)[:, None]
+    element = tl.arange(0, WIDTH if KEYS else WIDTH // PARTS)[None, :]
+    next_token = 0
+    next_element = 0
+    if PARTS == 2 and KEYS:
+        token = token // 16 * 32 + token % 16
+        next_token = 16
+    if PARTS == 2 and not KEYS:
+        element = element // 16 * 32 + element % 16
+        next_element = 16
+    AXIS: tl.constexpr = 0 if KEYS else 1
+    here = x + head * x_head + block * UNIT * x_token
+    is_first = (element < DIM) & (token < UNIT)
+    first = tl.load(here + token * x_token + element, mask=is_first, other=0.0).to(tl.float32)
+    least = tl.min(tl.where(is_first, first, float("inf")), AXIS, keep_dims=True)
+    most = tl.max(tl.where(is_first, first, float("-inf")), AXIS, keep_dims=True)
+    if PARTS == 2:
+        is_second = (element + next_element < DIM) & (token < UNIT)
+        from_second = here + (token + next_token) * x_token + element + next_element
+        second = tl.load(from_second, mask=is_second, other=0.0).to(tl.float32)
+        least = tl.minimum(least, tl.min(tl.where(is_second, second, float("inf")), AXIS, keep_dims=True))
+        most = tl.maximum(most, tl.max(tl.where(is_second, second, float("-inf")), AXIS, keep_dims=True))
+    low = least.to(tl.float16)
+    wide = (most - low.to(tl.float32)) * WIDENING
+    scale = tl.maximum(wide, 5.9604644775390625e-08).to(tl.float16)  # 2^-24, the smallest positive float16
+    at = packed + head * packed_head + block * (UNIT * WIDE * BITS // 8 + 4 * SCALES)
+    halves = at.to(tl.pointer_type(tl.float16), bitcast=True)
+    index = element if KEYS else token
+    tl.store(halves + index, scale, mask=index < SCALES)
+    tl.store(halves + SCALES + index, low, mask=index < SCALES)
+    step = scale.to(tl.float32) / (1 << BITS)
+    number = _integers(first, low.to(tl.float32), step, is_first, BITS)
+    if PARTS == 2:
+        number = number | _integers(second, low.to(tl.float32), step, is_second, BITS) << 4
+    byte, _ = _byte_of(token, element, KEYS, BITS, WIDE, UNIT)
+    tl.store(at + 4 * SCALES + byte, number.to(tl.uint8), mask=(element < WIDE) & (token < UNIT))
