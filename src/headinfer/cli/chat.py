@@ -24,6 +24,8 @@ from headinfer.cli.options import (
     MaxNewTokens,
     Raw,
     SessionsFolder,
+    SparseHeads,
+    SparseShare,
     kv_options,
     session_options,
 )
@@ -65,6 +67,8 @@ def chat(
     disk_tier: DiskTier = None,
     cpu_share: CpuShare = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     system: System = "",
@@ -84,7 +88,7 @@ def chat(
     from headinfer.jobs.open_chat import open_chat, prepare_chat
     from headinfer.jobs.talk import talk
 
-    options = kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype)
+    options = kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype, sparse_heads, sparse_share)
     Options(**options)  # raises UsageError before anything is loaded
     if session is not None and (file or glob):
         raise UsageError("--file and --session exclude each other: a session has its document from `headinfer read`")

@@ -25,15 +25,15 @@ from headinfer.cli.options import (
     KVDtypeOption,
     Model,
     Raw,
+    SparseHeads,
+    SparseShare,
+    approximate_options,
     number,
     seed,
     tokens,
 )
 from headinfer.errors import UsageError
-from headinfer.utils.approximation import approximation
-from headinfer.utils.kv_format import KV_DTYPES
 from headinfer.utils.units import format_tokens, parse_tokens
-from headinfer.utils.values import choice
 
 if TYPE_CHECKING:
     from headinfer.evals.run import Results
@@ -90,6 +90,8 @@ def niah(
     device_kv_budget: DeviceKVBudget = None,
     cpu_share: CpuShare = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     as_json: Json = False,
 ) -> None:
     """Hide facts (needles) at several depths of texts of several lengths, ask for them, and draw a heatmap."""
@@ -101,7 +103,8 @@ def niah(
     about: dict[str, Any] = {"evaluation": "niah", "depths": chosen, "text": str(text or "shipped")}
     if not lead:
         about["lead"] = False
-    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share, kv_dtype)
+    form = approximate_options(kv_dtype, sparse_heads, sparse_share)
+    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share, form)
     evaluation.check_memory(max(wanted))
     hay = _text(text)
     niah_document(min(wanted), chosen, 0, hay, evaluation.count, seed, gives_lead=lead)  # raises if it is too short
@@ -131,6 +134,8 @@ def ruler(
     device_kv_budget: DeviceKVBudget = None,
     cpu_share: CpuShare = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     as_json: Json = False,
 ) -> None:
     """Run RULER's tasks that need no external data: needles, variable tracking, common and frequent words."""
@@ -142,7 +147,8 @@ def ruler(
     if unknown:
         raise UsageError(f"RULER has no task {unknown[0]!r} here: choose among {', '.join(RULER_TASKS)}")
     about = {"evaluation": "ruler", "text": str(text or "shipped")}
-    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share, kv_dtype)
+    form = approximate_options(kv_dtype, sparse_heads, sparse_share)
+    evaluation = _Evaluation(model, out, about, seed, raw, dtype, device, device_kv_budget, cpu_share, form)
     evaluation.check_memory(max(wanted))
     hay = _text(text)
     for name in names:
@@ -179,6 +185,8 @@ def data(
     device_kv_budget: DeviceKVBudget = None,
     cpu_share: CpuShare = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate with a local file of LongBench v2 or SCBench, with the published templates and metric."""
@@ -195,7 +203,7 @@ def data(
         device,
         device_kv_budget,
         cpu_share,
-        kv_dtype,
+        approximate_options(kv_dtype, sparse_heads, sparse_share),
     )
     evaluation.check_memory(1)  # raises before the texts are tokenized
     sizes = [evaluation.count(document.text) + _answer_tokens(document) for document in documents]
@@ -226,7 +234,7 @@ class _Evaluation:
         device: a value of --device.
         device_kv_budget: bytes; planned if None.
         cpu_share: the share of the host's CPU in decode; planned if None.
-        kv_dtype: a value of --kv-dtype; None for auto.
+        form: approximate_options() of the command.
 
     Raises:
         UsageError: the folder holds other results, or an argument is wrong.
@@ -243,10 +251,12 @@ class _Evaluation:
         device: str,
         device_kv_budget: int | None,
         cpu_share: float | None,
-        kv_dtype: str | None,
+        form: dict[str, Any],
     ) -> None:
         from headinfer.engine.machine import chosen_device
+        from headinfer.engine.options import Options
         from headinfer.evals.run import Results
+        from headinfer.hf.cache import HeadCache
         from headinfer.hf.models import resolve
         from headinfer.jobs.generate import chosen_dtype
         from headinfer.jobs.prompts import chat_texts
@@ -254,11 +264,14 @@ class _Evaluation:
         from headinfer.plan.model_shape import ModelShape
 
         self._options: dict[str, Any] = {"device_kv_budget_bytes": device_kv_budget, "cpu_share": cpu_share}
-        stored = choice(kv_dtype or "auto", "--kv-dtype", KV_DTYPES)
-        if stored != "auto":
-            self._options["kv_dtype"] = stored
-            about = {**about, "kv_dtype": stored, "approximate": True}
-            warning(approximation(stored))
+        chosen = Options(**form)
+        if chosen.is_approximate:
+            self._options |= form
+            pattern = chosen.sparse_heads
+            about = {**about, "kv_dtype": chosen.kv_dtype, "approximate": True}
+            if pattern is not None:
+                about["sparse_heads"] = pattern.reduced().as_dict()
+            warning(chosen.approximation)
         self._seed = seed
         self._is_raw = is_raw
         self._device = str(chosen_device(device))
@@ -267,6 +280,7 @@ class _Evaluation:
         self._tokenizer = self._source.tokenizer()
         chat_texts(self._tokenizer, is_raw=is_raw)  # raises if the chat template cannot be used
         self._shape = ModelShape.from_config(self._source.config)
+        HeadCache(self._source.config, **self._options)  # raises if the model or an option is not served
         dtype_name = str(self._dtype).removeprefix("torch.")
         self._results = Results.open(out, {"model": model, "dtype": dtype_name, "seed": seed, **about, "raw": is_raw})
         self._results.command = shlex.join(["headinfer", *sys.argv[1:]])

@@ -24,6 +24,8 @@ from headinfer.cli.options import (
     MaxNewTokens,
     Model,
     Raw,
+    SparseHeads,
+    SparseShare,
     kv_options,
     number,
     text_option,
@@ -60,6 +62,8 @@ def generate(
     disk_tier: DiskTier = None,
     cpu_share: CpuShare = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     heads_per_group: Annotated[
         int | None,
         number(
@@ -118,7 +122,7 @@ def generate(
         if not any(prompt or []) and not file:
             raise UsageError("the prompt is empty: give a question with --prompt, a document with --file, or both")
         options = Options(
-            **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype),
+            **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype, sparse_heads, sparse_share),
             heads_per_group=heads_per_group,
             tile_tokens=tile_tokens,
             backend=backend,

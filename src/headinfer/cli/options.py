@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from headinfer.errors import CapacityError, UsageError
 from headinfer.plan import guesses
 from headinfer.plan.memory import address_space_limit
+from headinfer.utils.head_pattern import read_pattern
 from headinfer.utils.units import format_bytes
 from headinfer.utils.values import byte_count, check_text, real_number, shown, token_count, whole_number
 
@@ -45,6 +46,9 @@ __all__ = [
     "SessionArgument",
     "SessionOption",
     "SessionsFolder",
+    "SparseHeads",
+    "SparseShare",
+    "approximate_options",
     "cpu_share",
     "kv_options",
     "number",
@@ -68,6 +72,7 @@ _CACHE_OPTIONS = (
     "heads_per_group",
     "host_kv_budget",
     "kv_dtype",
+    "sparse_heads",
     "tile_tokens",
     "transport",
 )
@@ -277,6 +282,33 @@ KVDtypeOption = Annotated[
     typer.Option("--kv-dtype", help=KV_DTYPE_HELP, show_default="auto", rich_help_panel=MEMORY_PANEL),
 ]
 
+SPARSE_HEADS_HELP = (
+    "File of `headinfer heads`, or of DuoAttention: which KV heads see only the first and the newest tokens. "
+    "This is approximate (docs/approximations.md)."
+)
+SparseHeads = Annotated[
+    Path | None,
+    typer.Option(
+        "--sparse-heads",
+        help=SPARSE_HEADS_HELP,
+        metavar="FILE",
+        show_default="all heads see all tokens",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+SparseShare = Annotated[
+    float | None,
+    real(
+        "--sparse-share",
+        "Share of the KV heads that --sparse-heads applies to, those that need the whole context least.",
+        low=0.0,
+        high=1.0,
+        allows_zero=True,
+        show_default="by the threshold of the file",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+
 SessionOption = Annotated[str, typer.Option("--session", help="Name of the session.")]
 SessionArgument = Annotated[str, typer.Argument(help="Name of the session.")]
 SessionsFolder = Annotated[
@@ -295,15 +327,39 @@ def kv_options(
     disk_tier: Path | None,
     cpu_share: float | None = None,
     kv_dtype: str | None = None,
+    sparse_heads: Path | None = None,
+    sparse_share: float | None = None,
 ) -> dict[str, Any]:
-    """Return the fields of Options that set where KV is stored and who attends to it, from the options of a command."""
-    given = {} if kv_dtype is None else {"kv_dtype": kv_dtype}
-    return given | {
+    """Return the fields of Options that set where KV is stored and who attends to it, from the options of a command.
+
+    Raises:
+        UsageError: as for approximate_options().
+    """
+    return approximate_options(kv_dtype, sparse_heads, sparse_share) | {
         "cpu_share": cpu_share,
         "device_kv_budget_bytes": device_kv_budget,
         "host_kv_budget_bytes": host_kv_budget,
         "disk_tier": disk_tier,
     }
+
+
+def approximate_options(
+    kv_dtype: str | None, sparse_heads: Path | None = None, sparse_share: float | None = None
+) -> dict[str, Any]:
+    """Return the fields of Options that make KV approximate, from the options of a command: those that are given.
+
+    Raises:
+        UsageError: the file is not a head pattern, the share leaves no full head, or there is a share without a file.
+    """
+    given: dict[str, Any] = {} if kv_dtype is None else {"kv_dtype": kv_dtype}
+    if sparse_heads is not None:
+        given["sparse_heads"] = read_pattern(sparse_heads, sparse_share)
+    elif sparse_share is not None:
+        raise UsageError(
+            f"--sparse-share is {sparse_share:g}, and --sparse-heads is not given: name the file of `headinfer heads` "
+            "or of DuoAttention with which the share is chosen"
+        )
+    return given
 
 
 def session_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from headinfer.cli.options import (
     Raw,
     SessionOption,
     SessionsFolder,
+    SparseHeads,
+    SparseShare,
     kv_options,
     seed,
 )
@@ -48,6 +50,8 @@ def read(
     host_kv_budget: HostKVBudget = None,
     disk_tier: DiskTier = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, seed("Seed of random weights.")] = 0,
@@ -63,7 +67,14 @@ def read(
     from headinfer.engine.options import Options
     from headinfer.jobs import read as reading
 
-    options = Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier, kv_dtype=kv_dtype))
+    given = kv_options(
+        device_kv_budget,
+        host_kv_budget,
+        disk_tier,
+        kv_dtype=kv_dtype,
+        sparse_heads=sparse_heads,
+        sparse_share=sparse_share,
+    )
     job = reading.ReadJob(
         model=model,
         document=given_document(file, glob),
@@ -75,7 +86,7 @@ def read(
         seed=seed,
         raw=raw,
         system=system,
-        options=options,
+        options=Options(**given),
         is_exact=kv_dtype == "auto",
     )
     prepared = reading.prepare_read(job)

@@ -372,7 +372,7 @@ def summary_table(summary: Summary) -> Table:
         rows += [
             (f"KV on the device, peak{each}", format_bytes(stats.device_kv_peak_bytes)),
             (f"KV on the host{each}", format_bytes(stats.host_kv_bytes)),
-            *([("KV is approximate", f"stored in {stats.kv_dtype}")] if stats.kv_dtype != "auto" else []),
+            *([("KV is approximate", stats.approximation)] if stats.approximation else []),
             (f"over the link to the device{each}", format_bytes(stats.link_to_device_bytes)),
             (f"over the link to the host{each}", format_bytes(stats.link_to_host_bytes)),
             *([(f"attended by the CPU{each}", summary.cpu_text)] if summary.cpu_text else []),

@@ -24,6 +24,8 @@ from headinfer.cli.options import (
     MaxNewTokens,
     Model,
     SessionsFolder,
+    SparseHeads,
+    SparseShare,
     kv_options,
     number,
 )
@@ -89,6 +91,8 @@ def serve(
     disk_tier: DiskTier = None,
     cpu_share: CpuShare = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     *,
@@ -111,7 +115,9 @@ def serve(
         dtype=dtype,
         seed=sampling.seed,
         chunk_tokens=chunk_tokens,
-        options=Options(**kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype)),
+        options=Options(
+            **kv_options(device_kv_budget, host_kv_budget, disk_tier, cpu_share, kv_dtype, sparse_heads, sparse_share)
+        ),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         queue_limit=queue,

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, cast
 from headinfer.attention.backends import preferences
 from headinfer.errors import UsageError
 from headinfer.plan.tiles import TileRates
+from headinfer.utils.approximation import approximation
 from headinfer.utils.head_pattern import HeadPattern, read_pattern
 from headinfer.utils.kv_format import KV_DTYPES, UNIT, KVDtype
 from headinfer.utils.stacklevel import stacklevel_of_user
@@ -225,17 +226,26 @@ class Options:
         """Whether KV is stored approximately, or some heads do not see all tokens."""
         return self.kv_dtype != "auto" or self.sparse_heads is not None
 
+    @property
+    def approximation(self) -> str:
+        """What is approximate, in one sentence for people; empty if all is exact."""
+        return approximation(self.kv_dtype, self.sparse_heads)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields for JSON. A head pattern has the values 0 and 1."""
+        pattern = self.sparse_heads.reduced().as_dict() if self.sparse_heads is not None else None
+        return {**dataclasses.asdict(self), "sparse_heads": pattern}
+
     def arithmetic(self) -> dict[str, Any]:
         """Return the fields that a session keeps, for JSON: all but those of _NOT_IN_SESSIONS.
 
         Without kv_dtype and sparse_heads KV is exact, as it is in sessions of earlier versions.
         """
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_SESSIONS}
+        fields = {name: value for name, value in self.as_dict().items() if name not in _NOT_IN_SESSIONS}
         if self.kv_dtype == "auto":
             del fields["kv_dtype"]
-        del fields["sparse_heads"]
-        if self.sparse_heads is not None:
-            fields["sparse_heads"] = self.sparse_heads.reduced().as_dict()
+        if self.sparse_heads is None:
+            del fields["sparse_heads"]
         return fields
 
 

@@ -41,7 +41,7 @@ from headinfer.sessions.cache import Saved
 from headinfer.sessions.loader import load_cache
 from headinfer.sessions.weights import adapter_layers, applied_adapters
 from headinfer.sessions.writer import save_cache
-from headinfer.utils.approximation import approximation
+from headinfer.utils.approximation import short_form
 from headinfer.utils.kv_format import kv_bits
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.tensors import integer_tensor
@@ -200,6 +200,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             oom_given_back_bytes=self.engine.shortage.given_back_bytes,
             oom_chunk_tokens=self.engine.shortage.chunk_tokens,
             kv_dtype=self.engine.options.kv_dtype,
+            approximation=short_form(self.engine.options.kv_dtype, self.engine.options.sparse_heads),
         )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -405,8 +406,12 @@ class HeadCache(Cache):  # type: ignore[misc]
 
         def new_cache(kept: dict[str, Any]) -> HeadCache:
             cache = cls(model.config, **merged(kept, options))
-            if cache.engine.options.is_approximate and "kv_dtype" not in options:
-                message = f"of the session {path}, {approximation(cache.engine.options.kv_dtype)}"
+            chosen = cache.engine.options
+            named = (chosen.kv_dtype == "auto" or "kv_dtype" in options) and (
+                chosen.sparse_heads is None or "sparse_heads" in options
+            )
+            if not named:
+                message = f"of the session {path}, {chosen.approximation}"
                 warnings.warn(message, ApproximationWarning, stacklevel=stacklevel_of_user())
             cache.model = weakref.ref(model)
             cache.adapters = applied_adapters(adapter_layers(model))

@@ -42,6 +42,7 @@ class Stats:
         oom_given_back_bytes: bytes of resident KV that were dropped from the device for it.
         oom_chunk_tokens: tokens that a chunk has at most since; 0 if chunks were not shortened.
         kv_dtype: how KV is stored outside of the device: auto, in the model's dtype; or int8 or int4, approximately.
+        approximation: what is approximate, in a few words, such as "int8"; empty if all is exact.
     """
 
     tokens: int
@@ -71,3 +72,4 @@ class Stats:
     oom_given_back_bytes: int
     oom_chunk_tokens: int
     kv_dtype: str
+    approximation: str

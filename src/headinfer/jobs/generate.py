@@ -34,7 +34,6 @@ from headinfer.jobs.where import Passage
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
-from headinfer.utils.approximation import approximation
 from headinfer.utils.units import format_bytes
 from headinfer.utils.values import choice
 
@@ -226,7 +225,7 @@ class Summary:
             "cpu_attended_bytes_per_s": self.cpu_attended_bytes_per_s,
             "tokens_per_pass": self.guess_counts.tokens_per_pass,
         }
-        if self.stats is not None and self.stats.kv_dtype != "auto":
+        if self.stats is not None and self.stats.approximation:
             return {**dataclasses.asdict(self), **rates, "approximate": True}
         return {**dataclasses.asdict(self), **rates}
 
@@ -308,7 +307,7 @@ def prepare(job: Job, ranks: Ranks | None = None) -> Prepared:
     is_in_place = device == "cpu" and job.options.transport in ("auto", "in_place")
     told += unused_share_warnings(job.options.cpu_share, is_in_place=is_in_place)
     if job.options.is_approximate:
-        told.append(approximation(job.options.kv_dtype))
+        told.append(job.options.approximation)
     return Prepared(job, source, tokenizer, input_ids, dtype, device, told, run_plan, ranks, ids, draft)
 
 
@@ -351,7 +350,7 @@ def run(
     options = dataclasses.replace(run_plan.options, expected_tokens=tokens_in + job.max_new_tokens)
     cache = HeadCache(model.config, **vars(options))
     cache.rotary_min_tokens = job.options.expected_tokens
-    summary.options = dataclasses.asdict(options) | {"chunk_tokens": run_plan.chunk_tokens}
+    summary.options = options.as_dict() | {"chunk_tokens": run_plan.chunk_tokens}
     if prepared.device == "cpu":
         summary.kernel_failure = native.unavailable_reason(model.dtype)  # compiles it before the clock starts
     start = time.perf_counter()

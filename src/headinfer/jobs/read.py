@@ -33,7 +33,6 @@ from headinfer.sessions.folder import Lock, check_unchanged, read_consistently, 
 from headinfer.sessions.loader import saved_ids
 from headinfer.sessions.manifest import MANIFEST, Manifest
 from headinfer.sessions.ownership import check_no_foreign_files
-from headinfer.utils.approximation import approximation, short_form
 from headinfer.utils.files import check_folder
 from headinfer.utils.values import shown
 
@@ -55,6 +54,7 @@ class ReadResult:
         seconds: seconds of reading.
         disk_bytes: bytes of the session's data files.
         kv_dtype: how the session keeps K and V: auto, in the model's dtype; or int8 or int4, which is approximate.
+        approximation: what is approximate about the session's KV, in one sentence; empty if it is exact.
         interrupted: whether Ctrl-C ended the job.
     """
 
@@ -66,12 +66,13 @@ class ReadResult:
     seconds: float
     disk_bytes: int
     kv_dtype: str = "auto"
+    approximation: str = ""
     interrupted: bool = False
 
     @property
     def approximate(self) -> bool:
         """Whether the session's KV is approximate."""
-        return self.kv_dtype != "auto"
+        return bool(self.approximation)
 
 
 def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any = None) -> PreparedRead:
@@ -117,12 +118,13 @@ def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any
         dtype = getattr(torch, found.model["dtype"])
         if done < tokens:  # otherwise nothing is written
             check_no_foreign_files(folder)
+    options = job.options if found is None else replace(job.options, **found.approximate_options)
     request = RunRequest(
         shape=shape,
         device=torch.device(device),
         dtype=dtype,
         context_tokens=tokens,
-        options=job.options if found is None else replace(job.options, **found.approximate_options),
+        options=options,
         chunk_tokens=job.chunk_tokens,
         session_root=job.root,
         saved_tokens=done,
@@ -161,12 +163,13 @@ def prepare_read(job: ReadJob, source: ModelSource | None = None, tokenizer: Any
         encoded.piece_tokens,
         dtype,
         device,
+        options,
         arithmetic,
         about,
         shape,
         done,
         generation,
-        [line for line in (warning, approximation(arithmetic.get("kv_dtype", "auto"))) if line],
+        [line for line in (warning, options.approximation) if line],
     )
 
 
@@ -264,10 +267,18 @@ def _check_same(job: ReadJob, folder: Path, found: Manifest) -> None:
                 f"the session {folder} was begun with {name} {kept[name]}, and goes on with the same: leave out "
                 f"--{flag}, or choose another name"
             )
-    if job.is_exact and found.is_approximate:
+    given = job.options.sparse_heads
+    held = found.sparse_heads
+    if given is not None and (held is None or held.digest != given.digest):
+        form = f"the head pattern {held.digest}" if held is not None else "all heads full"
         raise UsageError(
-            f"the session {folder} was read approximately ({short_form(found.kv_dtype, found.sparse_heads)}), and does "
-            "not go on exactly: leave out --kv-dtype to go on as it was begun, or choose another name to read exactly"
+            f"the session {folder} was begun with {form}, and goes on with the same, not with the head pattern "
+            f"{given.digest}: leave out --sparse-heads, or choose another name"
+        )
+    if job.is_exact and found.kv_dtype != "auto":
+        raise UsageError(
+            f"the session {folder} was read approximately ({found.kv_dtype}), and does not go on exactly: leave "
+            "out --kv-dtype to go on as it was begun, or choose another name to read exactly"
         )
 
 
@@ -319,8 +330,9 @@ def read(
     job = prepared.job
     folder = prepared.folder
     tokens = prepared.input_ids.shape[1]
-    kv_dtype = prepared.arithmetic.get("kv_dtype", "auto")
-    result = ReadResult(job.name, str(folder), prepared.done, tokens, prepared.done, 0.0, 0, kv_dtype)
+    result = ReadResult(job.name, str(folder), prepared.done, tokens, prepared.done, 0.0, 0)
+    result.kv_dtype = prepared.options.kv_dtype
+    result.approximation = prepared.options.approximation
     start = time.perf_counter()
     if prepared.done < tokens:
         try:

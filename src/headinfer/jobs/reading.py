@@ -44,8 +44,9 @@ class ReadJob:
         seed: the seed of random weights.
         raw: whether the model's chat template is left out.
         system: the system prompt; empty if there is none.
-        options: Options of the cache; what they leave open is planned. A session goes on in its own kv_dtype.
-        is_exact: whether a session whose KV is approximate is refused, since the user has named the exact form.
+        options: Options of the cache; what they leave open is planned. A session goes on in its own kv_dtype,
+            with its own sparse_heads.
+        is_exact: whether the user has named the kv_dtype auto, so that a session with another one is refused.
     """
 
     model: str
@@ -75,6 +76,7 @@ class PreparedRead:
         piece_tokens: the tokens of each piece of the document.
         dtype: the dtype of weights and KV.
         device: the device that computes.
+        options: the options of the job, with those of the session that make its KV approximate.
         arithmetic: Options of the cache and chunk_tokens, which fix the results; for the manifest.
         about: facts about the document, for the manifest.
         shape: the shape of the model.
@@ -91,6 +93,7 @@ class PreparedRead:
     piece_tokens: list[int]
     dtype: torch.dtype
     device: str
+    options: Options
     arithmetic: dict[str, Any]
     about: dict[str, Any]
     shape: ModelShape
@@ -186,7 +189,8 @@ def _resume(prepared: PreparedRead, model: PreTrainedModel, on_resumed: Callable
     origin = "of this session"
     if not done:
         root = prepared.job.root
-        whole_only = not all(type(layer) is HeadLayer for layer in HeadCache(model.config).layers)
+        layers = HeadCache(model.config, sparse_heads=prepared.options.sparse_heads).layers
+        whole_only = not all(type(layer) is HeadLayer for layer in layers)
         lengths = RotaryLengths.from_config(model.config)
         needed = lengths.normalized(prepared.input_ids.shape[1])
         found = find_prefix(

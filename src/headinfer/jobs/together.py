@@ -157,7 +157,7 @@ def generate_together(
     summaries = []
     for ids in prepared.prompts:
         summary = Summary(job.model, tokens_in=len(ids), warnings=prepared.warnings, plan=run_plan.plan.as_dict())
-        summary.options = dataclasses.asdict(options) | {"chunk_tokens": run_plan.chunk_tokens}
+        summary.options = options.as_dict() | {"chunk_tokens": run_plan.chunk_tokens}
         if prepared.device == "cpu":
             summary.kernel_failure = native.unavailable_reason(model.dtype)
         summaries.append(summary)

@@ -103,7 +103,7 @@ class ServedModel:
         Exact KV does not go on as approximate KV, nor the other way round.
         """
         kept = short_form(manifest.kv_dtype, manifest.sparse_heads)
-        served = short_form(self._options.kv_dtype)
+        served = short_form(self._options.kv_dtype, self._options.sparse_heads)
         if kept != served:
             forms = [f"approximately ({form})" if form else "exactly" for form in (kept, served)]
             return f"was read {forms[0]}, and this server reads {forms[1]}"

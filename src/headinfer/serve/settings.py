@@ -7,7 +7,6 @@ from pathlib import Path
 
 from headinfer.engine.options import Options
 from headinfer.jobs.sampling import Sampling
-from headinfer.utils.approximation import approximation
 
 __all__ = ["Limits", "ServeSettings"]
 
@@ -66,4 +65,4 @@ class ServeSettings:
     @property
     def approximation(self) -> str:
         """What is approximate about the KV, in one sentence for people; empty if it is exact."""
-        return approximation(self.options.kv_dtype)
+        return self.options.approximation
