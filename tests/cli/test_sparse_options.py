@@ -25,6 +25,7 @@ def never_loaded(monkeypatch, tmp_path):
         ("serve", MODEL, "--sessions", "sessions"),
         ("eval", "niah", MODEL),
         ("eval", "ruler", MODEL),
+        ("eval", "fidelity", MODEL, "--file", "book.txt"),
     ],
     ids=" ".join,
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from quantised_cache import forward, quantised_cache
 
+from headinfer.engine.options import Options
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.evals import fidelity_job
 from headinfer.evals.fidelity import Differences, check_disk, compare, differences
@@ -32,7 +33,8 @@ def ids():
 
 def compared(model, ids, **approximate):
     exact = {"chunk_tokens": CHUNK}
-    return compare(model, ids, window=WINDOW, exact=exact, approximate=exact | approximate)
+    (found,) = compare(model, ids, window=WINDOW, exact=exact, others=[exact | approximate])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ def test_differences_are_those_of_torch():
 
 
 def test_exact_kv_compared_with_itself_differs_in_no_bit(model, ids):
-    found = compared(model, ids)
+    exact = {"chunk_tokens": CHUNK}
+    found, rounded = compare(model, ids, window=WINDOW, exact=exact, others=[exact, {"chunk_tokens": CHUNK // 2}])
+    assert 0 < float(rounded.kl.mean()) < 1e-12, "other chunks round otherwise"
     assert found.kl.shape == (WINDOW,)
     assert (found.kl == 0).all()
     assert found.agrees.all()
@@ -116,7 +120,8 @@ def test_logits_that_are_not_finite_are_refused():
 
 def job(tmp_path, characters=3000, **options):
     text = "It was a bright cold day in April. " * 200
-    return FidelityJob(TINY, [text[:characters]], tmp_path, device="cpu", **{"kv_dtype": "int8"} | options)
+    given = {"approximate": {"kv_dtype": "int8"}} | options
+    return FidelityJob(TINY, [text[:characters]], tmp_path, device="cpu", **given)
 
 
 def test_lengths_are_powers_of_two_that_fit(tmp_path, monkeypatch):
@@ -138,14 +143,11 @@ def test_lengths_are_powers_of_two_that_fit(tmp_path, monkeypatch):
 
 
 def test_a_length_is_longer_than_what_stays_exact(tmp_path):
-    for pattern, exact_tokens in (
-        (None, 256),
-        (HeadPattern(((0.0, 1.0),) * 2, sink_tokens=64, recent_tokens=300), 364),
-    ):
-        least = 512 + exact_tokens + 2
-        assert prepare(job(tmp_path, lengths=(least,), sparse_heads=pattern)).lengths == (least,)
-        with pytest.raises(UsageError, match=f"{least} are the fewest of which 512 can be compared"):
-            prepare(job(tmp_path, lengths=(least - 1,), sparse_heads=pattern))
+    assert prepare(job(tmp_path, lengths=(770,))).lengths == (770,)
+    with pytest.raises(UsageError, match="770 are the fewest of which 512 can be compared"):
+        prepare(job(tmp_path, lengths=(769,)))
+    pattern = HeadPattern(((0.0, 1.0),) * 2, sink_tokens=64, recent_tokens=300)
+    assert fidelity_job._exact_tokens(Options(sparse_heads=pattern)) == 364
 
 
 def test_no_token_stays_resident_on_a_gpu(tmp_path):
@@ -217,8 +219,8 @@ def test_end_to_end(run_command, tmp_path):
     assert 0 < first["kl_mean"] < first["kl_p99"] <= first["kl_max"]
     assert {first["needles"], first["exact_needles_found"], first["needles_found"]} <= {0, 1, 2}
     assert (out / "fidelity.png").read_bytes().startswith(b"\x89PNG")
-    rows = (out / "results.md").read_text().splitlines()
-    assert [row.split()[1] for row in rows if row.startswith("| ")] == ["tokens", "600", "700"]
+    assert first["rounding"]["kl_mean"] < first["kl_mean"]
+    assert "\n| tokens | 600 | 700 |\n" in (out / "results.md").read_text()
 
     more = (*command, "--chunk-tokens", "256", "--out", out, "--json", "--lengths")
     code, shown, _ = run_command(*more, "650,700")

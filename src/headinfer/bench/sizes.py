@@ -17,16 +17,7 @@ __all__ = ["BASELINES", "QUICK_CPU", "QUICK_GPU", "CpuSizes", "GpuSizes", "PlanC
 
 K = 2**10
 M = 2**20
-BASELINES = (
-    "paper",
-    "resident",
-    "offloaded",
-    "dynamic",
-    "layer-wise",
-    "free",
-    "int8",
-    "int4",
-)  # the most telling first
+BASELINES = ("paper", "resident", "offloaded", "dynamic", "layer-wise", "free")  # the most telling ones first
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from headinfer.cli.options import (
     KVDtypeOption,
     Model,
     Raw,
+    SparseHeads,
+    SparseShare,
+    approximate_options,
     number,
     seed,
     tokens,
@@ -64,6 +67,8 @@ def fidelity(
     device_kv_budget: DeviceKVBudget = None,
     cpu_share: CpuShare = None,
     kv_dtype: KVDtypeOption = None,
+    sparse_heads: SparseHeads = None,
+    sparse_share: SparseShare = None,
     as_json: Json = False,
 ) -> None:
     """Measure what approximate KV changes in a model's predictions, against exact KV, on a text of yours."""
@@ -75,7 +80,7 @@ def fidelity(
         model=model,
         texts=given_document(file, glob).texts,
         out=out,
-        kv_dtype=kv_dtype,
+        approximate=approximate_options(kv_dtype, sparse_heads, sparse_share),
         lengths=_lengths(lengths) if lengths is not None else None,
         window=window,
         needles=needles,
@@ -143,11 +148,11 @@ def _draw(results: FidelityResults, path: Path) -> None:
 def _show(results: FidelityResults, *, as_json: bool) -> None:
     """Print the figures of all lengths."""
     from headinfer.cli.report import columns_table
-    from headinfer.evals.fidelity_results import COLUMNS, cells
+    from headinfer.evals.fidelity_results import table
 
     if as_json:
         print(json.dumps({"about": results.about, "lengths": results.records, "results": str(results.path)}))
     else:
         show(f"{results.about['model']}, {results.approximation}: {results.explanation}")
-        show(columns_table("", COLUMNS, [cells(record) for record in results.records]))
+        show(columns_table("", *table(results.records)))
     say(f"written to {results.path}")

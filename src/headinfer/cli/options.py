@@ -28,7 +28,6 @@ __all__ = [
     "KV_DTYPE_HELP",
     "MEMORY_PANEL",
     "SAMPLING_PANEL",
-    "SPARSE_HEADS_HELP",
     "ChunkTokens",
     "Command",
     "CpuShare",

@@ -8,7 +8,7 @@ few tokens, so that about as many tokens are exact as in decode. The exact logit
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,38 +97,61 @@ def compare(
     *,
     window: int,
     exact: Mapping[str, Any],
-    approximate: Mapping[str, Any],
+    others: Sequence[Mapping[str, Any]],
     on_tokens: Callable[[int], None] = lambda tokens: None,
     on_read: Callable[[], None] = lambda: None,
-) -> Differences:
-    """Read a text with both caches, and compare the predictions of its last tokens.
+) -> list[Differences]:
+    """Read a text with exact KV, then with each of other options, and compare the predictions of its last tokens.
 
     Args:
         model: the model.
         ids: the tokens of the text [1, T].
         window: how many of the last tokens are predicted and compared.
         exact: the keyword arguments of enable() for exact KV, with chunk_tokens.
-        approximate: the same for approximate KV.
+        others: the same for what is compared with it.
         on_tokens: called after each forward pass with the number of tokens in the cache.
-        on_read: called after each of the two readings.
+        on_read: called after each reading.
+
+    Returns:
+        The differences of each of `others`.
 
     Raises:
         CapacityError: the disk of temporary files is full.
     """
-    found: list[Differences] = []
     with _KeptLogits() as kept:
         read_window(model, ids, window, exact, kept.write, on_tokens)
         on_read()
+        found = []
+        for options in others:
+            blocks = _Blocks(kept, ids[0, -window:].cpu())
+            read_window(model, ids, window, options, blocks.take, on_tokens)
+            found.append(blocks.joined())
+            on_read()
+    return found
+
+
+class _Blocks:
+    """The differences of the blocks of a window.
+
+    Args:
+        kept: the exact logits.
+        next_ids: the tokens of the window [N], which the logits predict.
+    """
+
+    def __init__(self, kept: _KeptLogits, next_ids: torch.Tensor) -> None:
         kept.rewind()
-        next_ids = iter(ids[0, -window:].cpu().split(BLOCK_TOKENS))
+        self._kept = kept
+        self._next_ids = iter(next_ids.split(BLOCK_TOKENS))
+        self._found: list[Differences] = []
 
-        def take(logits: torch.Tensor) -> None:
-            found.append(differences(kept.read(logits), logits, next(next_ids)))
+    def take(self, logits: torch.Tensor) -> None:
+        """Compare the logits [N, V] of the next block."""
+        self._found.append(differences(self._kept.read(logits), logits, next(self._next_ids)))
 
-        read_window(model, ids, window, approximate, take, on_tokens)
-        on_read()
-    parts = zip(*(vars(one).values() for one in found), strict=True)
-    return Differences(*(torch.cat(part) for part in parts))
+    def joined(self) -> Differences:
+        """Return the differences of all blocks."""
+        parts = zip(*(vars(one).values() for one in self._found), strict=True)
+        return Differences(*(torch.cat(part) for part in parts))
 
 
 @torch.inference_mode()

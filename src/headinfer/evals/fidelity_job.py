@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from headinfer.evals.fidelity_results import FidelityResults
 from headinfer.evals.niah import niah_document
 from headinfer.evals.reader import Reader
 from headinfer.evals.tasks import Document
+from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import PreTrainedModel
 from headinfer.hf.enable import context_warning
 from headinfer.hf.models import ModelSource, resolve
+from headinfer.jobs.documents import sha256_of_text
 from headinfer.jobs.generate import chosen_dtype
 from headinfer.jobs.prompts import chat_texts, document_ids
 from headinfer.kv.device_buffer import TAIL_TOKENS
@@ -30,9 +31,6 @@ from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES
 from headinfer.utils.approximation import short_form
-from headinfer.utils.head_pattern import HeadPattern
-from headinfer.utils.kv_format import KV_DTYPES, kv_bits
-from headinfer.utils.values import choice
 
 __all__ = ["FidelityJob", "Prepared", "prepare", "run"]
 
@@ -47,8 +45,7 @@ class FidelityJob:
         model: as for `headinfer generate`.
         texts: the pieces of the text, which are tokenized on their own.
         out: the folder of results.
-        kv_dtype: a value of --kv-dtype; None for auto.
-        sparse_heads: the heads that do not see the whole context; None if all do.
+        approximate: the fields of Options that make KV approximate: kv_dtype, sparse_heads, or both.
         lengths: tokens of each context, ascending; None for powers of two up to what fits.
         window: the last tokens of each length, which are compared.
         needles: facts that are hidden in the text of each length and asked for; 0 for none.
@@ -65,8 +62,7 @@ class FidelityJob:
     model: str
     texts: Sequence[str]
     out: Path
-    kv_dtype: str | None = None
-    sparse_heads: HeadPattern | None = None
+    approximate: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None
     window: int = 512
     needles: int = 8
@@ -94,7 +90,6 @@ class Prepared:
         ids: the tokens of the text.
         lengths: tokens of each context, ascending.
         exact: the keyword arguments of enable() for exact KV.
-        approximate: what approximate KV has beside these.
         results: the results so far.
     """
 
@@ -107,7 +102,6 @@ class Prepared:
     ids: list[int]
     lengths: tuple[int, ...]
     exact: Mapping[str, Any]
-    approximate: Mapping[str, Any]
     results: FidelityResults
 
     @property
@@ -122,7 +116,7 @@ class Prepared:
     @property
     def reading_tokens(self) -> list[int]:
         """The tokens of each reading that is still to be done, for a progress bar."""
-        readings = 4 if self.job.needles else 2
+        readings = 5 if self.job.needles else 3
         return [length for length in self.lengths if not self.results.has(length) for _ in range(readings)]
 
 
@@ -133,31 +127,31 @@ def prepare(job: FidelityJob) -> Prepared:
         UsageError: an option is wrong, the text is too short, or the folder holds other results.
         CapacityError: a length does not fit this machine.
     """
-    approximate = _approximate(job)
+    form = _checked_form(job)
     device = str(chosen_device(job.device))
     source = resolve(job.model)
     shape = ModelShape.from_config(source.config)
-    shape.check_kv_bits(kv_bits(approximate.get("kv_dtype", "auto")))
+    HeadCache(source.config, **job.approximate)  # raises if the model or an option is not served
     dtype = chosen_dtype(job.dtype, source, device)
     tokenizer = source.tokenizer()
     chat_texts(tokenizer, is_raw=job.is_raw)  # raises if the chat template cannot be used
     ids = document_ids(tokenizer, job.texts, None)
     source.check_ids(ids)
-    results = FidelityResults.open(job.out, _about(job, approximate, dtype))
+    results = FidelityResults.open(job.out, _about(job, form, dtype))
     results.command = job.command
     exact = _exact_options(job, device)
-    least = job.window + 2 + _exact_tokens(approximate)  # one token is not read
+    least = job.window + 2 + _exact_tokens(form)  # one token is not read
     if len(ids) < least:
         raise UsageError(
             f"the text has {len(ids):,} tokens, and {least:,} are the fewest of which {job.window:,} can be compared: "
             "give a longer text or a smaller --window"
         )
-    prepared = Prepared(job, source, tokenizer, shape, dtype, device, ids, (), exact, approximate, results)
+    prepared = Prepared(job, source, tokenizer, shape, dtype, device, ids, (), exact, results)
     lengths = _given_lengths(prepared, least) if job.lengths is not None else _fitting_lengths(prepared, least)
     check_disk(job.window, shape.vocab_size)
     if job.needles:
         _haystack(prepared, lengths[0])  # raises if the needles do not fit
-    return Prepared(job, source, tokenizer, shape, dtype, device, ids, lengths, exact, approximate, results)
+    return replace(prepared, lengths=lengths)
 
 
 def run(
@@ -203,10 +197,15 @@ def _record(
     length = ids.shape[1]
     chunk_tokens = job.chunk_tokens or _planned_chunk(prepared, length, is_loaded=True)
     exact = {**prepared.exact, "chunk_tokens": chunk_tokens}
-    approximate = {**exact, **prepared.approximate}
-    options = {"exact": exact, "approximate": approximate}
-    found = compare(model, ids, window=job.window, **options, on_tokens=on_tokens, on_read=on_read)
-    record = {"length": length, "window": job.window, "chunk_tokens": chunk_tokens, **found.summary()}
+    approximate = {**exact, **job.approximate}
+    # Exact KV that was read in other chunks differs by rounding alone.
+    rounded = {**exact, "chunk_tokens": max(min(chunk_tokens, length - job.window) // 2, 1)}
+    others = (approximate, rounded)
+    found, rounding = compare(
+        model, ids, window=job.window, exact=exact, others=others, on_tokens=on_tokens, on_read=on_read
+    )
+    record: dict[str, Any] = {"length": length, "window": job.window, "chunk_tokens": chunk_tokens, **found.summary()}
+    record["rounding"] = rounding.summary()
     record["needles"] = job.needles
     if job.needles:
         document = _haystack(prepared, length)
@@ -216,35 +215,40 @@ def _record(
     return record
 
 
-def _approximate(job: FidelityJob) -> dict[str, Any]:
-    """Return what approximate KV has beside the options of exact KV."""
-    kv_dtype = choice(job.kv_dtype or "auto", "--kv-dtype", KV_DTYPES)
-    found: dict[str, Any] = {} if kv_dtype == "auto" else {"kv_dtype": kv_dtype}
-    if job.sparse_heads is not None:
-        found["sparse_heads"] = job.sparse_heads
-    if not found:
+def _checked_form(job: FidelityJob) -> Options:
+    """Return the options of approximate KV.
+
+    Raises:
+        UsageError: an option is wrong, or KV is exact.
+    """
+    form = Options(**job.approximate)
+    if not form.is_approximate:
         raise UsageError(
             "exact KV has nothing to be compared with: give --kv-dtype int8, --kv-dtype int4, or --sparse-heads with a "
             "file of `headinfer heads`"
         )
-    return found
+    return form
 
 
-def _about(job: FidelityJob, approximate: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _about(job: FidelityJob, form: Options, dtype: torch.dtype) -> dict[str, Any]:
     """Return what must be equal for an evaluation to be continued."""
-    return {
+    about = {
         "evaluation": "fidelity",
         "model": job.model,
         "dtype": str(dtype).removeprefix("torch."),
-        "approximation": short_form(approximate.get("kv_dtype", "auto"), job.sparse_heads),
+        "kv_dtype": form.kv_dtype,
         "approximate": True,
-        "text_sha256": hashlib.sha256("".join(job.texts).encode("utf-8", "surrogatepass")).hexdigest(),
+        "approximation": short_form(form.kv_dtype, form.sparse_heads),
+        "text_sha256": sha256_of_text("".join(job.texts)),
         "window": job.window,
         "needles": job.needles,
         "seed": job.seed,
         "raw": job.is_raw,
         "chunk_tokens": job.chunk_tokens or "planned",
     }
+    if form.sparse_heads is not None:
+        about["sparse_heads"] = form.sparse_heads.reduced().as_dict()
+    return about
 
 
 def _exact_options(job: FidelityJob, device: str) -> dict[str, Any]:
@@ -257,11 +261,11 @@ def _exact_options(job: FidelityJob, device: str) -> dict[str, Any]:
     return options
 
 
-def _exact_tokens(approximate: Mapping[str, Any]) -> int:
+def _exact_tokens(form: Options) -> int:
     """Return the most tokens of a context that approximate KV does not change."""
-    pattern = approximate.get("sparse_heads")
+    pattern = form.sparse_heads
     seen = pattern.sink_tokens + pattern.recent_tokens if pattern is not None else 0
-    return max(TAIL_TOKENS if "kv_dtype" in approximate else 0, seen)
+    return max(TAIL_TOKENS if form.kv_dtype != "auto" else 0, seen)
 
 
 def _given_lengths(prepared: Prepared, least: int) -> tuple[int, ...]:

@@ -91,6 +91,9 @@ def _draw_divergence(axes: Any, title: str, approximations: Mapping[str, Records
             label = curve if is_alone else f"{name}, {curve}"
             axes.plot(lengths, values, style, color=color, marker="o", markersize=4, label=label)
             drawn += values
+    first = next(iter(approximations.values()))
+    rounding = [record["rounding"]["kl_mean"] for record in first]
+    axes.plot([record["length"] for record in first], rounding, color="#8c8c8c", label="rounding alone, mean")
     if any(value > 0 for value in drawn):
         axes.set_yscale("log", nonpositive="clip")
     axes.set_ylabel("KL(exact || approximate), nats")

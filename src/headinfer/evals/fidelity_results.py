@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,31 @@ from headinfer.info import gather_info, machine
 from headinfer.utils.files import Output, read_json_object
 from headinfer.utils.units import format_tokens
 
-__all__ = ["COLUMNS", "FidelityResults", "cells", "markdown_table"]
-
-COLUMNS = ("tokens", "KL mean", "median", "99 %", "max", "top-1", "perplexity", "found")
-"""The columns of a table; `cells()` returns those of a row."""
+__all__ = ["FidelityResults", "markdown_table", "table"]
 
 _FORMAT = 1
 _EVALUATION = "fidelity"
 _HEADING = "# Fidelity: "
 
 
-def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the cells of a length, as people read them. Of two figures the first is that of exact KV."""
-    return (
-        format_tokens(record["length"]),
-        *(f"{record[name]:.2g}" for name in ("kl_mean", "kl_median", "kl_p99", "kl_max")),
-        f"{record['top1_agreement']:.1%}",
-        f"{record['exact_perplexity']:.4g}/{record['perplexity']:.4g}",
-        f"{record['exact_needles_found']}/{record['needles_found']}" if record["needles"] else "-",
-    )
+def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a table for people, with a column for each length."""
+    header = ["tokens", *(format_tokens(record["length"]) for record in records)]
+    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "KL divergence, mean": lambda one: f"{one['kl_mean']:.2g}",
+        "median": lambda one: f"{one['kl_median']:.2g}",
+        "99th percentile": lambda one: f"{one['kl_p99']:.2g}",
+        "largest": lambda one: f"{one['kl_max']:.2g}",
+        "mean, rounding alone": lambda one: f"{one['rounding']['kl_mean']:.2g}",
+        "same top-1 token": lambda one: f"{one['top1_agreement']:.1%}",
+        "rounding alone": lambda one: f"{one['rounding']['top1_agreement']:.1%}",
+        "perplexity, exact": lambda one: f"{one['exact_perplexity']:.5g}",
+        "approximate": lambda one: f"{one['perplexity']:.5g}",
+    }
+    if any(record["needles"] for record in records):
+        rows["needles found, exact"] = lambda one: f"{one['exact_needles_found']} of {one['needles']}"
+        rows["approximate "] = lambda one: f"{one['needles_found']} of {one['needles']}"
+    return header, [[name.strip(), *(cell(record) for record in records)] for name, cell in rows.items()]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,8 +134,8 @@ class FidelityResults:
             f"{_HEADING}{self.about['model']}, {self.approximation}",
             f"`{self.command}`",
             f"Machine: {where}.",
-            self.explanation[0].upper() + self.explanation[1:],
-            markdown_table(COLUMNS, [cells(record) for record in self.records]),
+            f"{self.explanation[0].upper()}{self.explanation[1:]}.",
+            markdown_table(*table(self.records)),
         ]
         texts = (json.dumps(content, indent=1, ensure_ascii=False) + "\n", "\n\n".join(parts) + "\n")
         for one, text in zip(self.files(), texts, strict=True):
@@ -142,12 +148,10 @@ class FidelityResults:
 
     @property
     def explanation(self) -> str:
-        """What the columns mean, in a few sentences."""
-        needles = self.about["needles"]
+        """What was compared, in a sentence."""
         return (
-            f"the last {self.about['window']:,} tokens of each length, predicted with exact and with approximate KV. "
-            "KL(exact || approximate) is in nats; top-1 is the share of tokens with the same most likely prediction; "
-            f"perplexity{f' and needles found, of {needles},' if needles else ''} are exact/approximate."
+            f"the last {self.about['window']:,} tokens of each length, predicted with exact and with approximate KV; "
+            "KL(exact || approximate) in nats; rounding alone is exact KV that was read in chunks half as long"
         )
 
 
