@@ -1,9 +1,10 @@
 """Print the table of README.md that says what to expect by GPU and RAM, as `headinfer plan` predicts it.
 
-    python benchmarks/expectations.py               the table of README.md
-    python benchmarks/expectations.py --measured    predictions beside an H200, a table of docs/benchmarks.md
+    python benchmarks/expectations.py                     the table of README.md
+    python benchmarks/expectations.py --measured          predictions beside an H200, a table of docs/benchmarks.md
+    python benchmarks/expectations.py --approximations    what approximations buy, a table of docs/approximations.md
 
-A test compares both documents with what this script prints.
+A test compares these documents with what this script prints.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headinfer.utils.units import format_seconds, format_tokens
+from headinfer.plan.compare import kv_forms, sparse_forms
+from headinfer.plan.hardware import find_hardware
+from headinfer.plan.models import find_shape
+from headinfer.plan.planner import make_plan
+from headinfer.plan.request import Request
+from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
 RESULTS = Path(__file__).resolve().parent / "results"
 K = 1024
@@ -113,6 +119,29 @@ def measured_seconds(suite: str, key: str, *names: str) -> dict[int, float]:
     return seconds
 
 
+def approximations() -> str:
+    """What each approximate form of KV buys Llama-3.1-8B on an RTX 4090 with 256 GB of RAM."""
+    request = Request(find_shape("llama-3.1-8b"), find_hardware("rtx4090"), CONTEXTS[-1], host_bytes=256 * 10**9)
+    plan = make_plan(request)
+    lines = [
+        "| KV | sparse heads | a token | 1M: read, token | longest context | 8M tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for form in (*kv_forms(plan), *sparse_forms(plan)):
+        share = form["sparse_heads"]["streaming_share"] if form["sparse_heads"] else 0
+        longest = form["longest_tokens"]
+        cells = (
+            "exact" if form["kv_dtype"] == "auto" else form["kv_dtype"],
+            f"{share:.0%}" if share else "none",
+            format_bytes(form["token_bytes"]),
+            _pair(form["prefill_s"], form["decode_s_per_token"]),
+            f"{longest // K:,}K",
+            "fit" if longest >= 8 * K * K else f"need {format_bytes(8 * K * K * form['token_bytes'])}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _comparison(what: str, predicted_s: float | None, measured_s: float) -> str:
     assert predicted_s is not None, f"{what} was measured, so it fits"
     return f"| {what} | {format_seconds(predicted_s)} | {format_seconds(measured_s)} | {predicted_s / measured_s:.2f} |"
@@ -121,4 +150,9 @@ def _comparison(what: str, predicted_s: float | None, measured_s: float) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", action="store_true", help="predictions beside what an H200 measured")
-    print(predicted_and_measured() if parser.parse_args().measured else expectations())
+    parser.add_argument("--approximations", action="store_true", help="what approximate forms of KV buy")
+    chosen = parser.parse_args()
+    if chosen.approximations:
+        print(approximations())
+    else:
+        print(predicted_and_measured() if chosen.measured else expectations())

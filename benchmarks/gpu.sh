@@ -148,7 +148,7 @@ for one in $steps; do
       # with -W default, since warnings of other versions are not failures
       step tests "$python" -m pytest -W default -m gpu "${parallel[@]}" "${tests[@]}"
       ;;
-    decode) bench decode 85 decode --tokens 1K,64K,1M --baselines dynamic,paper,offloaded,resident ;;
+    decode) bench decode 85 decode --tokens 1K,64K,1M --baselines dynamic,paper,offloaded,resident,int8,int4 ;;
     prefill) bench prefill 115 prefill --offsets 64K,1M --whole 100K --baselines resident,layer-wise ;;
     24gb)
       bench 24gb 115 decode prefill --tokens 4M,256K,16K,4K --offsets 256K --baselines paper,layer-wise,free \

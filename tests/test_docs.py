@@ -205,6 +205,12 @@ def test_predictions_for_the_h200_beside_measurements(expectations):
     assert f"{min(reading)} to {max(reading)} times the reading times" in sentence
 
 
+def test_what_approximations_buy_is_what_the_planner_predicts(expectations):
+    table = expectations.approximations()
+    assert table in (ROOT / "docs" / "approximations.md").read_text(encoding="utf-8")
+    assert [row.split("|")[1:3] for row in table.splitlines() if row.endswith("| fit |")] == [[" int4 ", " 50% "]]
+
+
 def test_errors_of_quantised_kv_are_those_of_the_result_files():
     spec = importlib.util.spec_from_file_location("kv_formats", ROOT / "benchmarks" / "kv_formats.py")
     module = importlib.util.module_from_spec(spec)

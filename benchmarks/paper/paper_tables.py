@@ -16,6 +16,7 @@ from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.models import find_shape
 from headinfer.plan.operating_points import operating_points
 from headinfer.plan.request import Request
+from headinfer.utils.head_pattern import HeadPattern
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -27,6 +28,7 @@ __all__ = [
     "MEMORY_AT_LIMIT",
     "PREFILL_LINK_BYTES_PER_S",
     "PREFILL_S",
+    "SPARSE_SHARE",
     "TABLES",
     "K",
     "PrintedMemory",
@@ -143,6 +145,11 @@ ROOFLINE = (  # table 12
     PrintedPoint("decode", 10, 1, 21e6, 21e6, 1e12, 21e6, 13e9),
     PrintedPoint("decode", 100, 1, 210e6, 210e6, 1e12, 210e6, 13e9),
 )
+SPARSE_SHARE = 0.5  # table 14: half of the heads are sparse
+SPARSE_S: dict[str, tuple[float, float]] = {  # table 14: prefill of 1M tokens, and a token after them
+    "all heads full": (2054, 6.51),
+    "50% of the heads sparse": (1152, 3.28),
+}
 
 
 # -- predicted figures ------------------------------------------------------------------------------------------------
@@ -216,9 +223,14 @@ def _machine(link_bytes_per_s: float) -> Hardware:
 
 
 def _baseline(
-    shape: ModelShape, method: str, heads: int | None = 1, link_bytes_per_s: float = PREFILL_LINK_BYTES_PER_S
+    shape: ModelShape,
+    method: str,
+    heads: int | None = 1,
+    link_bytes_per_s: float = PREFILL_LINK_BYTES_PER_S,
+    sparse_heads: HeadPattern | None = None,
 ) -> Baseline:
-    request = Request(shape, _machine(link_bytes_per_s), context_tokens=1, host_bytes=HOST_KV_BYTES)
+    machine = _machine(link_bytes_per_s)
+    request = Request(shape, machine, context_tokens=1, host_bytes=HOST_KV_BYTES, sparse_heads=sparse_heads)
     return Baseline(
         request, method, CHUNK_TOKENS, heads, paper_activation_bytes, overhead_bytes=0, host_overhead_bytes=0
     )
@@ -291,6 +303,28 @@ def _time_rows(table: str, printed: Mapping[str, Sequence[float]], link_bytes_pe
     return rows
 
 
+def _sparse_rows() -> list[Row]:
+    """Return the rows of table 14, whose figures without sparse heads are those of one head per group."""
+    shape = find_shape("llama-3-8b")
+    found: dict[str, tuple[float, float]] = {}
+    for name in SPARSE_S:
+        pattern = shape.even_pattern(SPARSE_SHARE) if "sparse" in name else None
+        read, token = (
+            _baseline(shape, "head-wise (paper)", 1, link, pattern)
+            for link in (PREFILL_LINK_BYTES_PER_S, DECODE_LINK_BYTES_PER_S)
+        )
+        found[name] = (read.prefill(1024 * K).total_s, token.decode(1024 * K).total_s)
+    rows = []
+    for phase, what in enumerate(("prefill of 1M", "a token after 1M")):
+        for name, printed in SPARSE_S.items():
+            rows.append(Row("14", f"{what}, {name}", "s", printed[phase], found[name][phase], 0.25))
+        (full, sparse), (paper_full, paper_sparse) = (
+            [figures[phase] for figures in each.values()] for each in (found, SPARSE_S)
+        )
+        rows.append(Row("14", f"{what}, gain", "times", paper_full / paper_sparse, full / sparse, 0.25))
+    return rows
+
+
 def _roofline_rows() -> list[Row]:
     layer = find_shape("llama-3-8b").layers[0]
     gpu = HARDWARE["rtx4090"]
@@ -328,4 +362,5 @@ TABLES: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "10": ("GPU memory at 1M tokens", lambda: _memory_rows("10", MEMORY_1M)),
     "11": ("GPU memory at each method's limit", lambda: _memory_rows("11", MEMORY_AT_LIMIT)),
     "12": ("roofline of one layer's attention", _roofline_rows),
+    "14": ("half of the heads sparse, at 1M tokens", _sparse_rows),
 }

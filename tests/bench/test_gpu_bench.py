@@ -30,6 +30,7 @@ from headinfer.bench.run import GPU_SUITES, check_device, run_suites
 from headinfer.bench.runners import HeadRunner, TransformersRunner
 from headinfer.bench.sizes import QUICK_GPU, GpuSizes
 from headinfer.errors import CapacityError, UsageError
+from headinfer.utils.kv_format import KV_DTYPES, pair_bytes
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -58,7 +59,15 @@ SIZES = GpuSizes(
     rounds=1,
     rounds_s=60.0,  # so that a pass of a busy machine is warmed up too
 )
-BASELINES = {"paper's scheme", "resident store", "offloaded cache", "DynamicCache", "layer-wise", "what is free"}
+FEWER_BITS = {"int8 KV", "int4 KV"}
+BASELINES = {
+    "paper's scheme",
+    "resident store",
+    "offloaded cache",
+    "DynamicCache",
+    "layer-wise",
+    "what is free",
+} | FEWER_BITS
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -167,6 +176,15 @@ def test_every_baseline_is_measured_or_its_note_says_why_not(run, suite):
         past_on_device = past if suite == "prefill" else past - 128
         assert layers * past_on_device * TOKEN_BYTES <= resident <= (layers * past + 256) * TOKEN_BYTES
         assert found["DynamicCache"].device_kv_bytes == LAYERS * past * TOKEN_BYTES
+        for who in FEWER_BITS:
+            assert found[who].details["kv_dtype"] == who.removesuffix(" KV")
+
+
+def test_a_past_in_fewer_bits_takes_less_host_memory():
+    job = GpuJob(CPU, SIZES, lambda line: None)
+    exact, int8, int4 = (Past(job, 1024, kv_dtype).host_bytes for kv_dtype in KV_DTYPES)
+    of_pair = [pair_bytes(DIM, DIM, 4, bits) for bits in (0, 8, 4)]
+    assert exact // of_pair[0] == int8 // of_pair[1] == int4 // of_pair[2] > 0
 
 
 def test_a_whole_prefill_writes_all_kv_back_and_is_compared_with_the_resident_store(run):

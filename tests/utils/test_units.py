@@ -7,7 +7,8 @@ from headinfer.utils.units import format_bytes, format_seconds, format_tokens, p
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("1M", 2**20), ("128k", 2**17), ("1.5M", 3 * 2**19), ("4096", 4096), (" 2 K ", 2048)]
+    ("text", "tokens"),
+    [("1M", 2**20), ("128k", 2**17), ("1.5M", 3 * 2**19), ("4096", 4096), (" 2 K ", 2048), ("13830K", 13830 * 1024)],
 )
 def test_parse_tokens(text, tokens):
     assert parse_tokens(text) == tokens

@@ -8,8 +8,10 @@
 | dynamic | DynamicCache | transformers' cache, all of it on the device |
 | layer-wise | layer-wise | all KV heads of a layer, their whole past in a slot; pinned, only new KV is written back |
 | free | what is free | headinfer with all free device memory: the first tokens are resident, the rest is streamed |
+| int8, int4 | int8 KV, int4 KV | headinfer with KV in 8 or 4 bits, which is approximate |
 
-All but those of transformers are headinfer's engine with other options, over the same host memory.
+All but those of transformers are headinfer's engine with other options, over the same host memory. KV in fewer bits has
+host memory of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from headinfer.kv.resident import RESIDENT_UNIT_TOKENS
 from headinfer.plan.footprint import tail_bytes, write_back_bytes
 from headinfer.plan.memory import available_host_bytes
 from headinfer.plan.tiles import DEFAULT_BUDGET_BYTES, RING_SLOTS
+from headinfer.utils.kv_format import KVDtype, kv_bits
 from headinfer.utils.units import format_bytes
 
 __all__ = ["Baseline", "Outcome", "baselines_of", "compare", "measure_alone", "ring_budget_bytes"]
@@ -126,6 +129,8 @@ def baselines_of(job: GpuJob, past: Past, tokens: int, pass_s: float, goals: dic
         "dynamic": made.dynamic_cache,
         "layer-wise": lambda: made.whole_past("layer-wise", layer.kv_heads),
         "free": made.what_is_free,
+        "int8": lambda: made.in_fewer_bits("int8"),
+        "int4": lambda: made.in_fewer_bits("int4"),
     }
     baselines = [makers[name]() for name in job.sizes.baselines]
     return [dataclasses.replace(baseline, goal=goals.get(baseline.name, "")) for baseline in baselines]
@@ -172,6 +177,23 @@ class _Baselines:
             return Baseline("what is free", 0, 0.0, _refused, refusal=f"not measured: {reason}")
         options = {"device_kv_budget_bytes": budget, "streaming_budget_bytes": self._job.sizes.floor_bytes}
         return self._head_wise("what is free", budget, self._pass_s, **options)
+
+    def in_fewer_bits(self, kv_dtype: KVDtype) -> Baseline:
+        """Return headinfer with quantised KV, within the same budget."""
+        shape = self._job.shape
+        element_bytes = self._job.sizes.dtype.itemsize
+        stored = shape.stored_bytes_per_token(element_bytes, kv_bits(kv_dtype))
+        share = stored / shape.stored_bytes_per_token(element_bytes, 0)
+        budget = self._job.sizes.floor_bytes
+
+        def opened() -> Runner:
+            past = Past(self._job, self._past.tokens, kv_dtype)
+            room_tokens = self._tokens if self._tokens > 1 else 0
+            cache = past.cache(room_tokens=room_tokens, device_kv_budget_bytes=budget)
+            return HeadRunner(self._job, cache, self._tokens)
+
+        host_bytes = int(share * self._past.host_bytes)
+        return Baseline(f"{kv_dtype} KV", budget, self._pass_s, opened, host_bytes=host_bytes)
 
     def dynamic_cache(self) -> Baseline:
         """Return transformers' cache on the device. It copies its KV in each pass."""

@@ -16,6 +16,7 @@ from headinfer.bench.job import GpuJob
 from headinfer.hf.cache import HeadCache
 from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
 from headinfer.kv.segments import Segment, SegmentSlice
+from headinfer.utils.kv_format import KVDtype
 
 __all__ = ["Past", "noise"]
 
@@ -37,21 +38,24 @@ class Past:
     Args:
         job: the run.
         tokens: tokens of the context: a multiple of 128, more than 256.
+        kv_dtype: how the KV is stored in host memory.
 
     Raises:
         CapacityError: host memory is too small even for one layer.
 
     Attributes:
+        kv_dtype: how the KV is stored in host memory.
         is_simulation: whether all layers read the KV of one layer.
         host_bytes: bytes of KV in host memory.
     """
 
-    def __init__(self, job: GpuJob, tokens: int) -> None:
+    def __init__(self, job: GpuJob, tokens: int, kv_dtype: KVDtype = "auto") -> None:
         self.job = job
         self.tokens = tokens
+        self.kv_dtype = kv_dtype
         self.is_simulation = job.is_simulated(tokens)
         on_host = tokens - TAIL_UNIT_TOKENS  # so that segments end at the beginning of the tail
-        options = job.options(device_kv_budget_bytes=job.sizes.floor_bytes, expected_tokens=on_host)
+        options = job.options(device_kv_budget_bytes=job.sizes.floor_bytes, expected_tokens=on_host, kv_dtype=kv_dtype)
         source = HeadCache(job.model.config, **options)
         layers = source.head_layers[:1] if self.is_simulation else source.head_layers
         k, v = noise(job, min(tokens, _NOISE_TOKENS))
@@ -77,7 +81,9 @@ class Past:
             **options: options of the HeadCache.
         """
         job = self.job
-        cache = HeadCache(job.model.config, expected_tokens=self.tokens, **job.options(**options))
+        cache = HeadCache(
+            job.model.config, expected_tokens=self.tokens, **job.options(kv_dtype=self.kv_dtype, **options)
+        )
         k, v = noise(job, room_tokens + 2 * TAIL_UNIT_TOKENS)
         copies: dict[int, Segment] = {}  # by the segment they copy; they share its bytes, but not what is resident
         for index, layer in enumerate(cache.head_layers):

@@ -66,6 +66,7 @@ class HeadRunner:
             "tile_tokens": stats.tile_tokens,
             "attention_backends": list(stats.attention_backends),
             "device_resident_bytes": stats.device_resident_bytes,
+            "kv_dtype": stats.kv_dtype,
             "cpu_share": stats.cpu_share,
             "cpu_attended_bytes": stats.cpu_attended_bytes,
         }

@@ -17,7 +17,16 @@ __all__ = ["BASELINES", "QUICK_CPU", "QUICK_GPU", "CpuSizes", "GpuSizes", "PlanC
 
 K = 2**10
 M = 2**20
-BASELINES = ("paper", "resident", "offloaded", "dynamic", "layer-wise", "free")  # the most telling ones first
+BASELINES = (
+    "paper",
+    "resident",
+    "offloaded",
+    "dynamic",
+    "layer-wise",
+    "free",
+    "int8",
+    "int4",
+)  # the most telling first
 
 
 @dataclass(frozen=True)

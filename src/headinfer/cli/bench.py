@@ -60,7 +60,7 @@ def bench(
         typer.Option(
             metavar="NAME,...",
             help="GPU suites decode and prefill: measure these in turns with headinfer, in this order: paper, "
-            "resident, offloaded, dynamic, layer-wise, free (all if you leave it out), or none.",
+            "resident, offloaded, dynamic, layer-wise, free, int8, int4 (all if you leave it out), or none.",
         ),
     ] = None,
     model: Annotated[

@@ -28,6 +28,7 @@ __all__ = [
     "KV_DTYPE_HELP",
     "MEMORY_PANEL",
     "SAMPLING_PANEL",
+    "SPARSE_HEADS_HELP",
     "ChunkTokens",
     "Command",
     "CpuShare",

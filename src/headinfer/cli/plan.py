@@ -17,18 +17,39 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from headinfer.cli.console import say, show, warning
-from headinfer.cli.options import CPU_SHARE_HELP, KV_DTYPE_HELP, Json, cpu_share, number, size, tokens
+from headinfer.cli.options import (
+    CPU_SHARE_HELP,
+    KV_DTYPE_HELP,
+    SPARSE_HEADS_HELP,
+    Json,
+    cpu_share,
+    number,
+    real,
+    size,
+    tokens,
+)
 from headinfer.errors import UsageError
-from headinfer.plan.compare import OURS, kv_forms, longest_by_method, memory_by_method, plans_at, seconds_by_method
+from headinfer.plan.compare import (
+    OURS,
+    kv_forms,
+    longest_by_method,
+    memory_by_method,
+    plans_at,
+    seconds_by_method,
+    sparse_forms,
+)
 from headinfer.plan.cpu_share import unused_share_warnings
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.hardware import HARDWARE, Hardware, find_hardware, probe_path
 from headinfer.plan.memory import available_host_bytes
+from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.operating_points import OperatingPoint, operating_points
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import Seconds
+from headinfer.utils.approximation import short_form
+from headinfer.utils.head_pattern import HeadPattern, read_pattern
 from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
 __all__ = ["CONTEXTS", "plan"]
@@ -79,6 +100,21 @@ def plan(
         float | None, cpu_share(CPU_SHARE_HELP, show_default="auto: above 0 if headinfer probe has measured the rates")
     ] = None,
     kv_dtype: Annotated[str, typer.Option(help=KV_DTYPE_HELP)] = "auto",
+    sparse_heads: Annotated[
+        Path | None,
+        typer.Option(help=SPARSE_HEADS_HELP, metavar="FILE", show_default="all heads see all tokens"),
+    ] = None,
+    sparse_share: Annotated[
+        float | None,
+        real(
+            "--sparse-share",
+            "Share of the KV heads that are sparse, those that need the whole context least; without --sparse-heads, "
+            "that share of the heads of each layer.",
+            low=0.0,
+            high=1.0,
+            allows_zero=True,
+        ),
+    ] = None,
     as_json: Json = False,
     plot: Annotated[
         Path | None, typer.Option(help="Plot memory, seconds and the roofline into this .png, .svg or .pdf file.")
@@ -98,8 +134,9 @@ def plan(
 
         checked_plot(plot)
     hardware = _hardware(gpu)
+    shape = find_shape(model)
     request = Request(
-        shape=find_shape(model),
+        shape=shape,
         hardware=hardware,
         context_tokens=context,
         host_bytes=ram if ram is not None else available_host_bytes(),
@@ -116,6 +153,7 @@ def plan(
         keeps_resident=resident,
         cpu_share=cpu_share,
         kv_dtype=kv_dtype,
+        sparse_heads=_pattern(shape, sparse_heads, sparse_share),
     )
     made = make_plan(request)
     warnings = _warnings(request)
@@ -142,6 +180,13 @@ def _hardware(name: str | None) -> Hardware:
     raise UsageError(
         f"name a device with --gpu, one of {', '.join(HARDWARE)}; or measure this machine once with headinfer probe"
     )
+
+
+def _pattern(shape: ModelShape, path: Path | None, share: float | None) -> HeadPattern | None:
+    """Return the heads that do not see the whole context; None if all do."""
+    if path is not None:
+        return read_pattern(path, share)
+    return shape.even_pattern(share) if share is not None else None
 
 
 def _dtype(name: str, hardware: Hardware) -> str:
@@ -221,23 +266,33 @@ def _tables(model: str, made: Plan) -> list[Table]:
         cells = zip(*(_cells(row, phase) for row in seconds.values()), strict=True)
         rows = [(format_tokens(tokens), *row) for tokens, row in zip(CONTEXTS, cells, strict=True)]
         tables.append(_table(title, methods, rows))
-    return [*tables, *_with_cpu(ours), *_with_fewer_bits(made), _roofline(made), _choices(made)]
+    return [*tables, *_with_cpu(ours), _with_approximations(made), _roofline(made), _choices(made)]
 
 
-def _with_fewer_bits(made: Plan) -> list[Table]:
-    """Return a table of what approximate KV would save; none if the head dims of the model do not fit."""
-    header = ("", "KV of a token", "KV of the context", "decode, a token", "longest context, tokens")
+def _with_approximations(made: Plan) -> Table:
+    """Return a table of what approximate forms of KV would save."""
+    header = ("", "KV, a token", "KV of the context", "prefill", "decode, a token", "longest context")
     rows = [
         (
-            one["kv_dtype"] if one["kv_dtype"] != "auto" else "exact",
+            _form_name(one),
             format_bytes(one["token_bytes"]),
             format_bytes(one["kv_bytes"]),
+            "-" if one["prefill_s"] is None else format_seconds(one["prefill_s"]),
             "-" if one["decode_s_per_token"] is None else format_seconds(one["decode_s_per_token"]),
             format_tokens(one["longest_tokens"]),
         )
-        for one in kv_forms(made)
+        for one in (*kv_forms(made), *sparse_forms(made))
     ]
-    return [_table("KV in fewer bits, by --kv-dtype (int8 and int4 are approximate)", header, rows)] if rows else []
+    title = "what approximations buy: --kv-dtype, and --sparse-heads or --sparse-share"
+    return _table(title, header, rows)
+
+
+def _form_name(form: dict[str, Any]) -> str:
+    """Return the name of a form of KV, such as "int8, 50% sparse"."""
+    names = [form["kv_dtype"]] if form["kv_dtype"] != "auto" else []
+    if form["sparse_heads"] is not None:
+        names.append(f"{form['sparse_heads']['streaming_share']:.0%} sparse")
+    return ", ".join(names) or "exact"
 
 
 def _with_cpu(ours: Sequence[Plan | None]) -> list[Table]:
@@ -293,6 +348,9 @@ def _choices(made: Plan) -> Table:
         ("prefill", f"{format_seconds(made.prefill_cost.total_s)}, bound by {made.prefill_cost.bound}"),
         ("decode, a token", f"{format_seconds(made.decode_cost.total_s)}, bound by {made.decode_cost.bound}"),
     ]
+    form = short_form(made.request.kv_dtype, made.request.sparse_heads)
+    if form:
+        rows.append(("approximate", form))
     if made.cpu_share:
         rows.append(("share of the host's CPU in decode", f"{made.cpu_share:.1%}"))
     return _table("plan", ("", ""), rows)
@@ -328,6 +386,7 @@ def _as_dict(model: str, made: Plan, warnings: list[str]) -> dict[str, Any]:
         "prefill_s": {name: [cell and cell[0].total_s for cell in row] for name, row in seconds.items()},
         "decode_s_per_token": {name: [cell and cell[1].total_s for cell in row] for name, row in seconds.items()},
         "kv_dtypes": kv_forms(made),
+        "with_sparse_heads": sparse_forms(made),
         "with_cpu": [one and {"tokens": one.request.context_tokens, **one.cpu_as_dict()} for one in ours],
         "roofline": [dataclasses.asdict(point) | {"intensity": point.intensity} for point in _points(made)],
         "warnings": warnings,

@@ -16,6 +16,7 @@ from headinfer.plan.compare import METHODS, OURS, memory_by_method, seconds_by_m
 from headinfer.plan.footprint import Footprint
 from headinfer.plan.operating_points import OperatingPoint
 from headinfer.plan.planner import Plan
+from headinfer.utils.approximation import short_form
 from headinfer.utils.files import Output
 from headinfer.utils.units import format_tokens
 
@@ -112,8 +113,15 @@ def _draw_memory(axes: Any, plan: Plan, model: str) -> None:
     axes.text(room, len(found) - 0.45, f" {plan.request.hardware.name}: {room:.3g} GiB", va="bottom")
     axes.set_xlim(0, max(*left, room) * 1.25)
     axes.set_xlabel("device memory, GiB")
-    axes.set_title(f"Memory of {model} at {format_tokens(plan.request.context_tokens)} tokens", loc="left", pad=18)
+    title = f"Memory of {model} at {format_tokens(plan.request.context_tokens)} tokens"
+    axes.set_title(title + _approximate_text(plan), loc="left", pad=18)
     axes.legend(framealpha=1, edgecolor="none", loc="lower right")
+
+
+def _approximate_text(plan: Plan) -> str:
+    """Return a line below a title that says what is approximate; empty if the plan is exact."""
+    form = short_form(plan.request.kv_dtype, plan.request.sparse_heads)
+    return f"\n{OURS}: approximate ({form})" if form else ""
 
 
 def _host_text(found: Footprint) -> str:
@@ -141,7 +149,7 @@ def _draw_seconds(axes: Any, plan: Plan, model: str) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("tokens of context; a line ends at the longest context that fits")
     axes.set_ylabel("seconds per token")
-    axes.set_title(f"Decode of {model} on {plan.request.hardware.name}", loc="left")
+    axes.set_title(f"Decode of {model} on {plan.request.hardware.name}{_approximate_text(plan)}", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 

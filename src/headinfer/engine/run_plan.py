@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from headinfer.engine.machine import free_device_bytes, this_machine
 from headinfer.engine.options import Options
 from headinfer.errors import CapacityError
 from headinfer.kv.host_memory import finish_release
-from headinfer.kv.layer_kv import TAIL_UNIT_TOKENS
-from headinfer.plan.footprint import exchange_bytes, weight_bytes, write_back_bytes
+from headinfer.plan.footprint import exchange_bytes, tail_bytes, weight_bytes, write_back_bytes
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.memory import available_host_bytes, check_host_memory, free_disk_bytes
 from headinfer.plan.model_shape import ModelShape
@@ -78,10 +78,15 @@ class RunRequest:
     session_root: Path | None = None
     saved_tokens: int = 0
 
+    @cached_property
+    def sparse_shape(self) -> ModelShape:
+        """The model with the streaming heads of the options."""
+        return self.shape.with_pattern(self.options.sparse_heads)
+
     @property
     def stored_bytes_per_token(self) -> int:
         """Bytes of one token of one row where KV is stored: in host memory, on a disk or in a session."""
-        return self.shape.stored_bytes_per_token(self.dtype.itemsize, kv_bits(self.options.kv_dtype))
+        return self.sparse_shape.stored_bytes_per_token(self.dtype.itemsize, kv_bits(self.options.kv_dtype))
 
     @property
     def dtype_name(self) -> str:
@@ -269,6 +274,7 @@ def _planner_request(run: RunRequest) -> Request:
         keeps_resident=run.keeps_resident,
         cpu_share=_planned_share(run, machine),
         kv_dtype=options.kv_dtype,
+        sparse_heads=options.sparse_heads,
     )
 
 
@@ -280,11 +286,13 @@ def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
         UsageError: a fixed tile is out of range for the model.
     """
     element_bytes = run.dtype.itemsize
-    layer = run.shape.layers[run.shape.offloaded_layers[0]]
-    tails = (len(run.shape.offloaded_layers) + 1) * 2 * TAIL_UNIT_TOKENS * layer.kv_bytes_per_token(element_bytes)
+    shape = run.sparse_shape
+    layers = [shape.layers[index].full_part for index in shape.offloaded_layers]
+    layer = max(layers, key=lambda layer: layer.full_heads)
+    tails = sum(tail_bytes(shape, element_bytes)) + shape.window_bytes(run.context_tokens, element_bytes)
     budget_bytes = options.device_kv_budget_bytes or DEFAULT_BUDGET_BYTES
     streaming_bytes = min(options.streaming_budget_bytes or DEFAULT_BUDGET_BYTES, budget_bytes)
-    exchange = exchange_bytes(run.shape, element_bytes, 1, run.rows) if options.cpu_share else 0
+    exchange = exchange_bytes(shape, element_bytes, 1, run.rows) if options.cpu_share else 0
     slot_bytes = ring_slot_bytes(streaming_bytes, tails + 2 * write_back_bytes(streaming_bytes) + exchange)
     fixed = FixedTile(options.heads_per_group, options.tile_tokens)
     for query_tokens in (chunk_tokens, 1):

@@ -1,6 +1,6 @@
 """Compare headinfer with the paper's baselines: memory, longest context and seconds.
 
-These are the figures of tables 3, 5 to 7, 10 and 11 of arXiv 2502.12574.
+These are the figures of tables 3, 5 to 7, 10, 11 and 14 of arXiv 2502.12574.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headinfer.errors import CapacityError, UnsupportedError
+from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.plan.fit import HOST_OVERHEAD_BYTES, longest_context
 from headinfer.plan.footprint import (
     BASELINES,
@@ -20,16 +20,26 @@ from headinfer.plan.footprint import (
     activation_bytes,
     baseline_footprint,
 )
-from headinfer.plan.planner import Plan, make_plan
+from headinfer.plan.planner import Plan, make_plan, sparse_as_dict
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, prefill_seconds
 from headinfer.utils.kv_format import KV_DTYPES
 
-__all__ = ["METHODS", "OURS", "Baseline", "kv_forms", "longest_by_method", "memory_by_method", "seconds_by_method"]
+__all__ = [
+    "METHODS",
+    "OURS",
+    "Baseline",
+    "kv_forms",
+    "longest_by_method",
+    "memory_by_method",
+    "seconds_by_method",
+    "sparse_forms",
+]
 
 OURS = "headinfer"
 METHODS = (*BASELINES, OURS)
 _LONGEST_TOKENS = 2**36
+_SPARSE_SHARE = 0.5  # of the heads, for what sparse heads would save, if the request has none
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,9 @@ class Baseline:
 
 
 def _baselines(request: Request, chunk_tokens: int) -> list[Baseline]:
-    """Return the baselines that the machine allows; a CPU has nothing to offload to."""
+    """Return the baselines that the machine allows; a CPU has nothing to offload to. All of their heads are full."""
     methods = [name for name in BASELINES if not (request.hardware.is_host and name in OFFLOADED)]
-    return [Baseline(request, method, chunk_tokens) for method in methods]
+    return [Baseline(request.with_sparse_heads(None), method, chunk_tokens) for method in methods]
 
 
 def memory_by_method(plan: Plan) -> dict[str, Footprint]:
@@ -189,26 +199,51 @@ def seconds_by_method(
 
 
 def kv_forms(plan: Plan) -> list[dict[str, Any]]:
-    """Return what KV takes in each of KV_DTYPES at the context of a plan, for JSON; nothing if it can only be exact."""
+    """Return what KV takes in each of KV_DTYPES at the context of a plan, for JSON. All heads are full.
+
+    Forms that the head dims of the model do not allow are left out.
+    """
+    return _kv_forms(plan.request.with_sparse_heads(None))
+
+
+def sparse_forms(plan: Plan) -> list[dict[str, Any]]:
+    """Return what KV takes with sparse heads in each of KV_DTYPES at the context of a plan, for JSON.
+
+    The sparse heads are those of the plan, or half of the heads of each layer. A model with a single KV head has none.
+    """
+    request = plan.request
     try:
-        requests = [dataclasses.replace(plan.request, kv_dtype=kv_dtype) for kv_dtype in KV_DTYPES]
-    except UnsupportedError:
+        pattern = request.sparse_heads or request.shape.even_pattern(_SPARSE_SHARE)
+    except UsageError:  # all heads would be sparse
         return []
+    return _kv_forms(request.with_sparse_heads(pattern))
+
+
+def _kv_forms(request: Request) -> list[dict[str, Any]]:
     forms = []
-    for request in requests:
-        token_bytes = request.shape.stored_bytes_per_token(request.element_bytes, request.kv_bits) * request.rows
+    for kv_dtype in KV_DTYPES:
         try:
-            decode_s = make_plan(request).decode_cost.total_s
-        except CapacityError:
-            decode_s = None
-        forms.append(
-            {
-                "kv_dtype": request.kv_dtype,
-                "approximate": bool(request.kv_bits),
-                "token_bytes": token_bytes,
-                "kv_bytes": token_bytes * request.context_tokens,
-                "decode_s_per_token": decode_s,
-                "longest_tokens": longest_context(request),
-            }
-        )
+            forms.append(_kv_form(dataclasses.replace(request, kv_dtype=kv_dtype)))
+        except UnsupportedError:  # KV of these head dims is not quantised
+            continue
     return forms
+
+
+def _kv_form(request: Request) -> dict[str, Any]:
+    """Return what KV takes in the form of a request."""
+    token_bytes = request.shape.stored_bytes_per_token(request.element_bytes, request.kv_bits) * request.rows
+    try:
+        plan = make_plan(request)
+    except CapacityError:
+        plan = None
+    return {
+        "kv_dtype": request.kv_dtype,
+        "sparse_heads": sparse_as_dict(request.sparse_heads),
+        "approximate": request.is_approximate,
+        "token_bytes": token_bytes,
+        "kv_bytes": token_bytes * request.context_tokens,
+        "fits": plan is not None,
+        "prefill_s": plan.prefill_cost.total_s if plan is not None else None,
+        "decode_s_per_token": plan.decode_cost.total_s if plan is not None else None,
+        "longest_tokens": longest_context(request),
+    }

@@ -235,7 +235,8 @@ def refusal(request: Request) -> CapacityError:
         (found for found in candidates if found is not None), key=lambda found: found.device_bytes, default=None
     )
     if least is None:
-        tails = format_bytes(sum(tail_bytes(request.shape, request.element_bytes, request.rows)))
+        windows = request.shape.window_bytes(request.context_tokens, request.element_bytes) * request.rows
+        tails = format_bytes(sum(tail_bytes(request.shape, request.element_bytes, request.rows)) + windows)
         return CapacityError(f"the newest tokens of {request.rows} rows alone need {tails} on the device: use fewer")
     tokens = format_tokens(request.context_tokens)
     longest = longest_context(request)

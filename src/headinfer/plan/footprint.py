@@ -4,7 +4,7 @@ The bytes on the device are these sums:
 
     device            weights + activations of a chunk + KV on the device + overhead
     KV on the device  resident KV + ring + tails + write-back buffers + buffers of the exchange with the host
-                      + windows and states of other layers
+                      + windows of streaming heads + windows and states of other layers
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Footprint:
         staging_bytes: the two write-back buffers.
         exchange_bytes: the buffers for queries that the host's CPU answers, and for its results: as many bytes on the
             device as in host RAM.
+        window_bytes: KV of streaming heads (utils/head_pattern.py), on the device.
         local_bytes: KV and states of the layers without full attention, on the device.
         host_kv_bytes: KV in host RAM.
         disk_kv_bytes: KV on disk.
@@ -72,6 +73,7 @@ class Footprint:
     spare_tail_bytes: int = 0
     staging_bytes: int = 0
     exchange_bytes: int = 0
+    window_bytes: int = 0
     local_bytes: int = 0
     host_kv_bytes: int = 0
     disk_kv_bytes: int = 0
@@ -81,7 +83,7 @@ class Footprint:
     def device_kv_budget_bytes(self) -> int:
         """The bytes that count against device_kv_budget_bytes: all device KV of the full-attention layers."""
         buffers = self.ring_bytes + self.staging_bytes + self.exchange_bytes
-        return self.resident_bytes + buffers + self.tail_bytes + self.spare_tail_bytes
+        return self.resident_bytes + buffers + self.tail_bytes + self.spare_tail_bytes + self.window_bytes
 
     @property
     def device_kv_bytes(self) -> int:
@@ -102,7 +104,7 @@ class Footprint:
     def total_kv_bytes(self) -> int:
         """KV of the whole context in all tiers. Resident KV that host RAM holds as well is counted once."""
         offloaded = self.host_kv_bytes + self.disk_kv_bytes
-        return (offloaded or self.resident_bytes) + self.local_bytes
+        return (offloaded or self.resident_bytes) + self.window_bytes + self.local_bytes
 
 
 def weight_bytes(shape: ModelShape, weight_bits: int) -> int:
@@ -124,13 +126,14 @@ def activation_bytes(shape: ModelShape, chunk_tokens: int, element_bytes: int) -
         element_bytes: bytes of an element in the model's dtype.
 
     Returns:
-        The bytes. The windows of sliding layers and the scores of the last token over the vocabulary, in the model's
-        dtype and in float32, are added to the peak.
+        The bytes. The windows of sliding layers and streaming heads, and the scores of the last token over the
+        vocabulary, in the model's dtype and in float32, are added to the peak.
     """
     mlp = (3 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
     attention = max(_attention_token_bytes(shape, layer, element_bytes) for layer in shape.layers)
-    # A sliding layer concatenates its window and the chunk.
-    windows = (layer.kv_bytes_per_token(element_bytes) * layer.window_tokens for layer in shape.layers)
+    # A sliding layer concatenates its window and the chunk, and so do streaming heads.
+    parts = [part for layer in shape.layers for part in layer.attention_parts]
+    windows = (part.kv_bytes_per_token(element_bytes) * part.window_tokens for part in parts)
     return chunk_tokens * max(mlp, attention) + max(windows) + shape.vocab_size * (element_bytes + 4)
 
 
@@ -139,7 +142,7 @@ def _attention_token_bytes(shape: ModelShape, layer: LayerShape, element_bytes: 
     value_dim = layer.value_dim
     kv = layer.kv_heads * (layer.key_dim + value_dim)
     io = 2 * shape.hidden_size + heads * (layer.key_dim + value_dim) + kv
-    states = 2 * heads * (value_dim + 1) * 4 if layer.is_offloaded else 0
+    states = 2 * heads * (value_dim + 1) * 4 if layer.is_offloaded or layer.streaming_heads else 0
     return io * element_bytes + states
 
 
@@ -179,7 +182,7 @@ def baseline_footprint(
         The footprint.
     """
     kv_bytes = tokens * shape.kv_bytes_per_token(element_bytes) * rows
-    largest = max((layer for layer in shape.layers if layer.is_offloaded), key=lambda x: x.kv_bytes_per_token(1))
+    largest = max(_offloaded(shape), key=lambda x: x.kv_bytes_per_token(1))
     layer_bytes = tokens * largest.kv_bytes_per_token(element_bytes) * rows
     group = min(heads_per_group, largest.kv_heads)
     ring_bytes = {
@@ -194,6 +197,7 @@ def baseline_footprint(
         overhead_bytes=overhead_bytes,
         resident_bytes=0 if method in OFFLOADED else resident,
         ring_bytes=ring_bytes.get(method, 0),
+        window_bytes=shape.window_bytes(tokens, element_bytes) * rows,
         local_bytes=shape.local_kv_bytes(tokens, element_bytes) * rows,
         host_kv_bytes=kv_bytes if method in OFFLOADED else 0,
         host_overhead_bytes=host_overhead_bytes,
@@ -290,7 +294,7 @@ def streaming_footprint(
         shape: the model.
         tokens: the context, of each row.
         chunk_tokens: tokens of a chunk.
-        streaming_bytes: the device budget for ring, tails and buffers; None if KV is read in place.
+        streaming_bytes: the device budget for ring, tails, windows and buffers; None if KV is read in place.
         resident_tokens: for each offloaded layer, the tokens that also stay on the device. If these are all tokens that
             the host holds, no ring is allocated. None for a ring and no resident tokens.
         element_bytes: bytes of an element of the KV and the activations.
@@ -309,12 +313,13 @@ def streaming_footprint(
         CapacityError: the streaming budget leaves nothing for the ring.
     """
     tails, spare = tail_bytes(shape, element_bytes, rows)
+    windows = shape.window_bytes(tokens, element_bytes) * rows
     host_tokens = host_kv_tokens(tokens)
     staging = 0
     ring = 0
     if streaming_bytes is not None:
         staging = 2 * write_back_bytes(streaming_bytes)
-        ring = RING_SLOTS * ring_slot_bytes(streaming_bytes, tails + spare + staging + exchange)
+        ring = RING_SLOTS * ring_slot_bytes(streaming_bytes, tails + spare + staging + exchange + windows)
     resident = 0
     if resident_tokens is not None:
         offloaded = zip(_offloaded(shape), resident_tokens, strict=True)
@@ -331,6 +336,7 @@ def streaming_footprint(
         spare_tail_bytes=spare,
         staging_bytes=staging,
         exchange_bytes=exchange,
+        window_bytes=windows,
         local_bytes=shape.local_kv_bytes(tokens, element_bytes) * rows,
         host_kv_bytes=host_kv,
         host_overhead_bytes=host_overhead_bytes,
@@ -338,4 +344,5 @@ def streaming_footprint(
 
 
 def _offloaded(shape: ModelShape) -> list[LayerShape]:
-    return [layer for layer in shape.layers if layer.is_offloaded]
+    """Return the layers whose KV is offloaded, with the heads that see the whole context."""
+    return [layer.full_part for layer in shape.layers if layer.is_offloaded]

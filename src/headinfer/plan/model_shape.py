@@ -6,13 +6,17 @@ the weights of matrices are counted. Vectors (norms, biases, sinks) are far less
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from headinfer.errors import UnsupportedError, UsageError
-from headinfer.utils.kv_format import dims_refusal, pair_bytes
+from headinfer.plan.layer_shape import LayerShape
+from headinfer.utils.head_pattern import HeadPattern
+from headinfer.utils.kv_format import dims_refusal
+from headinfer.utils.values import real_number
 
 __all__ = ["MOST_LAYERS", "LayerShape", "ModelShape"]
 
@@ -39,82 +43,6 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 # Families that look positions up in a table with an entry for each of max_position_embeddings.
 _POSITION_TABLES = ("biogpt", "gpt2", "gpt_bigcode", "opt")
 _LINEAR_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """One decoder layer.
-
-    Attributes:
-        kind: transformers' layer type, such as full_attention, sliding_attention or hybrid.
-        query_heads: query heads.
-        kv_heads: KV heads in the cache.
-        key_dim: the dim Dk of a cached key.
-        value_dim: the dim Dv of a cached value.
-        window_tokens: tokens that a sliding or chunked layer sees; 0 for the whole context.
-        shares_kv: whether the layer reads the K and V of an earlier layer.
-        state_elements: elements of a linear layer's constant state, for each row.
-        score_dims: dk + Dv of a query head if the cache holds something else; 0 otherwise. MLA caches its latents as
-            one head with key_dim + value_dim elements.
-        weights: weights of the matrices.
-        active_weights: weights of the matrices that one token is multiplied with.
-        mlp_width: the MLP's inner size for one token.
-    """
-
-    kind: str
-    query_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    window_tokens: int = 0
-    shares_kv: bool = False
-    state_elements: int = 0
-    score_dims: int = 0
-    weights: int = 0
-    active_weights: int = 0
-    mlp_width: int = 0
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the layer's attention sees the whole context."""
-        return self.kind in ("full_attention", "hybrid")
-
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether headinfer stores the layer's KV in host memory.
-
-        It does so for full attention, whose KV grows with the context. transformers keeps the KV of the other layers.
-        """
-        return self.is_full and not self.shares_kv
-
-    @property
-    def flops_per_pair(self) -> int:
-        """Floating-point operations for a pair of a query and a key token, over all query heads; 0 if linear."""
-        if self.kind == "linear_attention":
-            return 0
-        return 2 * self.query_heads * (self.score_dims or self.key_dim + self.value_dim)
-
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Return the bytes of K and V that one token adds to one row of this layer's cache."""
-        if self.shares_kv or self.kind == "linear_attention":
-            return 0
-        return self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
-
-    def stored_bytes_per_token(self, element_bytes: int, bits: int) -> int:
-        """Return the bytes of one token of one row where headinfer stores it: in host memory or on a disk.
-
-        Args:
-            element_bytes: bytes of an element in the model's dtype.
-            bits: bits of an element of quantised KV; 0 for the model's dtype, which other layers than offloaded ones
-                have in any case.
-        """
-        if not self.is_offloaded:
-            return self.kv_bytes_per_token(element_bytes)
-        return self.kv_heads * pair_bytes(self.key_dim, self.value_dim, element_bytes, bits)
-
-    def seen_tokens(self, past_tokens: int) -> int:
-        """Return how many of the past tokens a query sees, at most."""
-        return min(past_tokens, self.window_tokens) if self.window_tokens else past_tokens
 
 
 @dataclass(frozen=True)
@@ -233,7 +161,7 @@ class ModelShape:
                 raise UnsupportedError(refusal)
 
     def local_kv_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Return the bytes of one row that the layers without offloading keep on the device.
+        """Return the bytes of one row that the layers without full attention keep on the device.
 
         These are windows of K and V and the states of linear layers.
         """
@@ -242,6 +170,69 @@ class ModelShape:
             for layer in self.layers
             if not layer.is_offloaded
         )
+
+    def window_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Return the bytes of one row that streaming heads keep on the device at a context."""
+        return sum(layer.window_bytes(tokens, element_bytes) for layer in self.layers)
+
+    @property
+    def pattern_heads(self) -> tuple[int, ...]:
+        """The KV heads for which a head pattern has values, by layer: those whose KV grows with the context."""
+        return tuple(layer.kv_heads if layer.is_full and not layer.shares_kv else 0 for layer in self.layers)
+
+    def even_pattern(self, share: float) -> HeadPattern:
+        """Return a head pattern for plans, in which the same share of the heads of each layer is streaming.
+
+        It says how many heads are streaming, and not which ones can be. Its `info` has the field "assumed".
+
+        Args:
+            share: the share, 0 to 1. Over all layers, the number of streaming heads is rounded to the nearest.
+
+        Raises:
+            UsageError: the share is out of range, or leaves no full head.
+        """
+        share = real_number(share, "the share of streaming heads", low=0.0, high=1.0)
+        values = []
+        heads = 0
+        streaming = 0
+        for count in self.pattern_heads:
+            heads += count
+            more = math.floor(share * heads + 0.5) - streaming
+            streaming += more
+            values.append((0.0,) * more + (1.0,) * (count - more))
+        pattern = HeadPattern(tuple(values), info={"assumed": True})
+        pattern.check(self.pattern_heads)
+        return pattern
+
+    def with_pattern(self, pattern: HeadPattern | None) -> ModelShape:
+        """Return the shape with the streaming heads of a head pattern; None for none.
+
+        A layer that shares the K and V of an earlier layer has the streaming heads of that one, which is the last full
+        layer with K and V of its own.
+
+        Raises:
+            UsageError: the pattern is for another model, or leaves no head full.
+        """
+        if pattern is None:
+            if all(layer.streaming_heads == 0 for layer in self.layers):
+                return self
+            layers = (replace(one, streaming_heads=0, sink_tokens=0, recent_tokens=0) for one in self.layers)
+            return replace(self, layers=tuple(layers))
+        pattern.check(self.pattern_heads)
+        sparse = []
+        streaming = 0
+        for index, layer in enumerate(self.layers):
+            if layer.is_full and not layer.shares_kv:
+                streaming = len(pattern.streaming_heads(index))
+            sparse.append(
+                replace(
+                    layer,
+                    streaming_heads=streaming if layer.is_full else 0,
+                    sink_tokens=pattern.sink_tokens,
+                    recent_tokens=pattern.recent_tokens,
+                )
+            )
+        return replace(self, layers=tuple(sparse))
 
     def shard(self, ranks: int) -> ModelShape:
         """Return the shape of one of `ranks` equal shards: its heads and its part of the weights."""
@@ -270,7 +261,7 @@ class ModelShape:
         There are 2 FLOP for each weight and token, and 2 * Hq * (Dk + Dv) FLOP for each of the pairs of tokens that
         the causal mask leaves, as in section 4 of arXiv 2502.12574.
         """
-        pairs = sum(layer.flops_per_pair for layer in self.layers if layer.is_full)
+        pairs = sum(part.flops_per_pair for layer in self.layers for part in layer.attention_parts if part.is_full)
         return 2.0 * self.active_weights * tokens + pairs / 2 * float(tokens) * tokens
 
 

@@ -39,9 +39,10 @@ from headinfer.plan.roofline import (
     prefill_seconds,
 )
 from headinfer.plan.tiles import RING_SLOTS, TilePlan
+from headinfer.utils.head_pattern import HeadPattern
 from headinfer.utils.units import format_bytes, format_seconds, format_tokens
 
-__all__ = ["Plan", "candidates", "make_plan"]
+__all__ = ["Plan", "candidates", "make_plan", "sparse_as_dict"]
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,7 @@ class Plan:
             f"{format_tokens(request.context_tokens)} tokens"
             + (f", {format_bytes(memory.disk_kv_bytes)} of it on disk." if memory.disk_kv_bytes else ".")
         ]
-        if request.kv_bits:
-            lines.append(
-                f"KV is approximate: it is stored in {request.kv_dtype}, without what is on the device. What follows "
-                "is not what the model computes exactly."
-            )
+        lines += self._approximate_sentences()
         if request.hardware.is_host:
             lines.append("The host is the compute device: KV is read in place, nothing is copied.")
         elif self.is_all_resident:
@@ -189,6 +186,31 @@ class Plan:
             lines += guesses_sentences(self.guess_costs)
         if memory.disk_kv_bytes:
             lines.append("KV on disk needs --host-kv-budget and --disk-tier: each token reads all of it once.")
+        return lines
+
+    def _approximate_sentences(self) -> list[str]:
+        """Return what is approximate about the job; nothing if it is exact."""
+        request = self.request
+        pattern = request.sparse_heads
+        lines = []
+        if request.kv_bits:
+            lines.append(
+                f"KV is approximate: it is stored in {request.kv_dtype}, without what is on the device. What follows "
+                "is not what the model computes exactly."
+            )
+        if pattern is not None:
+            streaming = sum(layer.streaming_heads for layer in request.shape.layers if not layer.shares_kv)
+            lines.append(
+                f"Attention is approximate: {streaming:,} of {pattern.heads:,} KV heads are sparse. They see the first "
+                f"{pattern.sink_tokens:,} and the newest {pattern.recent_tokens:,} tokens only, which stay on the "
+                f"device and take {format_bytes(self.footprint.window_bytes)} there. What follows is not what the "
+                "model computes exactly."
+            )
+            if pattern.info.get("assumed"):
+                lines.append(
+                    "How many heads are sparse is assumed, evenly over the layers. headinfer heads finds out which "
+                    "heads of a model can be, and what it costs."
+                )
         return lines
 
     def _cpu_sentences(self) -> list[str]:
@@ -233,7 +255,8 @@ class Plan:
             "hardware": self.request.hardware.name,
             "dtype": self.request.dtype,
             "kv_dtype": self.request.kv_dtype,
-            "approximate": bool(self.request.kv_bits),
+            "sparse_heads": sparse_as_dict(self.request.sparse_heads),
+            "approximate": self.request.is_approximate,
             "chunk_tokens": self.chunk_tokens,
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
@@ -264,6 +287,19 @@ class Plan:
                 "is_measured": self.cpu_rates_are_measured,
             },
         }
+
+
+def sparse_as_dict(pattern: HeadPattern | None) -> dict[str, Any] | None:
+    """Return what a head pattern means for a plan, for JSON; None if all heads are full."""
+    if pattern is None:
+        return None
+    return {
+        "streaming_share": pattern.share,
+        "sink_tokens": pattern.sink_tokens,
+        "recent_tokens": pattern.recent_tokens,
+        "digest": pattern.digest,
+        "assumed": bool(pattern.info.get("assumed")),
+    }
 
 
 def make_plan(request: Request) -> Plan:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headinfer.errors import UnsupportedError, UsageError
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
+from headinfer.utils.head_pattern import HeadPattern
 from headinfer.utils.kv_format import KV_DTYPES, kv_bits
 from headinfer.utils.values import choice
 
@@ -40,9 +41,10 @@ class Request:
             above 0 is chosen only if a probe has measured the rates for it.
         decode_tokens: new tokens of each row in a decode step: 1, or more if guesses are verified.
         kv_dtype: how KV is stored outside of the device: auto, the dtype of KV and activations, int8 or int4.
+        sparse_heads: which KV heads are streaming. `shape` has it then too. None for none.
 
     Raises:
-        UsageError: a number is not positive.
+        UsageError: a number is not positive, or the head pattern is for another model.
         UnsupportedError: the model has no full-attention layer, or its KV cannot be stored in kv_dtype.
     """
 
@@ -67,8 +69,11 @@ class Request:
     cpu_share: float | None = None
     decode_tokens: int = 1
     kv_dtype: str = "auto"
+    sparse_heads: HeadPattern | None = None
 
     def __post_init__(self) -> None:
+        if self.sparse_heads is not None:
+            object.__setattr__(self, "shape", self.shape.with_pattern(self.sparse_heads))
         budgets = ("device_kv_budget_bytes", "streaming_budget_bytes", "host_kv_budget_bytes")
         optional = ("device_bytes", "weight_bits", "chunk_tokens", *budgets)
         for name in ("context_tokens", "host_bytes", "new_tokens", "rows", "decode_tokens", *optional):
@@ -109,6 +114,15 @@ class Request:
         return self.weight_bits or 8 * self.element_bytes
 
     @property
+    def is_approximate(self) -> bool:
+        """Whether the results of the job are not exactly those of the model."""
+        return self.kv_bits > 0 or self.sparse_heads is not None
+
+    @property
     def layers(self) -> list[LayerShape]:
-        """The layers whose KV is offloaded."""
-        return [self.shape.layers[index] for index in self.shape.offloaded_layers]
+        """The layers whose KV is offloaded, with the heads that see the whole context."""
+        return [self.shape.layers[index].full_part for index in self.shape.offloaded_layers]
+
+    def with_sparse_heads(self, pattern: HeadPattern | None) -> Request:
+        """Return the same job with other streaming heads, or with none."""
+        return replace(self, shape=self.shape.with_pattern(pattern), sparse_heads=pattern)

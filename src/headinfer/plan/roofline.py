@@ -208,8 +208,7 @@ def prefill_seconds(
     linear_s = max(linear_flop_s, linear_byte_s) / len(shape.layers)
     for layer, count, resident in _distinct(shape, schedule):
         heads, tile_tokens = schedule.prefill_tile
-        if resident is None:
-            heads = layer.kv_heads
+        heads = layer.kv_heads if resident is None else min(heads, layer.kv_heads)
         busy = 1.0 if hardware.is_host else _busy_share(rates, layer, heads, chunk)
         pair_s = layer.flops_per_pair * rows / (attention_flops_per_s * busy)
         causal_s = pair_s * _own_pairs(layer, chunk, tokens) / rates.rest_share
@@ -342,6 +341,7 @@ def decode_seconds(
             total.exposed_transfer_s += count * max(0.0, chain_s - attention_s)
             continue
         heads, tile_tokens = schedule.decode_tile
+        heads = min(heads, layer.kv_heads)
         copies = tile_copies(heads, tile_tokens) if schedule.merges else 2
         tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed / tile_tokens)
         transfer_s = streamed / on_device * kv_bytes * transfer_s_per_byte + tiles * rows * copies * hardware.copy_s
@@ -384,6 +384,7 @@ def host_way(
         link_bytes_per_s: the rate of the link meanwhile.
     """
     heads, tile_tokens = schedule.decode_tile
+    heads = min(heads, layer.kv_heads)
     tiles = math.ceil(layer.kv_heads / heads) * math.ceil(streamed_tokens / tile_tokens) * rows
     query_rows = rows * layer.query_heads * schedule.decode_tokens
     query_s = query_rows * layer.key_dim * element_bytes / (hardware.link_back_bytes_per_s * hardware.link_share)
@@ -456,13 +457,15 @@ def _distinct(shape: ModelShape, schedule: Schedule) -> list[tuple[LayerShape, i
     """Group the layers of equal shape and resident tokens.
 
     Returns:
-        For each group its layer, the number of layers, and the resident tokens, None if the layer does not stream.
+        For each group its layer, the number of layers, and the resident tokens, None if the layer does not stream. A
+        layer with streaming heads counts as two: its full heads, and its streaming heads, which are on the device.
     """
     residents = iter(schedule.resident_tokens)
     found: dict[tuple[LayerShape, int | None], int] = {}
     for layer in shape.layers:
-        resident = next(residents) if layer.is_offloaded and schedule.resident_tokens else None
-        found[layer, resident] = found.get((layer, resident), 0) + 1
+        for part in layer.attention_parts:
+            resident = next(residents) if part.is_offloaded and schedule.resident_tokens else None
+            found[part, resident] = found.get((part, resident), 0) + 1
     return [(layer, count, resident) for (layer, resident), count in found.items()]
 
 

@@ -66,7 +66,7 @@ def format_tokens(tokens: int) -> str:
     """Format a number of tokens for people, as in 4.5M, 128K or 1,000."""
     for unit, size in (("M", 2**20), ("K", 2**10)):
         if tokens >= size and tokens * 100 % size == 0:
-            return f"{tokens / size:.4g}{unit}"
+            return f"{tokens / size:.12g}{unit}"
     return f"{tokens:,}"
 
 
