@@ -810,6 +810,7 @@ CALLS = {
     "bench/disk_suites.py": ["TemporaryDirectory", "TemporaryDirectory", "open for writing", "rmtree", "unlink"],
     "bench/results.py": ["Output", "Output"],
     "cli/eval.py": ["Output"],
+    "cli/heads.py": ["Output", "Output"],
     "cli/probe.py": ["Output", "Output"],
     # savefig: into memory
     # a file that has no name

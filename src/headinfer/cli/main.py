@@ -20,6 +20,7 @@ from headinfer.cli.chat import chat
 from headinfer.cli.console import error, say, show_log
 from headinfer.cli.demo import demo
 from headinfer.cli.generate import generate
+from headinfer.cli.heads import heads
 from headinfer.cli.info import info
 from headinfer.cli.options import Command, LightCommand
 from headinfer.cli.plan import plan
@@ -47,7 +48,7 @@ app = typer.Typer(
     "--check-plan); 2 a mistake or a missing resource, with one sentence on stderr; 130 Ctrl-C; 141 the reader of the "
     "output has ended.",
 )
-for command in (generate, read, ask, chat, serve, plan, probe, info, demo, bench):
+for command in (generate, read, ask, chat, serve, plan, heads, probe, info, demo, bench):
     app.command(cls=LightCommand if command is plan else Command)(command)
 app.add_typer(sessions.app, name="session")
 app.add_typer(evaluations.app, name="eval")
