@@ -289,7 +289,7 @@ def _check_tiles(run: RunRequest, options: Options, chunk_tokens: int) -> None:
     shape = run.sparse_shape
     layers = [shape.layers[index].full_part for index in shape.offloaded_layers]
     layer = max(layers, key=lambda layer: layer.full_heads)
-    tails = sum(tail_bytes(shape, element_bytes)) + shape.window_bytes(run.context_tokens, element_bytes)
+    tails = sum(tail_bytes(shape, element_bytes)) + shape.window_bytes(element_bytes)
     budget_bytes = options.device_kv_budget_bytes or DEFAULT_BUDGET_BYTES
     streaming_bytes = min(options.streaming_budget_bytes or DEFAULT_BUDGET_BYTES, budget_bytes)
     exchange = exchange_bytes(shape, element_bytes, 1, run.rows) if options.cpu_share else 0

@@ -140,7 +140,8 @@ def _fixed_tile(request: Request) -> FixedTile:
 def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> tuple[int, ...]:
     """Return the resident tokens of each offloaded layer: as many as the free memory holds.
 
-    All layers get the same bytes, since the transfer of a layer is hidden by its own attention.
+    All layers get the same bytes, since the transfer of a layer is hidden by its own attention. With sparse heads, the
+    bytes are in proportion to the full heads of the layers.
 
     Args:
         request: the job.
@@ -159,16 +160,26 @@ def resident(request: Request, streaming_bytes: int | None, bare: Footprint) -> 
 def resident_room_bytes(request: Request, tokens: tuple[int, ...]) -> int:
     """Return the fewest bytes of resident memory with which each layer keeps its number of tokens.
 
-    Each layer has an equal part, so the layer that needs the most decides.
+    The layer that needs the most for its part decides.
     """
+    parts = _parts(request)
     needed = [kept * size for kept, size in zip(tokens, _token_bytes(request), strict=True)]
-    return len(needed) * max(needed)
+    return max(-(-nbytes * sum(parts) // part) for nbytes, part in zip(needed, parts, strict=True))
+
+
+def _parts(request: Request) -> list[int]:
+    """Return the parts of the resident memory that the offloaded layers have, as engine/device_kv.py divides it."""
+    if request.sparse_heads is None:
+        return [1] * len(request.layers)
+    return [layer.full_heads for layer in request.layers]
 
 
 def _resident(request: Request, room_bytes: int) -> tuple[int, ...]:
     host_tokens = host_kv_tokens(request.context_tokens)
-    sizes = _token_bytes(request)
-    return tuple(resident_tokens(room_bytes, len(sizes), size, 1, host_tokens) for size in sizes)
+    parts = _parts(request)
+    layers = zip(_token_bytes(request), parts, strict=True)
+    room_bytes = max(room_bytes, 0)
+    return tuple(resident_tokens(room_bytes * part // sum(parts), 1, size, 1, host_tokens) for size, part in layers)
 
 
 def _token_bytes(request: Request) -> list[int]:
@@ -235,7 +246,7 @@ def refusal(request: Request) -> CapacityError:
         (found for found in candidates if found is not None), key=lambda found: found.device_bytes, default=None
     )
     if least is None:
-        windows = request.shape.window_bytes(request.context_tokens, request.element_bytes) * request.rows
+        windows = request.shape.window_bytes(request.element_bytes) * request.rows
         tails = format_bytes(sum(tail_bytes(request.shape, request.element_bytes, request.rows)) + windows)
         return CapacityError(f"the newest tokens of {request.rows} rows alone need {tails} on the device: use fewer")
     tokens = format_tokens(request.context_tokens)

@@ -197,7 +197,7 @@ def baseline_footprint(
         overhead_bytes=overhead_bytes,
         resident_bytes=0 if method in OFFLOADED else resident,
         ring_bytes=ring_bytes.get(method, 0),
-        window_bytes=shape.window_bytes(tokens, element_bytes) * rows,
+        window_bytes=shape.window_bytes(element_bytes) * rows,
         local_bytes=shape.local_kv_bytes(tokens, element_bytes) * rows,
         host_kv_bytes=kv_bytes if method in OFFLOADED else 0,
         host_overhead_bytes=host_overhead_bytes,
@@ -313,7 +313,7 @@ def streaming_footprint(
         CapacityError: the streaming budget leaves nothing for the ring.
     """
     tails, spare = tail_bytes(shape, element_bytes, rows)
-    windows = shape.window_bytes(tokens, element_bytes) * rows
+    windows = shape.window_bytes(element_bytes) * rows
     host_tokens = host_kv_tokens(tokens)
     staging = 0
     ring = 0

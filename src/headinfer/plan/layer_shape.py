@@ -10,7 +10,10 @@ from headinfer.utils.kv_format import pair_bytes
 __all__ = ["WINDOW_SLACK_TOKENS", "LayerShape"]
 
 WINDOW_SLACK_TOKENS = 256
-"""Tokens that a streaming head keeps beside those that it sees, so that rejected tokens can be removed."""
+"""Tokens that a streaming head keeps beside those that it sees, so that rejected tokens can be removed. It is that of
+kv/head_window.py, which a test checks."""
+
+_WINDOWS = 2  # while a pass runs, the window before it is kept, since an error returns to it
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ class LayerShape:
             return 0
         return self.full_heads * (self.key_dim + self.value_dim) * element_bytes
 
-    def window_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Return the bytes of K and V of one row that the streaming heads keep on the device at a context."""
-        kept = min(tokens, self.sink_tokens + self.recent_tokens + WINDOW_SLACK_TOKENS)
+    def window_bytes(self, element_bytes: int) -> int:
+        """Return the bytes of K and V of one row that the streaming heads keep on the device, at any context."""
+        kept = self.sink_tokens + self.recent_tokens + WINDOW_SLACK_TOKENS
         streaming = 0 if self.shares_kv else self.streaming_heads
-        return streaming * (self.key_dim + self.value_dim) * element_bytes * kept
+        return _WINDOWS * streaming * (self.key_dim + self.value_dim) * element_bytes * kept
 
     def stored_bytes_per_token(self, element_bytes: int, bits: int) -> int:
         """Return the bytes of one token of one row where headinfer stores it: in host memory or on a disk.

@@ -171,9 +171,9 @@ class ModelShape:
             if not layer.is_offloaded
         )
 
-    def window_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Return the bytes of one row that streaming heads keep on the device at a context."""
-        return sum(layer.window_bytes(tokens, element_bytes) for layer in self.layers)
+    def window_bytes(self, element_bytes: int) -> int:
+        """Return the bytes of one row that streaming heads keep on the device, at any context."""
+        return sum(layer.window_bytes(element_bytes) for layer in self.layers)
 
     @property
     def pattern_heads(self) -> tuple[int, ...]:
