@@ -48,6 +48,9 @@ __all__ = [
 # Kernels that eager PyTorch queues for one decoder layer of transformers: norms, projections, rotary embedding, MLP and
 # residuals.
 LAYER_LAUNCHES = 40
+# What the streaming heads of a layer take to queue, in kernels: about 40 operations of torch for window, positions,
+# mask, attention and output, of which half are small ones on the host.
+WINDOW_LAUNCHES = 20
 # Kernels, copies and events that are queued for a head group that is copied whole: K and V in and out, and attention.
 GROUP_LAUNCHES = 10
 # Kernels and copies that are queued for what the host's CPU computes: packing, two copies, merging, output.
@@ -201,7 +204,7 @@ def prefill_seconds(
     else:
         total.device_memory_s += chunks * linear_byte_s
 
-    launches = chunks * len(shape.layers) * LAYER_LAUNCHES * hardware.launch_s
+    launches = chunks * _layer_launches(shape) * hardware.launch_s
     total.launch_s = launches
     total.exposed_launch_s = launches if hardware.is_host else max(0.0, launches - total.linear_s)
 
@@ -308,7 +311,7 @@ def decode_seconds(
         total.compute_s = flop_s
     else:
         total.device_memory_s = byte_s
-    total.launch_s = len(shape.layers) * LAYER_LAUNCHES * hardware.launch_s
+    total.launch_s = _layer_launches(shape) * hardware.launch_s
     total.exposed_launch_s = total.launch_s if hardware.is_host else max(0.0, total.launch_s - total.linear_s)
     linear_s = total.linear_s / len(shape.layers)
     for layer, count, resident in _distinct(shape, schedule):
@@ -439,6 +442,12 @@ def fastest_share(
         shape, hardware, past_tokens, dataclasses.replace(schedule, cpu_share=share), dtype, weight_bits, rows
     )
     return share if found.total_s < CLEARLY * seconds.total_s else 0.0
+
+
+def _layer_launches(shape: ModelShape) -> int:
+    """Return what is queued for all layers in a pass, without tiles."""
+    with_window = sum(layer.streaming_heads > 0 for layer in shape.layers)
+    return len(shape.layers) * LAYER_LAUNCHES + with_window * WINDOW_LAUNCHES
 
 
 def _tile_launches(schedule: Schedule, copies: float) -> float:
