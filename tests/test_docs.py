@@ -218,6 +218,13 @@ def test_errors_of_quantised_kv_are_those_of_the_result_files():
     assert module.published() in (ROOT / "docs" / "approximations.md").read_text(encoding="utf-8")
 
 
+def test_fidelity_of_approximate_kv_is_that_of_the_result_files():
+    spec = importlib.util.spec_from_file_location("fidelity", ROOT / "benchmarks" / "fidelity.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.published() in (ROOT / "docs" / "approximations.md").read_text(encoding="utf-8")
+
+
 def test_readme_shows_what_the_h200_measured(expectations):
     """The times of headinfer in README.md's table of measurements are those of the result files."""
     shown = {float(seconds) for seconds in re.findall(r"^\| token after [^|]*\| ([\d.]+) s \|", README, re.MULTILINE)}

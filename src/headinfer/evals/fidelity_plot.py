@@ -30,6 +30,7 @@ _ALL_CURVES = {
     "kl_median": ("median", "-."),
 }
 _FEW_CURVES = {name: _ALL_CURVES[name] for name in ("kl_mean", "kl_p99")}  # if several approximations are compared
+_FAR_BELOW = 100.0  # rounding that is as far below everything else is not drawn
 _COLORS = ("#4c72b0", "#c44e52", "#55a868", "#dd8452", "#8172b3", "#937860")
 
 
@@ -93,7 +94,8 @@ def _draw_divergence(axes: Any, title: str, approximations: Mapping[str, Records
             drawn += values
     first = next(iter(approximations.values()))
     rounding = [record["rounding"]["kl_mean"] for record in first]
-    axes.plot([record["length"] for record in first], rounding, color="#8c8c8c", label="rounding alone, mean")
+    if drawn and max(rounding) > min(drawn) / _FAR_BELOW:
+        axes.plot([record["length"] for record in first], rounding, color="#8c8c8c", label="rounding alone, mean")
     if any(value > 0 for value in drawn):
         axes.set_yscale("log", nonpositive="clip")
     axes.set_ylabel("KL(exact || approximate), nats")
