@@ -1,7 +1,7 @@
 """The KV of one device: its queues, ring, buffers and resident tokens, within one budget.
 
 budget    = streaming part + resident part
-streaming = ring + tails + write-back buffers + buffers of the exchange with the host
+streaming = ring + tails + write-back buffers + buffers of the exchange with the host + windows of streaming heads
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,7 @@ from headinfer.kv.byte_counter import ByteCounter
 from headinfer.kv.device_buffer import TAIL_TOKENS
 from headinfer.kv.disk_tier import DiskTier
 from headinfer.kv.exchange import HostExchange
+from headinfer.kv.head_window import window_tokens
 from headinfer.kv.host_memory import HostTier, releasing_bytes
 from headinfer.kv.layer_kv import LayerKV
 from headinfer.kv.numa import node_of
@@ -45,7 +47,7 @@ from headinfer.plan.tiles import (
 )
 from headinfer.utils.kv_format import dims_refusal, kv_bits, pair_bytes
 
-__all__ = ["DeviceKV", "PassShape", "Shortage", "default_budget_bytes"]
+__all__ = ["DeviceKV", "HeadCounts", "PassShape", "Shortage", "default_budget_bytes"]
 
 _RESERVE_SHARE = 8  # 1/8 of the device is left to activations if no plan has counted them
 _LEAST_RESERVE_BYTES = 2 * 2**30
@@ -66,6 +68,18 @@ class PassShape:
     query_heads: int = 1
     query_tokens: int = 1
     row_copies: int = 1
+
+
+class HeadCounts(NamedTuple):
+    """The KV heads of an offloaded layer (Options.sparse_heads).
+
+    Attributes:
+        full: heads that see all tokens, whose KV is in host memory.
+        streaming: heads that see the first and the newest tokens, whose KV is in a window on the device.
+    """
+
+    full: int
+    streaming: int
 
 
 @dataclass
@@ -100,10 +114,13 @@ class DeviceKV:
         transport: how KV reaches the device.
         options: the options of the cache.
         rates: the rates that tiles are chosen for.
-        layers: number of offloaded layers on this device.
-        all_layers: number of offloaded layers on all devices.
+        layers: number of layers with KV in host memory on this device.
+        all_layers: number of such layers on all devices.
         counter: counts device bytes and copies.
         host_counter: counts host bytes, for all devices.
+        head_counts: the KV heads of each offloaded layer on this device; None if all heads are full. The layers have
+            equally many then, as far as budgets are concerned.
+        all_head_counts: those on all devices.
     """
 
     def __init__(
@@ -117,6 +134,8 @@ class DeviceKV:
         all_layers: int,
         counter: ByteCounter,
         host_counter: ByteCounter,
+        head_counts: Sequence[HeadCounts] | None = None,
+        all_head_counts: Sequence[HeadCounts] | None = None,
     ) -> None:
         self.device = device
         self.transport = transport
@@ -124,6 +143,10 @@ class DeviceKV:
         self.kv_bits = kv_bits(options.kv_dtype)
         self.layers = layers
         self.all_layers = all_layers
+        self._head_counts = head_counts
+        self._all_head_counts = all_head_counts
+        pattern = options.sparse_heads
+        self._window_tokens = window_tokens(pattern.sink_tokens, pattern.recent_tokens) if pattern is not None else 0
         self.rates = rates
         self.counter = counter
         self.fixed_tile = FixedTile(options.heads_per_group, options.tile_tokens)
@@ -144,6 +167,8 @@ class DeviceKV:
         self._cpu_rows = options.cpu_rows
         self._cpu_threads = options.cpu_threads
         self.plan: TilePlan | None = None
+        self._plans: dict[int, TilePlan] = {}  # those of the pass, by the number of KV heads
+        self._slot_bytes: int | None = None
         self._has_slots = False  # whether the plan's tiles can come from the host
         self.write: Writer = WriteInPlace()
         self.residency: Residency | None = None
@@ -165,7 +190,7 @@ class DeviceKV:
         """Return an empty LayerKV with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         residency = None
         if self.residency is not None:
-            layer_bytes = self.residency.room_bytes // self.layers
+            layer_bytes = self.residency.room_bytes * k.shape[1] // self._heads_of_layers(k.shape[1])
             residency = LayerResidency(self.residency, layer_bytes, host_kv_tokens(self.expected_tokens))
         codec: Codec | None = None
         if self.kv_bits:
@@ -174,8 +199,10 @@ class DeviceKV:
                 raise UnsupportedError(refusal)
             codec = Codec(self.kv_bits, k.shape[3], v.shape[3], k.dtype)
         stored_bytes = pair_bytes(k.shape[3], v.shape[3], k.element_size(), self.kv_bits)
-        token_bytes = k.shape[0] * k.shape[1] * stored_bytes
-        expected_bytes = self.all_layers * token_bytes * self.expected_tokens
+        all_heads = self.all_layers * k.shape[1]
+        if self._all_head_counts is not None:
+            all_heads = sum(counts.full for counts in self._all_head_counts)
+        expected_bytes = all_heads * k.shape[0] * stored_bytes * self.expected_tokens
         fits_host = expected_bytes < _RESERVED_HOST_SHARE * self._host_room_bytes()
         return LayerKV(
             k,
@@ -189,6 +216,27 @@ class DeviceKV:
             reserves=self.transport == "cuda" and fits_host,
             codec=codec,
         )
+
+    def _heads_of_layers(self, heads: int) -> int:
+        """Return the full KV heads of all layers on this device, if a layer has so many and no pattern says more."""
+        if self._head_counts is None:
+            return self.layers * heads
+        return sum(counts.full for counts in self._head_counts)
+
+    def _most_heads(self, heads: int) -> int:
+        """Return the full KV heads of the layer with the most, if a layer has so many and no pattern says more."""
+        if self._head_counts is None:
+            return heads
+        return max(heads, *(counts.full for counts in self._head_counts))
+
+    def _window_bytes(self, layer_kv: LayerKV, rows: int) -> int:
+        """Return the bytes of the windows of all layers for so many rows. There are two of each while a pass runs,
+        since errors return to the one before."""
+        if self._head_counts is None:
+            return 0
+        token_bytes = (layer_kv.key_dim + layer_kv.value_dim) * layer_kv.dtype.itemsize
+        heads = sum(counts.streaming for counts in self._head_counts)
+        return 2 * rows * heads * self._window_tokens * token_bytes
 
     def _host_room_bytes(self) -> int:
         """Return host memory that is free, or holds KV of this cache already."""
@@ -210,12 +258,16 @@ class DeviceKV:
         # There is one tail more than there are layers, since reordering rows copies a tail. Forks have tails too.
         # Rows that become several leave their own tails behind, in the buffers of their resident tokens.
         held = self.counter.device_bytes
-        tails = (self.layers + 1) * layer_kv.tail_bytes * shape.row_copies
+        head_tail = layer_kv.tail_bytes // layer_kv.heads
+        heads = self._heads_of_layers(layer_kv.heads)
+        largest_tail = self._most_heads(layer_kv.heads) * head_tail
+        tails = (heads * head_tail + largest_tail) * shape.row_copies
         if shape.row_copies > 1 and self.residency is not None and self.residency.room_bytes:
-            tails += self.layers * layer_kv.tail_bytes
-        tails = max(tails, held["tail"] + layer_kv.tail_bytes)
+            tails += heads * head_tail
+        tails = max(tails, held["tail"] + largest_tail)
         exchange = max(self._exchange_bytes(layer_kv, shape), held["exchange"])
-        taken = tails + held["staging"] + exchange
+        windows = max(self._window_bytes(layer_kv, layer_kv.rows * shape.row_copies), held["window"])
+        taken = tails + held["staging"] + exchange + windows
         most_resident = max(self.device_kv_budget_bytes - taken, 0)
         if self.residency is not None and self.residency.held_bytes > most_resident:
             self._shrink_residency(most_resident)
@@ -257,7 +309,8 @@ class DeviceKV:
             first = layer_kvs[0]
             query_rows = rows * query_heads * FEW_QUERY_TOKENS
             exchange = layer_exchange_bytes(query_rows, first.key_dim, first.value_dim, first.dtype.itemsize)
-        taken = held["tail"] + tails + held["staging"] + exchange
+        windows = held["window"] + self._window_bytes(layer_kvs[0], rows)
+        taken = held["tail"] + tails + held["staging"] + exchange + windows
         return 2 * taken <= self.device_kv_budget_bytes
 
     def _room_for_rows_bytes(self) -> int:
@@ -270,6 +323,7 @@ class DeviceKV:
     def make_room_for_rows(self, layer_kvs: Sequence[LayerKV], rows: int) -> None:
         """Free device memory for the tails of a fork: the ring, which the next pass makes anew, and resident KV."""
         tails = sum((rows + kv.rows) * kv.tail_bytes // max(kv.rows, 1) for kv in layer_kvs)
+        tails += self._window_bytes(layer_kvs[0], rows) if layer_kvs else 0
         if self.held_bytes + tails > self.device_kv_budget_bytes:
             self._close_ring()
             over = self.held_bytes + tails - self.device_kv_budget_bytes
@@ -353,7 +407,8 @@ class DeviceKV:
             shape = dataclasses.replace(shape, query_tokens=1)
         if layer_kv.is_all_resident or not self._share_of_cpu(layer_kv, shape):
             return 0
-        query_rows = layer_kv.rows * shape.row_copies * shape.query_heads * shape.query_tokens
+        query_heads = shape.query_heads // layer_kv.heads * self._most_heads(layer_kv.heads)
+        query_rows = layer_kv.rows * shape.row_copies * query_heads * shape.query_tokens
         return layer_exchange_bytes(query_rows, layer_kv.key_dim, layer_kv.value_dim, layer_kv.dtype.itemsize)
 
     def _grow_exchange(self, nbytes: int) -> None:
@@ -384,8 +439,28 @@ class DeviceKV:
             return None
         return read_slot_bytes(self.disk.host_budget if self.disk is not None else None)
 
+    def plan_of(self, layer_kv: LayerKV, shape: PassShape) -> TilePlan:
+        """Return the tile of a layer, after begin(). Layers with equally many full heads have the same.
+
+        Args:
+            layer_kv: the KV of the layer.
+            shape: what the pass asks of it.
+        """
+        assert self.plan is not None
+        if self._head_counts is None:
+            return self.plan
+        if layer_kv.heads not in self._plans:
+            self._plans[layer_kv.heads] = self._chosen(layer_kv, shape, self._slot_bytes)
+        return self._plans[layer_kv.heads]
+
     def _choose(self, layer_kv: LayerKV, shape: PassShape, slot_bytes: int | None) -> None:
         self._has_slots = slot_bytes is not None
+        self._slot_bytes = slot_bytes
+        self.plan = self._chosen(layer_kv, shape, slot_bytes)
+        self._plans = {layer_kv.heads: self.plan}
+
+    def _chosen(self, layer_kv: LayerKV, shape: PassShape, slot_bytes: int | None) -> TilePlan:
+        """Return the tile for the layers with as many heads as one layer."""
         bounds = [nbytes for nbytes in (slot_bytes, self._read_slot_bytes) if nbytes is not None]
         element_bytes = layer_kv.dtype.itemsize
         work = LayerWork(
@@ -398,10 +473,13 @@ class DeviceKV:
             query_tokens=shape.query_tokens,
             past_tokens=layer_kv.tokens,
         )
-        plan = choose_tiles(work, min(bounds, default=None), self.rates, self.fixed_tile)
+        fixed = self.fixed_tile
+        if fixed.heads_per_group is not None and fixed.heads_per_group <= self._most_heads(layer_kv.heads):
+            fixed = dataclasses.replace(fixed, heads_per_group=min(fixed.heads_per_group, layer_kv.heads))
+        plan = choose_tiles(work, min(bounds, default=None), self.rates, fixed)
         share = self._share_of_cpu(layer_kv, shape)
         rows = None if self._cpu_rows is None else max(self._cpu_rows, _query_rows(layer_kv, shape))
-        self.plan = dataclasses.replace(plan, cpu_share=share, cpu_rows=rows, cpu_threads=self._cpu_threads)
+        return dataclasses.replace(plan, cpu_share=share, cpu_rows=rows, cpu_threads=self._cpu_threads)
 
     def _use_ring(self, slot_bytes: int | None) -> None:
         """Keep the ring if it is as wanted. It changes with the batch, forks, and memory that is not pinned."""

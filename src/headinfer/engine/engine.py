@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from headinfer.attention.backends import SDPA, Backend
-from headinfer.engine.device_kv import DeviceKV, PassShape, Shortage
+from headinfer.engine.device_kv import DeviceKV, HeadCounts, PassShape, Shortage
 from headinfer.engine.layer_pass import AttentionSpec
 from headinfer.engine.machine import this_machine
 from headinfer.engine.options import Options
@@ -37,10 +38,11 @@ class Engine:
 
     Args:
         options: the options of the cache.
-        layers: number of offloaded layers. Their tails count against the budget from the start.
+        layers: number of layers with KV in host memory. Their tails count against the budget from the start.
+        head_counts: the full and the streaming KV heads of each offloaded layer; None if all heads are full.
 
     Attributes:
-        layers_on: number of offloaded layers by device, if it is known before the first pass.
+        layers_on: number of layers with KV in host memory by device, if it is known before the first pass.
         counter: counts the bytes of the host and of the first device.
         devices: the KV of each device.
         awaiting: the chunk that a layer was updated with and whose attention has not run yet.
@@ -52,10 +54,12 @@ class Engine:
         recorder: records attention mass; None outside of hf/where.py.
     """
 
-    def __init__(self, options: Options, layers: int) -> None:
+    def __init__(self, options: Options, layers: int, head_counts: Sequence[HeadCounts] | None = None) -> None:
         self.options = options
         self.layers = layers
         self.layers_on: Mapping[torch.device, int] = {}
+        self._head_counts = head_counts
+        self._head_counts_on: dict[torch.device, list[HeadCounts]] = {}
         self.counter = ByteCounter()
         self.devices: dict[torch.device, DeviceKV] = {}
         self.awaiting: object | None = None
@@ -66,6 +70,7 @@ class Engine:
         self.shortage = Shortage()
         self.recorder: MassRecorder | None = None
         self._shape = PassShape()
+        self._group_queries = 1
         self._begun: set[torch.device] = set()  # the devices that have begun the current pass
         self._layer_order = _LayerOrder()
         self._choices: dict[Hashable, Backend] = {}  # of the current pass
@@ -84,6 +89,27 @@ class Engine:
         """Return an empty LayerKV with the shape, dtype and device of k [B, Hkv, T, Dk] and v [B, Hkv, T, Dv]."""
         return self._device_kv(k, v).new_layer_kv(k, v)
 
+    def place(self, devices: Iterable[torch.device]) -> None:
+        """Note the device of each offloaded layer, in order, before the first pass."""
+        if self._head_counts is None:
+            self.layers_on = Counter(devices)
+            return
+        for device, counts in zip(devices, self._head_counts, strict=True):
+            self._head_counts_on.setdefault(device, []).append(counts)
+        self.layers_on = {
+            device: sum(counts.full > 0 for counts in layers) for device, layers in self._head_counts_on.items()
+        }
+
+    def hold_window(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Count the bytes of a window of streaming heads, as long as it exists. Calling it again does nothing."""
+        if getattr(k, "_headinfer_is_counted", False):
+            return
+        k._headinfer_is_counted = True  # type: ignore[attr-defined]
+        kv = self.devices.get(self._device_of(k))
+        counter = kv.counter if kv is not None else self.counter
+        counter.hold_device("window", k.nbytes + v.nbytes)
+        weakref.finalize(k, counter.hold_device, "window", -k.nbytes - v.nbytes).atexit = False
+
     def begin(self, layer_kv: LayerKV, query_heads: int, query_tokens: int) -> None:
         """Begin a forward pass, before the attention of its first offloaded layer.
 
@@ -95,6 +121,7 @@ class Engine:
         self._layer_order.begin_pass()
         self._choices.clear()
         self._shape = PassShape(query_heads, query_tokens, self.row_copies)
+        self._group_queries = query_heads // layer_kv.heads
         self._begun = set()
 
     def attend(
@@ -138,8 +165,7 @@ class Engine:
             kv.begin(layer_kv, shape)
         kv.check()
         self._layer_order.note(layer_kv)
-        assert kv.plan is not None
-        plan = kv.plan
+        plan = kv.plan_of(layer_kv, shape)
         if self.recorder is not None:  # it sees what comes to the device
             plan = dataclasses.replace(plan, cpu_share=0.0)
         return attend_streaming(
@@ -174,8 +200,8 @@ class Engine:
         is_prefill = self._shape.query_tokens > FEW_QUERY_TOKENS
         if is_next_pass and (token_ranges is not None or (self.disk is None and is_prefill)):
             return
-        plan = self.devices[device].plan
-        assert plan is not None
+        shape = dataclasses.replace(self._shape, query_heads=self._group_queries * coming.heads)
+        plan = self.devices[device].plan_of(coming, shape)
         heads = slice(0, min(plan.heads_per_group, coming.heads))
         seen = first_of(token_ranges, coming.tokens, coming.rows) if token_ranges is not None else None
         for tile in tiles_of(divide(coming, plan, seen), heads, plan):
@@ -286,6 +312,8 @@ class Engine:
             rates,
             layers=self.layers_on.get(device, self.layers),
             all_layers=self.layers,
+            head_counts=self._head_counts_on.get(device, self._head_counts),
+            all_head_counts=self._head_counts,
             counter=ByteCounter() if self.devices else self.counter,
             host_counter=self.counter,
         )
@@ -307,7 +335,10 @@ class Engine:
             return
         if self.disk is None:
             stored_bytes = pair_bytes(k.shape[3], v.shape[3], k.element_size(), kv_bits(options.kv_dtype))
-            token_bytes = self.layers * k.shape[0] * k.shape[1] * stored_bytes
+            heads = self.layers * k.shape[1]
+            if self._head_counts is not None:
+                heads = sum(counts.full for counts in self._head_counts)
+            token_bytes = heads * k.shape[0] * stored_bytes
             reserve_bytes = options.expected_tokens * token_bytes  # for all KV: read buffers take a part of the budget
             folder = Path(options.disk_tier)
             budget_bytes = options.host_kv_budget_bytes

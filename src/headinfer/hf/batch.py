@@ -24,6 +24,7 @@ from headinfer.hf.cache import HeadCache
 from headinfer.hf.compat import DynamicSlidingWindowLayer, PreTrainedModel
 from headinfer.hf.layers import HeadLayer
 from headinfer.hf.rotary import RotaryLengths, keeps_frequencies
+from headinfer.hf.sparse_layers import SparseHeadLayer
 from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.values import whole_number
 
@@ -175,7 +176,7 @@ def _can_pad(cache: HeadCache) -> bool:
 
     Padding before all tokens always can. Behind a document it would change the states of linear layers.
     """
-    paddable = (HeadLayer, DynamicSlidingWindowLayer)
+    paddable = (HeadLayer, SparseHeadLayer, DynamicSlidingWindowLayer)
     return not cache.get_seq_length() or all(type(layer) in paddable or not _tensors(layer) for layer in cache.layers)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from headinfer.attention.backends import recorded
+from headinfer.engine.device_kv import HeadCounts
 from headinfer.engine.engine import Engine
 from headinfer.engine.options import OptionFields, Options, merged
 from headinfer.engine.run_plan import RunPlan
@@ -33,6 +34,7 @@ from headinfer.hf.compat import (
     shared_full_layers,
 )
 from headinfer.hf.layers import HeadLayer, HybridHeadLayer, PaddedWindowLayer, restore, state_of, uncroppable_reason
+from headinfer.hf.sparse_layers import SparseHeadLayer, StreamingHeads, check_approximations
 from headinfer.hf.stats import Stats
 from headinfer.hf.wrappers import unwrapped
 from headinfer.kv.layer_kv import LayerKV
@@ -42,7 +44,6 @@ from headinfer.sessions.loader import load_cache
 from headinfer.sessions.weights import adapter_layers, applied_adapters
 from headinfer.sessions.writer import save_cache
 from headinfer.utils.approximation import short_form
-from headinfer.utils.kv_format import kv_bits
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.tensors import integer_tensor
 from headinfer.utils.values import json_object, path_text, shown, whole_number
@@ -106,15 +107,19 @@ class HeadCache(Cache):  # type: ignore[misc]
                 "context: there is nothing to offload, so use the model without headinfer"
             )
         if chosen.is_approximate:
-            ModelShape.from_config(config).check_kv_bits(kv_bits(chosen.kv_dtype))
-        if chosen.sparse_heads is not None:
-            raise UnsupportedError("sparse_heads is not served yet: leave it out")
-        self.engine = Engine(chosen, len(full))
+            check_approximations(chosen, ModelShape.from_config(config))
+        pattern = chosen.sparse_heads
+        sparse = {index: StreamingHeads.of_layer(pattern, index) for index in full if pattern is not None}
+        stored = [index for index in full if index not in sparse or sparse[index].full]
+        counts = [HeadCounts(len(heads.full), len(heads.streaming)) for heads in sparse.values()]
+        self.engine = Engine(chosen, len(stored), counts or None)
         for index in full:
             layer = layers[index]
-            is_first = index == full[0]
+            is_first = index == stored[0]
             if isinstance(layer, LinearAttentionAndFullAttentionLayer):
                 layers[index] = HybridHeadLayer(self.engine, is_first, layer.number_of_states)
+            elif index in sparse and sparse[index].streaming:
+                layers[index] = SparseHeadLayer(self.engine, is_first, sparse[index])
             else:
                 layers[index] = HeadLayer(self.engine, is_first)
         self.attentions_per_forward = len(full) + shared_full_layers(config)
@@ -182,6 +187,7 @@ class HeadCache(Cache):  # type: ignore[misc]
             device_tail_bytes=device_bytes("tail"),
             device_staging_bytes=device_bytes("staging") + device_bytes("exchange"),
             device_resident_bytes=device_bytes("resident"),
+            device_window_bytes=device_bytes("window"),
             host_kv_bytes=host.host_bytes,
             host_kv_peak_bytes=host.host_peak_bytes,
             disk_kv_bytes=host.disk_bytes,

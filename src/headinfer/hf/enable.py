@@ -10,7 +10,6 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import TracebackType
@@ -52,6 +51,7 @@ from headinfer.hf.planning import Planning
 from headinfer.hf.recovery import Recovery
 from headinfer.hf.rollback import rollback_on_error
 from headinfer.hf.rotary import RotaryControl
+from headinfer.hf.sparse_layers import check_approximations
 from headinfer.hf.where import TokenIds, Where, where
 from headinfer.hf.wrappers import unwrapped
 from headinfer.plan.families import check_family
@@ -59,7 +59,6 @@ from headinfer.plan.guesses import Guesses, guesses_option
 from headinfer.plan.model_shape import ModelShape
 from headinfer.plan.planner import Plan
 from headinfer.sessions.weights import adapter_layers, applied_adapters
-from headinfer.utils.kv_format import kv_bits
 from headinfer.utils.stacklevel import stacklevel_of_user
 from headinfer.utils.values import optional, shown, token_count, whole_number
 
@@ -136,8 +135,9 @@ class Enabled:
         self.options = options
         self.on_forward = on_forward
         self.last_cache: HeadCache | None = None
-        self._shape = ModelShape.from_config(model.config).shard(getattr(model, "tp_size", None) or 1)
-        self._shape.check_kv_bits(kv_bits(options.kv_dtype))
+        ranks = getattr(model, "tp_size", None) or 1
+        self._shape = ModelShape.from_config(model.config).shard(ranks)
+        check_approximations(options, self._shape, ranks)
         self.planning = Planning(model, self._shape, options, chunk_tokens)
         self._has_warned = False
         self._removes_last_token = False
@@ -336,7 +336,7 @@ class Enabled:
         cache.model = weakref.ref(self.model)
         if not engine.layers_on:
             offloaded = (index for index, layer in enumerate(cache.layers) if isinstance(layer, HeadLayer))
-            engine.layers_on = Counter(layer_device(self.model, index) for index in offloaded)
+            engine.place(layer_device(self.model, index) for index in offloaded)
         adapters = applied_adapters(self._adapter_layers)
         cache.check_adapters(adapters)
         cache.adapters = adapters

@@ -102,20 +102,23 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
                 "the attention of a HeadCache layer did not run through headinfer, because the model changes K and V "
                 "before the attention: use the model without headinfer"
             )
-        if self.layer_kv is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.layer_kv is not None
-        if key_states.shape[0] != self.layer_kv.rows:
+        self._begin_if_empty(key_states, value_states)
+        if key_states.shape[0] != self.rows:
             raise StateError(
-                f"the cache holds {self.layer_kv.rows} rows, but the model was given {key_states.shape[0]}: pass as "
+                f"the cache holds {self.rows} rows, but the model was given {key_states.shape[0]}: pass as "
                 "many rows as the cache holds, or an empty cache"
             )
-        tag = Tag(self, self.layer_kv.tokens)
+        tag = Tag(self, self.get_seq_length())
         self.pending = tag
         self.engine.awaiting = tag
         key_states._headinfer = tag  # type: ignore[attr-defined]
         value_states._headinfer = tag  # type: ignore[attr-defined]
         return key_states, value_states
+
+    def _begin_if_empty(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Create the layer's KV for the first chunk."""
+        if self.layer_kv is None:
+            self.lazy_initialization(key_states, value_states)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
         """Attend from the chunk to all tokens up to it, then append the chunk to the layer's KV.
@@ -207,20 +210,27 @@ class HeadLayer(CacheLayerMixin):  # type: ignore[misc]
         else:
             self.layer_kv.crop(min(tokens_to_remove, length))
 
+    def crop_refusal(self, tokens: int) -> str:
+        """Return why the newest `tokens` tokens cannot be removed; empty if they can."""
+        return ""
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace each row i by row beam_idx[i]; beam_idx is [rows], int64. Segments are shared, not copied."""
-        if self.layer_kv is not None:
-            self.layer_kv.select_rows(beam_idx.tolist())
+        self._select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Replace each row by `repeats` rows, which share its segments."""
-        if self.layer_kv is not None:
-            self.layer_kv.select_rows(torch.arange(self.layer_kv.rows).repeat_interleave(repeats).tolist())
+        self._select_rows(torch.arange(self.rows).repeat_interleave(repeats).tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that a tensor of indices or a bool mask selects."""
+        if self.rows:
+            self._select_rows(torch.arange(self.rows)[indices.cpu()].tolist())
+
+    def _select_rows(self, rows: list[int]) -> None:
+        """Replace each row i by row rows[i]. The number of rows may change."""
         if self.layer_kv is not None:
-            self.layer_kv.select_rows(torch.arange(self.layer_kv.rows)[indices.cpu()].tolist())
+            self.layer_kv.select_rows(rows)
 
     def offload(self) -> None:
         """Do nothing. The KV is in host memory already."""
@@ -299,7 +309,7 @@ class PaddedWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         return held + query_length, self.cumulative_length - held
 
 
-_NOT_IN_STATE = ("engine", "layer_kv", "pending")
+_NOT_IN_STATE = ("engine", "layer_kv", "pending", "heads")
 
 
 def state_of(layer: Any) -> dict[str, Any]:
@@ -317,7 +327,7 @@ def state_of(layer: Any) -> dict[str, Any]:
     if isinstance(layer, HeadLayer):
         tokens = layer.get_seq_length()
         for name in _NOT_IN_STATE:
-            del fields[name]
+            fields.pop(name, None)
     if type(layer) is not HeadLayer:  # a plain HeadLayer has no dicts
         fields = {name: _copied(value) for name, value in fields.items()}
     return {"fields": fields, "tokens": tokens}
@@ -350,6 +360,8 @@ def uncroppable_reason(layer: Any, tokens: int = 1) -> str:
         tokens: how many tokens are removed.
     """
     advice = "call activate_past_recording() on the cache before generating"
+    if isinstance(layer, HeadLayer) and layer.crop_refusal(tokens):
+        return layer.crop_refusal(tokens)
     if isinstance(layer, DynamicSlidingWindowLayer):
         held = layer.get_seq_length()
         needed = min(layer.sliding_window - 1, held - tokens) + tokens

@@ -17,12 +17,14 @@ class Stats:
         tokens: tokens of each row.
         layers_offloaded: number of full-attention layers, whose KV is in host memory.
         layers_left_to_transformers: number of layers that keep transformers' own cache.
-        device_kv_bytes: bytes of KV on the device now: ring, tails, buffers and resident tokens.
+        device_kv_bytes: bytes of KV on the device now: ring, tails, buffers, windows and resident
+            tokens.
         device_kv_peak_bytes: the largest device_kv_bytes so far.
         device_ring_bytes: bytes of the ring's slots, through which tiles are streamed.
         device_tail_bytes: bytes of the tails, which hold the newest tokens.
         device_staging_bytes: bytes of the write-back buffers, and of the buffers for queries that the host answers.
         device_resident_bytes: bytes of the tokens that stay on the device.
+        device_window_bytes: bytes of the tokens that streaming heads see (Options.sparse_heads).
         host_kv_bytes: bytes of host memory that are allocated for KV now.
         host_kv_peak_bytes: the largest host_kv_bytes so far.
         disk_kv_bytes: bytes of KV in the disk tier now.
@@ -54,6 +56,7 @@ class Stats:
     device_tail_bytes: int
     device_staging_bytes: int
     device_resident_bytes: int
+    device_window_bytes: int
     host_kv_bytes: int
     host_kv_peak_bytes: int
     disk_kv_bytes: int

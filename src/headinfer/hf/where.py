@@ -158,15 +158,18 @@ class _FarHeads:
         self.mass = torch.zeros(last - first, len(edges) - 1, dtype=torch.float64, device=device)
         self.count = torch.zeros(last - first, dtype=torch.int64, device=device)
         self._first = first
+        self._before = (-1, -1)  # the attention and the head of the mass that was taken last
 
     def take(self, found: Mass) -> None:
         """Add the mass of some heads of one attention."""
         document = found.mass[..., 1:-1].to(self.mass.device)
         begin = found.first_query - self._first
         queries = slice(begin, begin + document.shape[1])
-        if found.attention == 0 and found.first_head == 0:  # the pass begins, perhaps anew
+        now = (found.attention, found.first_head)
+        if now <= self._before:  # the pass begins anew
             self.mass[queries] = 0
             self.count[queries] = 0
+        self._before = now
         looks_far = document.amax(dim=-1) > FAR_SHARE
         self.mass[queries] += document.masked_fill_(~looks_far[..., None], 0).sum(dim=0, dtype=torch.float64)
         self.count[queries] += looks_far.sum(dim=0)

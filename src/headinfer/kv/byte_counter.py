@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["ByteCounter"]
 
-_PURPOSES = ("ring", "tail", "staging", "exchange", "resident")
+_PURPOSES = ("ring", "tail", "staging", "exchange", "resident", "window")
 
 
 @dataclass
@@ -16,8 +16,8 @@ class ByteCounter:
     Attributes:
         device_bytes: bytes of KV on the compute device, by purpose: "ring" (the slots that tiles stream through),
             "tail" (the newest tokens), "staging" (write-back buffers), "exchange" (queries for the host and its
-            results) and "resident" (KV that also stays there). If the host is the compute device, segments are read in
-            place, and only tails are counted.
+            results), "resident" (KV that also stays there) and "window" (the tokens that streaming heads see). If the
+            host is the compute device, segments are read in place, and only tails and windows are counted.
         device_peak_bytes: the largest sum of device_bytes so far.
         host_bytes: bytes of host memory that are allocated for KV.
         host_peak_bytes: the largest host_bytes so far.
