@@ -2,8 +2,8 @@
 
 Each text is read once. Then each needle is asked for on a copy of the cache, with its answer given (teacher forcing).
 hf/head_needs.py measures the queries that predict the needle's number, and, for information only, a sample of those of
-the text. For each needle, the largest effect of a head on one of these queries counts. The value of a head is its mean
-over all needles, divided by that of the head that has the largest one.
+the text. The value of a head is the mean of its effect on the former, over all needles, divided by the largest mean of
+all heads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.head_pattern import HeadPattern
 from headinfer.utils.units import format_bytes
 
-__all__ = ["CalibrationJob", "Calibrator", "Text"]
+__all__ = ["Asked", "CalibrationJob", "Calibrator", "Context", "Text"]
 
 _FIRST_SAMPLE = 100_000  # `headinfer eval niah` has fewer samples, so it asks for other needles
 _TEXT_QUERIES = 64  # of each text
@@ -86,7 +86,7 @@ class CalibrationJob:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """A question with its answer.
 
     Attributes:
@@ -99,7 +99,7 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Context:
+class Context:
     """A text with needles and its questions.
 
     Attributes:
@@ -109,7 +109,7 @@ class _Context:
     """
 
     ids: list[int]
-    questions: list[_Asked]
+    questions: list[Asked]
     positions: list[int]
 
 
@@ -122,7 +122,8 @@ class Calibrator:
     Attributes:
         shape: the model.
         warnings: what the user should know before it runs, a sentence each.
-        document_tokens: tokens of each context, in the order in which they are read.
+        contexts: what is read, in order.
+        document_tokens: tokens of each context.
 
     Raises:
         UsageError: a length is too short, or the model has no positions or embeddings for a context.
@@ -145,10 +146,10 @@ class Calibrator:
         self._check_share(job.share)
         self._tokenizer = job.source.tokenizer()
         self._chat = chat_texts(self._tokenizer, is_raw=job.is_raw)
-        self._contexts = [
+        self.contexts = [
             self._context(text, number, length) for number, text in enumerate(job.texts) for length in job.lengths
         ]
-        self.document_tokens = [len(context.ids) for context in self._contexts]
+        self.document_tokens = [len(context.ids) for context in self.contexts]
 
     def run(
         self,
@@ -182,15 +183,15 @@ class Calibrator:
         texts: list[dict[str, list[list[float]]]] = []
         predicted: list[bool] = []
         with HeadMeter(model, self._job.sink_tokens, self._job.recent_tokens, on_tokens) as meter:
-            for context in self._contexts:
+            for context in self.contexts:
                 cache = meter.new_cache()
                 found, _ = meter.read(cache, context.ids, context.positions)
-                texts.append(self._figures(found, torch.mean))
+                texts.append(self._figures(found))
                 start = len(context.ids)
                 for asked in context.questions:
                     queries = range(start + asked.first - 1, start + len(asked.ids) - 1)  # each predicts the next token
                     found, logits = meter.read(meter.fork(cache), asked.ids[:-1], queries, logits=len(queries))
-                    needles.append(self._figures(found, torch.amax))
+                    needles.append(self._figures(found))
                     predicted += (logits.argmax(-1).cpu() == torch.tensor(asked.ids[asked.first :])).tolist()
                 on_document(sum(predicted) / len(predicted))
         return self._pattern(needles, texts, sum(predicted) / len(predicted))
@@ -214,7 +215,7 @@ class Calibrator:
                 f"KV and a copy of it, and {format_bytes(free)} are free: give a smaller --context"
             )
 
-    def _context(self, text: Text, number: int, length: int) -> _Context:
+    def _context(self, text: Text, number: int, length: int) -> Context:
         """Hide needles in a text, between the sink and the neighbourhood of its last token, and tokenize it."""
         job = self._job
         first = job.sink_tokens / length
@@ -228,23 +229,21 @@ class Calibrator:
             before = following_ids(self._tokenizer, question.text, self._chat, question.lead)
             whole = following_ids(self._tokenizer, question.text, self._chat, answer)
             shared = next((at for at, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), None)
-            questions.append(_Asked(whole, len(before) if shared is None else shared))
+            questions.append(Asked(whole, len(before) if shared is None else shared))
         self._job.source.check_ids({*ids, *(token for asked in questions for token in asked.ids)})
         local = job.sink_tokens + job.recent_tokens
         rng = random.Random(f"{job.seed}/calibrate/{length}/{number}")
         count = min(_TEXT_QUERIES, len(ids) - local)
-        return _Context(ids, questions, sorted(rng.sample(range(local, len(ids)), count)))
+        return Context(ids, questions, sorted(rng.sample(range(local, len(ids)), count)))
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _figures(
-        self, found: dict[int, LayerNeeds], joined: Callable[..., torch.Tensor]
-    ) -> dict[str, list[list[float]]]:
-        """Return one number for each measure, decoder layer and KV head, joined over the queries."""
+    def _figures(self, found: dict[int, LayerNeeds]) -> dict[str, list[list[float]]]:
+        """Return the mean over the queries for each measure, decoder layer and KV head."""
         return {
             name: [
-                joined(getattr(found[layer], name), dim=1).tolist() if layer in found else []
+                getattr(found[layer], name).mean(dim=1).tolist() if layer in found else []
                 for layer in range(len(self.shape.layers))
             ]
             for name in _MEASURES
