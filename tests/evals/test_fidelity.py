@@ -8,7 +8,6 @@ import pytest
 import torch
 from quantised_cache import forward, quantised_cache
 
-from headinfer.engine.options import Options
 from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.evals import fidelity_job
 from headinfer.evals.fidelity import Differences, check_disk, compare, differences
@@ -109,6 +108,14 @@ def test_fewer_bits_diverge_more_and_the_same_each_time(model, ids, in_int4):
     assert torch.equal(again.kl, in_int4.kl)
 
 
+def test_sparse_heads_diverge_unless_they_see_everything(model, ids):
+    half = HeadPattern(((0.0, 1.0),) * 2, sink_tokens=4, recent_tokens=64)
+    near = compared(model, ids, sparse_heads=half)
+    assert float(near.kl.mean()) > 1e-9
+    everything = compared(model, ids, sparse_heads=dataclasses.replace(half, recent_tokens=600))
+    assert 0 <= float(everything.kl.max()) < 1e-11
+
+
 def test_logits_that_are_not_finite_are_refused():
     nan = torch.full((2,), torch.nan, dtype=torch.float64)
     with pytest.raises(UnsupportedError, match="not finite"):
@@ -147,7 +154,11 @@ def test_a_length_is_longer_than_what_stays_exact(tmp_path):
     with pytest.raises(UsageError, match="770 are the fewest of which 512 can be compared"):
         prepare(job(tmp_path, lengths=(769,)))
     pattern = HeadPattern(((0.0, 1.0),) * 2, sink_tokens=64, recent_tokens=300)
-    assert fidelity_job._exact_tokens(Options(sparse_heads=pattern)) == 364
+    assert prepare(job(tmp_path, lengths=(878,), approximate={"sparse_heads": pattern})).lengths == (878,)
+    with pytest.raises(UsageError, match="878 are the fewest"):
+        prepare(job(tmp_path / "sparse", lengths=(877,), approximate={"sparse_heads": pattern}))
+    with pytest.raises(UsageError, match="has 3 layers, and the model has 2"):
+        prepare(job(tmp_path, approximate={"sparse_heads": HeadPattern(((0.0, 1.0),) * 3)}))
 
 
 def test_no_token_stays_resident_on_a_gpu(tmp_path):
