@@ -12,6 +12,9 @@ from sparse_oracle import sparse_oracle
 from transformers import DynamicCache
 
 import headinfer
+from headinfer import Options
+from headinfer.engine.device_kv import HeadCounts
+from headinfer.engine.engine import Engine
 from headinfer.errors import StateError, UnsupportedError, UsageError
 from headinfer.hf.sparse_layers import SparseHeadLayer
 from headinfer.kv.head_window import SLACK_TOKENS
@@ -19,8 +22,8 @@ from headinfer.plan.layer_shape import WINDOW_SLACK_TOKENS
 from headinfer.utils.head_pattern import HeadPattern
 
 PATTERN = HeadPattern(((0, 0, 0, 0), (0.9, 0.1, 0.2, 0.8), (0, 1, 0, 0), (1, 1, 1, 1)), sink_tokens=8, recent_tokens=40)
-TOKENS = 900
-CHUNKED = 880  # the other tokens are read one by one
+TOKENS = 620
+CHUNKED = 608  # the other tokens are read one by one
 CHUNK = 192
 ERROR = 1e-5  # of logits up to 0.7
 RING = {"device_kv_budget_bytes": 6 * 2**20, "streaming_budget_bytes": 6 * 2**20}
@@ -64,7 +67,7 @@ def enabled_with(model, pattern=PATTERN, **options):
         (33, {}),
         (CHUNK, {"transport": "eager", **RING}),
         (TOKENS, {"transport": "lazy", **RING}),
-        (CHUNK, {"transport": "lazy", "cpu_share": 0.5, **RING}),
+        (CHUNK, {"transport": "lazy", "cpu_share": 1.0, **RING}),
         (CHUNK, {"transport": "lazy", "heads_per_group": 3, "tile_tokens": 100, **RESIDENT}),
     ],
     ids=["whole", "chunks", "short chunks", "eager", "lazy", "cpu share", "resident and fixed tiles"],
@@ -81,6 +84,8 @@ def test_logits_are_those_of_the_mask_for_all_chunks_and_transports(llama, ids, 
     assert SLACK_TOKENS == WINDOW_SLACK_TOKENS
     assert 0 < stats.device_window_bytes <= (4 + 2 + 3) * (8 + 40 + SLACK_TOKENS) * head_bytes
     assert 0 < stats.host_kv_bytes <= (2 + 1 + 4) * 1024 * head_bytes
+    assert bool(stats.cpu_attended_bytes) == ("cpu_share" in options)
+    assert bool(stats.device_resident_bytes) == ("heads_per_group" in options)
     assert stats.device_kv_bytes >= stats.device_window_bytes + stats.device_tail_bytes
     cache.reset()
     assert cache.stats().device_window_bytes == 0
@@ -92,8 +97,8 @@ def test_exact_attention_differs(llama, ids, oracle):
 
 @pytest.mark.parametrize("more", [{"rows": 3}, {"rows": 2, "num_beams": 3}], ids=["greedy", "beams"])
 def test_padded_rows_and_beams_give_the_tokens_of_the_mask(llama, more):
-    inputs = padded(rows=more["rows"], tokens=500)
-    more = {"max_new_tokens": 6, "num_beams": more.get("num_beams", 1)}
+    inputs = padded(rows=more["rows"], tokens=320)
+    more = {"max_new_tokens": 4, "num_beams": more.get("num_beams", 1)}
     with sparse_oracle(llama, PATTERN):
         wanted, logits = generate(llama, inputs, **more)
     for options in ({}, {"transport": "lazy", "device_kv_budget_bytes": 2**24, "streaming_budget_bytes": 2**24}):
@@ -105,13 +110,13 @@ def test_padded_rows_and_beams_give_the_tokens_of_the_mask(llama, more):
 
 @pytest.mark.parametrize("more", [{"prompt_lookup_num_tokens": 8}, {"assistant_model": "itself"}])
 def test_rejected_guesses_are_removed(llama, more):
-    inputs = prompt(tokens=600)
-    inputs["input_ids"][:, 400:] = inputs["input_ids"][:, 100:300]
+    inputs = prompt(tokens=400)
+    inputs["input_ids"][:, 250:] = inputs["input_ids"][:, 50:200]
     if "assistant_model" in more:
         more = {"assistant_model": make_model("llama", num_hidden_layers=1)}
     with enabled_with(llama, guesses="off"):
-        plain = llama.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=0)
-        found = llama.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=0, **more)
+        plain = llama.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        found = llama.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=0, **more)
     assert torch.equal(found, plain)
 
 
@@ -121,16 +126,16 @@ def test_questions_of_different_lengths_are_answered_together(llama):
     with enabled_with(llama) as enabled:
         cache = enabled.new_cache()
         forward(llama, cache, document, CHUNK)
-        together = enabled.ask(cache, questions, document_ids=document, max_new_tokens=8, pad_token_id=0)
+        together = enabled.ask(cache, questions, document_ids=document, max_new_tokens=5, pad_token_id=0)
         single = [
-            enabled.ask(cache, [one], document_ids=document, max_new_tokens=8, pad_token_id=0)[0] for one in questions
+            enabled.ask(cache, [one], document_ids=document, max_new_tokens=5, pad_token_id=0)[0] for one in questions
         ]
         assert together == single
         assert cache.get_seq_length() == 500
     with sparse_oracle(llama, PATTERN):
         whole = torch.cat([document[0], questions[1]])[None]
         mask = torch.ones_like(whole)
-        wanted = llama.generate(whole, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        wanted = llama.generate(whole, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert wanted[0, whole.shape[1] :].tolist() == together[1]
 
 
@@ -255,3 +260,11 @@ def test_what_is_refused(llama):
         with pytest.raises(UnsupportedError, match=f"not served for {family}, because .*{reason}"):
             headinfer.enable(tiny_model(family), sparse_heads=PATTERN)
     assert llama.config._attn_implementation != "headinfer"
+
+
+def test_the_layers_of_several_devices_are_counted_by_device():
+    counts = [HeadCounts(0, 4), HeadCounts(2, 2), HeadCounts(1, 3), HeadCounts(4, 0)]
+    engine = Engine(Options(sparse_heads=PATTERN), 3, counts)
+    first, second = (torch.device("cuda", index) for index in range(2))
+    engine.place([first, first, second, second])
+    assert engine.layers_on == {first: 1, second: 2}

@@ -225,7 +225,7 @@ def ring_slot_bytes(budget_bytes: int, fixed_bytes: int) -> int:
     slot = (budget_bytes - fixed_bytes) // RING_SLOTS // _ALIGN_BYTES * _ALIGN_BYTES
     if slot <= 0:
         raise CapacityError(
-            f"a device KV budget of {budget_bytes} bytes is used up by the {fixed_bytes} bytes of tails, write-back "
+            f"a device KV budget of {budget_bytes} bytes is used up by the {fixed_bytes} bytes of tails, windows, write-back "
             "buffers and buffers for the share of the host's CPU: give at least "
             f"{fixed_bytes + 2 * RING_SLOTS * 2**20} bytes"
         )
