@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from headinfer.errors import CapacityError, UsageError
+from headinfer.errors import CapacityError, UnsupportedError, UsageError
 from headinfer.plan.compare import kv_forms, memory_by_method, sparse_forms
 from headinfer.plan.fit import longest_context
 from headinfer.plan.footprint import host_kv_tokens, streaming_footprint, tail_bytes
@@ -107,14 +107,13 @@ def test_a_layer_may_have_no_full_head():
     assert (plan.prefill.heads_per_group, plan.decode.heads_per_group) == (1, 1)
 
 
-def test_a_layer_that_shares_kv_has_the_streaming_heads_of_its_source():
+@pytest.mark.parametrize("change", [{"shares_kv": True}, {"kind": "hybrid"}, {"score_dims": 192}])
+def test_families_whose_heads_cannot_be_sparse_are_refused(change):
     layer = LayerShape("full_attention", 4, 2, 64, 64)
-    window = LayerShape("sliding_attention", 4, 2, 64, 64, window_tokens=512)
-    shape = ModelShape((layer, window, dataclasses.replace(layer, shares_kv=True)), 256, 512, 1000, 0)
-    assert shape.pattern_heads == (2, 0, 0)
-    sparse = shape.with_pattern(HeadPattern(((0, 1), (), ())))
-    assert [one.streaming_heads for one in sparse.layers] == [1, 0, 1]
-    assert sparse.window_bytes(2) == 128 * 2 * KEPT  # the source's
+    shape = ModelShape((layer, dataclasses.replace(layer, **change)), 256, 512, 1000, 0, "example")
+    with pytest.raises(UnsupportedError, match="sparse_heads is not served for example, because"):
+        shape.even_pattern(0.25)
+    assert sparse_forms(make_plan(Request(shape, RTX4090, 64 * K, 16 * GIB))) == []
 
 
 def test_seconds_are_those_of_the_full_heads_and_of_a_window():

@@ -24,7 +24,7 @@ from headinfer.plan.model_shape import ModelShape
 from headinfer.utils.head_pattern import HeadPattern
 from headinfer.utils.kv_format import kv_bits
 
-__all__ = ["SparseHeadLayer", "StreamingHeads", "check_approximations", "check_pattern"]
+__all__ = ["SparseHeadLayer", "StreamingHeads", "check_approximations"]
 
 _WINDOW = {"window_k": "k", "window_v": "v", "window_positions": "positions", "window_indices": "indices"}
 
@@ -47,27 +47,7 @@ def check_approximations(options: Options, shape: ModelShape, ranks: int = 1) ->
             raise UnsupportedError(
                 f"sparse_heads is not served for a model that {ranks} processes share: use one process, or leave it out"
             )
-        check_pattern(options.sparse_heads, shape)
-
-
-def check_pattern(pattern: HeadPattern, shape: ModelShape) -> None:
-    """Check that a head pattern fits a model, before anything expensive.
-
-    Raises:
-        UnsupportedError: KV heads of this family cannot be streaming.
-        UsageError: the pattern is for another model.
-    """
-    refusal = ""
-    for layer in shape.layers:
-        if layer.kind == "hybrid":
-            refusal = "its layers have full and linear attention together"
-        elif layer.is_full and layer.shares_kv:
-            refusal = "some of its layers share the K and V of others"
-        elif layer.is_full and layer.score_dims:
-            refusal = "its layers cache one latent for all heads (MLA)"
-    if refusal:
-        raise UnsupportedError(f"sparse_heads is not served for {shape.family}, because {refusal}: leave it out")
-    pattern.check(shape.pattern_heads)
+        shape.check_pattern(options.sparse_heads)
 
 
 @dataclass

@@ -209,12 +209,13 @@ def kv_forms(plan: Plan) -> list[dict[str, Any]]:
 def sparse_forms(plan: Plan) -> list[dict[str, Any]]:
     """Return what KV takes with sparse heads in each of KV_DTYPES at the context of a plan, for JSON.
 
-    The sparse heads are those of the plan, or half of the heads of each layer. A model with a single KV head has none.
+    The sparse heads are those of the plan, or half of the heads of each layer. There are none for families whose heads
+    cannot be sparse, and for a model with a single KV head.
     """
     request = plan.request
     try:
         pattern = request.sparse_heads or request.shape.even_pattern(_SPARSE_SHARE)
-    except UsageError:  # all heads would be sparse
+    except (UnsupportedError, UsageError):
         return []
     return _kv_forms(request.with_sparse_heads(pattern))
 

@@ -118,8 +118,7 @@ class LayerShape:
     def window_bytes(self, element_bytes: int) -> int:
         """Return the bytes of K and V of one row that the streaming heads keep on the device, at any context."""
         kept = self.sink_tokens + self.recent_tokens + WINDOW_SLACK_TOKENS
-        streaming = 0 if self.shares_kv else self.streaming_heads
-        return _WINDOWS * streaming * (self.key_dim + self.value_dim) * element_bytes * kept
+        return _WINDOWS * self.streaming_heads * (self.key_dim + self.value_dim) * element_bytes * kept
 
     def stored_bytes_per_token(self, element_bytes: int, bits: int) -> int:
         """Return the bytes of one token of one row where headinfer stores it: in host memory or on a disk.

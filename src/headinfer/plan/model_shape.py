@@ -180,6 +180,25 @@ class ModelShape:
         """The KV heads for which a head pattern has values, by layer: those whose KV grows with the context."""
         return tuple(layer.kv_heads if layer.is_full and not layer.shares_kv else 0 for layer in self.layers)
 
+    def check_pattern(self, pattern: HeadPattern) -> None:
+        """Check that a head pattern fits the model.
+
+        Raises:
+            UnsupportedError: KV heads of this family cannot be streaming.
+            UsageError: the pattern is for another model, or leaves no head full.
+        """
+        refusal = ""
+        for layer in self.layers:
+            if layer.kind == "hybrid":
+                refusal = "its layers have full and linear attention together"
+            elif layer.is_full and layer.shares_kv:
+                refusal = "some of its layers share the K and V of others"
+            elif layer.is_full and layer.score_dims:
+                refusal = "its layers cache one latent for all heads (MLA)"
+        if refusal:
+            raise UnsupportedError(f"sparse_heads is not served for {self.family}, because {refusal}: leave it out")
+        pattern.check(self.pattern_heads)
+
     def even_pattern(self, share: float) -> HeadPattern:
         """Return a head pattern for plans, in which the same share of the heads of each layer is streaming.
 
@@ -189,6 +208,7 @@ class ModelShape:
             share: the share, 0 to 1. Over all layers, the number of streaming heads is rounded to the nearest.
 
         Raises:
+            UnsupportedError: KV heads of this family cannot be streaming.
             UsageError: the share is out of range, or leaves no full head.
         """
         share = real_number(share, "the share of streaming heads", low=0.0, high=1.0)
@@ -201,16 +221,14 @@ class ModelShape:
             streaming += more
             values.append((0.0,) * more + (1.0,) * (count - more))
         pattern = HeadPattern(tuple(values), info={"assumed": True})
-        pattern.check(self.pattern_heads)
+        self.check_pattern(pattern)
         return pattern
 
     def with_pattern(self, pattern: HeadPattern | None) -> ModelShape:
         """Return the shape with the streaming heads of a head pattern; None for none.
 
-        A layer that shares the K and V of an earlier layer has the streaming heads of that one, which is the last full
-        layer with K and V of its own.
-
         Raises:
+            UnsupportedError: KV heads of this family cannot be streaming.
             UsageError: the pattern is for another model, or leaves no head full.
         """
         if pattern is None:
@@ -218,20 +236,13 @@ class ModelShape:
                 return self
             layers = (replace(one, streaming_heads=0, sink_tokens=0, recent_tokens=0) for one in self.layers)
             return replace(self, layers=tuple(layers))
-        pattern.check(self.pattern_heads)
-        sparse = []
-        streaming = 0
-        for index, layer in enumerate(self.layers):
-            if layer.is_full and not layer.shares_kv:
-                streaming = len(pattern.streaming_heads(index))
-            sparse.append(
-                replace(
-                    layer,
-                    streaming_heads=streaming if layer.is_full else 0,
-                    sink_tokens=pattern.sink_tokens,
-                    recent_tokens=pattern.recent_tokens,
-                )
-            )
+        self.check_pattern(pattern)
+        sink = pattern.sink_tokens
+        recent = pattern.recent_tokens
+        sparse = (
+            replace(layer, streaming_heads=len(pattern.streaming_heads(i)), sink_tokens=sink, recent_tokens=recent)
+            for i, layer in enumerate(self.layers)
+        )
         return replace(self, layers=tuple(sparse))
 
     def shard(self, ranks: int) -> ModelShape:

@@ -199,7 +199,7 @@ class Plan:
                 "is not what the model computes exactly."
             )
         if pattern is not None:
-            streaming = sum(layer.streaming_heads for layer in request.shape.layers if not layer.shares_kv)
+            streaming = sum(layer.streaming_heads for layer in request.shape.layers)
             lines.append(
                 f"Attention is approximate: {streaming:,} of {pattern.heads:,} KV heads are sparse. They see the first "
                 f"{pattern.sink_tokens:,} and the newest {pattern.recent_tokens:,} tokens only, which stay on the "
