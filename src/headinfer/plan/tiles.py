@@ -217,7 +217,8 @@ def ring_slot_bytes(budget_bytes: int, fixed_bytes: int) -> int:
 
     Args:
         budget_bytes: the streaming budget.
-        fixed_bytes: the part of it that tails, write-back buffers and buffers of the exchange with the host take.
+        fixed_bytes: the part of it that tails, windows of streaming heads, write-back buffers and buffers of the
+            exchange with the host take.
 
     Raises:
         CapacityError: nothing is left for the ring.
@@ -225,8 +226,8 @@ def ring_slot_bytes(budget_bytes: int, fixed_bytes: int) -> int:
     slot = (budget_bytes - fixed_bytes) // RING_SLOTS // _ALIGN_BYTES * _ALIGN_BYTES
     if slot <= 0:
         raise CapacityError(
-            f"a device KV budget of {budget_bytes} bytes is used up by the {fixed_bytes} bytes of tails, windows, write-back "
-            "buffers and buffers for the share of the host's CPU: give at least "
+            f"a device KV budget of {budget_bytes} bytes is used up by the {fixed_bytes} bytes of tails, windows, "
+            "write-back buffers and buffers for the share of the host's CPU: give at least "
             f"{fixed_bytes + 2 * RING_SLOTS * 2**20} bytes"
         )
     return slot
