@@ -110,8 +110,8 @@ class Options:
 
     Attributes:
         device_kv_budget_bytes: upper bound of KV bytes on each device, at any context length: resident tokens, ring,
-            tails, write-back buffers and the buffers for cpu_share. None takes what is free on the device, less a
-            reserve.
+            tails, windows of streaming heads, write-back buffers and the buffers for cpu_share. None takes what is
+            free on the device, less a reserve.
         streaming_budget_bytes: the part of the device budget for all of these but resident tokens. The rest keeps the
             first tokens resident. None is 256 MiB.
         heads_per_group: KV heads that are streamed together.
