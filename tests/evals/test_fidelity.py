@@ -217,27 +217,27 @@ def test_end_to_end(run_command, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("It was a bright cold day in April. " * 40)
     out = tmp_path / "out"
-    command = ("eval", "fidelity", TINY, "--file", text, "--kv-dtype", "int4", "--window", "64", "--needles", "2")
-    code, shown, err = run_command(*command, "--lengths", "600,700", "--chunk-tokens", "256", "--out", out)
+    command = ("eval", "fidelity", TINY, "--file", text, "--kv-dtype", "int4", "--window", "32", "--needles", "1")
+    code, shown, err = run_command(*command, "--lengths", "600", "--chunk-tokens", "256", "--out", out)
     assert code == 0, err
-    assert "int4: the last 64 tokens" in shown
+    assert "int4: the last 32 tokens" in shown
     kept = json.loads((out / "results.json").read_text())
     assert kept["command"].startswith("headinfer eval fidelity")
     assert kept["about"]["approximation"] == "int4"
     assert kept["versions"]["torch"] == torch.__version__
-    first, second = kept["lengths"]
-    assert (first["length"], second["length"], first["chunk_tokens"]) == (600, 700, 256)
+    (first,) = kept["lengths"]
+    assert (first["length"], first["chunk_tokens"]) == (600, 256)
     assert 0 < first["kl_mean"] < first["kl_p99"] <= first["kl_max"]
-    assert {first["needles"], first["exact_needles_found"], first["needles_found"]} <= {0, 1, 2}
+    assert {first["needles"], first["exact_needles_found"], first["needles_found"]} <= {0, 1}
     assert (out / "fidelity.png").read_bytes().startswith(b"\x89PNG")
     assert first["rounding"]["kl_mean"] < first["kl_mean"]
-    assert "\n| tokens | 600 | 700 |\n" in (out / "results.md").read_text()
+    assert "\n| tokens | 600 |\n" in (out / "results.md").read_text()
 
     more = (*command, "--chunk-tokens", "256", "--out", out, "--json", "--lengths")
-    code, shown, _ = run_command(*more, "650,700")
+    code, shown, _ = run_command(*more, "500,600")
     lengths = json.loads(shown)["lengths"]
-    assert [one["length"] for one in lengths] == [600, 650, 700]
-    assert [lengths[0], lengths[2]] == [first, second]
+    assert [one["length"] for one in lengths] == [500, 600]
+    assert lengths[1] == first
     code, _, err = run_command(*command, "--lengths", "600", "--out", out)
     assert code == 2
     assert "holds another evaluation: its chunk_tokens is 256, not 'planned'" in err
