@@ -59,14 +59,19 @@ def draw_fidelity(models: Mapping[str, Mapping[str, Records]], path: Path) -> No
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError as error:
         raise UsageError("the plot needs matplotlib: pip install 'headinfer[eval]'") from error
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(0.6 + 4.6 * len(models), 6.4), dpi=110, layout="constrained")
+        figure = Figure(figsize=(0.6 + 4.6 * len(models), 6.8), dpi=110, layout="constrained")
         axes = figure.subplots(2, len(models), sharex="col", height_ratios=(1.5, 1), squeeze=False)
         for column, (title, approximations) in enumerate(models.items()):
             _draw_divergence(axes[0][column], title, approximations)
             _draw_agreement(axes[1][column], approximations)
+        if any(len(approximations) > 1 for approximations in models.values()):
+            lines = {line.get_label(): line for row in axes[1] for line in row.get_lines()}
+            lines["99th percentile"] = Line2D([], [], color="#404040", linestyle="--")
+            figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
         picture = io.BytesIO()
 
         figure.savefig(picture, format=path.suffix[1:].lower(), metadata={"Creator": _CREATOR})
@@ -85,12 +90,11 @@ def _draw_divergence(axes: Any, title: str, approximations: Mapping[str, Records
     is_alone = len(approximations) == 1
     curves = _ALL_CURVES if is_alone else _FEW_CURVES
     drawn: list[float] = []
-    for color, (name, records) in zip(_COLORS, approximations.items(), strict=False):
+    for color, records in zip(_COLORS, approximations.values(), strict=False):
         lengths = [record["length"] for record in records]
         for key, (curve, style) in curves.items():
             values = [record[key] for record in records]
-            label = curve if is_alone else f"{name}, {curve}"
-            axes.plot(lengths, values, style, color=color, marker="o", markersize=4, label=label)
+            axes.plot(lengths, values, style, color=color, marker="o", markersize=4, label=curve)
             drawn += values
     first = next(iter(approximations.values()))
     rounding = [record["rounding"]["kl_mean"] for record in first]
@@ -98,10 +102,11 @@ def _draw_divergence(axes: Any, title: str, approximations: Mapping[str, Records
         axes.plot([record["length"] for record in first], rounding, color="#8c8c8c", label="rounding alone, mean")
     if any(value > 0 for value in drawn):
         axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylabel("KL(exact || approximate), nats")
+    axes.set_ylabel("KL(exact || approximate), nats" if is_alone else "KL(exact || approximate), nats: mean, 99 %")
     axes.set_title(title + (f", {next(iter(approximations))}" if is_alone else ""), loc="left", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    if is_alone:  # otherwise the figure has a legend
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_agreement(axes: Any, approximations: Mapping[str, Records]) -> None:
