@@ -1,7 +1,7 @@
 """Shows what is still found if the KV heads with the lowest values of a head pattern see near tokens only.
 
     headinfer heads MODEL --calibrate -o heads.json
-    python benchmarks/head_values.py MODEL heads.json [--tokens 4096] [--out result.json]
+    python benchmarks/head_values.py MODEL heads.json [--tokens 4096] [--shares 0.25,0.5,0.75] [--out result.json]
 
 Other needles than those of the calibration are hidden in the text that headinfer ships, and their answers are given
 (teacher forcing). For each share of streaming heads, chosen by the values of the pattern and at random, the script
@@ -36,7 +36,6 @@ from headinfer.utils.head_pattern import HeadPattern, read_pattern
 
 _NAME = "head-values"
 _CHUNK_TOKENS = 1024
-_SHARES = (0.25, 0.5, 0.75)
 
 
 class Masked:
@@ -103,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("pattern", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--needles", type=int, default=8)
+    parser.add_argument("--shares", default="0.25,0.5,0.75", help="shares of streaming heads")
     parser.add_argument("--seed", type=int, default=1, help="another one than that of the calibration")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
@@ -130,14 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines: list[dict[str, Any]] = [{"heads": "all full", "share": 0.0, **score(model, calibrator)}]
     print(lines[-1], flush=True)
     for name, values in (("by value", pattern), ("at random", shuffled(pattern, given.seed))):
-        for share in _SHARES:
+        for share in map(float, given.shares.split(",")):
             masked.pattern = values.with_share(share)
             lines.append({"heads": name, "share": share, **score(model, calibrator)})
             print(lines[-1], flush=True)
     if given.out is not None:
         about = {key: pattern.info.get(key) for key in ("family", "dtype", "contexts", "needles", "seed", "predicted")}
         facts = {
-            "command": f"python benchmarks/head_values.py MODEL FILE --tokens {given.tokens} --needles {given.needles}",
+            "command": f"python benchmarks/head_values.py MODEL FILE --tokens {given.tokens} --needles {given.needles} "
+            f"--shares {given.shares}",
             "machine": machine(),
             "python": sys.version.split()[0],
             "calibration": {**about, "sink_tokens": pattern.sink_tokens, "recent_tokens": pattern.recent_tokens},
