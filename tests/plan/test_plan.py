@@ -623,7 +623,7 @@ def test_field_names_end_with_their_unit():
     for kind in (Footprint, Hardware):
         for field in dataclasses.fields(kind):
             assert field.name.endswith(("_bytes", "_s", "_share")) or field.name in counts, field.name
-    from headinfer.plan.roofline import Seconds
+    from headinfer.plan.seconds import Seconds
 
     assert all(field.name.endswith("_s") or field.name in counts for field in dataclasses.fields(Seconds))
 

@@ -47,7 +47,7 @@ from headinfer.plan.models import BUILT_IN_CONFIGS, find_shape
 from headinfer.plan.operating_points import OperatingPoint, operating_points
 from headinfer.plan.planner import Plan, make_plan
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import Seconds
+from headinfer.plan.seconds import Seconds
 from headinfer.utils.approximation import short_form
 from headinfer.utils.head_pattern import HeadPattern, read_pattern
 from headinfer.utils.units import format_bytes, format_seconds, format_tokens

@@ -16,12 +16,10 @@ from headinfer.attention.problem import FEW_ROWS
 from headinfer.attention.state import AttentionState
 from headinfer.kv.codec import KVCodec
 from headinfer.kv.segments import SegmentSlice
-from headinfer.utils.kv_format import UNIT, rounded_down, rounded_up
+from headinfer.utils.kv_format import DECODED_ELEMENTS, UNIT, rounded_down, rounded_up
 from headinfer.utils.tensors import Piece
 
 __all__ = ["attend_packed", "is_packed", "visible_pieces", "whole_blocks"]
-
-_DECODED_ELEMENTS = 2**22  # of K, or of V, at once
 
 KernelOf = Callable[[int], Backend]
 """Returns the backend for keys of so many tokens in one piece; 0 for several pieces."""
@@ -124,5 +122,5 @@ def attend_packed(
 def _tokens_at_once(q: torch.Tensor, value_dim: int) -> int:
     """Return how many tokens are decoded at once: a power of two."""
     heads, _, key_dim = q.shape
-    most = _DECODED_ELEMENTS // (heads * max(key_dim, value_dim))
+    most = DECODED_ELEMENTS // (heads * max(key_dim, value_dim))
     return max(1 << max(most, 1).bit_length() - 1, UNIT)

@@ -22,7 +22,8 @@ from headinfer.plan.footprint import (
 )
 from headinfer.plan.planner import Plan, make_plan, sparse_as_dict
 from headinfer.plan.request import Request
-from headinfer.plan.roofline import Schedule, Seconds, decode_seconds, prefill_seconds
+from headinfer.plan.roofline import Schedule, decode_seconds, prefill_seconds
+from headinfer.plan.seconds import Seconds
 from headinfer.utils.kv_format import KV_DTYPES
 
 __all__ = [

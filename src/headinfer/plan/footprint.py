@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.tiles import RING_SLOTS, SEGMENT_TOKENS, ring_slot_bytes
+from headinfer.utils.kv_format import DECODED_ELEMENTS
 
 __all__ = [
     "BASELINES",
@@ -48,7 +49,7 @@ class Footprint:
 
     Attributes:
         weights_bytes: the weights.
-        activation_bytes: the activations of a chunk, at their peak.
+        activation_bytes: the activations of a chunk, at their peak, with KV that is dequantised.
         overhead_bytes: device memory for the driver, libraries and the allocator.
         resident_bytes: KV that stays on the device; it is written through to host RAM as well.
         ring_bytes: the ring that streams KV to the device.
@@ -304,7 +305,7 @@ def streaming_footprint(
         rows: rows of the batch.
         exchange: bytes of the exchange with the host, see exchange_bytes(); 0 if its CPU attends to nothing.
         kv_bits: bits of an element of KV in host memory; 0 for the dtype of the activations. KV on the device is not
-            quantised.
+            quantised. Some of what streams is dequantised at a time, and counts as an activation.
 
     Returns:
         The footprint, with all KV in host RAM.
@@ -325,10 +326,11 @@ def streaming_footprint(
         offloaded = zip(_offloaded(shape), resident_tokens, strict=True)
         resident = sum(kept * layer.kv_bytes_per_token(element_bytes) * rows for layer, kept in offloaded)
         ring = 0 if min(resident_tokens) >= host_tokens else ring
+    decoded = 2 * DECODED_ELEMENTS * element_bytes if kv_bits else 0
     host_kv = host_tokens * shape.stored_bytes_per_token(element_bytes, kv_bits) * rows
     return Footprint(
         weights_bytes=weight_bytes(shape, weight_bits),
-        activation_bytes=activation_bytes(shape, min(chunk_tokens, tokens) * rows, element_bytes),
+        activation_bytes=activation_bytes(shape, min(chunk_tokens, tokens) * rows, element_bytes) + decoded,
         overhead_bytes=overhead_bytes,
         resident_bytes=resident,
         ring_bytes=ring,

@@ -33,11 +33,11 @@ from headinfer.plan.operating_points import hiding_chunk_tokens
 from headinfer.plan.request import Request
 from headinfer.plan.roofline import (
     Schedule,
-    Seconds,
     decode_seconds,
     fastest_share,
     prefill_seconds,
 )
+from headinfer.plan.seconds import Seconds
 from headinfer.plan.tiles import RING_SLOTS, TilePlan
 from headinfer.utils.head_pattern import HeadPattern
 from headinfer.utils.units import format_bytes, format_seconds, format_tokens

@@ -27,6 +27,7 @@ from headinfer.plan.cpu_share import CLEARLY, HostWay, best_share, cpu_slowdown,
 from headinfer.plan.hardware import Hardware
 from headinfer.plan.model_shape import LayerShape, ModelShape
 from headinfer.plan.overlap import LayerChunks
+from headinfer.plan.seconds import Seconds, SecondsSum
 from headinfer.plan.tiles import (
     MERGE_BYTES,
     TILE_LAUNCHES,
@@ -39,7 +40,6 @@ from headinfer.plan.tiles import (
 
 __all__ = [
     "Schedule",
-    "Seconds",
     "decode_seconds",
     "fastest_share",
     "prefill_seconds",
@@ -95,72 +95,6 @@ class Schedule:
     decode_tokens: int = 1
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Predicted seconds of a prefill or of one decoded token.
-
-    The first five fields add up to `total_s`. The next four are the busy times of the resources, which overlap.
-
-    Attributes:
-        linear_s: linear layers, on the compute stream.
-        attention_s: attention, on the compute stream.
-        merge_s: merging tiles, on the compute stream.
-        exposed_transfer_s: the part of the copies, or of the host's chain of cpu_share.py, that the device does not
-            hide.
-        exposed_launch_s: the part of the host's queueing that neither computation nor copies hide.
-        compute_s: kernels that are bound by arithmetic.
-        device_memory_s: kernels that are bound by device memory.
-        transfer_s: copies, in the direction that takes longer.
-        launch_s: queueing on the host.
-        transfer_name: what bounds the copies: "link", "DRAM" or "disk".
-    """
-
-    linear_s: float
-    attention_s: float
-    merge_s: float
-    exposed_transfer_s: float
-    exposed_launch_s: float
-    compute_s: float
-    device_memory_s: float
-    transfer_s: float
-    launch_s: float
-    transfer_name: str
-
-    @property
-    def total_s(self) -> float:
-        """The sum of the parts."""
-        return self.linear_s + self.attention_s + self.merge_s + self.exposed_transfer_s + self.exposed_launch_s
-
-    @property
-    def bound(self) -> str:
-        """The resource that is busy longest: compute, device memory, link, DRAM, disk or launches."""
-        busy = {
-            "compute": self.compute_s,
-            "device memory": self.device_memory_s,
-            self.transfer_name: self.transfer_s,
-            "launches": self.launch_s,
-        }
-        return max(busy, key=lambda name: busy[name])
-
-
-@dataclass
-class _Sum:
-    """The sums of the fields of `Seconds` over the layers of a model."""
-
-    linear_s: float = 0.0
-    attention_s: float = 0.0
-    merge_s: float = 0.0
-    exposed_transfer_s: float = 0.0
-    exposed_launch_s: float = 0.0
-    compute_s: float = 0.0
-    device_memory_s: float = 0.0
-    transfer_s: float = 0.0
-    launch_s: float = 0.0
-
-    def seconds(self, transfer_name: str) -> Seconds:
-        return Seconds(**vars(self), transfer_name=transfer_name)
-
-
 def prefill_seconds(
     shape: ModelShape,
     hardware: Hardware,
@@ -192,7 +126,7 @@ def prefill_seconds(
     rates = hardware.tile_rates(dtype)
     chunks = max(math.ceil(tokens / schedule.chunk_tokens), 1)
     chunk = tokens / chunks
-    total = _Sum()
+    total = SecondsSum()
 
     linear_flop_s = 2 * shape.active_weights * chunk * rows / hardware.attained_flops_per_s(dtype)
     linear_byte_s = sum(layer.weights for layer in shape.layers) * weight_bits / 8 / weight_bytes_per_s
@@ -222,10 +156,12 @@ def prefill_seconds(
         byte_slope = kv_bytes / hardware.attained_kv_bytes_per_s
         # A past that is no multiple of block_tokens has a rest of half of them, on average, and each tile has its own.
         rest_first_s = flop_slope * (rest_factor(rates, 1, 1) - 1) * rates.block_tokens / 2 if seen_sum else 0.0
-        attention_s = chunks * causal_s + max(flop_slope, byte_slope) * seen_sum
+        decoded_slope = 0.0 if resident is None else _dequantise_s(layer, hardware, schedule, element_bytes) * rows
+        attention_s = chunks * causal_s + (max(flop_slope, byte_slope) + decoded_slope) * seen_sum
         total.attention_s += count * attention_s
+        total.device_memory_s += count * decoded_slope * seen_sum
         if flop_slope >= byte_slope:
-            total.compute_s += count * attention_s
+            total.compute_s += count * (attention_s - decoded_slope * seen_sum)
         else:
             total.compute_s += count * chunks * causal_s
             total.device_memory_s += count * byte_slope * seen_sum
@@ -246,7 +182,7 @@ def prefill_seconds(
             chunk_tokens=chunk,
             resident_tokens=resident,
             attention_first_s=causal_s,
-            attention_s_per_token=max(flop_slope, byte_slope),
+            attention_s_per_token=max(flop_slope, byte_slope) + decoded_slope,
             merge_first_s=merge_s,
             merge_s_per_token=merge_s * kernel_calls(rates, tile_tokens) / tile_tokens,
             rest_first_s=rest_first_s,
@@ -306,7 +242,7 @@ def decode_seconds(
     new_tokens = rows * schedule.decode_tokens
     flop_s = 2 * weights * new_tokens / flops_per_s
     byte_s = weights * weight_bits / 8 / hardware.attained_weight_bytes_per_s(dtype)
-    total = _Sum(linear_s=max(flop_s, byte_s))
+    total = SecondsSum(linear_s=max(flop_s, byte_s))
     if flop_s > byte_s:
         total.compute_s = flop_s
     else:
@@ -326,8 +262,12 @@ def decode_seconds(
         group = layer.query_heads // layer.kv_heads
         slowdown = cpu_slowdown(hardware, group, group * schedule.decode_tokens) if hardware.is_host else 1.0
         byte_s = kv_bytes / hardware.attained_kv_bytes_per_s * slowdown
-        attention_s = max(flop_s, byte_s)
+        decoded_s = (
+            0.0 if hardware.is_host else streamed * _dequantise_s(layer, hardware, schedule, element_bytes) * rows
+        )
+        attention_s = max(flop_s, byte_s) + decoded_s
         total.attention_s += count * attention_s
+        total.device_memory_s += count * decoded_s
         if flop_s > byte_s:
             total.compute_s += count * flop_s
         else:
@@ -360,6 +300,18 @@ def decode_seconds(
         covered_s = attention_s + exposed_s if schedule.merges else 0.0
         total.exposed_launch_s += count * max(0.0, tile_launch_s - covered_s)
     return total.seconds(transfer_name)
+
+
+def _dequantise_s(layer: LayerShape, hardware: Hardware, schedule: Schedule, element_bytes: int) -> float:
+    """Return the seconds in which a token of one row is dequantised for a kernel that takes exact KV.
+
+    Quantised bytes are read and exact ones written, at the rate at which attention reads KV.
+    """
+    if not schedule.kv_bits or not layer.is_offloaded:
+        return 0.0
+    read = layer.stored_bytes_per_token(element_bytes, schedule.kv_bits)
+    written = layer.stored_bytes_per_token(element_bytes, 0)
+    return (read + written) / hardware.attained_kv_bytes_per_s
 
 
 def host_way(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 __all__ = [
+    "DECODED_ELEMENTS",
     "KV_DTYPES",
     "UNIT",
     "KVDtype",
@@ -23,6 +24,9 @@ KV_DTYPES: tuple[KVDtype, ...] = ("auto", "int8", "int4")
 
 UNIT = 64
 """Tokens of a block of quantised K and V. Blocks are stored, moved and read as a whole."""
+
+DECODED_ELEMENTS = 2**22
+"""Elements of K, or of V, that are dequantised at once, at most, for a kernel that takes exact KV."""
 
 _KEY_DIMS = 16
 _VALUE_DIMS = 8
