@@ -280,12 +280,10 @@ def test_other_layouts_are_left_to_torch():
 # -- quantisation ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("bits", "dim", "dtype"), [(8, 80, torch.bfloat16), (4, 64, torch.float32), (4, 80, torch.float16)]
-)
+@pytest.mark.parametrize(("bits", "dim", "dtype"), [(8, 80, torch.bfloat16), (4, 80, torch.float16)])
 def test_quantised_bytes_and_what_they_decode_to_are_those_of_torch(bits, dim, dtype):
     rng = seeded(bits + dim)
-    x = (torch.randn(2, 192, dim + 8, generator=rng) * 3 + 1).to(dtype)[:, :, :dim]
+    x = (torch.randn(2, 128, dim + 8, generator=rng) * 3 + 1).to(dtype)[:, :, :dim]
     x[0, :64] = 2.0  # a block without a width
     x[1, :, 3] *= 100
     decoded = torch.float32 if dtype == torch.bfloat16 else dtype  # the interpreter does not round to bfloat16
